@@ -1,0 +1,58 @@
+"""kara_sglang: decode-time KV-cache compression for stock SGLang.
+
+Installing the package is enough: SGLang finds the entry point ``sglang.srt.plugins`` by itself and
+``python -m sglang.launch_server --kv-compress kara`` works. For ``sglang.Engine`` call
+:func:`configure` before the engine is built.
+
+The sub-packages ``kernels``, ``radix_integration``, ``frontend`` and ``benchmarks`` are sibling
+folders in a checkout and sub-folders in a wheel. They have no ``__init__.py`` of their own: a regular
+package named ``kernels`` in the working directory would shadow the PyPI package ``kernels`` that
+SGLang and transformers import.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "configure"]
+
+_here = Path(__file__).resolve().parent
+if not (_here / "kernels").is_dir():
+    # Editable checkout: let ``kara_sglang.kernels`` resolve to the sibling folder ``kernels/``.
+    __path__.append(str(_here.parent))
+
+if TYPE_CHECKING:
+    from kara_sglang.config import KaraConfig
+
+
+def configure(selector: str = "kara", **settings: Any) -> KaraConfig | None:
+    """Switch compression on for every ``sglang.Engine`` built after this call in this process.
+
+    Parameters
+    ----------
+    selector : str
+        What ``--kv-compress`` takes: ``none``, ``kara``, ``causal``, ``snapkv``, ``recent``,
+        ``random`` or ``identity``. ``none`` switches compression off again.
+    **settings
+        Fields of :class:`kara_sglang.config.KaraConfig`, e.g. ``window=512, retain=0.5``.
+
+    Returns
+    -------
+    KaraConfig or None
+        The settings that will be used; None with ``none``.
+
+    Raises
+    ------
+    ValueError
+        For an unknown field, a wrong type or a value out of range; nothing is changed then.
+    """
+    from kara_sglang import plugin
+    from kara_sglang.config import NONE, KaraConfig
+
+    config = None
+    if selector != NONE:
+        config = KaraConfig.from_settings({"selector": selector, **settings})
+    plugin.activate(config)
+    return config

@@ -1,0 +1,143 @@
+"""The flags: how they enter SGLang's parser, how they are read, and when the launcher refuses them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from kara_sglang import config as settings
+from kara_sglang import plugin, refusals
+from kara_sglang.config import CONFIG_KEYS, NONE, PRESETS, SELECTORS, KaraConfig
+
+_FROM_CLI = "_kv_compress_from_cli"
+"""Mark on a ``ServerArgs`` record: errors end the process with one line instead of an exception."""
+
+
+def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
+    """AFTER ``ServerArgs.add_cli_args``.
+
+    No flag has a default here, so that an absent one can fall back on the environment variable.
+    """
+    default = KaraConfig()
+    group = parser.add_argument_group("KV-cache compression (kara_sglang)")
+    group.add_argument(
+        "--kv-compress",
+        choices=[NONE, *SELECTORS],
+        help="Compress the KV cache of generated text while decoding: which tokens of a window are "
+        f"kept. Default: none, or what the environment variable {settings.ENV} says.",
+    )
+    group.add_argument(
+        "--kv-compress-window",
+        type=int,
+        metavar="TOKENS",
+        help="Tokens that are compressed together; a multiple of the page size. "
+        f"Default: {default.window}.",
+    )
+    group.add_argument(
+        "--kv-compress-retain",
+        type=float,
+        metavar="SHARE",
+        help="Share of each window that is kept, 0 < SHARE <= 1, rounded to whole pages. "
+        f"Default: {default.retain}.",
+    )
+    group.add_argument(
+        "--kv-compress-query-mem-gb",
+        type=float,
+        metavar="GIB",
+        help="Memory for recorded queries in GiB per rank; requests that find no room in it stay "
+        "uncompressed until there is. Default: 2 if the selector needs queries, else 0.",
+    )
+    keys = ", ".join(f"{key} ({getattr(default, key)})" for key in CONFIG_KEYS)
+    group.add_argument(
+        "--kv-compress-config",
+        metavar="JSON",
+        help="All other settings, as a JSON object or the path of a file that holds one. Keys "
+        f"(defaults): preset ({' or '.join(PRESETS)}), {keys}. See docs/configuration.md.".replace(
+            "%", "%%"
+        ),
+    )
+
+
+def from_cli_args(record: Any, *args: Any, **_kwargs: Any) -> None:
+    """AFTER ``ServerArgs.from_cli_args(cls, args)``: read our flags, switch the plugin on or off."""
+    namespace = args[-1]
+    setattr(record, _FROM_CLI, True)
+    try:
+        plugin.activate(read_flags(namespace))
+    except ValueError as error:
+        fail(str(error))
+
+
+def read_flags(namespace: argparse.Namespace) -> KaraConfig | None:
+    """The settings that the flags ask for, over those of the environment; None: compression is off.
+
+    Raises
+    ------
+    ValueError
+        One line that names the flag.
+    """
+    selector = getattr(namespace, "kv_compress", None)
+    explicit = {
+        "window": getattr(namespace, "kv_compress_window", None),
+        "retain": getattr(namespace, "kv_compress_retain", None),
+        "query_mem_gb": getattr(namespace, "kv_compress_query_mem_gb", None),
+    }
+    explicit = {key: value for key, value in explicit.items() if value is not None}
+    text = getattr(namespace, "kv_compress_config", None)
+    if text is not None:
+        object_settings = settings.read_config_object(text)
+        for key in object_settings:
+            if key not in (*CONFIG_KEYS, "preset"):
+                hint = f"; use {settings.flag_of(key)}" if key in settings.FLAGS else ""
+                known = ", ".join(["preset", *CONFIG_KEYS])
+                raise ValueError(
+                    f"--kv-compress-config: unknown key {key!r}{hint}; known keys: {known}"
+                )
+        explicit |= object_settings
+    if selector == NONE:
+        return None
+    inherited = settings.environment_settings()
+    if selector is None and inherited is None:
+        if explicit:
+            given = ", ".join(sorted({settings.flag_of(key).split(":")[0] for key in explicit}))
+            raise ValueError(
+                f"{given} has no effect without --kv-compress; add --kv-compress kara (or another "
+                "selector), or leave it out"
+            )
+        return None
+    merged = (inherited or {}) | explicit
+    if selector is not None:
+        merged["selector"] = selector
+    return KaraConfig.from_settings(merged)
+
+
+def check_server_args(_result: None, record: Any) -> None:
+    """AFTER ``ServerArgs.check_server_args``: the last stop before any process is started."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    try:
+        config = plugin.active()
+        if config is None:
+            return
+        resolved = resolving_view(record)
+        for refused in (
+            refusals.of_version,
+            plugin.hook_parent,
+            lambda: refusals.of_flags(resolved),
+            lambda: refusals.of_model_config(model_config_of(record)),
+        ):
+            if lines := refused():
+                raise ValueError("; ".join(lines))
+        config.check_page_size(resolved.page_size)
+    except ValueError as error:
+        if not getattr(record, _FROM_CLI, False):
+            raise
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """End the launcher with one clear line and exit code 2."""
+    print(f"kv-compress: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)

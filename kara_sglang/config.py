@@ -1,0 +1,254 @@
+"""All settings of the plugin: one flat record, its checks, and its JSON form.
+
+The same record comes from the command line, from SGLang's ``--config`` file, from
+:func:`kara_sglang.configure` and from the environment variable :data:`ENV`. Errors are ``ValueError``
+with one line that names the flag or key and the way out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+ENV = "SGLANG_KV_COMPRESS"
+"""Settings as a selector's name or a JSON object; the launcher hands them to its children in it."""
+
+NONE = "none"
+
+Selector = Literal["kara", "causal", "snapkv", "recent", "random", "identity"]
+Score = Literal["sum", "sum_v", "l2", "l2_v"]
+SELECTORS: tuple[str, ...] = typing.get_args(Selector)
+
+_NEED_QUERIES = ("kara", "causal", "snapkv")
+
+# The paper's own choices (arXiv 2607.01237, section 4): everything that this project added is off.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"score": "sum", "delay": 0, "query_heads": "all", "query_dtype": "model"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class KaraConfig:
+    """Settings of one server.
+
+    Attributes
+    ----------
+    selector
+        Which tokens of a window are kept; the registry is ``kernels/selectors``.
+    window
+        W, tokens that are compressed together. A multiple of the page size.
+    retain
+        Share of a window that is kept, 0 < retain <= 1. R = retain * W, rounded to whole pages.
+    query_mem_gb
+        Memory of the ring that holds recorded queries, in GiB per rank. ``None``: 2 where the
+        server's selector needs queries, else 0.
+    delay
+        Newest tokens left uncompressed behind the window; their queries vote too.
+    score
+        ``sum`` of the attention that a key collects (the paper's), ``l2``: sum of its squares; with
+        ``_v`` times the norm of the value.
+    chunk_budget
+        alpha: share of R that Token2Chunk may spend on filling gaps; 0 switches it off.
+    chunk_width
+        gamma: widest chunk in tokens, both ends included.
+    chunk_quantile
+        Both ends of a chunk must score above this quantile of the window.
+    last_queries
+        How many of the newest queries ``snapkv`` looks through.
+    query_heads
+        ``all`` query heads are recorded, ``rotating``: one of each GQA group in turn, ``auto``: all
+        while the ring has room and rotating when it has not.
+    query_dtype
+        ``fp8`` (e4m3) or ``model`` (the model's own).
+    period
+        Decode steps between two passes, at most 64.
+    max_requests_per_pass
+        Requests that one pass compresses at most.
+    seed
+        Seeds the ``random`` selector.
+    debug_checks
+        Checks the invariants of every pass on the device, too (synchronises; for tests).
+    """
+
+    selector: Selector = "kara"
+    window: int = 512
+    retain: float = 0.5
+    query_mem_gb: float | None = None
+    delay: int = 64
+    score: Score = "l2_v"
+    chunk_budget: float = 0.1
+    chunk_width: int = 8
+    chunk_quantile: float = 0.8
+    last_queries: int = 32
+    query_heads: Literal["auto", "all", "rotating"] = "auto"
+    query_dtype: Literal["fp8", "model"] = "fp8"
+    period: int = 1
+    max_requests_per_pass: int = 8
+    seed: int = 0
+    debug_checks: bool = False
+
+    def __post_init__(self) -> None:
+        if self.selector in _NEED_QUERIES and not self.query_bytes:
+            raise ValueError(
+                f"--kv-compress-query-mem-gb 0 leaves no room for the queries that --kv-compress "
+                f"{self.selector} needs; give it memory or choose recent or random"
+            )
+        for name, check, expected in _RANGES:
+            if not check(getattr(self, name)):
+                raise ValueError(
+                    f"{flag_of(name)} must be {expected}, got {getattr(self, name)!r}"
+                )
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> KaraConfig:
+        """Check keys and types, apply ``preset`` first and everything else over it."""
+        settings = dict(settings)
+        preset = settings.pop("preset", "default")
+        if preset not in PRESETS:
+            raise ValueError(
+                f"{flag_of('preset')} must be one of {', '.join(PRESETS)}, got {preset!r}"
+            )
+        merged = PRESETS[preset] | settings
+        types = typing.get_type_hints(cls)
+        for key, value in merged.items():
+            if key not in types:
+                known = ", ".join(["preset", *CONFIG_KEYS])
+                raise ValueError(f"--kv-compress-config: unknown key {key!r}; known keys: {known}")
+            merged[key] = checked(flag_of(key), value, types[key])
+        return cls(**merged)
+
+    @classmethod
+    def from_env(cls) -> KaraConfig | None:
+        """The settings in :data:`ENV`, or None where compression is off."""
+        settings = environment_settings()
+        return None if settings is None else cls.from_settings(settings)
+
+    @property
+    def query_bytes(self) -> int:
+        """Size of the recorder's rings in bytes, per rank."""
+        if self.query_mem_gb is not None:
+            return int(self.query_mem_gb * 2**30)
+        return 2 * 2**30 if self.selector in _NEED_QUERIES else 0
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    def check_page_size(self, page_size: int) -> None:
+        """Raise where the window is no multiple of ``page_size`` (tokens)."""
+        if self.window % page_size:
+            below = self.window // page_size * page_size
+            near = f"{below} or {below + page_size}" if below else f"{page_size}"
+            raise ValueError(
+                f"--kv-compress-window {self.window} is not a multiple of the page size "
+                f"{page_size} (--page-size); use {near}"
+            )
+
+    def kept(self, page_size: int, retain: float | None = None) -> int:
+        """R in tokens for a share ``retain`` (the server's by default): whole pages, at least one."""
+        pages = self.window // page_size
+        share = self.retain if retain is None else retain
+        return max(1, min(pages, round(share * pages))) * page_size
+
+
+FLAGS = {
+    "selector": "--kv-compress",
+    "window": "--kv-compress-window",
+    "retain": "--kv-compress-retain",
+    "query_mem_gb": "--kv-compress-query-mem-gb",
+}
+
+CONFIG_KEYS: tuple[str, ...] = tuple(
+    f.name for f in dataclasses.fields(KaraConfig) if f.name not in FLAGS
+)
+"""Keys of ``--kv-compress-config``: everything that has no flag of its own."""
+
+_RANGES = (
+    ("window", lambda v: 1 <= v <= 65536, "between 1 and 65536 tokens"),
+    ("retain", lambda v: 0 < v <= 1, "a share with 0 < retain <= 1"),
+    ("query_mem_gb", lambda v: v is None or v >= 0, "0 or more (GiB)"),
+    ("delay", lambda v: 0 <= v <= 65536, "between 0 and 65536 tokens"),
+    ("chunk_budget", lambda v: 0 <= v <= 1, "a share of the kept tokens between 0 and 1"),
+    ("chunk_width", lambda v: v >= 2, "2 tokens or more"),
+    ("chunk_quantile", lambda v: 0 <= v <= 1, "between 0 and 1"),
+    ("last_queries", lambda v: v >= 1, "1 or more"),
+    ("period", lambda v: 1 <= v <= 64, "between 1 and 64 decode steps"),
+    ("max_requests_per_pass", lambda v: v >= 1, "1 or more"),
+    ("seed", lambda v: 0 <= v < 2**31, "between 0 and 2**31 - 1"),
+)
+
+
+def environment_settings() -> dict[str, Any] | None:
+    """What :data:`ENV` asks for, unchecked; None where it is unset or ``none``."""
+    text = os.environ.get(ENV, "").strip()
+    settings = parse_object(text, ENV) if text.startswith("{") else {"selector": text or NONE}
+    return None if settings.get("selector") == NONE else settings
+
+
+def flag_of(field: str) -> str:
+    """What a user typed for ``field``: its flag, or its key in the config object."""
+    return FLAGS.get(field, f"--kv-compress-config: {field}")
+
+
+def parse_object(text: str, source: str) -> dict[str, Any]:
+    """A JSON object from ``text``; errors name ``source``."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}: not a JSON object ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_config_object(text_or_path: str) -> dict[str, Any]:
+    """The value of ``--kv-compress-config``: a JSON object, or the path of a file that holds one."""
+    if text_or_path.lstrip().startswith("{"):
+        return parse_object(text_or_path, "--kv-compress-config")
+    path = Path(text_or_path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ValueError(
+            f"--kv-compress-config: {text_or_path!r} is neither a JSON object nor a readable file "
+            f"({error.strerror})"
+        ) from None
+    return parse_object(text, f"--kv-compress-config: file {text_or_path}")
+
+
+def checked(name: str, value: Any, annotation: Any) -> Any:
+    """``value`` if it has the annotated type (an int passes for a float), else ``ValueError``."""
+    choices = [annotation]
+    if typing.get_origin(annotation) not in (None, Literal):
+        choices = list(typing.get_args(annotation))
+    for choice in choices:
+        if typing.get_origin(choice) is Literal:
+            if value in typing.get_args(choice) and isinstance(value, str):
+                return value
+        elif choice is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(value, choice) and not (choice is int and isinstance(value, bool)):
+            return value
+    raise ValueError(f"{name} must be {_describe(choices)}, got {value!r}")
+
+
+def _describe(choices: list[Any]) -> str:
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        type(None): "null",
+        str: "a string",
+    }
+    parts = []
+    for choice in choices:
+        if typing.get_origin(choice) is Literal:
+            parts.append("one of " + ", ".join(typing.get_args(choice)))
+        else:
+            parts.append(words[choice])
+    return " or ".join(parts)

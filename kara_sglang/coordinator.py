@@ -1,0 +1,328 @@
+"""The compaction pass: runs inside SGLang's scheduler, before each decode step.
+
+Data flows one way: recorder -> selector -> Token2Chunk -> compaction -> page table -> lengths ->
+allocator. The only values that come back from the device are none: exactly R of W tokens are kept, so
+every length, page-table edit and freed slot is known on the host beforehand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import zlib
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from kara_sglang.config import KaraConfig
+from kara_sglang.kernels import selectors
+from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
+from kara_sglang.options import RequestOptions
+from kara_sglang.policy import Candidate, Policy
+from kara_sglang.radix_integration import exact
+from kara_sglang.recorder import LAG, QueryRecorder, to_device
+from kara_sglang.state import Geometry, RequestState
+from kara_sglang.stats import Totals
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+
+STATE = "kv_compress"
+"""Attribute of SGLang's ``Req`` that holds its :class:`RequestState`; None for a request that is not
+compressed, absent before its first decode step."""
+
+
+class Coordinator:
+    """Compresses the running requests of one scheduler (one tensor-parallel rank).
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+        SGLang's, after its ``__init__``.
+    config : KaraConfig
+    recorder : QueryRecorder or None
+        None where the settings leave no memory for queries.
+    kernels : Kernels
+    scales : list of float
+        Softmax scale per layer.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        config: KaraConfig,
+        recorder: QueryRecorder | None,
+        kernels: Kernels,
+        scales: list[float],
+    ) -> None:
+        self.scheduler = scheduler
+        self.config = config
+        self.recorder = recorder
+        self.kernels = kernels
+        self.scales = scales
+        self.geometry = Geometry(scheduler.page_size, config.window, config.delay)
+        self.policy = Policy(config.period, config.max_requests_per_pass, LAG - 1)
+        self.totals = Totals()
+        self._selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
+        self._arrivals = 0
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def _admit(self, req: Req) -> RequestState | None:
+        """Make the state of a request that is about to take its first decode step."""
+        self._arrivals += 1
+        state = None
+        skipped = _skip_reason(req)
+        if skipped is None:
+            options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+            if options.enabled:
+                selector = self._selectors[options.selector or self.config.selector]
+                state = RequestState(
+                    selector=selector,
+                    kept=self.config.window
+                    if selector.keeps_all
+                    else self.config.kept(self.geometry.page_size, options.retain),
+                    seed=options.seed if options.seed is not None else self._seed_of(req),
+                    base=exact.first_base(req.kv, self.geometry.page_size),
+                    order=self._arrivals,
+                )
+            else:
+                skipped = "opt_out"
+        if skipped is not None:
+            self.totals.skip(skipped)
+        setattr(req, STATE, state)
+        return state
+
+    def _seed_of(self, req: Req) -> int:
+        # From the prompt, by crc32: the same in every run and on every rank, which request ids and
+        # hash() are not.
+        return self.config.seed ^ zlib.crc32(array("q", req.origin_input_ids).tobytes())
+
+    def forget(self, req: Req) -> None:
+        """The request was retracted: its KV is gone and will be computed anew, uncompressed."""
+        state = getattr(req, STATE, None)
+        if state is not None:
+            exact.allow_insert(req, state)
+        if hasattr(req, STATE):
+            delattr(req, STATE)
+
+    def row_freed(self, req: Req) -> None:
+        """The request gives its row back (finished, aborted or retracted)."""
+        state = getattr(req, STATE, None)
+        if state is None:
+            return
+        if state.recorder is not None:
+            assert self.recorder is not None
+            self.recorder.release(state.recorder)
+            state.recorder = None
+        elif state.selector.needs_queries:
+            lost = state.uncompressed(req.kv.kv_committed_len) // self.geometry.window
+            self.totals.skip("no_recorder", lost)
+
+    # -- one decode step ---------------------------------------------------------------------------
+
+    def before_decode(self, batch: ScheduleBatch) -> None:
+        """Compress what is due, then hand out recorders for what comes next.
+
+        Called before SGLang's memory check and before it prepares the decode step, so that freed pages
+        can spare a retraction.
+        """
+        states = [
+            getattr(req, STATE) if hasattr(req, STATE) else self._admit(req) for req in batch.reqs
+        ]
+        candidates = [
+            Candidate(
+                index,
+                state.order,
+                req.kv.kv_committed_len - state.due_at(self.geometry),
+                state.uncompressed(req.kv.kv_committed_len),
+            )
+            for index, (req, state) in enumerate(zip(batch.reqs, states, strict=True))
+            if state is not None
+        ]
+        due = self.policy.due(
+            [c for c in candidates if self._can_compress(batch.reqs[c.index], states[c.index])]
+        )
+        if due:
+            self._compress(batch, due)
+        self._assign_recorders(batch, [c for c in candidates if states[c.index].waits_for_recorder()])
+
+    def _can_compress(self, req: Req, state: RequestState) -> bool:
+        if state.waits_for_recorder() or req.finished() or req.to_finish is not None:
+            return False
+        # The step in flight may end it; its window would be compressed for nothing.
+        return not req.next_output_finishes_by_length()
+
+    def _assign_recorders(self, batch: ScheduleBatch, waiting: list[Candidate]) -> None:
+        if self.recorder is None:
+            return
+        if waiting:
+            grants = self.policy.grants(
+                waiting, self.recorder.free_units, self.recorder.shape.group, self.config.query_heads
+            )
+            for index, num_units in grants:
+                req = batch.reqs[index]
+                state: RequestState = getattr(req, STATE)
+                kv_len = req.kv.kv_committed_len
+                self.totals.skip(
+                    "no_recorder",
+                    state.start_window_at(max(kv_len, req.kv.cache_protected_len), self.geometry),
+                )
+                # The step that is prepared next computes the query at this position.
+                state.recorder = self.recorder.acquire(
+                    req.kv.req_pool_idx, num_units, kv_len + state.removed
+                )
+        with self._forward_stream():
+            self.recorder.flush()
+
+    # -- the pass ----------------------------------------------------------------------------------
+
+    def _compress(self, batch: ScheduleBatch, due: list[int]) -> None:
+        started = time.perf_counter()
+        geometry = self.geometry
+        jobs: list[WindowJob] = []
+        freed = torch.zeros_like(batch.seq_lens_cpu)
+        to_free: list[tuple[torch.Tensor, int]] = []
+        windows = 0
+
+        for index in due:
+            req = batch.reqs[index]
+            state: RequestState = getattr(req, STATE)
+            start = state.base + state.removed
+            if state.recorder is not None and not self.recorder.covers(
+                state.recorder, start, req.kv.kv_committed_len + state.removed
+            ):
+                raise RuntimeError(
+                    f"kv-compress: queries of the window at {start} of request {req.rid} are no "
+                    "longer in the ring"
+                )
+            state.check(geometry, req.kv.kv_committed_len, req.kv.cache_protected_len)
+            self._check_lengths(batch, index, req, state)
+            slots = self._splice(batch, req, state)
+            jobs.append(
+                WindowJob(
+                    slots=slots,
+                    kept=state.kept,
+                    selector=state.selector,
+                    seed=state.seed + 1_000_003 * len(state.windows),
+                    query_start=start,
+                    query_count=geometry.window + geometry.delay,
+                    units=self.recorder.units_of(state.recorder)
+                    if state.selector.needs_queries
+                    else None,
+                )
+            )
+            to_free.append((slots[state.kept :], state.base + state.kept))
+            exact.bar_insert(req, state)
+            window = state.commit(geometry)
+            req.kv.kv_committed_len -= window.freed
+            req.kv.kv_allocated_len -= window.freed
+            freed[index] = window.freed
+            windows += 1
+
+        with self._forward_stream():
+            for job in jobs:
+                if job.slots.is_cuda:
+                    job.slots.record_stream(torch.cuda.current_stream())
+            kept = self.kernels.compress(self._pool(), jobs)
+            if self.config.debug_checks:
+                _check_kept(kept, jobs)
+
+        # Rebound, never written in place: overlap scheduling keeps older batches in flight.
+        batch.seq_lens = batch.seq_lens - to_device(freed, batch.seq_lens.device)
+        batch.seq_lens_cpu = batch.seq_lens_cpu - freed
+        batch.seq_lens_sum = None
+        allocator = self.scheduler.token_to_kv_pool_allocator
+        for slots, start in to_free:
+            # free_segment, because plain free() of the paged allocator synchronises.
+            allocator.free_segment(slots, start_pos=start)
+        self.totals.add_pass(windows, int(freed.sum()), time.perf_counter() - started)
+
+    def _splice(self, batch: ScheduleBatch, req: Req, state: RequestState) -> torch.Tensor:
+        """Cut the window's last W - R slots out of the row; returns all W slots, in token order.
+
+        Only the page table moves: the tail behind the window keeps its K/V where it is.
+        """
+        row = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        end = state.base + self.geometry.window
+        slots = row[state.base : end].clone()  # a slice of the row is a view
+        tail = row[end : req.kv.kv_committed_len].clone()
+        row[state.base + state.kept : state.base + state.kept + tail.shape[0]] = tail
+        return slots
+
+    def _check_lengths(
+        self, batch: ScheduleBatch, index: int, req: Req, state: RequestState
+    ) -> None:
+        committed, allocated = req.kv.kv_committed_len, req.kv.kv_allocated_len
+        in_batch = int(batch.seq_lens_cpu[index])
+        if not committed == allocated == in_batch:
+            raise RuntimeError(
+                f"kv-compress: request {req.rid} has committed {committed}, allocated {allocated}, "
+                f"in the batch {in_batch} KV slots; they must agree before a pass"
+            )
+        if self.config.debug_checks:
+            ahead = int(batch.orig_seq_lens[index]) - int(batch.seq_lens[index])
+            if ahead != state.removed or int(batch.seq_lens[index]) != in_batch:
+                raise RuntimeError(
+                    f"kv-compress: request {req.rid}: logical length is {ahead} ahead of its "
+                    f"{int(batch.seq_lens[index])} KV slots, {state.removed} were removed"
+                )
+
+    def _pool(self) -> LayerPool:
+        pool = self.scheduler.token_to_kv_pool_allocator.get_kvcache()
+        recorder = self.recorder
+        return LayerPool(
+            keys=list(pool.k_buffer),
+            values=list(pool.v_buffer),
+            rings=recorder.rings if recorder is not None else [],
+            ring_len=recorder.ring_len if recorder is not None else 0,
+            scales=self.scales,
+        )
+
+    @contextlib.contextmanager
+    def _forward_stream(self) -> Iterator[None]:
+        """Run behind the step in flight, whose attention still reads K/V and writes queries."""
+        scheduler = self.scheduler
+        if not scheduler.enable_overlap:
+            yield
+            return
+        with scheduler.forward_stream_ctx:
+            scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
+            yield
+
+    # -- what others ask ---------------------------------------------------------------------------
+
+    def held(self) -> tuple[int, int]:
+        """KV slots held by the running requests, and their logical length, in tokens."""
+        physical = logical = 0
+        for req in self.scheduler.running_batch.reqs:
+            state = getattr(req, STATE, None)
+            physical += req.kv.kv_committed_len
+            logical += req.kv.kv_committed_len + (state.removed if state is not None else 0)
+        return physical, logical
+
+
+def _skip_reason(req: Req) -> str | None:
+    """Why a request is never compressed, or None."""
+    if req.beam_group is not None:
+        return "beam"
+    if req.multimodal_inputs is not None:
+        return "multimodal"
+    return None
+
+
+def _check_kept(kept: list[torch.Tensor], jobs: list[WindowJob]) -> None:
+    for chosen, job in zip(kept, jobs, strict=True):
+        width = job.slots.shape[0]
+        ascending = bool((chosen.diff(dim=-1) > 0).all())
+        inside = bool((chosen >= 0).all()) and bool((chosen < width).all())
+        if chosen.shape[-1] != job.kept or not ascending or not inside:
+            raise RuntimeError(
+                f"kv-compress: selection must be {job.kept} strictly ascending positions in "
+                f"[0, {width}), got shape {tuple(chosen.shape)}, ascending {ascending}, inside {inside}"
+            )
+        if job.slots.unique().numel() != width:
+            raise RuntimeError("kv-compress: a window holds the same slot twice")

@@ -1,0 +1,26 @@
+"""What a machine without a GPU needs to run stock SGLang: everything of that kind, and only here.
+
+SGLang pins CUDA packages of many gigabytes. None of them is needed on a CPU, but ``sgl_kernel`` is
+imported all the same, and torchvision's wheel cannot be imported without CUDA.
+
+``requirements.txt``, ``requirements-nodeps.txt``
+    SGLang 0.5.23 and what it imports on a CPU; the second list is installed with ``--no-deps``.
+``requirements-test.txt``
+    What the test suite needs on top.
+``site/``
+    A stand-in for ``sgl_kernel`` and a mend for torchvision's missing operators, outside this
+    package's own namespace because SGLang and torchvision look for them by their global names.
+``install.py``
+    Puts a copy of ``site/`` into the current virtual environment; no installed file is edited.
+
+A GPU machine uses none of this.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+
+def is_installed() -> bool:
+    """Whether this environment runs SGLang on the CPU with the helpers of ``site/``."""
+    return importlib.util.find_spec("kara_cpu_torchvision") is not None

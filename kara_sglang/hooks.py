@@ -1,0 +1,231 @@
+"""The one table of places where the plugin touches SGLang, and the check that they are in place.
+
+SGLang applies hooks by name and only logs a failure (``plugins/hook_registry.py``), so everything that
+the plugin relies on is listed here, is compared with the signature that we expect, and is verified
+after the fact. Read from SGLang 0.5.23; paths are relative to ``sglang.srt``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+SGLANG_VERSION = "0.5.23"
+_ROOT = "sglang.srt."
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One target in SGLang.
+
+    Attributes
+    ----------
+    target
+        Dotted path below ``sglang.srt``.
+    kind
+        ``before``, ``after`` or ``around``.
+    parameters
+        Names of the target's leading parameters that we rely on.
+    handler
+        ``module:function`` below ``kara_sglang``, imported when the hook is registered.
+    why
+        One line for the documentation and the doctor.
+    """
+
+    target: str
+    kind: str
+    parameters: tuple[str, ...]
+    handler: str
+    why: str
+
+    @property
+    def path(self) -> str:
+        return _ROOT + self.target
+
+    def problem(self) -> str | None:
+        """Why the target in the installed SGLang is not what we expect, or None."""
+        try:
+            function = pkgutil.resolve_name(self.path)
+        except (ImportError, AttributeError, ValueError) as error:
+            return f"{self.path} is missing ({error})"
+        # Below a class method's binding and below the hooks that are already in place.
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        names = tuple(inspect.signature(function).parameters)
+        if names[: len(self.parameters)] != self.parameters:
+            return f"{self.path} takes {names}, expected it to begin with {self.parameters}"
+        return None
+
+
+# Always registered, in every process that loads plugins: the flags.
+CLI_HOOKS = (
+    Hook(
+        "server_args.ServerArgs.add_cli_args", "after", ("parser",), "cli:add_cli_args", "adds the flags"
+    ),
+    Hook(
+        "server_args.ServerArgs.from_cli_args", "after", ("cls", "args"), "cli:from_cli_args", "reads the flags"
+    ),
+    Hook(
+        "server_args.ServerArgs.check_server_args",
+        "after",
+        ("self",),
+        "cli:check_server_args",
+        "refuses flags and models that compression does not support",
+    ),
+)
+
+# Registered in the server's parent process once compression is switched on.
+PARENT_HOOKS = (
+    Hook(
+        "sampling.sampling_params.SamplingParams.verify",
+        "after",
+        ("self", "vocab_size"),
+        "serving:verify_sampling_params",
+        "checks per-request options; an error is HTTP 400",
+    ),
+    Hook(
+        "managers.tokenizer_manager.TokenizerManager.update_request_meta_info",
+        "around",
+        ("self", "meta_info", "state", "customized_info", "index", "finish_reason"),
+        "serving:update_request_meta_info",
+        "puts meta_info.kv_compress into the answer",
+    ),
+    Hook(
+        "entrypoints.engine._wait_for_scheduler_ready",
+        "after",
+        ("scheduler_pipe_readers", "scheduler_procs"),
+        "serving:check_children",
+        "refuses to serve when a scheduler runs without the plugin",
+    ),
+)
+
+# Registered in the scheduler processes once compression is switched on.
+CHILD_HOOKS = (
+    Hook(
+        "model_executor.model_runner.ModelRunner.load_model",
+        "after",
+        ("self",),
+        "runtime:after_load_model",
+        "allocates the query ring before the KV pool is sized",
+    ),
+    Hook(
+        "model_executor.model_runner.ModelRunner.init_cuda_graphs",
+        "before",
+        ("self", "capture_decode_cuda_graph"),
+        "runtime:before_cuda_graphs",
+        "allocates the recorder's row tables before graph capture",
+    ),
+    Hook(
+        "layers.radix_attention.RadixAttention.forward",
+        "before",
+        ("self", "q", "k", "v", "forward_batch"),
+        "runtime:before_attention",
+        "records post-RoPE queries in decode steps",
+    ),
+    Hook(
+        "model_executor.forward_batch_info.ForwardBatch.init_new",
+        "after",
+        ("cls", "batch", "model_runner"),
+        "runtime:after_init_forward_batch",
+        "sets RoPE positions from the logical length",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.__init__",
+        "after",
+        ("self", "server_args", "port_args"),
+        "runtime:after_scheduler_init",
+        "checks the real objects and the hooks, starts the coordinator",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.update_running_batch",
+        "before",
+        ("self", "batch"),
+        "runtime:before_update_running_batch",
+        "the compaction pass, ahead of the memory check",
+    ),
+    Hook(
+        "managers.schedule_batch.Req.reset_for_retract",
+        "after",
+        ("self",),
+        "runtime:after_reset_for_retract",
+        "forgets a retracted request's windows",
+    ),
+    Hook(
+        "mem_cache.memory_pool.ReqToTokenPool.free",
+        "before",
+        ("self", "req"),
+        "runtime:before_free_row",
+        "takes the request's recorder back",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.get_output_streamer_class",
+        "around",
+        ("self",),
+        "serving:output_streamer_class",
+        "reports what was compressed with a request's last output",
+    ),
+    Hook(
+        "managers.scheduler_components.pool_stats_observer.PoolStats.get_decode_usage_msg_parts",
+        "after",
+        ("self",),
+        "observability:decode_usage_msg_parts",
+        "adds the share retained to the `Decode batch` log line",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.get_internal_state",
+        "after",
+        ("self", "recv_req"),
+        "observability:internal_state",
+        "adds settings and totals to /server_info",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.get_init_info",
+        "after",
+        ("self",),
+        "runtime:after_get_init_info",
+        "tells the parent that this process is hooked",
+    ),
+    Hook(
+        "managers.data_parallel_controller.DataParallelController.get_init_info",
+        "after",
+        ("self",),
+        "runtime:after_controller_init_info",
+        "passes on what the schedulers of a data-parallel server said",
+    ),
+)
+
+ALL_HOOKS = (*CLI_HOOKS, *PARENT_HOOKS, *CHILD_HOOKS)
+
+
+def digest(hooks: tuple[Hook, ...] = CHILD_HOOKS) -> int:
+    """A number that parent and child must agree on."""
+    return zlib.crc32(repr([(hook.path, hook.kind) for hook in hooks]).encode())
+
+
+def register(hooks: tuple[Hook, ...]) -> None:
+    """Put ``hooks`` into SGLang's registry, each target once. Applied by ``apply_hooks()``."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for hook in hooks:
+        handler = _handler(hook)
+        if all(registered is not handler for _, registered, _ in HookRegistry._hooks[hook.path]):
+            HookRegistry.register(hook.path, handler, HookType(hook.kind))
+
+
+def missing(hooks: tuple[Hook, ...]) -> list[str]:
+    """Targets of ``hooks`` that SGLang has not patched in this process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return [hook.path for hook in hooks if hook.path not in HookRegistry._patched]
+
+
+def problems(hooks: tuple[Hook, ...] = ALL_HOOKS) -> list[str]:
+    """What does not fit between ``hooks`` and the installed SGLang, one line each."""
+    return [text for hook in hooks if (text := hook.problem()) is not None]
+
+
+def _handler(hook: Hook) -> Callable:
+    module, function = hook.handler.split(":")
+    return pkgutil.resolve_name(f"kara_sglang.{module}:{function}")

@@ -1,0 +1,69 @@
+"""Per-request options: ``custom_params = {"kv_compress": ...}`` of ``sampling_params``.
+
+``false`` opts the request out; an object changes the share, the selector or the seed for this request
+alone. Checked in the server's parent process, where an error becomes HTTP 400.
+"""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from kara_sglang.config import KaraConfig, Selector, checked
+from kara_sglang.kernels.selectors import REGISTRY
+
+KEY = "kv_compress"
+_TYPES: dict[str, Any] = {"selector": Selector, "retain": float, "seed": int}
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What one request asked for; None: the server's setting."""
+
+    enabled: bool = True
+    selector: str | None = None
+    retain: float | None = None
+    seed: int | None = None
+
+    @classmethod
+    def parse(cls, custom_params: Any, config: KaraConfig) -> RequestOptions:
+        """Read and check a request's ``custom_params``.
+
+        Raises
+        ------
+        ValueError
+            One line that names the field.
+        """
+        if not isinstance(custom_params, dict) or custom_params.get(KEY) is None:
+            return cls()
+        value = custom_params[KEY]
+        if isinstance(value, bool):
+            return cls(enabled=value)
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{KEY} must be true, false or an object with {_fields()}, got {value!r}"
+            )
+        fields: dict[str, Any] = {}
+        for name, given in value.items():
+            if name not in _TYPES:
+                raise ValueError(f"{KEY}.{name} is unknown; the fields are {_fields()}")
+            fields[name] = checked(f"{KEY}.{name}", given, _TYPES[name])
+        retain = fields.get("retain")
+        if retain is not None and not 0 < retain <= 1:
+            raise ValueError(f"{KEY}.retain must be a share with 0 < retain <= 1, got {retain!r}")
+        seed = fields.get("seed")
+        if seed is not None and not 0 <= seed < 2**31:
+            raise ValueError(f"{KEY}.seed must be between 0 and 2**31 - 1, got {seed!r}")
+        selector = fields.get("selector")
+        if selector is not None and REGISTRY[selector].needs_queries and not config.query_bytes:
+            raise ValueError(
+                f"{KEY}.selector {selector!r} needs recorded queries, but this server keeps none "
+                "(--kv-compress-query-mem-gb is 0); choose "
+                + " or ".join(n for n in typing.get_args(Selector) if not REGISTRY[n].needs_queries)
+            )
+        return cls(**fields)
+
+
+def _fields() -> str:
+    return ", ".join(_TYPES)

@@ -1,0 +1,80 @@
+"""Entry point of the group ``sglang.srt.plugins``: what SGLang calls in each of its processes.
+
+The environment variable ``SGLANG_KV_COMPRESS`` is the one place that says whether compression is on
+and how; flags and :func:`kara_sglang.configure` write it, SGLang's child processes inherit it. Every
+process that loads plugins gets the flags. A process that launches a server adds the hooks that check
+requests and shape answers; a child gets the hooks of the pass when the variable is set. Off costs
+nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+from importlib.metadata import entry_points
+
+from kara_sglang import hooks
+from kara_sglang.config import ENV, KaraConfig
+
+ENTRY_POINT = "kara"
+
+
+def register() -> None:
+    """Called by SGLang's ``load_plugins()`` once per process, which then applies the hooks."""
+    hooks.register(hooks.CLI_HOOKS)
+    if ENV in os.environ and multiprocessing.parent_process() is not None:
+        hooks.register(hooks.CHILD_HOOKS)
+
+
+def active() -> KaraConfig | None:
+    """The settings in force; None: compression is off.
+
+    Raises
+    ------
+    ValueError
+        Where the environment variable is malformed.
+    """
+    return _parsed(os.environ.get(ENV))
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(_text: str | None) -> KaraConfig | None:
+    return KaraConfig.from_env()
+
+
+def activate(config: KaraConfig | None) -> None:
+    """Switch compression on (or, with None, off) for servers started from this process."""
+    if config is None:
+        os.environ.pop(ENV, None)
+    else:
+        os.environ[ENV] = config.to_json()
+
+
+def hook_parent() -> list[str]:
+    """Install the hooks of a process that launches a server.
+
+    Returns
+    -------
+    list of str
+        Why this process, or the children it is about to start, would run without the plugin.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]
+    if any(allowed) and ENTRY_POINT not in allowed:
+        return [
+            f"SGLANG_PLUGINS={os.environ['SGLANG_PLUGINS']} keeps the plugin out of SGLang's "
+            f"processes; add {ENTRY_POINT} to it or unset it"
+        ]
+    if not any(e.name == ENTRY_POINT for e in entry_points(group="sglang.srt.plugins")):
+        return ["kara-sglang is not installed in this environment: pip install kara-sglang"]
+    unfit = hooks.problems()
+    if not unfit:
+        hooks.register(hooks.PARENT_HOOKS)
+        HookRegistry.apply_hooks()
+        unfit = [
+            f"hook {path} could not be put in place"
+            for path in hooks.missing((*hooks.CLI_HOOKS, *hooks.PARENT_HOOKS))
+        ]
+    return unfit

@@ -1,0 +1,172 @@
+"""Keeping the queries of generated tokens until their window is scored.
+
+One ring per layer, bounded by ``--kv-compress-query-mem-gb`` and allocated right after the model's
+weights, so that SGLang's own sizing of the KV pool accounts for it. Where a query lies is
+``kernels/record.py``; who owns which unit is here, on the host; the per-row tables that the recording
+step reads live on the device and are written on the forward stream only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kara_sglang.kernels.backend import Kernels
+from kara_sglang.kernels.record import FP8, plan
+
+LAG = 64
+"""Tokens that a due window may wait for its pass before its first queries are overwritten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorder:
+    """A request's share of the ring."""
+
+    row: int  # req_pool_idx
+    units: tuple[int, ...]  # one per head of a GQA group, or a single one when rotating
+    since: int  # logical position of the first recorded token
+
+    @property
+    def rotating(self) -> bool:
+        return len(self.units) == 1
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Attention heads of one tensor-parallel rank, the same in every layer."""
+
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+
+class QueryRecorder:
+    """The rings, their units, and the per-row tables.
+
+    Parameters
+    ----------
+    shape : AttentionShape
+    window, delay : int
+        Tokens; a unit holds ``window + delay + LAG`` of them.
+    budget_bytes : int
+        For all layers together.
+    fp8 : bool
+        Store e4m3 instead of the model's dtype.
+    """
+
+    def __init__(
+        self, shape: AttentionShape, window: int, delay: int, budget_bytes: int, fp8: bool
+    ) -> None:
+        self.shape = shape
+        self.ring_len = window + delay + LAG
+        dtype = FP8 if fp8 else shape.dtype
+        entry_bytes = shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+        self.unit_bytes = entry_bytes * self.ring_len
+        self.num_units = budget_bytes // self.unit_bytes
+        self.trash = self.num_units * self.ring_len
+        self.rings = [
+            torch.zeros(
+                (self.trash + 1, shape.num_kv_heads, shape.head_dim),
+                dtype=dtype,
+                device=shape.device,
+            )
+            for _ in range(shape.num_layers)
+        ]
+        self._free = list(range(self.num_units - 1, -1, -1))
+        self._active: dict[int, Recorder] = {}  # by row
+        self._dirty: set[int] = set()
+        self._entries: torch.Tensor | None = None
+
+    def allocate_tables(self, num_rows: int) -> None:
+        """Make the device tables for ``num_rows`` rows of ``req_to_token``, before graph capture."""
+        device = self.shape.device
+        self.units = torch.full((num_rows, self.shape.group), -1, dtype=torch.int64, device=device)
+        self.rotating = torch.zeros((num_rows,), dtype=torch.bool, device=device)
+
+    @property
+    def free_units(self) -> int:
+        return len(self._free)
+
+    @property
+    def in_use(self) -> int:
+        """Recorders handed out."""
+        return len(self._active)
+
+    def acquire(self, row: int, num_units: int, since: int) -> Recorder:
+        """Hand ``num_units`` units (the group's size, or 1 to rotate) to a row."""
+        if row in self._active:
+            raise RuntimeError(f"kv-compress: row {row} already has a recorder")
+        units = tuple(self._free.pop() for _ in range(num_units))
+        recorder = Recorder(row, units, since)
+        self._active[row] = recorder
+        self._dirty.add(row)
+        return recorder
+
+    def release(self, recorder: Recorder) -> None:
+        """Take a recorder back. Its row is told so before the next decode step (:meth:`flush`)."""
+        if self._active.get(recorder.row) is not recorder:
+            raise RuntimeError(f"kv-compress: recorder of row {recorder.row} released twice")
+        del self._active[recorder.row]
+        self._dirty.add(recorder.row)
+        self._free.extend(recorder.units)
+
+    def covers(self, recorder: Recorder, start: int, length: int) -> bool:
+        """Whether all queries from logical position ``start`` on are still in the ring, for a request
+        whose logical length is ``length``."""
+        return recorder.since <= start and length - start <= self.ring_len
+
+    def units_of(self, recorder: Recorder) -> torch.Tensor:
+        """The recorder's units on the device, shape ``(group,)`` or ``(1,)``, int64."""
+        return to_device(torch.tensor(recorder.units), self.shape.device)
+
+    def flush(self) -> None:
+        """Write what changed into the device tables; the caller is on the forward stream."""
+        if not self._dirty:
+            return
+        group, device = self.shape.group, self.shape.device
+        rows = sorted(self._dirty)
+        active = [self._active.get(row) for row in rows]
+        units = [
+            (r.units * group)[:group] if r is not None else (-1,) * group for r in active
+        ]
+        rotating = [r is not None and r.rotating and group > 1 for r in active]
+        where = to_device(torch.tensor(rows), device)
+        self.units.index_copy_(0, where, to_device(torch.tensor(units), device))
+        self.rotating.index_copy_(0, where, to_device(torch.tensor(rotating), device))
+        self._dirty.clear()
+
+    def record(
+        self,
+        kernels: Kernels,
+        layer: int,
+        queries: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
+        """Store one decode step's queries of one layer (called from the model's forward).
+
+        The plan is made by the first layer and reused by the others: peers that planned layer by
+        layer lost half their decode speed.
+        """
+        if layer == 0:
+            self._entries = plan(
+                positions, self.units[rows], self.rotating[rows], self.ring_len, self.trash
+            )
+        assert self._entries is not None
+        kernels.record(self.rings[layer], self._entries, queries)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a small host tensor to ``device`` without waiting for the device."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,172 @@
+"""What compression does not support, said in one line before a server answers wrongly.
+
+Flags and the model's config decide most of it, in the launcher, before any model is loaded
+(:func:`of_flags`, :func:`of_model_config`). What only the real objects can tell is checked in the
+scheduler (:func:`of_scheduler`). Each refusal names the flag or the feature and the way out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kara_sglang.hooks import SGLANG_VERSION
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler import Scheduler
+
+# (flag or feature, does the resolved configuration use it?). Field names: sglang/srt/arg_groups/fields.
+_FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+    ("--speculative-algorithm", lambda c: c.speculative_algorithm is not None),
+    ("--disaggregation-mode", lambda c: c.disaggregation_mode != "null"),
+    ("--pp-size", lambda c: c.pp_size > 1),
+    ("--enable-dp-attention", lambda c: c.enable_dp_attention or c.attn_dp_size > 1),
+    ("--attn-cp-size", lambda c: c.attn_cp_size > 1),
+    ("--dcp-size", lambda c: c.dcp_size > 1),
+    ("--enable-mixed-chunk", lambda c: c.enable_mixed_chunk),
+    ("--enable-two-batch-overlap", lambda c: c.enable_two_batch_overlap),
+    ("--enable-single-batch-overlap", lambda c: c.enable_single_batch_overlap),
+    ("--enable-pdmux", lambda c: c.enable_pdmux),
+    ("--enable-torch-compile", lambda c: c.enable_torch_compile),
+    ("--enable-streaming-session", lambda c: c.enable_streaming_session),
+    ("--enable-session-radix-cache", lambda c: c.enable_session_radix_cache),
+    ("--strip-thinking-cache", lambda c: c.strip_thinking_cache),
+    ("--enable-hierarchical-cache", lambda c: c.enable_hierarchical_cache),
+    ("--enable-hisparse", lambda c: c.enable_hisparse),
+    ("--enable-lmcache", lambda c: c.enable_lmcache),
+    ("--enable-flexkv", lambda c: c.enable_flexkv),
+    ("--enable-unified-cache-external-linker", lambda c: c.enable_unified_cache_external_linker),
+    ("--radix-cache-backend", lambda c: c.radix_cache_backend is not None),
+    ("--enable-unified-memory", lambda c: c.enable_unified_memory),
+    ("--enable-page-major-kv-layout", lambda c: c.enable_page_major_kv_layout),
+    (
+        "--kv-cache-dtype mxfp8 / nvfp4 / fp4",
+        lambda c: c.kv_cache_dtype in ("mxfp8", "nvfp4", "fp4_mx_block16"),
+    ),
+    ("--kv-canary", lambda c: c.kv_canary not in (None, "none")),
+    ("--enable-deterministic-inference", lambda c: c.enable_deterministic_inference),
+    ("--tokenizer-worker-num", lambda c: c.tokenizer_worker_num > 1),
+    ("--use-ray", lambda c: c.use_ray),
+    ("--grpc-mode", lambda c: c.grpc_mode or c.smg_grpc_mode),
+    ("--grpc-port", lambda c: c.grpc_port is not None),
+    ("--dllm-algorithm", lambda c: c.dllm_algorithm is not None),
+)
+
+_ENVIRONMENT = ("SGLANG_RUST_SERVER", "SGLANG_USE_HND_KVCACHE")
+
+ATTENTION_BACKENDS = ("flashinfer", "triton", "fa3", "torch_native", "intel_amx")
+"""Backends that read K/V through ``req_to_token[row, :seq_len]`` and nothing else."""
+
+
+def of_flags(resolved: Any) -> list[str]:
+    """Refusals that SGLang's resolved settings decide, one line each.
+
+    Parameters
+    ----------
+    resolved
+        ``resolving_view(server_args)``.
+    """
+    lines = [
+        f"{flag} does not work with --kv-compress; remove one of them"
+        for flag, used in _FLAGS
+        if used(resolved)
+    ]
+    lines += [
+        f"{name}=1 does not work with --kv-compress; unset it"
+        for name in _ENVIRONMENT
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+    ]
+    for flag in ("attention_backend", "decode_attention_backend"):
+        backend = getattr(resolved, flag)
+        if backend is not None and backend not in ATTENTION_BACKENDS:
+            lines.append(
+                f"--{flag.replace('_', '-')} {backend} does not work with --kv-compress; use one of "
+                + ", ".join(ATTENTION_BACKENDS)
+            )
+    return lines
+
+
+def of_model_config(model: Any) -> list[str]:
+    """Refusals that the model's config decides, one line each.
+
+    Parameters
+    ----------
+    model
+        SGLang's ``ModelConfig``.
+    """
+    kinds = []
+    if not model.is_generation:
+        kinds.append("does not generate text")
+    if model.is_encoder_decoder:
+        kinds.append("is an encoder-decoder")
+    if model.attention_arch.name != "MHA":
+        kinds.append(f"uses {model.attention_arch.name} attention")
+    if model.is_hybrid_swa:
+        kinds.append("mixes sliding-window and full attention")
+    if model.attention_chunk_size is not None:
+        kinds.append("uses chunked attention")
+    name = ", ".join(model.hf_config.architectures)
+    return [
+        f"model {name} {kind}, which --kv-compress does not support; serve it without --kv-compress"
+        for kind in kinds
+    ]
+
+
+def of_attention_layers(layers: list[Any]) -> list[str]:
+    """Refusals that the model's ``RadixAttention`` layers decide, one line each."""
+    lines = []
+    if not layers:
+        lines.append("the model has no RadixAttention layer")
+    if any(layer.is_cross_attention for layer in layers):
+        lines.append("the model has cross-attention layers")
+    if any((layer.sliding_window_size or -1) >= 0 for layer in layers):
+        lines.append("the model has sliding-window attention layers")
+    if any(layer.attn_type.value.startswith("encoder") for layer in layers):
+        lines.append("the model has encoder attention layers")
+    shapes = {
+        (layer.tp_q_head_num, layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim)
+        for layer in layers
+    }
+    if len(shapes) > 1 or any(qk != v for _, _, qk, v in shapes):
+        lines.append(f"the model's attention layers differ in shape: {sorted(shapes)}")
+    if [layer.layer_id for layer in layers] != list(range(len(layers))):
+        lines.append("the model's attention layers are not numbered 0, 1, 2, ...")
+    return [f"{line}, which --kv-compress does not support" for line in lines]
+
+
+def of_scheduler(scheduler: Scheduler) -> list[str]:
+    """Refusals that the real pool, allocator and tree decide, one line each."""
+    from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+    from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+
+    allocator = scheduler.token_to_kv_pool_allocator
+    expected = (
+        ("KV pool", allocator.get_kvcache(), (MHATokenToKVPool,)),
+        ("KV allocator", allocator, (TokenToKVPoolAllocator, PagedTokenToKVPoolAllocator)),
+        ("request pool", scheduler.req_to_token_pool, (ReqToTokenPool,)),
+    )
+    lines = [
+        f"SGLang chose the {what} {type(thing).__name__}, --kv-compress supports "
+        + " and ".join(kind.__name__ for kind in kinds)
+        for what, thing, kinds in expected
+        if type(thing) not in kinds
+    ]
+    pool = allocator.get_kvcache()
+    if not lines and (pool.k_buffer[0].dim() != 3 or pool.start_layer != 0):
+        lines.append("SGLang chose a KV layout that --kv-compress does not support")
+    return lines
+
+
+def of_version() -> list[str]:
+    """A refusal where the installed SGLang is not the one that this plugin was written against."""
+    from importlib.metadata import version
+
+    installed = version("sglang")
+    if installed == SGLANG_VERSION:
+        return []
+    return [
+        f"SGLang {installed} is installed, --kv-compress needs {SGLANG_VERSION}: "
+        f"pip install sglang=={SGLANG_VERSION}"
+    ]

@@ -1,0 +1,195 @@
+"""The hooks of the pass, as SGLang calls them in a scheduler process.
+
+One scheduler process is one tensor-parallel rank: it has one model, one recorder, one coordinator.
+They come into being in the order in which SGLang builds its own parts: kernels and ring with the
+model's weights, row tables before graph capture, the coordinator with the scheduler.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kara_sglang import hooks, plugin, refusals
+from kara_sglang.config import KaraConfig
+from kara_sglang.coordinator import Coordinator
+from kara_sglang.kernels.backend import Kernels
+from kara_sglang.kernels.dispatch import pick
+from kara_sglang.recorder import AttentionShape, QueryRecorder
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+INIT_INFO_KEY = "kv_compress"
+
+
+@dataclass(slots=True)
+class Runtime:
+    """What this process has built so far."""
+
+    config: KaraConfig | None = None
+    kernels: Kernels | None = None
+    kernels_why: str = ""
+    recorder: QueryRecorder | None = None
+    scales: list[float] = field(default_factory=list)
+    coordinator: Coordinator | None = None
+
+
+runtime = Runtime()
+
+
+class RefusedError(RuntimeError):
+    """The server must not start; the message is one line that says why."""
+
+
+def _refuse(lines: list[str]) -> None:
+    if lines:
+        raise RefusedError("kv-compress: error: " + "; ".join(lines))
+
+
+def after_load_model(_result: Any, runner: ModelRunner) -> None:
+    """AFTER ``ModelRunner.load_model``: allocate the ring before SGLang sizes the KV pool."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    layers = sorted(
+        (module for module in runner.model.modules() if isinstance(module, RadixAttention)),
+        key=lambda layer: layer.layer_id,
+    )
+    _refuse(refusals.of_attention_layers(layers))
+    config = plugin.active()
+    assert config is not None
+    device = torch.device(runner.device)
+    runtime.config = config
+    runtime.kernels, runtime.kernels_why = pick(device)
+    runtime.scales = [float(layer.scaling) for layer in layers]
+    if not config.query_bytes:
+        return
+    first = layers[0]
+    shape = AttentionShape(
+        num_layers=len(layers),
+        num_q_heads=first.tp_q_head_num,
+        num_kv_heads=first.tp_k_head_num,
+        head_dim=first.qk_head_dim,
+        dtype=runner.dtype,
+        device=device,
+    )
+    runtime.recorder = QueryRecorder(
+        shape, config.window, config.delay, config.query_bytes, fp8=config.query_dtype == "fp8"
+    )
+    need = shape.group if config.query_heads == "all" else 1
+    if runtime.recorder.num_units < need:
+        bytes_needed = need * runtime.recorder.unit_bytes
+        _refuse(
+            [
+                f"--kv-compress-query-mem-gb {config.query_bytes / 2**30:g} has no room for the "
+                f"queries of one request; this model and window need {bytes_needed / 2**30:.3f} GiB"
+            ]
+        )
+
+
+def before_cuda_graphs(runner: ModelRunner, *_args: Any, **_kwargs: Any) -> None:
+    """BEFORE ``ModelRunner.init_cuda_graphs``: captured graphs read the row tables."""
+    if runtime.recorder is not None:
+        runtime.recorder.allocate_tables(runner.req_to_token_pool.req_to_token.shape[0])
+
+
+def before_attention(
+    layer: Any, q: torch.Tensor, k: Any, v: Any, forward_batch: ForwardBatch, *_args: Any, **_kw: Any
+) -> None:
+    """BEFORE ``RadixAttention.forward``: record a decode step's post-RoPE queries.
+
+    Without a graph the step is skipped when nobody records. A captured graph is replayed for any
+    batch, so there the tables decide.
+    """
+    recorder = runtime.recorder
+    if recorder is None or not forward_batch.forward_mode.is_decode():
+        return
+    if recorder.in_use or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        recorder.record(
+            runtime.kernels,
+            layer.layer_id,
+            q,
+            forward_batch.req_pool_indices,
+            forward_batch.positions,
+        )
+
+
+def after_init_forward_batch(
+    result: ForwardBatch, _cls: Any, batch: ScheduleBatch, _runner: ModelRunner, **_kwargs: Any
+) -> None:
+    """AFTER ``ForwardBatch.init_new``: RoPE positions follow the logical length.
+
+    ``orig_seq_lens`` travels with the batch and the pass leaves it alone, so a later pass cannot race
+    the step that this belongs to.
+    """
+    if not batch.forward_mode.is_decode():
+        return
+    logical = batch.orig_seq_lens.to(torch.int64)
+    result.positions = (logical - 1).clamp_(min=0)
+    if result.mrope_positions is not None:
+        result.mrope_positions = result.mrope_positions + (logical - batch.seq_lens)[None]
+
+
+def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER ``Scheduler.__init__``: look at the real objects, then start."""
+    absent = hooks.missing(hooks.CHILD_HOOKS)
+    _refuse([f"hook {path} is not in place" for path in absent])
+    _refuse(refusals.of_scheduler(scheduler))
+    config = runtime.config
+    assert config is not None and runtime.kernels is not None
+    runtime.coordinator = Coordinator(
+        scheduler, config, runtime.recorder, runtime.kernels, runtime.scales
+    )
+    recorder = runtime.recorder
+    logger.info(
+        "KV compression is on: %s, window %d, kept %d, delay %d tokens, %s kernels (%s), %s.",
+        config.selector,
+        config.window,
+        config.kept(scheduler.page_size),
+        config.delay,
+        runtime.kernels.name,
+        runtime.kernels_why,
+        f"query ring {recorder.num_units * recorder.unit_bytes / 2**30:.2f} GiB, room for "
+        f"{recorder.num_units // recorder.shape.group} to {recorder.num_units} requests"
+        if recorder is not None
+        else "no query ring",
+    )
+
+
+def after_get_init_info(result: dict[str, Any], _scheduler: Scheduler) -> None:
+    """AFTER ``Scheduler.get_init_info``: the parent looks for this before it serves."""
+    if runtime.coordinator is not None:
+        result[INIT_INFO_KEY] = hooks.digest()
+
+
+def after_controller_init_info(result: dict[str, Any], controller: Any) -> None:
+    """AFTER ``DataParallelController.get_init_info``: pass on what all its schedulers said."""
+    said = {info.get(INIT_INFO_KEY) for info in controller._scheduler_init_infos}
+    if said == {hooks.digest()}:
+        result[INIT_INFO_KEY] = hooks.digest()
+
+
+def before_update_running_batch(_scheduler: Scheduler, batch: ScheduleBatch) -> None:
+    """BEFORE ``Scheduler.update_running_batch``: the pass, ahead of the memory check."""
+    if runtime.coordinator is not None and batch.reqs:
+        runtime.coordinator.before_decode(batch)
+
+
+def after_reset_for_retract(_result: None, req: Req) -> None:
+    """AFTER ``Req.reset_for_retract``."""
+    if runtime.coordinator is not None:
+        runtime.coordinator.forget(req)
+
+
+def before_free_row(_pool: Any, req: Req) -> None:
+    """BEFORE ``ReqToTokenPool.free``: the row, and with it the recorder, is about to be reused."""
+    if runtime.coordinator is not None:
+        runtime.coordinator.row_freed(req)

@@ -1,0 +1,78 @@
+"""Requests coming in and answers going out: per-request options and ``meta_info.kv_compress``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kara_sglang import hooks, plugin
+from kara_sglang.options import KEY, RequestOptions
+from kara_sglang.runtime import INIT_INFO_KEY
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+
+def verify_sampling_params(_result: None, params: SamplingParams, *_args: Any) -> None:
+    """AFTER ``SamplingParams.verify`` (parent): a ``ValueError`` here becomes HTTP 400."""
+    config = plugin.active()
+    if config is not None:
+        RequestOptions.parse(params.custom_params, config)
+
+
+def check_children(infos: list[dict[str, Any]], *_args: Any) -> None:
+    """AFTER ``engine._wait_for_scheduler_ready`` (parent): every child must run the plugin."""
+    if plugin.active() is None:
+        return
+    for rank, info in enumerate(infos):
+        if info.get(INIT_INFO_KEY) != hooks.digest():
+            raise RuntimeError(
+                f"kv-compress: error: scheduler {rank} runs without the plugin's hooks; it would serve "
+                "without compression. Is kara-sglang installed in the environment that SGLang's "
+                "processes use?"
+            )
+
+
+def output_streamer_class(original: Callable[..., type], scheduler: Any) -> type:
+    """AROUND ``Scheduler.get_output_streamer_class``: add our field to what is sent out."""
+    from kara_sglang.observability import request_report
+
+    base = original(scheduler)
+
+    class ReportingOutputStreamer(base):
+        __slots__ = ()
+        has_additional_customized_info = True
+
+        def build_additional_customized_info(self, reqs: list[Req]) -> dict[str, list]:
+            fields = base.build_additional_customized_info(self, reqs)
+            fields[KEY] = [request_report(req) for req in reqs]
+            return fields
+
+        def should_build_additional_customized_info(self) -> bool:
+            return True
+
+        def is_request_level_customized_info_key(self, key: str) -> bool:
+            return key == KEY or base.is_request_level_customized_info_key(self, key)
+
+    return ReportingOutputStreamer
+
+
+def update_request_meta_info(
+    original: Callable[..., None],
+    manager: Any,
+    meta_info: dict[str, Any],
+    state: Any,
+    customized_info: dict[str, list],
+    index: int,
+    finish_reason: dict[str, Any] | None,
+) -> None:
+    """AROUND ``TokenizerManager.update_request_meta_info`` (parent).
+
+    SGLang would extend a list with our object's keys; ours is set whole, and only when there is one.
+    """
+    others = {key: values for key, values in customized_info.items() if key != KEY}
+    original(manager, meta_info, state, others, index, finish_reason)
+    report = customized_info.get(KEY)
+    if report is not None and report[index] is not None:
+        meta_info[KEY] = report[index]

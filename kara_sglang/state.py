@@ -1,0 +1,121 @@
+"""What the plugin knows of one request: which part of its KV row is what.
+
+A request's row of ``req_to_token``, in KV indices (*physical* positions), as half-open intervals::
+
+    [0, protected)         owned by the prefix tree: never written, never freed by the pass
+    [protected, start)     the request's own, uncompressed: the rest of the prompt, page alignment
+    [start, base)          kept tokens of the windows so far, R each, and gaps that stay uncompressed
+    [base, base + W)       the next window; compressed when the row is ``due_at`` long
+    [base + W, kv_len)     the newest tokens: never compressed before a whole window is behind them
+
+*Logical* positions (RoPE's, the user's) run ahead of physical ones by ``removed``, a multiple of the
+page size. Everything here is host arithmetic: exactly R of W tokens are kept, so no length ever
+depends on a score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kara_sglang.kernels.selectors import Selector
+from kara_sglang.recorder import Recorder
+
+
+def ceil_align(value: int, page_size: int) -> int:
+    """The smallest multiple of ``page_size`` that is at least ``value``."""
+    return -(-value // page_size) * page_size
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What all requests of a server share, in tokens."""
+
+    page_size: int
+    window: int
+    delay: int
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One compressed window."""
+
+    logical_start: int  # logical position of its first token
+    kv_start: int  # KV index of its first kept token
+    width: int  # W, tokens that it covered
+    kept: int  # R, slots that it holds now
+
+    @property
+    def freed(self) -> int:
+        return self.width - self.kept
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One request's compression, from its first decode step to its end or retraction."""
+
+    selector: Selector
+    kept: int  # R for this request
+    seed: int
+    base: int  # KV index where the next window starts, page aligned
+    removed: int = 0  # logical length - KV length
+    windows: list[Window] = field(default_factory=list)
+    recorder: Recorder | None = None
+    insert_skipped: bool = False  # req.skip_radix_cache_insert before the first compaction
+    order: int = 0  # age: smaller came first
+
+    def due_at(self, geometry: Geometry) -> int:
+        """KV length from which on the next window can be compressed."""
+        return self.base + geometry.window + geometry.delay
+
+    def waits_for_recorder(self) -> bool:
+        return self.selector.needs_queries and self.recorder is None
+
+    def uncompressed(self, kv_len: int) -> int:
+        """Tokens from the next window's start on."""
+        return max(0, kv_len - self.base)
+
+    def start_window_at(self, kv_len: int, geometry: Geometry) -> int:
+        """Put the next window at or behind ``kv_len``; the tokens in between stay uncompressed.
+
+        Returns
+        -------
+        int
+            Whole windows that are lost by that.
+        """
+        base = max(self.base, ceil_align(kv_len, geometry.page_size))
+        lost = (base - self.base) // geometry.window
+        self.base = base
+        return lost
+
+    def commit(self, geometry: Geometry) -> Window:
+        """Account for the compression of the window at ``base``."""
+        window = Window(self.base + self.removed, self.base, geometry.window, self.kept)
+        self.windows.append(window)
+        self.removed += window.freed
+        self.base += window.kept
+        return window
+
+    def check(self, geometry: Geometry, kv_len: int, protected: int) -> None:
+        """Raise ``RuntimeError`` where an invariant does not hold for a window about to be taken."""
+        page = geometry.page_size
+        for name, value in (("base", self.base), ("W", geometry.window), ("R", self.kept)):
+            if value % page:
+                raise RuntimeError(f"kv-compress: {name} {value} is no multiple of page {page}")
+        if not 0 < self.kept <= geometry.window:
+            raise RuntimeError(f"kv-compress: R {self.kept} not in (0, {geometry.window}]")
+        if self.base < protected:
+            raise RuntimeError(
+                f"kv-compress: window at {self.base} reaches into the {protected} tokens that the "
+                "prefix tree owns"
+            )
+        if kv_len < self.due_at(geometry):
+            raise RuntimeError(
+                f"kv-compress: window at {self.base} taken at KV length {kv_len}, due at "
+                f"{self.due_at(geometry)}"
+            )
+        if self.windows:
+            last = self.windows[-1]
+            if self.base < last.kv_start + last.kept:
+                raise RuntimeError(f"kv-compress: window at {self.base} overlaps {last}")
+        if self.removed != sum(window.freed for window in self.windows):
+            raise RuntimeError(f"kv-compress: {self.removed} removed, windows say otherwise")

@@ -1,0 +1,28 @@
+"""Counters of one scheduler process."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Totals:
+    """What happened since the server started."""
+
+    passes: int = 0
+    windows: int = 0
+    slots_freed: int = 0
+    pass_seconds: float = 0.0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def add_pass(self, windows: int, slots_freed: int, seconds: float) -> None:
+        self.passes += 1
+        self.windows += windows
+        self.slots_freed += slots_freed
+        self.pass_seconds += seconds
+
+    def skip(self, reason: str, count: int = 1) -> None:
+        """Count windows (``no_recorder``) or whole requests (other reasons) left uncompressed."""
+        if count:
+            self.skipped[reason] += count

@@ -1,0 +1,93 @@
+"""Attention scores of a window's keys: the torch reference and the CPU path.
+
+Paper section 4.1: inside the window every query attends every key, with no causal mask, and a key's
+score is the attention that it collects. Here for one request and one layer at a time; all tensors
+come in and go out, nothing of SGLang is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SCRATCH_BYTES = 64 << 20
+"""Upper bound of the probability matrix in memory; KV heads are taken in groups that fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRule:
+    """How attention turns into a score.
+
+    Attributes
+    ----------
+    squared
+        Sum the squares of the probabilities instead of the probabilities (the paper's).
+    value_norm
+        Multiply by the Euclidean norm of the key's value.
+    causal
+        Query i sees keys j <= i only (a query behind the window sees them all).
+    last_queries
+        Let only this many of the newest queries vote; None: all.
+    """
+
+    squared: bool = False
+    value_norm: bool = False
+    causal: bool = False
+    last_queries: int | None = None
+
+
+def attention_scores(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scale: float,
+    rule: AttentionRule,
+) -> torch.Tensor:
+    """Score every key of a window by the attention it collects.
+
+    Parameters
+    ----------
+    queries : torch.Tensor
+        Post-RoPE queries of the window's tokens and, behind them, of the delay's tokens,
+        shape ``(num_queries, num_kv_heads, heads_per_group, head_dim)``, num_queries >= W. Query i
+        belongs to the window's token i. With rotating heads ``heads_per_group`` is 1.
+    keys, values : torch.Tensor
+        The window's KV, shape ``(W, num_kv_heads, head_dim)``.
+    scale : float
+        Softmax scale of the model, usually ``head_dim ** -0.5``.
+    rule : AttentionRule
+
+    Returns
+    -------
+    torch.Tensor
+        Scores, shape ``(num_kv_heads, W)``, float32. The softmax runs over the window's keys.
+    """
+    width, num_kv_heads, _ = keys.shape
+    first = 0
+    if rule.last_queries is not None:
+        first = max(0, queries.shape[0] - rule.last_queries)
+        queries = queries[first:]
+    num_queries, _, group, _ = queries.shape
+    if rule.causal and num_queries:
+        own = torch.arange(first, first + num_queries, device=keys.device)
+        hidden = torch.arange(width, device=keys.device) > own[:, None]  # (num_queries, W)
+        hidden = hidden.repeat_interleave(group, dim=0)
+
+    scores = torch.empty((num_kv_heads, width), dtype=torch.float32, device=keys.device)
+    step = max(1, SCRATCH_BYTES // (4 * group * num_queries * width))
+    for start in range(0, num_kv_heads, step):
+        heads = slice(start, start + step)
+        q = queries[:, heads].float().permute(1, 0, 2, 3).reshape(-1, num_queries * group, keys.shape[2])
+        k = keys[:, heads].float().permute(1, 2, 0)
+        logits = torch.bmm(q, k).mul_(scale)
+        if rule.causal:
+            logits.masked_fill_(hidden, float("-inf"))
+        probabilities = torch.softmax(logits, dim=-1)
+        if rule.squared:
+            probabilities.square_()
+        scores[heads] = probabilities.sum(dim=1)
+    if rule.value_norm:
+        scores *= values.float().norm(dim=-1).T
+    return scores

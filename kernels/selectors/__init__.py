@@ -1,0 +1,35 @@
+"""The selectors that ``--kv-compress`` names. Adding one is one file here and one row in the docs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kara_sglang.kernels.selectors.base import Selector
+from kara_sglang.kernels.selectors.causal import CausalSelector
+from kara_sglang.kernels.selectors.identity import IdentitySelector
+from kara_sglang.kernels.selectors.kara import KaraSelector
+from kara_sglang.kernels.selectors.random import RandomSelector
+from kara_sglang.kernels.selectors.recent import RecentSelector
+from kara_sglang.kernels.selectors.snapkv import SnapKVSelector
+
+if TYPE_CHECKING:
+    from kara_sglang.config import KaraConfig
+
+REGISTRY: dict[str, type[Selector]] = {
+    "kara": KaraSelector,
+    "causal": CausalSelector,
+    "snapkv": SnapKVSelector,
+    "recent": RecentSelector,
+    "random": RandomSelector,
+    "identity": IdentitySelector,
+}
+
+
+def build(name: str, config: KaraConfig) -> Selector:
+    """The selector ``name`` with the settings that it takes from ``config``."""
+    factory: Callable[[KaraConfig], Selector] = REGISTRY[name].from_config
+    return factory(config)
+
+
+__all__ = ["REGISTRY", "Selector", "build"]

@@ -1,0 +1,88 @@
+"""What a selector is: a score per token of a window, and how scores become positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+
+from kara_sglang.kernels.score import AttentionRule, attention_scores
+from kara_sglang.kernels.select import ChunkRule
+
+if TYPE_CHECKING:
+    from kara_sglang.config import KaraConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """Base of all selectors.
+
+    Attributes
+    ----------
+    needs_queries
+        Whether a window can be scored only when its queries were recorded.
+    keeps_all
+        Whether R = W whatever ``retain`` says.
+    chunks
+        Token2Chunk's settings; off by default.
+    """
+
+    needs_queries: ClassVar[bool] = False
+    keeps_all: ClassVar[bool] = False
+    chunks: ChunkRule = ChunkRule()
+
+    @classmethod
+    def from_config(cls, config: KaraConfig) -> Self:
+        return cls()
+
+    def score(
+        self,
+        queries: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scale: float,
+        seed: int,
+    ) -> torch.Tensor:
+        """Score the tokens of one window of one layer; higher is kept.
+
+        Parameters
+        ----------
+        queries : torch.Tensor or None
+            ``(num_queries, num_kv_heads, heads_per_group, head_dim)``; None where
+            ``needs_queries`` is False.
+        keys, values : torch.Tensor
+            ``(W, num_kv_heads, head_dim)``.
+        scale : float
+            Softmax scale.
+        seed : int
+            Differs from request to request, window to window and layer to layer, and is the same in
+            every run and on every tensor-parallel rank.
+
+        Returns
+        -------
+        torch.Tensor
+            ``(num_kv_heads, W)``, float32.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSelector(Selector):
+    """A selector whose score is attention, by ``rule``."""
+
+    needs_queries: ClassVar[bool] = True
+    rule: AttentionRule = AttentionRule()
+
+    def score(
+        self,
+        queries: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scale: float,
+        seed: int,
+    ) -> torch.Tensor:
+        assert queries is not None
+        return attention_scores(queries, keys, values, scale=scale, rule=self.rule)

@@ -1,0 +1,27 @@
+"""Kara (arXiv 2607.01237, section 4): bidirectional attention in the window, then Token2Chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from kara_sglang.kernels.score import AttentionRule
+from kara_sglang.kernels.select import ChunkRule
+from kara_sglang.kernels.selectors.base import AttentionSelector
+
+if TYPE_CHECKING:
+    from kara_sglang.config import KaraConfig
+
+
+@dataclass(frozen=True, slots=True)
+class KaraSelector(AttentionSelector):
+    """Every query of the window, and of the delay behind it, votes for every key of the window."""
+
+    @classmethod
+    def from_config(cls, config: KaraConfig) -> Self:
+        return cls(
+            chunks=ChunkRule(config.chunk_budget, config.chunk_width, config.chunk_quantile),
+            rule=AttentionRule(
+                squared=config.score.startswith("l2"), value_norm=config.score.endswith("_v")
+            ),
+        )

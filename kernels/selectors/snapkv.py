@@ -1,0 +1,24 @@
+"""SnapKV's choice (arXiv 2404.14469) in Kara's window: only the newest queries vote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from kara_sglang.kernels.score import AttentionRule
+from kara_sglang.kernels.selectors.base import AttentionSelector
+
+if TYPE_CHECKING:
+    from kara_sglang.config import KaraConfig
+
+
+@dataclass(frozen=True, slots=True)
+class SnapKVSelector(AttentionSelector):
+    """Plain causal attention of the last ``last_queries`` queries, without SnapKV's pooling.
+
+    With ``last_queries=1`` this is the score of nano-kvllm, the paper authors' public engine.
+    """
+
+    @classmethod
+    def from_config(cls, config: KaraConfig) -> Self:
+        return cls(rule=AttentionRule(causal=True, last_queries=config.last_queries))

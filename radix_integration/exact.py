@@ -1,0 +1,43 @@
+"""Prefix reuse, first stage: the tree holds exact KV only.
+
+Who owns which part of a compressed request's row::
+
+    [0, cache_protected_len)        the prefix tree, shared: never written, never freed by us
+    [cache_protected_len, base)     the request; uncompressed, then kept tokens of its windows
+    [base, kv_len)                  the request; uncompressed
+
+The prompt is in the tree since the end of its prefill. From the first compaction on, the row's slots
+no longer stand for the tokens at their index, so the request stays out of the tree when it ends:
+SGLang's own flag ``skip_radix_cache_insert`` says so, and every slot behind the protected prefix is
+freed. A retracted request is prefilled anew, uncompressed, and may be inserted again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kara_sglang.state import RequestState, ceil_align
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+
+
+def first_base(kv: ReqKvInfo, page_size: int) -> int:
+    """KV index of a request's first window: behind its prefill and behind what the tree owns.
+
+    After a retraction the prefill, and the tree, cover the output so far as well.
+    """
+    return ceil_align(max(kv.kv_committed_len, kv.cache_protected_len), page_size)
+
+
+def bar_insert(req: Req, state: RequestState) -> None:
+    """Keep the request out of the prefix tree from its first compaction on."""
+    if not state.windows:
+        state.insert_skipped = req.skip_radix_cache_insert
+    req.skip_radix_cache_insert = True
+
+
+def allow_insert(req: Req, state: RequestState) -> None:
+    """Undo :func:`bar_insert` for a request whose KV will be computed anew."""
+    if state.windows:
+        req.skip_radix_cache_insert = state.insert_skipped
