@@ -101,9 +101,7 @@ class KaraConfig:
             )
         for name, check, expected in _RANGES:
             if not check(getattr(self, name)):
-                raise ValueError(
-                    f"{flag_of(name)} must be {expected}, got {getattr(self, name)!r}"
-                )
+                raise ValueError(f"{flag_of(name)} must be {expected}, got {getattr(self, name)!r}")
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> KaraConfig:

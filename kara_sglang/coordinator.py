@@ -19,6 +19,7 @@ import torch
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
+from kara_sglang.metrics import Metrics
 from kara_sglang.options import RequestOptions
 from kara_sglang.policy import Candidate, Policy
 from kara_sglang.radix_integration import exact
@@ -66,6 +67,10 @@ class Coordinator:
         self.geometry = Geometry(scheduler.page_size, config.window, config.delay)
         self.policy = Policy(config.period, config.max_requests_per_pass, LAG - 1)
         self.totals = Totals()
+        context = scheduler.metrics_collector_context
+        self.metrics: Metrics | None = None
+        if context.current_scheduler_metrics_enabled:
+            self.metrics = Metrics(context.collector.labels)
         self._selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
         self._arrivals = 0
 
@@ -121,6 +126,7 @@ class Coordinator:
         elif state.selector.needs_queries:
             lost = state.uncompressed(req.kv.kv_committed_len) // self.geometry.window
             self.totals.skip("no_recorder", lost)
+        self.export(leaving=req)
 
     # -- one decode step ---------------------------------------------------------------------------
 
@@ -148,7 +154,9 @@ class Coordinator:
         )
         if due:
             self._compress(batch, due)
-        self._assign_recorders(batch, [c for c in candidates if states[c.index].waits_for_recorder()])
+        self._assign_recorders(
+            batch, [c for c in candidates if states[c.index].waits_for_recorder()]
+        )
 
     def _can_compress(self, req: Req, state: RequestState) -> bool:
         if state.waits_for_recorder() or req.finished() or req.to_finish is not None:
@@ -161,7 +169,10 @@ class Coordinator:
             return
         if waiting:
             grants = self.policy.grants(
-                waiting, self.recorder.free_units, self.recorder.shape.group, self.config.query_heads
+                waiting,
+                self.recorder.free_units,
+                self.recorder.shape.group,
+                self.config.query_heads,
             )
             for index, num_units in grants:
                 req = batch.reqs[index]
@@ -240,6 +251,7 @@ class Coordinator:
             # free_segment, because plain free() of the paged allocator synchronises.
             allocator.free_segment(slots, start_pos=start)
         self.totals.add_pass(windows, int(freed.sum()), time.perf_counter() - started)
+        self.export()
 
     def _splice(self, batch: ScheduleBatch, req: Req, state: RequestState) -> torch.Tensor:
         """Cut the window's last W - R slots out of the row; returns all W slots, in token order.
@@ -295,14 +307,21 @@ class Coordinator:
 
     # -- what others ask ---------------------------------------------------------------------------
 
-    def held(self) -> tuple[int, int]:
-        """KV slots held by the running requests, and their logical length, in tokens."""
-        physical = logical = 0
+    def held(self, leaving: Req | None = None) -> tuple[int, int]:
+        """KV slots held by the running requests but ``leaving``, and their logical length in tokens."""
+        physical = removed = 0
         for req in self.scheduler.running_batch.reqs:
-            state = getattr(req, STATE, None)
-            physical += req.kv.kv_committed_len
-            logical += req.kv.kv_committed_len + (state.removed if state is not None else 0)
-        return physical, logical
+            if req is not leaving and req.kv.holds_kv:
+                state = getattr(req, STATE, None)
+                physical += req.kv.kv_committed_len
+                removed += state.removed if state is not None else 0
+        return physical, physical + removed
+
+    def export(self, leaving: Req | None = None) -> None:
+        """Bring the Prometheus metrics up to date, where they are on."""
+        if self.metrics is not None:
+            recorders = self.recorder.in_use if self.recorder is not None else 0
+            self.metrics.update(self.totals, recorders, *self.held(leaving))
 
 
 def _skip_reason(req: Req) -> str | None:

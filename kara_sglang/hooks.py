@@ -62,10 +62,18 @@ class Hook:
 # Always registered, in every process that loads plugins: the flags.
 CLI_HOOKS = (
     Hook(
-        "server_args.ServerArgs.add_cli_args", "after", ("parser",), "cli:add_cli_args", "adds the flags"
+        "server_args.ServerArgs.add_cli_args",
+        "after",
+        ("parser",),
+        "cli:add_cli_args",
+        "adds the flags",
     ),
     Hook(
-        "server_args.ServerArgs.from_cli_args", "after", ("cls", "args"), "cli:from_cli_args", "reads the flags"
+        "server_args.ServerArgs.from_cli_args",
+        "after",
+        ("cls", "args"),
+        "cli:from_cli_args",
+        "reads the flags",
     ),
     Hook(
         "server_args.ServerArgs.check_server_args",

@@ -41,6 +41,7 @@ def decode_usage_msg_parts(parts: list[str], _stats: Any) -> list[str]:
     coordinator = runtime.coordinator
     if coordinator is None:
         return parts
+    coordinator.export()
     totals = coordinator.totals
     held, logical = coordinator.held()
     share = held / logical if logical else 1.0

@@ -135,9 +135,7 @@ class QueryRecorder:
         group, device = self.shape.group, self.shape.device
         rows = sorted(self._dirty)
         active = [self._active.get(row) for row in rows]
-        units = [
-            (r.units * group)[:group] if r is not None else (-1,) * group for r in active
-        ]
+        units = [(r.units * group)[:group] if r is not None else (-1,) * group for r in active]
         rotating = [r is not None and r.rotating and group > 1 for r in active]
         where = to_device(torch.tensor(rows), device)
         self.units.index_copy_(0, where, to_device(torch.tensor(units), device))

@@ -102,7 +102,13 @@ def before_cuda_graphs(runner: ModelRunner, *_args: Any, **_kwargs: Any) -> None
 
 
 def before_attention(
-    layer: Any, q: torch.Tensor, k: Any, v: Any, forward_batch: ForwardBatch, *_args: Any, **_kw: Any
+    layer: Any,
+    q: torch.Tensor,
+    k: Any,
+    v: Any,
+    forward_batch: ForwardBatch,
+    *_args: Any,
+    **_kw: Any,
 ) -> None:
     """BEFORE ``RadixAttention.forward``: record a decode step's post-RoPE queries.
 

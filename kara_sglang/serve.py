@@ -13,11 +13,11 @@ import http.client
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 
 from kara_sglang import cpu_engine
@@ -123,14 +123,19 @@ def _switched_off(extra: list[str]) -> bool:
 
 
 def curl_line(port: int) -> str:
-    """Return a shell line that asks for an answer long enough to be compressed."""
+    """Return a shell line that asks for an answer long enough to be compressed.
+
+    The sampling keeps the small embedded model from repeating itself, which it does when greedy,
+    with its full cache as well.
+    """
+    question = "Explain in detail how bread is made, step by step, and why each step matters."
     body = {
         "model": "default",
-        "messages": [
-            {"role": "user", "content": "Tell me a long story about a lighthouse keeper."}
-        ],
+        "messages": [{"role": "user", "content": question}],
         "max_tokens": 600,
-        "temperature": 0,
+        "temperature": 0.4,
+        "top_p": 0.9,
+        "frequency_penalty": 0.3,
         "return_meta_info": True,
     }
     return (
@@ -139,21 +144,16 @@ def curl_line(port: int) -> str:
     )
 
 
-def watch(server_pid: int, port: int) -> None:
-    """Print :func:`curl_line` once the server answers; return then, or when the server has gone."""
-    while _is_alive(server_pid):
+def watch(server: int, port: int) -> None:
+    """Print :func:`curl_line` once the server answers; return then, or when the server has ended.
+
+    ``server`` is a process file descriptor: unlike a process id, it tells a server that has ended,
+    but whose exit code nobody has fetched yet, from a living one.
+    """
+    while not select.select([server], [], [], 1)[0]:
         if _is_healthy(port):
             print(f"\nReady. Try in another terminal:\n\n{curl_line(port)}\n", flush=True)
             return
-        time.sleep(1)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _is_healthy(port: int) -> bool:
@@ -169,7 +169,7 @@ def _is_healthy(port: int) -> bool:
 
 def start_watcher(port: int) -> None:
     """Run :func:`watch` beside the present process, which is about to become the server."""
-    server_pid = os.getpid()
+    server = os.pidfd_open(os.getpid())
     child = os.fork()
     if child:
         os.waitpid(child, 0)
@@ -178,7 +178,7 @@ def start_watcher(port: int) -> None:
     # not know of it. It stays in the terminal's process group, so that Ctrl-C ends it as well.
     if os.fork() == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        watch(server_pid, port)
+        watch(server, port)
     os._exit(0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -21,6 +22,9 @@ class Totals:
         self.windows += windows
         self.slots_freed += slots_freed
         self.pass_seconds += seconds
+
+    def copy(self) -> Totals:
+        return dataclasses.replace(self, skipped=self.skipped.copy())
 
     def skip(self, reason: str, count: int = 1) -> None:
         """Count windows (``no_recorder``) or whole requests (other reasons) left uncompressed."""

@@ -79,7 +79,12 @@ def attention_scores(
     step = max(1, SCRATCH_BYTES // (4 * group * num_queries * width))
     for start in range(0, num_kv_heads, step):
         heads = slice(start, start + step)
-        q = queries[:, heads].float().permute(1, 0, 2, 3).reshape(-1, num_queries * group, keys.shape[2])
+        q = (
+            queries[:, heads]
+            .float()
+            .permute(1, 0, 2, 3)
+            .reshape(-1, num_queries * group, keys.shape[2])
+        )
         k = keys[:, heads].float().permute(1, 2, 0)
         logits = torch.bmm(q, k).mul_(scale)
         if rule.causal:

@@ -1,0 +1,57 @@
+"""Prometheus metrics ``sglang:kv_compress_*``, next to SGLang's own (``--enable-metrics``)."""
+
+from __future__ import annotations
+
+from kara_sglang.stats import Totals
+
+
+class Metrics:
+    """Counters and gauges of one scheduler process.
+
+    Parameters
+    ----------
+    labels : dict
+        SGLang's own labels of this scheduler (model_name, tp_rank, ...).
+    """
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        # Imported here: SGLang sets PROMETHEUS_MULTIPROC_DIR first.
+        from prometheus_client import Counter, Gauge
+
+        names = list(labels)
+
+        def counter(name: str, text: str, extra: tuple[str, ...] = ()) -> Counter:
+            return Counter(f"sglang:kv_compress_{name}", text, [*names, *extra])
+
+        def gauge(name: str, text: str) -> Gauge:
+            made = Gauge(f"sglang:kv_compress_{name}", text, names, multiprocess_mode="mostrecent")
+            return made.labels(**labels)
+
+        self._labels = labels
+        self._counted = Totals()
+        self._passes = counter("passes", "Compaction passes.").labels(**labels)
+        self._windows = counter("windows", "Windows compressed.").labels(**labels)
+        self._freed = counter("slots_freed", "KV slots freed by compaction.").labels(**labels)
+        self._seconds = counter("pass_seconds", "Host seconds spent in compaction passes.").labels(
+            **labels
+        )
+        self._skipped = counter(
+            "skipped", "Windows (no_recorder) and requests left uncompressed.", ("reason",)
+        )
+        self._recorders = gauge("recorders_in_use", "Requests whose queries are recorded.")
+        self._held = gauge("held_tokens", "KV slots held by running requests.")
+        self._logical = gauge("logical_tokens", "Logical length of running requests, in tokens.")
+
+    def update(self, totals: Totals, recorders: int, held: int, logical: int) -> None:
+        """Bring the exported values up to ``totals`` and the given gauges."""
+        seen = self._counted
+        self._passes.inc(totals.passes - seen.passes)
+        self._windows.inc(totals.windows - seen.windows)
+        self._freed.inc(totals.slots_freed - seen.slots_freed)
+        self._seconds.inc(totals.pass_seconds - seen.pass_seconds)
+        for reason, count in totals.skipped.items():
+            self._skipped.labels(**self._labels, reason=reason).inc(count - seen.skipped[reason])
+        self._counted = totals.copy()
+        self._recorders.set(recorders)
+        self._held.set(held)
+        self._logical.set(logical)
