@@ -109,9 +109,7 @@ class KaraConfig:
         settings = dict(settings)
         preset = settings.pop("preset", "default")
         if preset not in PRESETS:
-            raise ValueError(
-                f"{flag_of('preset')} must be one of {', '.join(PRESETS)}, got {preset!r}"
-            )
+            raise ValueError(f"{flag_of('preset')} must be one of {', '.join(PRESETS)}, got {preset!r}")
         merged = PRESETS[preset] | settings
         types = typing.get_type_hints(cls)
         for key, value in merged.items():

@@ -154,9 +154,7 @@ class Coordinator:
         )
         if due:
             self._compress(batch, due)
-        self._assign_recorders(
-            batch, [c for c in candidates if states[c.index].waits_for_recorder()]
-        )
+        self._assign_recorders(batch, [c for c in candidates if states[c.index].waits_for_recorder()])
 
     def _can_compress(self, req: Req, state: RequestState) -> bool:
         if state.waits_for_recorder() or req.finished() or req.to_finish is not None:
@@ -265,9 +263,7 @@ class Coordinator:
         row[state.base + state.kept : state.base + state.kept + tail.shape[0]] = tail
         return slots
 
-    def _check_lengths(
-        self, batch: ScheduleBatch, index: int, req: Req, state: RequestState
-    ) -> None:
+    def _check_lengths(self, batch: ScheduleBatch, index: int, req: Req, state: RequestState) -> None:
         committed, allocated = req.kv.kv_committed_len, req.kv.kv_allocated_len
         in_batch = int(batch.seq_lens_cpu[index])
         if not committed == allocated == in_batch:

@@ -107,9 +107,7 @@ def _config(metadata: dict[str, Any]) -> dict[str, Any]:
         "head_dim": hidden_size // heads,
         "hidden_act": "silu",
         "max_position_embeddings": metadata["llama.context_length"],
-        "rms_norm_eps": round(
-            metadata["llama.attention.layer_norm_rms_epsilon"], 12
-        ),  # was float32
+        "rms_norm_eps": round(metadata["llama.attention.layer_norm_rms_epsilon"], 12),  # was float32
         "rope_theta": metadata["llama.rope.freq_base"],
         "tie_word_embeddings": True,  # the file has no separate output matrix
         "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],

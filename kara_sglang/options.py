@@ -41,9 +41,7 @@ class RequestOptions:
         if isinstance(value, bool):
             return cls(enabled=value)
         if not isinstance(value, dict):
-            raise ValueError(
-                f"{KEY} must be true, false or an object with {_fields()}, got {value!r}"
-            )
+            raise ValueError(f"{KEY} must be true, false or an object with {_fields()}, got {value!r}")
         fields: dict[str, Any] = {}
         for name, given in value.items():
             if name not in _TYPES:

@@ -59,9 +59,7 @@ def resolve_model(model: str) -> str:
             raise Refusal(f"the folder {model} holds no model: it has no config.json")
         return str(folder)
     if folder.exists() or not _HUB_NAME.fullmatch(model):
-        raise Refusal(
-            f"there is no model folder {model}; give a folder or a hub name like org/name"
-        )
+        raise Refusal(f"there is no model folder {model}; give a folder or a hub name like org/name")
     return model
 
 
@@ -110,9 +108,7 @@ def build_command(
     # A configuration may hold a window of its own; a server without compression has no use for one.
     if embedded and "--kv-compress-config" not in given and not _switched_off(extra):
         defaults["--kv-compress-window"] = EMBEDDED_WINDOW
-    options = [
-        word for name, value in defaults.items() if name not in given for word in (name, value)
-    ]
+    options = [word for name, value in defaults.items() if name not in given for word in (name, value)]
     return [sys.executable, "-m", "sglang.launch_server", *options, *extra]
 
 

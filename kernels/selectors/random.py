@@ -24,6 +24,4 @@ class RandomSelector(Selector):
     ) -> torch.Tensor:
         width, num_kv_heads, _ = keys.shape
         generator = torch.Generator().manual_seed(seed)
-        return torch.rand(num_kv_heads, width, generator=generator).to(
-            keys.device, non_blocking=True
-        )
+        return torch.rand(num_kv_heads, width, generator=generator).to(keys.device, non_blocking=True)
