@@ -63,6 +63,7 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
     """Settings and totals as a plain object."""
     totals, recorder = coordinator.totals, coordinator.recorder
     held, logical = coordinator.held()
+    scheduler = coordinator.scheduler
     return {
         "settings": dataclasses.asdict(coordinator.config)
         | {"kept": coordinator.config.kept(coordinator.geometry.page_size)},
@@ -76,4 +77,7 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
         "recorder_units_free": recorder.free_units if recorder is not None else 0,
         "running_held_tokens": held,
         "running_logical_tokens": logical,
+        "pool_tokens": scheduler.max_total_num_tokens,
+        "pool_tokens_free": scheduler.token_to_kv_pool_allocator.available_size(),
+        "pool_tokens_evictable": scheduler.tree_cache.evictable_size(),
     }

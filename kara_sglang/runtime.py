@@ -41,18 +41,10 @@ class Runtime:
     recorder: QueryRecorder | None = None
     scales: list[float] = field(default_factory=list)
     coordinator: Coordinator | None = None
+    refused: list[str] = field(default_factory=list)  # why this server must not start
 
 
 runtime = Runtime()
-
-
-class RefusedError(RuntimeError):
-    """The server must not start; the message is one line that says why."""
-
-
-def _refuse(lines: list[str]) -> None:
-    if lines:
-        raise RefusedError("kv-compress: error: " + "; ".join(lines))
 
 
 def after_load_model(_result: Any, runner: ModelRunner) -> None:
@@ -63,7 +55,9 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
         (module for module in runner.model.modules() if isinstance(module, RadixAttention)),
         key=lambda layer: layer.layer_id,
     )
-    _refuse(refusals.of_attention_layers(layers))
+    runtime.refused += refusals.of_attention_layers(layers)
+    if runtime.refused:
+        return
     config = plugin.active()
     assert config is not None
     device = torch.device(runner.device)
@@ -87,11 +81,9 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     need = shape.group if config.query_heads == "all" else 1
     if runtime.recorder.num_units < need:
         bytes_needed = need * runtime.recorder.unit_bytes
-        _refuse(
-            [
-                f"--kv-compress-query-mem-gb {config.query_bytes / 2**30:g} has no room for the "
-                f"queries of one request; this model and window need {bytes_needed / 2**30:.3f} GiB"
-            ]
+        runtime.refused.append(
+            f"--kv-compress-query-mem-gb {config.query_bytes / 2**30:g} has no room for the queries of "
+            f"one request; this model and window need {bytes_needed / 2**30:.3f} GiB"
         )
 
 
@@ -147,8 +139,10 @@ def after_init_forward_batch(
 def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kwargs: Any) -> None:
     """AFTER ``Scheduler.__init__``: look at the real objects, then start."""
     absent = hooks.missing(hooks.CHILD_HOOKS)
-    _refuse([f"hook {path} is not in place" for path in absent])
-    _refuse(refusals.of_scheduler(scheduler))
+    runtime.refused += [f"hook {path} is not in place; this SGLang does not fit" for path in absent]
+    runtime.refused += refusals.of_scheduler(scheduler)
+    if runtime.refused:
+        return
     config = runtime.config
     assert config is not None and runtime.kernels is not None
     runtime.coordinator = Coordinator(
@@ -171,16 +165,19 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
 
 
 def after_get_init_info(result: dict[str, Any], _scheduler: Scheduler) -> None:
-    """AFTER ``Scheduler.get_init_info``: the parent looks for this before it serves."""
-    if runtime.coordinator is not None:
-        result[INIT_INFO_KEY] = hooks.digest()
+    """AFTER ``Scheduler.get_init_info``: the parent looks for this before it serves.
+
+    A refusal travels to the parent the same way, so that the reason is the last thing it says.
+    """
+    ready = runtime.coordinator is not None
+    result[INIT_INFO_KEY] = hooks.digest() if ready else "; ".join(runtime.refused)
 
 
 def after_controller_init_info(result: dict[str, Any], controller: Any) -> None:
     """AFTER ``DataParallelController.get_init_info``: pass on what all its schedulers said."""
-    said = {info.get(INIT_INFO_KEY) for info in controller._scheduler_init_infos}
-    if said == {hooks.digest()}:
-        result[INIT_INFO_KEY] = hooks.digest()
+    said = [info.get(INIT_INFO_KEY) for info in controller._scheduler_init_infos]
+    # Any scheduler that is not ready speaks for all of them.
+    result[INIT_INFO_KEY] = next((word for word in said if word != hooks.digest()), hooks.digest())
 
 
 def before_update_running_batch(_scheduler: Scheduler, batch: ScheduleBatch) -> None:

@@ -25,13 +25,14 @@ def check_children(infos: list[dict[str, Any]], *_args: Any) -> None:
     """AFTER ``engine._wait_for_scheduler_ready`` (parent): every child must run the plugin."""
     if plugin.active() is None:
         return
-    for rank, info in enumerate(infos):
-        if info.get(INIT_INFO_KEY) != hooks.digest():
-            raise RuntimeError(
-                f"kv-compress: error: scheduler {rank} runs without the plugin's hooks; it would serve "
-                "without compression. Is kara-sglang installed in the environment that SGLang's "
-                "processes use?"
+    for info in infos:
+        said = info.get(INIT_INFO_KEY)
+        if said != hooks.digest():
+            why = said or (
+                "a scheduler process runs without the plugin; is kara-sglang installed in the environment "
+                "that SGLang's processes use?"
             )
+            raise RuntimeError(f"kv-compress: error: {why}")
 
 
 def output_streamer_class(original: Callable[..., type], scheduler: Any) -> type:

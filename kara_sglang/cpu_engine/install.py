@@ -38,17 +38,13 @@ def check_environment() -> None:
             version = distribution(name).version
         except PackageNotFoundError:
             continue
-        raise Refusal(
-            f"{name} {version} is installed and needs no stand-in; leave everything as it is"
-        )
+        raise Refusal(f"{name} {version} is installed and needs no stand-in; leave everything as it is")
     try:
         import torch
     except ModuleNotFoundError:
         return  # The order of installation does not matter.
     if torch.cuda.is_available():
-        raise Refusal(
-            "torch sees a CUDA device; use SGLang's own packages: pip install sglang==0.5.23"
-        )
+        raise Refusal("torch sees a CUDA device; use SGLang's own packages: pip install sglang==0.5.23")
 
 
 def remove(site_packages: Path) -> None:

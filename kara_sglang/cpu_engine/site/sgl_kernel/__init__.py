@@ -56,9 +56,7 @@ def assign_req_to_token_pool_cpu(
         Columns of the page table; SGLang passes it for its compiled kernel.
     """
     taken = 0
-    intervals = zip(
-        req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True
-    )
+    intervals = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
     for row, start, end in intervals:
         req_to_token[row, start:end] = out_cache_loc[taken : taken + end - start]
         taken += end - start

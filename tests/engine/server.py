@@ -1,0 +1,158 @@
+"""Real SGLang servers for the tests: started by the real launcher, spoken to over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import requests
+
+CPU_FLAGS = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--grammar-backend", "none", "--sleep-on-idle"),
+)
+
+STRICT = {
+    # SGLang finds leaks, double frees and use after free by itself, at every step.
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+}
+
+
+def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment of a server: one thread, because two cores share many processes here."""
+    base = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
+    return (
+        base
+        | {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        | STRICT
+        | (extra or {})
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A running server."""
+
+    def __init__(self, process: subprocess.Popen, port: int, log: Path) -> None:
+        self.process = process
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+
+    def post(self, path: str, body: dict[str, Any], **kwargs: Any) -> requests.Response:
+        return requests.post(self.url + path, json=body, timeout=300, **kwargs)
+
+    def generate(
+        self, input_ids: list, *, kv_compress: Any = None, tokens: int = 300, **extra: Any
+    ) -> Any:
+        """Greedy generation of exactly ``tokens`` tokens; a list of lists makes one batch.
+
+        ``kv_compress`` is one option for all, or a list with one per request.
+        """
+        many = isinstance(input_ids[0], list)
+        options = kv_compress if isinstance(kv_compress, list) else [kv_compress] * len(input_ids)
+        sampling = extra.pop("sampling_params", {})
+
+        def params(option: Any) -> dict[str, Any]:
+            base = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True} | sampling
+            return base if option is None else base | {"custom_params": {"kv_compress": option}}
+
+        body = {
+            "input_ids": input_ids,
+            "sampling_params": [params(o) for o in options] if many else params(kv_compress),
+            "return_logprob": True,
+        }
+        response = self.post("/generate", body | extra)
+        response.raise_for_status()
+        return response.json()
+
+    def state(self) -> dict[str, Any]:
+        """The plugin's part of /server_info."""
+        info = requests.get(self.url + "/server_info", timeout=60).json()
+        return info["internal_states"][0]["kv_compress"]
+
+    def flush(self) -> None:
+        """Empty the prefix cache; the server must be idle."""
+        for _ in range(50):
+            if requests.post(self.url + "/flush_cache", timeout=60).status_code == 200:
+                return
+            time.sleep(0.2)
+        raise AssertionError("the server does not become idle")
+
+    def assert_nothing_leaked(self) -> None:
+        """Every slot of the pool and every recorder comes back."""
+        self.flush()
+        state = self.state()
+        assert state["pool_tokens_free"] == state["pool_tokens"]
+        assert state["recorders_in_use"] == 0
+        assert self.process.poll() is None
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+@contextlib.contextmanager
+def launch(
+    model: Path, log: Path, *flags: str, env: dict[str, str] | None = None, timeout: float = 240
+) -> Iterator[Server]:
+    """Start ``python -m sglang.launch_server`` and wait until it is ready; stop it afterwards."""
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)),
+        *CPU_FLAGS,
+        *("--port", str(port)),
+        *flags,
+    ]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment(env), start_new_session=True
+        )
+    try:
+        wait_until_ready(process, port, log, timeout)
+        yield Server(process, port, log)
+        assert process.poll() is None, f"the server died:\n{log.read_text()[-4000:]}"
+    finally:
+        stop(process)
+
+
+def wait_until_ready(process: subprocess.Popen, port: int, log: Path, timeout: float) -> None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise AssertionError(f"the server did not start:\n{log.read_text()[-6000:]}")
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                return
+        time.sleep(0.5)
+    raise AssertionError(f"no answer after {timeout} s:\n{log.read_text()[-6000:]}")
+
+
+def stop(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def in_parallel(calls: list) -> list:
+    """Run the calls at once, each in a thread of its own; results in order."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]

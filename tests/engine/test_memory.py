@@ -1,0 +1,190 @@
+"""Freed slots are really free, whatever happens to the requests."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from conftest import WINDOW, prompt
+from server import Server, in_parallel, launch
+from test_exactness import PROMPTS, logprobs
+
+
+def test_pool_grows_by_what_a_window_frees(kara: Server) -> None:
+    """While one request runs: pool - free = pages of held slots, and each window gave W - R back."""
+    kara.flush()
+    page, window, kept = 16, 64, 32
+    done = threading.Event()
+    answers: list[dict] = []
+
+    def run() -> None:
+        answers.append(kara.generate(prompt(40, 3), tokens=700))
+        done.set()
+
+    started = kara.state()
+    thread = threading.Thread(target=run)
+    thread.start()
+    seen: dict[int, int] = {}
+    while not done.is_set():
+        state = kara.state()
+        held, logical = state["running_held_tokens"], state["running_logical_tokens"]
+        if not held:
+            continue
+        windows = state["windows"] - started["windows"]
+        assert logical - held == windows * (window - kept)
+        used = state["pool_tokens"] - state["pool_tokens_free"] - state["pool_tokens_evictable"]
+        assert used == -(-held // page) * page
+        seen[windows] = held
+        time.sleep(0.01)
+    thread.join()
+    assert len(seen) >= 5, "too few samples to mean anything"
+    report = answers[0]["meta_info"]["kv_compress"]
+    assert report["windows"] == 10
+    assert report["kv_slots_held"] == report["logical_length"] - 10 * (window - kept)
+    assert kara.state()["slots_freed"] - started["slots_freed"] == 10 * (window - kept)
+    kara.assert_nothing_leaked()
+
+
+def test_abort_in_the_middle_of_a_window(kara: Server) -> None:
+    """Clients that hang up, and /abort_request, at any moment; the others do not notice."""
+    kara.flush()
+    expected = kara.generate(PROMPTS[1], tokens=120, kv_compress=False)
+    rng = random.Random(5)
+
+    def hang_up(index: int) -> None:
+        body = {
+            "input_ids": prompt(30, 50 + index),
+            "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True, "temperature": 0},
+            "stream": True,
+            "rid": f"abort-{index}",
+        }
+        stop_after = rng.randrange(20, 200)
+        with requests.post(kara.url + "/generate", json=body, stream=True, timeout=120) as response:
+            for count, line in enumerate(response.iter_lines()):
+                if line and count > stop_after:
+                    if index % 2:
+                        kara.post("/abort_request", {"rid": f"abort-{index}"})
+                    break
+
+    results = in_parallel(
+        [lambda i=i: hang_up(i) for i in range(6)]
+        + [lambda: kara.generate(PROMPTS[1], tokens=120, kv_compress=False)]
+    )
+    assert results[-1]["output_ids"] == expected["output_ids"]
+    assert logprobs(results[-1]) == pytest.approx(logprobs(expected), abs=1e-3)
+    kara.assert_nothing_leaked()
+
+
+@pytest.fixture(scope="module")
+def page_1(tiny_model: Path, logs: Path) -> Iterator[Server]:
+    """Page size 1 without overlap, float32; every third step a request is retracted by force."""
+    flags = (
+        *("--skip-tokenizer-init", "--page-size", "1", "--max-total-tokens", "4096"),
+        *("--dtype", "float32", "--disable-overlap-schedule", "--kv-compress", "kara", *WINDOW),
+    )
+    env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "97"}
+    with launch(tiny_model, logs / "page_1.log", *flags, env=env) as server:
+        yield server
+
+
+def test_retracted_requests_end_right(page_1: Server, stock: Server) -> None:
+    """Forced retractions: opted-out and identity requests still give stock's greedy answers."""
+    stock.flush()
+    expected = stock.generate(PROMPTS)
+    options = [False, {"selector": "identity"}, None, {"selector": "identity"}]
+    answers = page_1.generate(PROMPTS, kv_compress=options)
+    assert sum(answer["meta_info"]["num_retractions"] for answer in answers) >= 2
+    for index in (0, 1, 3):
+        assert answers[index]["output_ids"] == expected[index]["output_ids"]
+        assert logprobs(answers[index]) == pytest.approx(logprobs(expected[index]), abs=1e-3)
+    assert len(answers[2]["output_ids"]) == 300
+    page_1.assert_nothing_leaked()
+
+
+def test_page_1_without_overlap_compresses(page_1: Server) -> None:
+    answers = page_1.generate(PROMPTS, tokens=200, kv_compress={"retain": 0.3})
+    for answer in answers:
+        report = answer["meta_info"]["kv_compress"]
+        if report["windows"]:
+            assert report["retained"] == pytest.approx(19 / 64)  # 0.3 * 64, rounded to tokens
+    assert any(answer["meta_info"]["kv_compress"]["windows"] for answer in answers)
+    page_1.assert_nothing_leaked()
+
+
+@pytest.fixture(scope="module")
+def small_pool(tiny_model: Path, logs: Path) -> Iterator[Server]:
+    """Page size 64, bfloat16, a pool that cannot hold the load, so that SGLang must retract."""
+    flags = (
+        *("--skip-tokenizer-init", "--page-size", "64", "--max-total-tokens", "2048"),
+        *("--dtype", "bfloat16", "--kv-compress", "kara"),
+        *("--kv-compress-window", "128", "--kv-compress-query-mem-gb", "0.05"),
+        *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
+    )
+    # With ignore_eos stock reserves every future token and never retracts; clip the reserve.
+    env = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
+    with launch(tiny_model, logs / "small_pool.log", *flags, env=env) as server:
+        yield server
+
+
+def test_small_pool_retracts_and_leaks_nothing(small_pool: Server) -> None:
+    """More requests than fit: retractions happen, every request gets all its tokens."""
+    lengths = [300 + 40 * (index % 5) for index in range(10)]
+    answers = in_parallel(
+        [
+            lambda i=i, n=n: small_pool.generate(prompt(30 + 7 * i, 60 + i), tokens=n)
+            for i, n in enumerate(lengths)
+        ]
+    )
+    assert [len(answer["output_ids"]) for answer in answers] == lengths
+    assert sum(answer["meta_info"]["num_retractions"] for answer in answers) > 0
+    assert sum(answer["meta_info"]["kv_compress"]["windows"] for answer in answers) > 0
+    assert "Retract requests" in small_pool.log_text()
+    small_pool.assert_nothing_leaked()
+
+
+def soak(server: Server, count: int, clients: int) -> None:
+    """Mixed requests from several clients: selectors, opt-outs, aborts, shared prompts."""
+    rng = random.Random(count)
+    options = [None, False, {"selector": "random"}, {"selector": "snapkv", "retain": 0.25}]
+    plans = [
+        (
+            prompt(rng.choice((8, 64, 130)), rng.randrange(6)),
+            rng.randrange(20, 300),
+            rng.choice(options),
+            rng.random() < 0.25,
+        )
+        for _ in range(count)
+    ]
+
+    def client(number: int) -> None:
+        for index in range(number, count, clients):
+            ids, tokens, option, abort = plans[index]
+            if not abort:
+                answer = server.generate(ids, tokens=tokens, kv_compress=option)
+                assert len(answer["output_ids"]) == tokens
+                continue
+            params = {"max_new_tokens": 1500, "ignore_eos": True, "temperature": 0}
+            if option is not None:
+                params["custom_params"] = {"kv_compress": option}
+            body = {"input_ids": ids, "sampling_params": params, "stream": True}
+            with requests.post(server.url + "/generate", json=body, stream=True, timeout=300) as answer:
+                for line_number, _ in enumerate(answer.iter_lines()):
+                    if line_number > tokens:
+                        break
+
+    in_parallel([lambda n=n: client(n) for n in range(clients)])
+    server.assert_nothing_leaked()
+
+
+def test_mixed_load_leaks_nothing(small_pool: Server) -> None:
+    soak(small_pool, count=24, clients=6)
+
+
+@pytest.mark.slow
+def test_long_mixed_load_leaks_nothing(small_pool: Server) -> None:
+    soak(small_pool, count=600, clients=8)

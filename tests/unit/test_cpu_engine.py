@@ -1,0 +1,149 @@
+"""The CPU engine: the ``sgl_kernel`` stand-in, torchvision's mend, and their installation."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from kara_sglang.cpu_engine import install
+
+SITE_PACKAGES = sysconfig.get_paths()["purelib"]
+
+
+def load(name: str) -> ModuleType:
+    """Import a module of ``site/`` from the checkout, whatever this environment has installed."""
+    path = install.SOURCE / f"{name}.py"
+    if not path.exists():
+        path = install.SOURCE / name / "__init__.py"
+    spec = importlib.util.spec_from_file_location(f"checkout_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def bare_python(code: str, *arguments: str | Path) -> str:
+    """Run ``code`` in an interpreter that reads no ``.pth`` file; return what it prints."""
+    command = [sys.executable, "-S", "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_page_table_rows_receive_their_slots(index_dtype: torch.dtype) -> None:
+    assign = load("sgl_kernel").assign_req_to_token_pool_cpu
+    table = torch.full((6, 12), -1, dtype=torch.int32)
+    rows, starts, ends = [4, 0, 3, 5], [2, 0, 7, 11], [6, 12, 7, 12]  # the third interval is empty
+    slots = torch.randperm(500, generator=torch.Generator().manual_seed(0))[:17]
+    expected = table.clone()
+    expected[4, 2:6], expected[0, :], expected[5, 11] = slots[:4], slots[4:16], slots[16]
+
+    def index(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=index_dtype)
+
+    assign(index(rows), table, index(starts), index(ends), slots, table.shape[1])
+    assert torch.equal(table, expected.to(torch.int32))
+
+
+def test_the_other_functions_exist_and_say_that_they_do_nothing() -> None:
+    stand_in = load("sgl_kernel")
+    others = [name for name in stand_in.__all__ if name != "assign_req_to_token_pool_cpu"]
+    assert len(others) == 8
+    for name in others:
+        with pytest.raises(NotImplementedError, match=f"sgl_kernel.{name} .* speculative decoding"):
+            getattr(stand_in, name)(1, two=2)
+
+
+def test_no_operator_lures_sglang_away_from_the_native_torch_path() -> None:
+    load("sgl_kernel")
+    assert not hasattr(torch.ops.sgl_kernel, "convert_weight_packed")
+
+
+def test_torchvision_can_be_imported_with_the_mend() -> None:
+    out = bare_python(
+        "import sys; sys.path += sys.argv[1:]\n"
+        "import kara_cpu_torchvision\n"
+        "assert 'torch' not in sys.modules, 'heavy import at interpreter start'\n"
+        "import torchvision; print(torchvision.__version__)",
+        SITE_PACKAGES,
+        install.SOURCE,
+    )
+    assert out.strip()
+
+
+def test_operators_that_exist_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    finder = load("kara_cpu_torchvision").DeclareTorchvisionOperators()
+    for _ in range(2):  # to define an operator twice would raise
+        assert finder.find_spec("torchvision._meta_registrations") is None
+    assert hasattr(torch.ops.torchvision, "nms") and hasattr(torch.ops.torchvision, "qnms")
+
+
+def test_installed_helpers_are_found_and_removed_again(tmp_path: Path) -> None:
+    find = (
+        "import importlib.util, site, sys; site.addsitedir(sys.argv[1])\n"
+        "spec = importlib.util.find_spec('sgl_kernel')\n"
+        "print(spec and spec.origin, 'kara_cpu_torchvision' in sys.modules)"
+    )
+    install.install(tmp_path)
+    (tmp_path / install.NAME / "left_over.py").touch()
+    install.install(tmp_path)
+    assert not (tmp_path / install.NAME / "left_over.py").exists()
+    origin = tmp_path / install.NAME / "sgl_kernel" / "__init__.py"
+    assert bare_python(find, tmp_path).split() == [str(origin), "True"]
+
+    install.remove(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert bare_python(find, tmp_path).split() == ["None", "False"]
+    install.remove(tmp_path)
+
+
+class _Distribution:
+    version = "9.9"
+
+
+def _no_virtual_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+
+
+def _real_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "distribution", lambda name: _Distribution)
+
+
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("situation", "reason"),
+    [
+        (_no_virtual_environment, "not in a virtual environment"),
+        (_real_kernels, "sglang-kernel 9.9 is installed"),
+        (_gpu, "torch sees a CUDA device"),
+    ],
+)
+def test_refusals(situation, reason, monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(sys, "prefix", "/somewhere/a/virtual/environment")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(install, "distribution", _missing)
+    assert install.main([]) == 0
+    assert install.main(["--remove"]) == 0
+    capsys.readouterr()
+
+    situation(monkeypatch)
+    assert install.main([]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def _missing(name: str) -> None:
+    raise install.PackageNotFoundError(name)
