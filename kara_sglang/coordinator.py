@@ -117,16 +117,17 @@ class Coordinator:
     def row_freed(self, req: Req) -> None:
         """The request gives its row back (finished, aborted or retracted)."""
         state = getattr(req, STATE, None)
-        if state is None:
-            return
+        if state is not None:
+            self._drop_recorder(req, state)
+        self.export(leaving=req)
+
+    def _drop_recorder(self, req: Req, state: RequestState) -> None:
         if state.recorder is not None:
-            assert self.recorder is not None
             self.recorder.release(state.recorder)
             state.recorder = None
         elif state.selector.needs_queries:
             lost = state.uncompressed(req.kv.kv_committed_len) // self.geometry.window
             self.totals.skip("no_recorder", lost)
-        self.export(leaving=req)
 
     # -- one decode step ---------------------------------------------------------------------------
 

@@ -390,7 +390,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m kara_sglang.doctor", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--model-path", metavar="M", help="folder or hub name; checks this model, too")
+    parser.add_argument(
+        "--model-path", metavar="M", help="folder or name on a model hub; this model is checked, too"
+    )
     plan = Plan(model_path=parser.parse_args(argv).model_path)
     print(f"kara-sglang {__version__}; importing SGLang takes some seconds\n", flush=True)
     switch = os.environ.get(CPU_SWITCH)

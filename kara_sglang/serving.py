@@ -29,8 +29,8 @@ def check_children(infos: list[dict[str, Any]], *_args: Any) -> None:
         said = info.get(INIT_INFO_KEY)
         if said != hooks.digest():
             why = said or (
-                "a scheduler process runs without the plugin; is kara-sglang installed in the environment "
-                "that SGLang's processes use?"
+                "a scheduler process runs without the plugin; is kara-sglang installed in the "
+                "environment that SGLang's processes use?"
             )
             raise RuntimeError(f"kv-compress: error: {why}")
 

@@ -111,20 +111,28 @@ def launch(
 ) -> Iterator[Server]:
     """Start ``python -m sglang.launch_server`` and wait until it is ready; stop it afterwards."""
     port = free_port()
-    command = [
-        *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)),
-        *CPU_FLAGS,
-        *("--port", str(port)),
-        *flags,
-    ]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment(env), start_new_session=True
-        )
-    try:
+    command = ("-m", "sglang.launch_server", "--model-path", str(model), *CPU_FLAGS)
+    with run((*command, "--port", str(port), *flags), log, env) as process:
         wait_until_ready(process, port, log, timeout)
         yield Server(process, port, log)
         assert process.poll() is None, f"the server died:\n{log.read_text()[-4000:]}"
+
+
+@contextlib.contextmanager
+def run(
+    arguments: tuple[str, ...], log: Path, env: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen]:
+    """Run ``python *arguments`` in a process group of its own; everything in it is stopped at the end."""
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            (sys.executable, *arguments),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment(env),
+            start_new_session=True,
+        )
+    try:
+        yield process
     finally:
         stop(process)
 

@@ -1,0 +1,162 @@
+"""What a user gets from `make serve`: a real model, real HTTP, compression that shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from server import Server, free_port, in_parallel, run, wait_until_ready
+
+QUESTION = [{"role": "user", "content": "Tell me about the history of bread, in detail."}]
+
+
+@pytest.fixture(scope="module")
+def smollm2(logs: Path) -> Iterator[Server]:
+    """The embedded model behind `python -m kara_sglang.serve`, as `make serve` runs it."""
+    port = free_port()
+    log = logs / "smollm2.log"
+    flags = ("--port", str(port), "--", "--enable-metrics", "--sleep-on-idle")
+    with run(("-m", "kara_sglang.serve", *flags), log) as process:
+        wait_until_ready(process, port, log, timeout=240)
+        for _ in range(60):  # the line to try comes a moment later
+            if "curl " in log.read_text():
+                break
+            time.sleep(0.5)
+        yield Server(process, port, log)
+
+
+def chat(server: Server, *, tokens: int, **extra: object) -> requests.Response:
+    body = {
+        "model": "default",
+        "messages": QUESTION,
+        "max_tokens": tokens,
+        "temperature": 0.7,
+        "ignore_eos": True,
+        "return_meta_info": True,
+    }
+    return server.post("/v1/chat/completions", body | extra)
+
+
+def test_the_printed_curl_line_works(smollm2: Server) -> None:
+    """The line that `make serve` prints is run as it stands; its answer shows windows."""
+    line = re.search(r"^curl .*$", smollm2.log_text(), re.MULTILINE)
+    assert line is not None, smollm2.log_text()[-2000:]
+    answer = json.loads(subprocess.check_output(shlex.split(line[0]), timeout=300))
+    report = answer["choices"][0]["meta_info"]["kv_compress"]
+    # The model may end its answer early; every 64 kept tokens stand for a window of 128.
+    assert report["logical_length"] == report["kv_slots_held"] + 64 * report["windows"]
+    if answer["usage"]["completion_tokens"] > 250:
+        assert report["windows"] >= 1
+
+
+def test_long_chat_answer_is_compressed(smollm2: Server) -> None:
+    """Windows in meta_info, in the log line and in /server_info."""
+    before = smollm2.state()
+    answer = chat(smollm2, tokens=400).json()["choices"][0]
+    report = answer["meta_info"]["kv_compress"]
+    assert report["windows"] == 2
+    assert report["tokens_removed"] == 128
+    assert report["retained"] == 0.5
+    assert report["kv_slots_held"] == report["logical_length"] - 128
+    after = smollm2.state()
+    assert after["windows"] - before["windows"] == 2
+    assert after["slots_freed"] - before["slots_freed"] == 128
+    assert after["settings"]["window"] == 128
+    assert after["kernels"] == "torch"
+    assert re.search(
+        r"Decode batch.*kv-compress: 0\.\d\d held \(#window: \d+, #freed: \d+\)", smollm2.log_text()
+    )
+
+
+def test_streaming_reports_in_the_last_chunk(smollm2: Server) -> None:
+    body = {
+        "text": "Once upon a time",
+        "sampling_params": {
+            "max_new_tokens": 220,
+            "ignore_eos": True,
+            "custom_params": {"kv_compress": {"selector": "recent", "retain": 0.25}},
+        },
+        "stream": True,
+    }
+    with smollm2.post("/generate", body, stream=True) as response:
+        lines = [line[6:] for line in response.iter_lines(decode_unicode=True) if line]
+    assert lines[-1] == "[DONE]"
+    reports = [json.loads(line)["meta_info"].get("kv_compress") for line in lines[:-1]]
+    assert reports[:-1] == [None] * (len(reports) - 1)
+    assert reports[-1]["windows"] == 1
+    assert reports[-1]["retained"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("option", "field"),
+    [
+        ({"retain": 1.5}, "kv_compress.retain"),
+        ({"retain": "half"}, "kv_compress.retain"),
+        ({"selector": "best"}, "kv_compress.selector"),
+        ({"window": 64}, "kv_compress.window"),
+        ("yes", "kv_compress"),
+    ],
+)
+def test_bad_options_are_refused_with_400(smollm2: Server, option: object, field: str) -> None:
+    """Every route says which field is wrong."""
+    custom = {"kv_compress": option}
+    routes = {
+        "/generate": {"text": "a", "sampling_params": {"custom_params": custom}},
+        "/v1/completions": {"model": "m", "prompt": "a", "custom_params": custom},
+        "/v1/chat/completions": {"model": "m", "messages": QUESTION, "custom_params": custom},
+    }
+    for route, body in routes.items():
+        response = smollm2.post(route, body)
+        assert response.status_code == 400, route
+        assert field in response.text, route
+    streamed = smollm2.post("/generate", routes["/generate"] | {"stream": True})
+    assert '"code":400' in streamed.text
+    assert field in streamed.text
+
+
+def test_bad_request_hurts_nobody_else(smollm2: Server) -> None:
+    """Good requests around a bad one are answered in full."""
+    calls = [
+        lambda: chat(smollm2, tokens=60),
+        lambda: chat(smollm2, tokens=60, custom_params={"kv_compress": {"retain": -1}}),
+        lambda: chat(smollm2, tokens=60, custom_params={"kv_compress": False}),
+    ]
+    good, bad, opted_out = in_parallel(calls)
+    assert bad.status_code == 400
+    for response in (good, opted_out):
+        assert response.json()["usage"]["completion_tokens"] == 60
+
+
+def test_openai_routes_take_options(smollm2: Server) -> None:
+    answer = chat(smollm2, tokens=230, custom_params={"kv_compress": {"retain": 0.25}}).json()
+    assert answer["choices"][0]["meta_info"]["kv_compress"]["retained"] == 0.25
+    answer = chat(smollm2, tokens=230, custom_params={"kv_compress": False}).json()
+    assert answer["choices"][0]["meta_info"]["kv_compress"]["windows"] == 0
+
+
+def test_metrics_agree_with_totals(smollm2: Server) -> None:
+    """Prometheus says what /server_info says; idle gauges are back at zero."""
+    chat(smollm2, tokens=230)
+    chat(smollm2, tokens=60, custom_params={"kv_compress": False})
+    text = requests.get(smollm2.url + "/metrics", timeout=60).text
+    state = smollm2.state()
+
+    def value(name: str) -> float:
+        found = re.findall(rf"^sglang:kv_compress_{name}\{{.*\}} (\S+)$", text, re.MULTILINE)
+        assert len(found) == 1, f"{name}: {found}"
+        return float(found[0])
+
+    assert value("passes_total") == state["passes"] > 0
+    assert value("windows_total") == state["windows"] > 0
+    assert value("slots_freed_total") == state["slots_freed"] > 0
+    assert value("pass_seconds_total") == pytest.approx(state["pass_seconds"])
+    assert value("recorders_in_use") == value("held_tokens") == value("logical_tokens") == 0
+    assert 'reason="opt_out"' in text
+    smollm2.assert_nothing_leaked()

@@ -1,0 +1,34 @@
+"""``sglang.Engine`` with tensor parallelism 2: configure(), ranks that agree, options that are checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from server import Server, run
+from test_exactness import PROMPTS
+
+
+def test_engine_with_two_ranks(stock: Server, tiny_model: Path, logs: Path) -> None:
+    """Both ranks compress the same windows; identity and opted-out requests give stock's tokens."""
+    log = logs / "tp2.log"
+    program = Path(__file__).parent / "tp2_engine.py"
+    with run((str(program), str(tiny_model)), log, {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}) as process:
+        process.wait(timeout=400)
+    lines = [line for line in log.read_text().splitlines() if line.startswith("RESULT ")]
+    assert lines, log.read_text()[-4000:]
+    result = json.loads(lines[-1][7:])
+
+    reports = [answer["meta_info"]["kv_compress"] for answer in result["answers"]]
+    assert [report["windows"] for report in reports] == [4, 4, 4, 0]
+    assert [report["tokens_removed"] for report in reports] == [128, 0, 192, 0]
+    stock.flush()
+    expected = stock.generate(PROMPTS)
+    for index in (1, 3):
+        assert result["answers"][index]["output_ids"] == expected[index]["output_ids"]
+    assert all(len(answer["output_ids"]) == 300 for answer in result["answers"])
+    assert "kv_compress.retain" in result["error"]
+    for state in result["states"]:
+        assert (state["windows"], state["slots_freed"]) == (12, 320)
+        assert state["settings"]["kept"] == pytest.approx(32)
