@@ -74,6 +74,28 @@ class Coordinator:
         self._selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
         self._arrivals = 0
 
+    def warm_up(self) -> None:
+        """Run one pass over slots that nobody holds yet, so that no request waits for a compiler."""
+        start, width = self.geometry.page_size, self.geometry.window
+        selector = self._selectors[self.config.selector]
+        device = self.scheduler.req_to_token_pool.req_to_token.device
+        units = None
+        if selector.needs_queries:
+            count = 1 if self.config.query_heads == "rotating" else self.recorder.shape.group
+            units = torch.arange(count, device=device).clamp(max=self.recorder.num_units - 1)
+        job = WindowJob(
+            slots=torch.arange(start, start + width, dtype=torch.int32, device=device),
+            kept=self.config.kept(self.geometry.page_size),
+            selector=selector,
+            seed=0,
+            query_start=0,
+            query_count=width + self.geometry.delay,
+            units=units,
+        )
+        with self._forward_stream():
+            _keep_until_read(job)
+            self.kernels.compress(self._pool(), [job])
+
     # -- requests ----------------------------------------------------------------------------------
 
     def _admit(self, req: Req) -> RequestState | None:
@@ -235,8 +257,7 @@ class Coordinator:
 
         with self._forward_stream():
             for job in jobs:
-                if job.slots.is_cuda:
-                    job.slots.record_stream(torch.cuda.current_stream())
+                _keep_until_read(job)
             kept = self.kernels.compress(self._pool(), jobs)
             if self.config.debug_checks:
                 _check_kept(kept, jobs)
@@ -319,6 +340,13 @@ class Coordinator:
         if self.metrics is not None:
             recorders = self.recorder.in_use if self.recorder is not None else 0
             self.metrics.update(self.totals, recorders, *self.held(leaving))
+
+
+def _keep_until_read(job: WindowJob) -> None:
+    """Tell the allocator that the current stream reads tensors that another stream has made."""
+    for tensor in (job.slots, job.units):
+        if tensor is not None and tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream())
 
 
 def _skip_reason(req: Req) -> str | None:

@@ -58,9 +58,10 @@ class Finding:
 
 @dataclass(slots=True)
 class Plan:
-    """What the checks learn for the command line that the verdict proposes."""
+    """What the checks learn, for each other and for the command that the verdict proposes."""
 
     model_path: str | None = None
+    config: KaraConfig = field(default_factory=KaraConfig)
     cpu: bool = False
     options: list[str] = field(default_factory=list)
 
@@ -70,7 +71,7 @@ class Plan:
             words = ["python", "-m", "kara_sglang.serve"]
             return shlex.join([*words, "--model", self.model_path] if self.model_path else words)
         words = ["python", "-m", "sglang.launch_server", "--model-path", self.model_path or "MODEL"]
-        command = shlex.join([*words, "--kv-compress", "kara", *self.options])
+        command = shlex.join([*words, "--kv-compress", self.config.selector, *self.options])
         return f"{CPU_SWITCH}=1 {command}" if self.cpu else command
 
 
@@ -129,7 +130,7 @@ def check_plugin(_plan: Plan) -> Iterator[Finding]:
         yield Finding(BAD, "plugin", text, f"add {plugin.ENTRY_POINT} to it or unset it")
 
 
-def check_settings(_plan: Plan) -> Iterator[Finding]:
+def check_settings(plan: Plan) -> Iterator[Finding]:
     """The settings that a server without flags would use."""
     try:
         config = plugin.active()
@@ -137,7 +138,7 @@ def check_settings(_plan: Plan) -> Iterator[Finding]:
         yield Finding(BAD, "settings", str(error), "mend or unset SGLANG_KV_COMPRESS")
         return
     source = "of SGLANG_KV_COMPRESS" if config else "by default"
-    config = config or KaraConfig()
+    plan.config = config = config or plan.config
     yield Finding(
         OK,
         "settings",
@@ -259,9 +260,8 @@ def check_model(plan: Plan) -> Iterator[Finding]:
         f"{model.num_attention_heads} query and {model.get_total_num_kv_heads()} KV heads of "
         f"{model.head_dim}",
     )
-    config = plugin.active() or KaraConfig()
-    if config.query_bytes:
-        yield _query_ring(model, config)
+    if plan.config.query_bytes:
+        yield _query_ring(model, plan.config)
     try:
         record.resolve_once()
     except Exception as error:
@@ -274,7 +274,7 @@ def check_model(plan: Plan) -> Iterator[Finding]:
         if "attention-backend" not in line:  # said above, with what to pass instead
             yield Finding(BAD, "flags", line)
     try:
-        config.check_page_size(resolved.page_size)
+        plan.config.check_page_size(resolved.page_size)
     except ValueError as error:
         yield Finding(BAD, "page size", str(error))
 
@@ -295,8 +295,8 @@ def _query_ring(model: Any, config: KaraConfig) -> Finding:
     return Finding(
         OK,
         "queries",
-        f"{every:,} bytes a request with all heads, {unit:,} rotating, on one GPU without tensor "
-        f"parallelism; {size} records {room} requests at once",
+        f"{every:,} bytes a request with all heads, {unit:,} rotating, without tensor parallelism; "
+        f"{size} records {room} requests at once",
     )
 
 

@@ -16,6 +16,8 @@ from kara_sglang.hooks import SGLANG_VERSION
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
+    from kara_sglang.config import KaraConfig
+
 # (flag or feature, does the resolved configuration use it?). Field names: sglang/srt/arg_groups/fields.
 _FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--speculative-algorithm", lambda c: c.speculative_algorithm is not None),
@@ -135,8 +137,8 @@ def of_attention_layers(layers: list[Any]) -> list[str]:
     return [f"{line}, which --kv-compress does not support" for line in lines]
 
 
-def of_scheduler(scheduler: Scheduler) -> list[str]:
-    """Refusals that the real pool, allocator and tree decide, one line each."""
+def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
+    """Refusals that the real pool and allocator decide, one line each."""
     from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
     from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
@@ -156,6 +158,11 @@ def of_scheduler(scheduler: Scheduler) -> list[str]:
     pool = allocator.get_kvcache()
     if not lines and (pool.k_buffer[0].dim() != 3 or pool.start_layer != 0):
         lines.append("SGLang chose a KV layout that --kv-compress does not support")
+    if scheduler.max_total_num_tokens < config.window + config.delay:
+        lines.append(
+            f"the KV pool holds {scheduler.max_total_num_tokens} tokens, less than a window of "
+            f"{config.window} (--kv-compress-window) and its delay of {config.delay}; use a smaller one"
+        )
     return lines
 
 

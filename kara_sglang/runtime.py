@@ -140,14 +140,16 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
     """AFTER ``Scheduler.__init__``: look at the real objects, then start."""
     absent = hooks.missing(hooks.CHILD_HOOKS)
     runtime.refused += [f"hook {path} is not in place; this SGLang does not fit" for path in absent]
-    runtime.refused += refusals.of_scheduler(scheduler)
+    config = runtime.config
+    if config is not None:
+        runtime.refused += refusals.of_scheduler(scheduler, config)
     if runtime.refused:
         return
-    config = runtime.config
     assert config is not None and runtime.kernels is not None
     runtime.coordinator = Coordinator(
         scheduler, config, runtime.recorder, runtime.kernels, runtime.scales
     )
+    runtime.coordinator.warm_up()
     recorder = runtime.recorder
     logger.info(
         "KV compression is on: %s, window %d, kept %d, delay %d tokens, %s kernels (%s), %s.",
