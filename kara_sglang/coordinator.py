@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kara_sglang.admission import Forecast
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
@@ -66,6 +67,7 @@ class Coordinator:
         self.scales = scales
         self.geometry = Geometry(scheduler.page_size, config.window, config.delay)
         self.policy = Policy(config.period, config.max_requests_per_pass, LAG - 1)
+        self.forecast = Forecast(self.geometry)
         self.totals = Totals()
         context = scheduler.metrics_collector_context
         self.metrics: Metrics | None = None
@@ -101,27 +103,40 @@ class Coordinator:
     def _admit(self, req: Req) -> RequestState | None:
         """Make the state of a request that is about to take its first decode step."""
         self._arrivals += 1
+        options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+        skipped = "opt_out" if not options.enabled else _skip_reason(req)
         state = None
-        skipped = _skip_reason(req)
         if skipped is None:
-            options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
-            if options.enabled:
-                selector = self._selectors[options.selector or self.config.selector]
-                state = RequestState(
-                    selector=selector,
-                    kept=self.config.window
-                    if selector.keeps_all
-                    else self.config.kept(self.geometry.page_size, options.retain),
-                    seed=options.seed if options.seed is not None else self._seed_of(req),
-                    base=exact.first_base(req.kv, self.geometry.page_size),
-                    order=self._arrivals,
-                )
-            else:
-                skipped = "opt_out"
-        if skipped is not None:
+            state = RequestState(
+                selector=self._selectors[options.selector or self.config.selector],
+                kept=self._kept(options),
+                seed=options.seed if options.seed is not None else self._seed_of(req),
+                base=exact.first_base(req.kv, self.geometry.page_size),
+                order=self._arrivals,
+            )
+        else:
             self.totals.skip(skipped)
         setattr(req, STATE, state)
         return state
+
+    def _kept(self, options: RequestOptions) -> int:
+        """R of a request with these options."""
+        if self._selectors[options.selector or self.config.selector].keeps_all:
+            return self.config.window
+        return self.config.kept(self.geometry.page_size, options.retain)
+
+    def reserve(self, req: Req, tokens: float) -> float:
+        """KV slots that a running or waiting request takes for ``tokens`` still to come, at most."""
+        if hasattr(req, STATE):
+            state: RequestState | None = getattr(req, STATE)
+            if state is None:
+                return tokens
+            kv_len = req.kv.kv_committed_len
+            return self.forecast.growth(tokens, state.uncompressed(kv_len), state.kept)
+        options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+        if not options.enabled or _skip_reason(req) is not None:
+            return tokens
+        return self.forecast.growth(tokens, 0, self._kept(options))
 
     def _seed_of(self, req: Req) -> int:
         # From the prompt, by crc32: the same in every run and on every rank, which request ids and
@@ -149,7 +164,12 @@ class Coordinator:
             state.recorder = None
         elif state.selector.needs_queries:
             lost = state.uncompressed(req.kv.kv_committed_len) // self.geometry.window
-            self.totals.skip("no_recorder", lost)
+            self._lose(state, lost)
+
+    def _lose(self, state: RequestState, windows: int) -> None:
+        """Windows went by without a recorder and stay uncompressed."""
+        self.totals.skip("no_recorder", windows)
+        self.forecast.observe(windows * (self.geometry.window - state.kept), 0)
 
     # -- one decode step ---------------------------------------------------------------------------
 
@@ -199,10 +219,7 @@ class Coordinator:
                 req = batch.reqs[index]
                 state: RequestState = getattr(req, STATE)
                 kv_len = req.kv.kv_committed_len
-                self.totals.skip(
-                    "no_recorder",
-                    state.start_window_at(max(kv_len, req.kv.cache_protected_len), self.geometry),
-                )
+                self._lose(state, state.start_window_at(kv_len, self.geometry))
                 # The step that is prepared next computes the query at this position.
                 state.recorder = self.recorder.acquire(
                     req.kv.req_pool_idx, num_units, kv_len + state.removed
@@ -252,6 +269,7 @@ class Coordinator:
             window = state.commit(geometry)
             req.kv.kv_committed_len -= window.freed
             req.kv.kv_allocated_len -= window.freed
+            self.forecast.observe(window.freed, window.freed)
             freed[index] = window.freed
             windows += 1
 

@@ -168,6 +168,13 @@ CHILD_HOOKS = (
         "takes the request's recorder back",
     ),
     Hook(
+        "managers.scheduler.Scheduler.get_prefill_adder_class",
+        "around",
+        ("self",),
+        "admission:adder_class",
+        "admits requests by what they will hold once compressed",
+    ),
+    Hook(
         "managers.scheduler.Scheduler.get_output_streamer_class",
         "around",
         ("self",),

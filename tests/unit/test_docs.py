@@ -1,0 +1,137 @@
+"""The documents list exactly what the code has. Run as a program: writes the hook table anew."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+from kara_sglang import hooks, options
+from kara_sglang.config import FLAGS, PRESETS, KaraConfig
+from kara_sglang.kernels.selectors import REGISTRY
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+CONFIGURATION = ROOT / "docs" / "configuration.md"
+
+_HOOK_TABLE = re.compile(r"(?<=<!-- hooks -->\n).*(?=<!-- end of hooks -->)", re.DOTALL)
+
+
+def hook_table() -> str:
+    """The table of all hooks, in Markdown."""
+    groups = (
+        ("every process that loads plugins", hooks.CLI_HOOKS),
+        ("launcher, once compression is on", hooks.PARENT_HOOKS),
+        ("children, once compression is on", hooks.CHILD_HOOKS),
+    )
+    lines = ["| where | target | kind | what for |", "|---|---|---|---|"]
+    lines += [
+        f"| {where} | `{hook.target}` | {hook.kind} | {hook.why} |"
+        for where, members in groups
+        for hook in members
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table(path: Path, marker: str) -> list[list[str]]:
+    """Cells of the table behind ``marker`` (an HTML comment or a heading), without its header."""
+    lines = path.read_text().split(f"\n{marker}\n", 1)[1].lstrip("\n").splitlines()
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    assert len(rows) > 2, f"no table behind {marker}"
+    return rows[2:]
+
+
+def bare(cell: str) -> str:
+    return cell.strip("`")
+
+
+def test_the_hook_table_is_the_codes():
+    found = _HOOK_TABLE.search(ARCHITECTURE.read_text())
+    assert found is not None
+    assert found[0] == hook_table(), "run python tests/unit/test_docs.py"
+    listed = [bare(row[1]) for row in table(ARCHITECTURE, "<!-- hooks -->")]
+    assert listed == [hook.target for hook in hooks.ALL_HOOKS]
+
+
+def test_the_settings_are_the_codes_with_their_defaults():
+    default = KaraConfig()
+    expected = [
+        (name, FLAGS.get(name, "key"), json.dumps(getattr(default, name)).strip('"'))
+        for name in KaraConfig.__dataclass_fields__
+    ]
+    listed = [
+        (bare(row[0]), bare(row[1]), bare(row[3])) for row in table(CONFIGURATION, "<!-- settings -->")
+    ]
+    assert listed == expected
+
+
+def test_the_presets_are_the_codes():
+    listed = {bare(row[0]): row[1] for row in table(CONFIGURATION, "<!-- presets -->")}
+    expected = {
+        name: ", ".join(f"`{key}` = `{json.dumps(value)}`" for key, value in preset.items())
+        for name, preset in PRESETS.items()
+    }
+    assert listed == expected
+
+
+def test_the_request_options_are_the_codes():
+    listed = [bare(row[0]) for row in table(CONFIGURATION, "<!-- request options -->")]
+    assert sorted(listed) == sorted(options._TYPES)
+    assert options.KEY == "kv_compress"
+
+
+def test_the_readmes_flags():
+    default = KaraConfig()
+    rows = {bare(row[0]): bare(row[2]) for row in table(README, "<!-- flags -->")}
+    assert list(rows) == [*FLAGS.values(), "--kv-compress-config"]
+    assert rows["--kv-compress-window"] == str(default.window)
+    assert rows["--kv-compress-retain"] == str(default.retain)
+    assert rows["--kv-compress-query-mem-gb"] == f"{default.query_bytes / 2**30:g}"
+
+
+def test_the_readmes_selectors_are_the_registry():
+    rows = table(README, "## Selectors")
+    listed = {bare(row[0]): row[2] for row in rows}
+    assert len(rows) == len(listed)
+    assert listed == {
+        name: "yes" if selector.needs_queries else "no" for name, selector in REGISTRY.items()
+    }
+
+
+def test_the_readmes_metrics_are_the_exported_ones():
+    source = (ROOT / "kara_sglang" / "metrics.py").read_text()
+    counters = re.findall(r'\bcounter\(\s*"(\w+)"', source)
+    gauges = re.findall(r'\bgauge\(\s*"(\w+)"', source)
+    assert len(counters) == source.count("counter(") - 1 and len(gauges) == source.count("gauge(") - 1
+    names = [f"{name}_total" for name in counters] + gauges
+    listed = [bare(row[0]) for row in table(README, "<!-- metrics -->")]
+    assert listed == [f"sglang:kv_compress_{name}" for name in names]
+
+
+def test_the_example_of_the_ring_prints_what_it_says():
+    text = CONFIGURATION.read_text().split("<!-- ring example -->\n", 1)[1]
+    command, output = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)[:2]
+    program = re.search(r"<<'END'\n(.*)^END$", command, re.DOTALL | re.MULTILINE)
+    assert program is not None
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(program[1], {})
+    assert printed.getvalue() == output
+
+
+def test_links_between_the_documents_lead_somewhere():
+    for path in (README, ARCHITECTURE, CONFIGURATION, ROOT / "CHANGELOG.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+if __name__ == "__main__":
+    text = _HOOK_TABLE.sub(lambda _match: hook_table(), ARCHITECTURE.read_text())
+    ARCHITECTURE.write_text(text)

@@ -1,0 +1,238 @@
+"""The doctor: what it says, and that it says so when something is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from kara_sglang import doctor, hooks, plugin, refusals
+from kara_sglang.config import ENV, KaraConfig
+from kara_sglang.kernels.dispatch import pick
+from kara_sglang.recorder import LAG
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+}
+# By default a ring entry is one fp8 byte per element of one query head for each KV head.
+UNIT_BYTES = 3 * 2 * 32 * (512 + 64 + LAG)
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch):
+    """Leave the doctor only some of its checks."""
+    return lambda *checks: monkeypatch.setattr(doctor, "CHECKS", checks)
+
+
+def model_folder(folder: Path, **changes: object) -> str:
+    (folder / "config.json").write_text(json.dumps(LLAMA | changes))
+    return str(folder)
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, list[str]]:
+    code = doctor.main(list(argv))
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return code, captured.out.splitlines()
+
+
+def test_a_healthy_environment_and_a_supported_model(capsys, tmp_path):
+    code, lines = run(capsys, "--model-path", model_folder(tmp_path))
+    assert code == 0, "\n".join(lines)
+    assert not [line for line in lines if line.startswith(doctor.BAD)]
+    for hook in hooks.ALL_HOOKS:
+        assert any(line.startswith("ok") and hook.target in line for line in lines), hook.target
+    queries = next(line for line in lines if line.startswith("ok   queries"))
+    units = 2 * 2**30 // UNIT_BYTES
+    assert f"{4 * UNIT_BYTES:,} bytes" in queries and f"{UNIT_BYTES:,} rotating" in queries
+    assert f"{units // 4} (all heads) to {units} (rotating)" in queries
+    assert lines[-1].startswith("This environment can serve with compression: ")
+    assert str(tmp_path) in lines[-1]
+
+
+def test_a_wrong_hook_table_is_named(capsys, monkeypatch, only):
+    only(doctor.check_hooks)
+    gone = dataclasses.replace(hooks.CLI_HOOKS[0], target="server_args.ServerArgs.add_cly_args")
+    moved = dataclasses.replace(hooks.CLI_HOOKS[1], parameters=("cls", "namespace"))
+    lost = dataclasses.replace(hooks.CLI_HOOKS[2], handler="cli:no_such_function")
+    monkeypatch.setattr(hooks, "ALL_HOOKS", (gone, moved, lost))
+    code, lines = run(capsys)
+    bad = [line for line in lines if line.startswith(doctor.BAD)]
+    assert code == 1 and len(bad) == 3
+    assert "add_cly_args is missing" in bad[0]
+    assert "from_cli_args" in bad[1] and "'namespace'" in bad[1]
+    assert "no_such_function" in bad[2]
+    assert "cannot serve" in lines[-1] and "add_cly_args" in lines[-1] and "2 more" in lines[-1]
+
+
+def test_a_module_that_breaks_on_import_is_a_line_and_no_traceback(capsys, monkeypatch, only):
+    only(doctor.check_hooks)
+
+    def explode(_hook: hooks.Hook) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist\nand more")
+
+    monkeypatch.setattr(hooks.Hook, "problem", explode)
+    code, lines = run(capsys)
+    assert code == 1
+    assert "(RuntimeError: operator torchvision::nms does not exist)" in lines[-1]
+
+
+def test_a_check_that_breaks_off_is_a_line_too(capsys, only):
+    def check_something(_plan: doctor.Plan) -> list[doctor.Finding]:
+        print("noise")
+        raise OSError("no such library")
+
+    only(check_something)
+    code, lines = run(capsys)
+    assert code == 1 and "noise" not in lines
+    assert "something: the check broke off (OSError: no such library)" in lines[-1]
+
+
+def test_another_version_of_sglang(capsys, monkeypatch, only):
+    only(doctor.check_packages)
+    monkeypatch.setattr("importlib.metadata.version", lambda _name: "0.5.22")
+    code, lines = run(capsys)
+    assert code == 1
+    assert "SGLang 0.5.22" in lines[-1] and "pip install sglang==0.5.23" in lines[-1]
+
+
+@pytest.mark.parametrize("absent", ["sglang", "torch"])
+def test_a_missing_package_ends_the_examination(capsys, monkeypatch, absent):
+    monkeypatch.setattr(
+        doctor, "installed", lambda name: None if name == absent else hooks.SGLANG_VERSION
+    )
+    code, lines = run(capsys)
+    topic = {"sglang": "SGLang", "torch": "torch"}[absent]
+    assert code == 1
+    assert f"cannot serve with compression: {topic}: is not installed; " in lines[-1]
+    assert not [line for line in lines if "hook" in line]
+
+
+def test_an_installation_that_sglang_does_not_see(capsys, monkeypatch, only):
+    only(doctor.check_plugin)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
+    assert run(capsys)[0] == 1
+    monkeypatch.undo()
+    only(doctor.check_plugin)
+    assert run(capsys)[0] == 0
+    monkeypatch.setenv("SGLANG_PLUGINS", "some_other")
+    code, lines = run(capsys)
+    assert code == 1 and "SGLANG_PLUGINS=some_other" in lines[-1]
+    monkeypatch.setenv("SGLANG_PLUGINS", f"some_other, {plugin.ENTRY_POINT}")
+    assert run(capsys)[0] == 0
+
+
+def test_settings_come_from_the_environment_variable(capsys, monkeypatch, only):
+    only(doctor.check_settings)
+    monkeypatch.setenv(ENV, '{"selector": "recent", "window": 256}')
+    code, lines = run(capsys)
+    assert code == 0 and "recent, window 256" in lines[2]
+    monkeypatch.setenv(ENV, '{"window": "wide"}')
+    code, lines = run(capsys)
+    assert code == 1 and "--kv-compress-window" in lines[-1] and ENV in lines[-1]
+
+
+def test_an_unsupported_model(capsys, tmp_path, only):
+    only(doctor.check_model)
+    path = model_folder(tmp_path, architectures=["BertModel"], model_type="bert")
+    code, lines = run(capsys, "--model-path", path)
+    assert code == 1
+    assert "BertModel does not generate text" in lines[-1] and "without --kv-compress" in lines[-1]
+
+
+def test_no_model_at_all(capsys, tmp_path, only):
+    only(doctor.check_model)
+    code, lines = run(capsys, "--model-path", str(tmp_path))
+    assert code == 1 and f"cannot read the config of {tmp_path}" in lines[-1]
+
+
+def test_a_ring_without_room_for_one_request(capsys, tmp_path, monkeypatch, only):
+    only(doctor.check_settings, doctor.check_model)
+    monkeypatch.setenv(ENV, json.dumps({"query_mem_gb": 0.9 * UNIT_BYTES / 2**30}))
+    code, lines = run(capsys, "--model-path", model_folder(tmp_path))
+    assert code == 1 and f"no room for one request, which takes {UNIT_BYTES:,} bytes" in lines[-1]
+
+
+def test_a_window_that_does_not_fit_the_page_size_and_a_refused_switch(
+    capsys, tmp_path, monkeypatch, only
+):
+    only(doctor.check_settings, doctor.check_model)
+    from sglang.srt.server_args import ServerArgs
+
+    record = ServerArgs(
+        model_path=model_folder(tmp_path), page_size=16, attention_backend="torch_native"
+    )
+    monkeypatch.setattr("sglang.srt.server_args.ServerArgs", lambda model_path: record)
+    monkeypatch.setenv(ENV, '{"window": 40}')
+    monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
+    code, lines = run(capsys, "--model-path", str(tmp_path))
+    bad = [line for line in lines if line.startswith(doctor.BAD)]
+    assert code == 1 and len(bad) == 2, "\n".join(lines)
+    assert "SGLANG_USE_HND_KVCACHE" in bad[0] and "use 32 or 48" in bad[1]
+
+
+def test_an_unsupported_default_backend_asks_for_a_flag(capsys, monkeypatch, only):
+    only(doctor.check_backend)
+    monkeypatch.setattr(
+        "sglang.srt.arg_groups.model_override_base.get_default_attn_backend",
+        lambda *_args: "trtllm_mha",
+    )
+    code, lines = run(capsys)
+    assert code == 0
+    assert "SGLang chooses trtllm_mha here" in lines[2]
+    assert lines[-1].endswith("--kv-compress kara --attention-backend triton")
+    assert "triton" in refusals.ATTENTION_BACKENDS
+
+
+def test_the_stand_in_belongs_on_a_cpu_only(monkeypatch):
+    class Spec:
+        origin = "/somewhere/kara_cpu_engine/sgl_kernel/__init__.py"
+
+    monkeypatch.setattr(doctor.cpu_engine, "is_installed", lambda: True)
+    monkeypatch.setattr(doctor.util, "find_spec", lambda _name: Spec)
+    assert doctor._sgl_kernel(cpu=True).level == doctor.OK
+    assert doctor._sgl_kernel(cpu=False).level == doctor.BAD
+    monkeypatch.setattr(doctor.util, "find_spec", lambda _name: None)
+    assert doctor._sgl_kernel(cpu=True).level == doctor.BAD
+    assert doctor._sgl_kernel(cpu=False).level == doctor.BAD
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_a_cpu_gets_its_hint_and_the_environment_is_left_alone(capsys, monkeypatch, only):
+    only(doctor.check_device)
+    monkeypatch.delenv(doctor.CPU_SWITCH, raising=False)
+    _, lines = run(capsys)
+    assert any(line.startswith("note") and doctor.CPU_SWITCH in line for line in lines)
+    assert doctor.CPU_SWITCH not in os.environ
+    kernels, why = pick(torch.device("cpu"))
+    assert any(f"{kernels.name}: {why}" in line for line in lines)
+
+
+def test_the_ring_is_the_recorders_own():
+    class Model:
+        num_hidden_layers, num_attention_heads, head_dim = 36, 32, 128
+        dtype = torch.bfloat16
+
+        @staticmethod
+        def get_total_num_kv_heads() -> int:
+            return 8
+
+    ring = doctor.recorder_of(Model, KaraConfig())
+    assert ring.unit_bytes == 36 * 8 * 128 * ring.ring_len
+    assert ring.shape.group == 4
+    twice = doctor.recorder_of(Model, KaraConfig(query_dtype="model"))
+    assert twice.unit_bytes == 2 * ring.unit_bytes
