@@ -113,21 +113,10 @@ def check_packages(_plan: Plan) -> Iterator[Finding]:
 
 def check_plugin(_plan: Plan) -> Iterator[Finding]:
     """SGLang must find the entry point and be allowed to load it."""
-    found = [
-        point
-        for point in metadata.entry_points(group="sglang.srt.plugins")
-        if point.name == plugin.ENTRY_POINT
-    ]
-    if not found:
-        text = "kara-sglang is not installed in this environment, so SGLang does not see it"
-        yield Finding(BAD, "plugin", text, "pip install kara-sglang (or . in a checkout)")
-    else:
-        yield Finding(OK, "plugin", f"entry point {found[0].name} = {found[0].value}")
-    listed = os.environ.get("SGLANG_PLUGINS", "")
-    allowed = [name.strip() for name in listed.split(",") if name.strip()]
-    if allowed and plugin.ENTRY_POINT not in allowed:
-        text = f"SGLANG_PLUGINS={listed} keeps it out of SGLang's processes"
-        yield Finding(BAD, "plugin", text, f"add {plugin.ENTRY_POINT} to it or unset it")
+    lines = plugin.invisible()
+    yield from (Finding(BAD, "plugin", line) for line in lines)
+    if not lines:
+        yield Finding(OK, "plugin", f"entry point {plugin.ENTRY_POINT} of SGLang's plugins is there")
 
 
 def check_settings(plan: Plan) -> Iterator[Finding]:

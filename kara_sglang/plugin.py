@@ -12,18 +12,23 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import sys
 from importlib.metadata import entry_points
 
 from kara_sglang import hooks
 from kara_sglang.config import ENV, KaraConfig
 
 ENTRY_POINT = "kara"
+_SCHEDULING = ("scheduler", "data_parallel_controller")
 
 
 def register() -> None:
     """Called by SGLang's ``load_plugins()`` once per process, which then applies the hooks."""
     hooks.register(hooks.CLI_HOOKS)
-    if ENV in os.environ and multiprocessing.parent_process() is not None:
+    # A child that schedules has imported its part of SGLang by now; others (the detokenizer) stay
+    # light. Were this ever wrong, the parent would see that a scheduler is not hooked, and refuse.
+    schedules = any(f"sglang.srt.managers.{name}" in sys.modules for name in _SCHEDULING)
+    if ENV in os.environ and multiprocessing.parent_process() is not None and schedules:
         hooks.register(hooks.CHILD_HOOKS)
 
 
@@ -61,14 +66,8 @@ def hook_parent() -> list[str]:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]
-    if any(allowed) and ENTRY_POINT not in allowed:
-        return [
-            f"SGLANG_PLUGINS={os.environ['SGLANG_PLUGINS']} keeps the plugin out of SGLang's "
-            f"processes; add {ENTRY_POINT} to it or unset it"
-        ]
-    if not any(e.name == ENTRY_POINT for e in entry_points(group="sglang.srt.plugins")):
-        return ["kara-sglang is not installed in this environment: pip install kara-sglang"]
+    if unseen := invisible():
+        return unseen
     unfit = hooks.problems()
     if not unfit:
         hooks.register(hooks.PARENT_HOOKS)
@@ -78,3 +77,19 @@ def hook_parent() -> list[str]:
             for path in hooks.missing((*hooks.CLI_HOOKS, *hooks.PARENT_HOOKS))
         ]
     return unfit
+
+
+def invisible() -> list[str]:
+    """Why SGLang's processes would not load the plugin, one line each."""
+    allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]
+    if any(allowed) and ENTRY_POINT not in allowed:
+        return [
+            f"SGLANG_PLUGINS={os.environ['SGLANG_PLUGINS']} keeps the plugin out of SGLang's "
+            f"processes; add {ENTRY_POINT} to it or unset it"
+        ]
+    if not any(e.name == ENTRY_POINT for e in entry_points(group="sglang.srt.plugins")):
+        return [
+            "kara-sglang is not installed in this environment, so SGLang does not see it; "
+            "pip install kara-sglang (or . in a checkout)"
+        ]
+    return []

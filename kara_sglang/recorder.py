@@ -105,6 +105,8 @@ class QueryRecorder:
         """Hand ``num_units`` units (the group's size, or 1 to rotate) to a row."""
         if row in self._active:
             raise RuntimeError(f"kv-compress: row {row} already has a recorder")
+        if num_units > len(self._free):
+            raise RuntimeError(f"kv-compress: {num_units} ring units wanted, {len(self._free)} free")
         units = tuple(self._free.pop() for _ in range(num_units))
         recorder = Recorder(row, units, since)
         self._active[row] = recorder

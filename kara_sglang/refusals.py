@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from kara_sglang.hooks import SGLANG_VERSION
 
 if TYPE_CHECKING:
@@ -43,15 +45,17 @@ _FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--enable-unified-memory", lambda c: c.enable_unified_memory),
     ("--enable-page-major-kv-layout", lambda c: c.enable_page_major_kv_layout),
     (
-        "--kv-cache-dtype mxfp8 / nvfp4 / fp4",
-        lambda c: c.kv_cache_dtype in ("mxfp8", "nvfp4", "fp4_mx_block16"),
+        "--kv-cache-dtype other than auto and bfloat16",
+        lambda c: c.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
     ),
+    ("--device other than cuda and cpu", lambda c: c.device not in (None, "cuda", "cpu")),
     ("--kv-canary", lambda c: c.kv_canary not in (None, "none")),
     ("--enable-deterministic-inference", lambda c: c.enable_deterministic_inference),
     ("--tokenizer-worker-num", lambda c: c.tokenizer_worker_num > 1),
     ("--use-ray", lambda c: c.use_ray),
     ("--grpc-mode", lambda c: c.grpc_mode or c.smg_grpc_mode),
     ("--grpc-port", lambda c: c.grpc_port is not None),
+    ("--elastic-ep-backend", lambda c: c.elastic_ep_backend is not None),
     ("--dllm-algorithm", lambda c: c.dllm_algorithm is not None),
 )
 
@@ -156,6 +160,11 @@ def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
         if type(thing) not in kinds
     ]
     pool = allocator.get_kvcache()
+    if pool.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        lines.append(f"the KV cache is kept in {pool.dtype}, --kv-compress supports 16 and 32 bits")
+    if torch.version.hip is not None:
+        # SGLang orders page-table writes behind the step in flight on CUDA only.
+        lines.append("--kv-compress does not support ROCm")
     if not lines and (pool.k_buffer[0].dim() != 3 or pool.start_layer != 0):
         lines.append("SGLang chose a KV layout that --kv-compress does not support")
     if scheduler.max_total_num_tokens < config.window + config.delay:

@@ -41,6 +41,7 @@ class Runtime:
     recorder: QueryRecorder | None = None
     scales: list[float] = field(default_factory=list)
     coordinator: Coordinator | None = None
+    starting: bool = False  # graphs are being captured
     refused: list[str] = field(default_factory=list)  # why this server must not start
 
 
@@ -88,7 +89,11 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
 
 
 def before_cuda_graphs(runner: ModelRunner, *_args: Any, **_kwargs: Any) -> None:
-    """BEFORE ``ModelRunner.init_cuda_graphs``: captured graphs read the row tables."""
+    """BEFORE ``ModelRunner.init_cuda_graphs``: captured graphs read the row tables.
+
+    The steps that warm a graph up record as well, so that no kernel is first compiled in a capture.
+    """
+    runtime.starting = True
     if runtime.recorder is not None:
         runtime.recorder.allocate_tables(runner.req_to_token_pool.req_to_token.shape[0])
 
@@ -104,13 +109,13 @@ def before_attention(
 ) -> None:
     """BEFORE ``RadixAttention.forward``: record a decode step's post-RoPE queries.
 
-    Without a graph the step is skipped when nobody records. A captured graph is replayed for any
-    batch, so there the tables decide.
+    Without a graph the step is skipped when nobody records. A graph, captured at start, is replayed for
+    any batch, so there the tables decide.
     """
     recorder = runtime.recorder
     if recorder is None or not forward_batch.forward_mode.is_decode():
         return
-    if recorder.in_use or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if recorder.in_use or runtime.starting:
         recorder.record(
             runtime.kernels,
             layer.layer_id,
@@ -138,6 +143,7 @@ def after_init_forward_batch(
 
 def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kwargs: Any) -> None:
     """AFTER ``Scheduler.__init__``: look at the real objects, then start."""
+    runtime.starting = False
     absent = hooks.missing(hooks.CHILD_HOOKS)
     runtime.refused += [f"hook {path} is not in place; this SGLang does not fit" for path in absent]
     config = runtime.config

@@ -68,7 +68,9 @@ def record(ring: torch.Tensor, entries: torch.Tensor, queries: torch.Tensor) -> 
     rows = by_group.reshape(batch * group, num_kv_heads, head_dim)
     if ring.dtype == FP8:
         # e4m3 has no infinity: what lies beyond its range would become NaN.
-        rows = rows.clamp(-_FP8_MAX, _FP8_MAX).to(FP8)
+        rows = rows.clamp(-_FP8_MAX, _FP8_MAX)
+    rows = rows.to(ring.dtype)
+    if ring.dtype == FP8:  # which index_copy_ does not know
         ring, rows = ring.view(torch.uint8), rows.view(torch.uint8)
     ring.index_copy_(0, entries.flatten(), rows)
 

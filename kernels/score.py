@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 SCRATCH_BYTES = 64 << 20
-"""Upper bound of the probability matrix in memory; KV heads are taken in groups that fit."""
+"""Upper bound of the probability matrix in memory; heads, then queries, are taken in groups that fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,29 +70,27 @@ def attention_scores(
         first = max(0, queries.shape[0] - rule.last_queries)
         queries = queries[first:]
     num_queries, _, group, _ = queries.shape
-    if rule.causal and num_queries:
-        own = torch.arange(first, first + num_queries, device=keys.device)
-        hidden = torch.arange(width, device=keys.device) > own[:, None]  # (num_queries, W)
-        hidden = hidden.repeat_interleave(group, dim=0)
+    own = torch.arange(first, first + num_queries, device=keys.device)
+    key_positions = torch.arange(width, device=keys.device)
 
-    scores = torch.empty((num_kv_heads, width), dtype=torch.float32, device=keys.device)
-    step = max(1, SCRATCH_BYTES // (4 * group * num_queries * width))
-    for start in range(0, num_kv_heads, step):
-        heads = slice(start, start + step)
-        q = (
-            queries[:, heads]
-            .float()
-            .permute(1, 0, 2, 3)
-            .reshape(-1, num_queries * group, keys.shape[2])
-        )
+    scores = torch.zeros((num_kv_heads, width), dtype=torch.float32, device=keys.device)
+    row_bytes = 4 * group * width  # of one query position in one KV head's probability matrix
+    heads_at_once = max(1, SCRATCH_BYTES // (row_bytes * max(1, num_queries)))
+    rows_at_once = max(1, SCRATCH_BYTES // (row_bytes * heads_at_once))
+    for head in range(0, num_kv_heads, heads_at_once):
+        heads = slice(head, head + heads_at_once)
         k = keys[:, heads].float().permute(1, 2, 0)
-        logits = torch.bmm(q, k).mul_(scale)
-        if rule.causal:
-            logits.masked_fill_(hidden, float("-inf"))
-        probabilities = torch.softmax(logits, dim=-1)
-        if rule.squared:
-            probabilities.square_()
-        scores[heads] = probabilities.sum(dim=1)
+        for row in range(0, num_queries, rows_at_once):
+            rows = slice(row, row + rows_at_once)
+            q = queries[rows, heads].float().permute(1, 0, 2, 3).flatten(1, 2)
+            logits = torch.bmm(q, k).mul_(scale)
+            if rule.causal:
+                hidden = key_positions > own[rows, None]
+                logits.masked_fill_(hidden.repeat_interleave(group, dim=0), float("-inf"))
+            probabilities = torch.softmax(logits, dim=-1)
+            if rule.squared:
+                probabilities.square_()
+            scores[heads] += probabilities.sum(dim=1)
     if rule.value_norm:
         scores *= values.float().norm(dim=-1).T
     return scores

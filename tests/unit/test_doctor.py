@@ -124,7 +124,7 @@ def test_a_missing_package_ends_the_examination(capsys, monkeypatch, absent):
 
 def test_an_installation_that_sglang_does_not_see(capsys, monkeypatch, only):
     only(doctor.check_plugin)
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
+    monkeypatch.setattr("kara_sglang.plugin.entry_points", lambda group: [])
     assert run(capsys)[0] == 1
     monkeypatch.undo()
     only(doctor.check_plugin)
