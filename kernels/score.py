@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 SCRATCH_BYTES = 64 << 20
-"""Upper bound of the probability matrix in memory; heads, then queries, are taken in groups that fit."""
+"""Upper bound of the probability matrix in memory; heads, then queries, go in groups that fit."""
 
 
 @dataclass(frozen=True, slots=True)
