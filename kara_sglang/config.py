@@ -66,10 +66,16 @@ class KaraConfig:
         while the ring has room and rotating when it has not.
     query_dtype
         ``fp8`` (e4m3) or ``model`` (the model's own).
+    policy
+        Whose window is compressed when: ``periodic`` (the paper's), ``threshold`` or ``pressure``.
     period
-        Decode steps between two passes, at most 64.
+        Decode steps between two passes (``periodic``, ``pressure``).
     max_requests_per_pass
-        Requests that one pass compresses at most.
+        Requests that one pass compresses at most (``periodic``, ``pressure``).
+    threshold
+        KV slots from which on a request is compressed (``threshold``).
+    min_pool_usage
+        Share of the KV pool in use below which nothing is compressed (``pressure``).
     seed
         Seeds the ``random`` selector.
     debug_checks
@@ -88,8 +94,11 @@ class KaraConfig:
     last_queries: int = 32
     query_heads: Literal["auto", "all", "rotating"] = "auto"
     query_dtype: Literal["fp8", "model"] = "fp8"
+    policy: Literal["periodic", "threshold", "pressure"] = "periodic"
     period: int = 1
     max_requests_per_pass: int = 8
+    threshold: int = 0
+    min_pool_usage: float = 0.8
     seed: int = 0
     debug_checks: bool = False
 
@@ -173,7 +182,9 @@ _RANGES = (
     ("chunk_width", lambda v: v >= 2, "2 tokens or more"),
     ("chunk_quantile", lambda v: 0 <= v <= 1, "between 0 and 1"),
     ("last_queries", lambda v: v >= 1, "1 or more"),
-    ("period", lambda v: 1 <= v <= 64, "between 1 and 64 decode steps"),
+    ("period", lambda v: 1 <= v <= 65536, "between 1 and 65536 decode steps"),
+    ("threshold", lambda v: v >= 0, "0 or more tokens"),
+    ("min_pool_usage", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
     ("max_requests_per_pass", lambda v: v >= 1, "1 or more"),
     ("seed", lambda v: 0 <= v < 2**31, "between 0 and 2**31 - 1"),
 )

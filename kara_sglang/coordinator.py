@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kara_sglang import policy
 from kara_sglang.admission import Forecast
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
 from kara_sglang.metrics import Metrics
 from kara_sglang.options import RequestOptions
-from kara_sglang.policy import Candidate, Policy
+from kara_sglang.policy import Candidate
 from kara_sglang.radix_integration import exact
 from kara_sglang.recorder import LAG, QueryRecorder, to_device
 from kara_sglang.state import Geometry, RequestState
@@ -66,7 +67,7 @@ class Coordinator:
         self.kernels = kernels
         self.scales = scales
         self.geometry = Geometry(scheduler.page_size, config.window, config.delay)
-        self.policy = Policy(config.period, config.max_requests_per_pass, LAG - 1)
+        self.policy = policy.build(config)
         self.forecast = Forecast(self.geometry)
         self.totals = Totals()
         context = scheduler.metrics_collector_context
@@ -163,13 +164,17 @@ class Coordinator:
             self.recorder.release(state.recorder)
             state.recorder = None
         elif state.selector.needs_queries:
-            lost = state.uncompressed(req.kv.kv_committed_len) // self.geometry.window
-            self._lose(state, lost)
+            width = self.geometry.window
+            whole = state.uncompressed(req.kv.kv_committed_len) // width * width
+            self._lose(state, "no_recorder", state.base + whole)
 
-    def _lose(self, state: RequestState, windows: int) -> None:
-        """Windows went by without a recorder and stay uncompressed."""
-        self.totals.skip("no_recorder", windows)
-        self.forecast.observe(windows * (self.geometry.window - state.kept), 0)
+    def _lose(self, state: RequestState, reason: str, kv_len: int) -> None:
+        """The next window begins at ``kv_len`` or later; what lies before it stays uncompressed."""
+        geometry = self.geometry
+        tokens = state.start_window_at(kv_len, geometry)
+        self.totals.skip(reason, tokens // geometry.window)
+        promised = tokens * (geometry.window - state.kept) // geometry.window
+        self.forecast.observe(promised, 0)
 
     # -- one decode step ---------------------------------------------------------------------------
 
@@ -183,21 +188,36 @@ class Coordinator:
             getattr(req, STATE) if hasattr(req, STATE) else self._admit(req) for req in batch.reqs
         ]
         candidates = [
-            Candidate(
-                index,
-                state.order,
-                req.kv.kv_committed_len - state.due_at(self.geometry),
-                state.uncompressed(req.kv.kv_committed_len),
-            )
+            self._candidate(index, req, state)
             for index, (req, state) in enumerate(zip(batch.reqs, states, strict=True))
             if state is not None
         ]
         due = self.policy.due(
-            [c for c in candidates if self._can_compress(batch.reqs[c.index], states[c.index])]
+            [c for c in candidates if self._can_compress(batch.reqs[c.index], states[c.index])],
+            self._pool_usage(),
         )
         if due:
             self._compress(batch, due)
-        self._assign_recorders(batch, [c for c in candidates if states[c.index].waits_for_recorder()])
+        if self.recorder is not None:
+            waiting = [c for c in candidates if states[c.index].waits_for_recorder()]
+            waiting += self._pass_recorders_on(len(waiting), [batch.reqs[i] for i in due], due)
+            self._assign_recorders(batch, waiting)
+            with self._forward_stream():
+                self.recorder.flush()
+
+    def _candidate(self, index: int, req: Req, state: RequestState) -> Candidate:
+        kv_len = req.kv.kv_committed_len
+        if state.recorder is not None and kv_len - state.due_at(self.geometry) > LAG:
+            # The ring has come round: the first window that it still covers is the next one now.
+            self._lose(state, "late", kv_len - self.recorder.ring_len)
+        return Candidate(
+            index=index,
+            order=state.order,
+            kv_len=kv_len,
+            overdue=kv_len - state.due_at(self.geometry),
+            uncompressed=state.uncompressed(kv_len),
+            gain=self.geometry.window - state.kept,
+        )
 
     def _can_compress(self, req: Req, state: RequestState) -> bool:
         if state.waits_for_recorder() or req.finished() or req.to_finish is not None:
@@ -205,27 +225,44 @@ class Coordinator:
         # The step in flight may end it; its window would be compressed for nothing.
         return not req.next_output_finishes_by_length()
 
+    def _pool_usage(self) -> float:
+        """Share of the KV pool that running requests hold."""
+        scheduler = self.scheduler
+        idle = scheduler.token_to_kv_pool_allocator.available_size()
+        idle += scheduler.tree_cache.evictable_size()
+        return 1.0 - idle / scheduler.max_total_num_tokens
+
+    def _pass_recorders_on(
+        self, num_waiting: int, compressed: list[Req], indices: list[int]
+    ) -> list[Candidate]:
+        """While others wait in vain, who has just been compressed gives the recorder back and queues.
+
+        Returns
+        -------
+        list of Candidate
+            Those that queue now.
+        """
+        back = []
+        for index, req in zip(indices, compressed, strict=True):
+            state: RequestState = getattr(req, STATE)
+            if state.recorder is None or num_waiting <= self.recorder.free_units:
+                continue
+            self.recorder.release(state.recorder)
+            state.recorder = None
+            back.append(self._candidate(index, req, state))
+        return back
+
     def _assign_recorders(self, batch: ScheduleBatch, waiting: list[Candidate]) -> None:
-        if self.recorder is None:
-            return
-        if waiting:
-            grants = self.policy.grants(
-                waiting,
-                self.recorder.free_units,
-                self.recorder.shape.group,
-                self.config.query_heads,
+        group, heads = self.recorder.shape.group, self.config.query_heads
+        for index, num_units in policy.grants(waiting, self.recorder.free_units, group, heads):
+            req = batch.reqs[index]
+            state: RequestState = getattr(req, STATE)
+            kv_len = req.kv.kv_committed_len
+            self._lose(state, "no_recorder", kv_len)
+            # The step that is prepared next computes the query at this position.
+            state.recorder = self.recorder.acquire(
+                req.kv.req_pool_idx, num_units, kv_len + state.removed
             )
-            for index, num_units in grants:
-                req = batch.reqs[index]
-                state: RequestState = getattr(req, STATE)
-                kv_len = req.kv.kv_committed_len
-                self._lose(state, state.start_window_at(kv_len, self.geometry))
-                # The step that is prepared next computes the query at this position.
-                state.recorder = self.recorder.acquire(
-                    req.kv.req_pool_idx, num_units, kv_len + state.removed
-                )
-        with self._forward_stream():
-            self.recorder.flush()
 
     # -- the pass ----------------------------------------------------------------------------------
 

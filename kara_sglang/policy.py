@@ -1,69 +1,123 @@
 """Who is compressed now, and who may record. Host arithmetic, the same on every rank.
 
-Decisions depend on the order of the batch and on counters only, never on a clock, so that
+Decisions depend on the order of the batch, on lengths and on counters only, never on a clock, so that
 tensor-parallel ranks agree without talking to each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from kara_sglang.config import KaraConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A request as the policy sees it."""
+    """A request as a policy sees it; lengths in tokens."""
 
     index: int  # position in the batch
     order: int  # age: smaller came first
-    overdue: int  # tokens beyond its due length; negative: not due
-    uncompressed: int  # tokens from its next window's start on
+    kv_len: int  # KV slots that it holds
+    overdue: int  # beyond the length at which its next window can be compressed; negative: not due
+    uncompressed: int  # from its next window's start on
+    gain: int  # slots that its next window gives back
 
 
-class Policy:
-    """Compresses the due requests every ``period`` decode steps, at most ``limit`` at a time.
+class Policy(Protocol):
+    """Decides, once per decode step, whose window is compressed."""
 
-    Parameters
-    ----------
-    period : int
-        Decode steps between two passes.
-    limit : int
-        Requests per pass. Requests that have waited ``patience`` tokens go anyway: their queries
-        would be overwritten next.
-    patience : int
-        Tokens.
+    def due(self, candidates: Sequence[Candidate], pool_usage: float) -> list[int]:
+        """Batch indices to compress in this step, ascending.
+
+        Parameters
+        ----------
+        candidates : sequence of Candidate
+            The running requests that could be compressed, in batch order.
+        pool_usage : float
+            Share of the KV pool that running requests hold.
+        """
+
+
+class Periodic:
+    """The paper's policy (section 4.3): one global step counter, a fixed period, at most n requests.
+
+    The cost of compression is bounded whatever the number of running requests. Those that have waited
+    longest go first, the older on ties.
     """
 
-    def __init__(self, period: int, limit: int, patience: int) -> None:
+    def __init__(self, period: int, limit: int) -> None:
         self.period = period
         self.limit = limit
-        self.patience = patience
         self.step = 0
 
-    def due(self, candidates: Sequence[Candidate]) -> list[int]:
-        """Batch indices to compress in this step, ascending. Counts the step."""
+    def due(self, candidates: Sequence[Candidate], pool_usage: float) -> list[int]:
         self.step += 1
-        ready = [c for c in candidates if c.overdue >= 0]
-        urgent = [c for c in ready if c.overdue >= self.patience]
         if self.step % self.period:
-            return [c.index for c in urgent]
-        longest_first = sorted(ready, key=lambda c: (-c.overdue, c.order))
-        chosen = {c.index for c in [*urgent, *longest_first[: self.limit]]}
-        return sorted(chosen)
+            return []
+        return _first(candidates, self.limit, lambda c: (-c.overdue, c.order))
 
-    @staticmethod
-    def grants(
-        waiting: Sequence[Candidate], free_units: int, group: int, heads: str
-    ) -> list[tuple[int, int]]:
-        """Hand out the ring's free units: ``(batch index, units)`` for each request that gets some.
 
-        ``heads`` is the setting ``query_heads``. With ``auto`` everybody gets a rotating recorder
-        first, the longest uncompressed first and the older on ties; what is then left upgrades them
-        to all heads in the same order.
-        """
-        cheapest = group if heads == "all" else 1
-        line = sorted(waiting, key=lambda c: (-c.uncompressed, c.order))
-        served = line[: free_units // cheapest]
-        left = free_units - cheapest * len(served)
-        upgrades = left // (group - cheapest) if heads == "auto" and group > 1 else 0
-        return [(c.index, group if i < upgrades else cheapest) for i, c in enumerate(served)]
+class Threshold:
+    """Each request for itself, as soon as it holds ``threshold`` slots: what the paper argues against.
+
+    The more requests run, the more steps carry a pass.
+    """
+
+    def __init__(self, threshold: int) -> None:
+        self.threshold = threshold
+
+    def due(self, candidates: Sequence[Candidate], pool_usage: float) -> list[int]:
+        long = [c for c in candidates if c.kv_len >= self.threshold]
+        return _first(long, len(long), lambda c: (c.index,))
+
+
+class Pressure:
+    """Nothing while the pool has room; above ``min_usage`` those that free most.
+
+    At low load no answer is touched at all.
+    """
+
+    def __init__(self, period: int, limit: int, min_usage: float) -> None:
+        self._periodic = Periodic(period, limit)
+        self.min_usage = min_usage
+
+    def due(self, candidates: Sequence[Candidate], pool_usage: float) -> list[int]:
+        periodic = self._periodic
+        periodic.step += 1
+        if pool_usage < self.min_usage or periodic.step % periodic.period:
+            return []
+        return _first(candidates, periodic.limit, lambda c: (-c.gain, -c.uncompressed, c.order))
+
+
+def build(config: KaraConfig) -> Policy:
+    """The policy that the settings name."""
+    if config.policy == "threshold":
+        return Threshold(config.threshold)
+    if config.policy == "pressure":
+        return Pressure(config.period, config.max_requests_per_pass, config.min_pool_usage)
+    return Periodic(config.period, config.max_requests_per_pass)
+
+
+def _first(candidates: Sequence[Candidate], limit: int, key: Callable[[Candidate], tuple]) -> list[int]:
+    ready = sorted((c for c in candidates if c.overdue >= 0), key=key)
+    return sorted(c.index for c in ready[:limit])
+
+
+def grants(
+    waiting: Sequence[Candidate], free_units: int, group: int, heads: str
+) -> list[tuple[int, int]]:
+    """Hand out the ring's free units: ``(batch index, units)`` for each request that gets some.
+
+    With ``heads`` (the setting ``query_heads``) at ``auto`` everybody gets a rotating recorder first,
+    the longest uncompressed first and the older on ties; what is then left upgrades them to all heads
+    in the same order.
+    """
+    cheapest = group if heads == "all" else 1
+    line = sorted(waiting, key=lambda c: (-c.uncompressed, c.order))
+    served = line[: free_units // cheapest]
+    left = free_units - cheapest * len(served)
+    upgrades = left // (group - cheapest) if heads == "auto" and group > 1 else 0
+    return [(c.index, group if i < upgrades else cheapest) for i, c in enumerate(served)]

@@ -80,12 +80,11 @@ class RequestState:
         Returns
         -------
         int
-            Whole windows that are lost by that.
+            Tokens that are passed over.
         """
         base = max(self.base, ceil_align(kv_len, geometry.page_size))
-        lost = (base - self.base) // geometry.window
-        self.base = base
-        return lost
+        passed, self.base = base - self.base, base
+        return passed
 
     def commit(self, geometry: Geometry) -> Window:
         """Account for the compression of the window at ``base``."""

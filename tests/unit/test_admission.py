@@ -1,0 +1,103 @@
+"""What admission reserves against a plain simulation of how a request really grows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kara_sglang.admission import Forecast, adder_class
+from kara_sglang.runtime import runtime
+from kara_sglang.state import Geometry
+
+
+def simulated_peak(geometry: Geometry, uncompressed: int, kept: int, tokens: int) -> int:
+    """Most slots above today's that a request holds while it generates ``tokens``, step by step."""
+    held = uncompressed
+    peak = grown = 0
+    for _ in range(tokens):
+        if held >= geometry.window + geometry.delay:  # before the step, as the pass does
+            held -= geometry.window
+            grown += kept
+        held += 1
+        peak = max(peak, grown + held - uncompressed)
+    return peak
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_reserve_covers_the_peak_and_little_more(data: Any) -> None:
+    page = data.draw(st.sampled_from([1, 16, 64]))
+    window = page * data.draw(st.integers(1, 8))
+    kept = page * data.draw(st.integers(1, window // page))
+    geometry = Geometry(page, window, data.draw(st.integers(0, 100)))
+    uncompressed = data.draw(st.integers(0, window + geometry.delay))
+    tokens = data.draw(st.integers(0, 2000))
+    reserve = Forecast(geometry).growth(tokens, uncompressed, kept)
+    peak = simulated_peak(geometry, uncompressed, kept, tokens)
+    assert peak <= reserve + 1
+    assert reserve <= peak + (window - kept) + 1
+
+
+def test_identity_reserves_what_stock_does() -> None:
+    assert Forecast(Geometry(16, 64, 16)).growth(1000, 30, kept=64) == 1000
+
+
+def test_measured_share_moves_between_promise_and_none() -> None:
+    """Windows that stay uncompressed raise the reserve towards stock's, compressed ones lower it."""
+    forecast = Forecast(Geometry(16, 64, 16))
+    best = forecast.growth(1000, 0, 32)
+    for _ in range(200):
+        forecast.observe(32, 0)
+    worst = forecast.growth(1000, 0, 32)
+    assert best < 600 and worst > 999
+    for _ in range(200):
+        forecast.observe(32, 32)
+    assert forecast.growth(1000, 0, 32) == pytest.approx(best, abs=1)
+
+
+@dataclass(frozen=True)
+class Admission:
+    max_new_tokens: int
+    is_chunked: bool = False
+
+
+class StockAdder:
+    """The two methods of SGLang's PrefillAdder that the plugin overrides."""
+
+    def _get_running_request_total_token_offset(self, req: Any) -> float:
+        return req.sampling_params.max_new_tokens
+
+    def _select_prefill_admission(self, req: Any, *, total_tokens: int, **_kwargs: Any) -> Any:
+        return "no room" if total_tokens > 700 else Admission(req.sampling_params.max_new_tokens)
+
+
+class Params:
+    max_new_tokens = 1000
+
+
+class Req:
+    sampling_params = Params()
+    output_ids: tuple = ()
+
+
+def test_adder_reserves_the_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both checks of a candidate, and every running request, use what will be held."""
+
+    class HalfCoordinator:
+        def reserve(self, req: Req, tokens: float) -> float:
+            return tokens / 2
+
+    monkeypatch.setattr(runtime, "coordinator", HalfCoordinator())
+    adder = adder_class(lambda _scheduler: StockAdder, None)()
+    assert adder._get_running_request_total_token_offset(Req()) == 500
+    assert adder._select_prefill_admission(Req(), total_tokens=1100) == Admission(500)
+    assert adder._select_prefill_admission(Req(), total_tokens=1300) == "no room"
+
+
+def test_adder_is_stocks_without_a_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "coordinator", None)
+    assert adder_class(lambda _scheduler: StockAdder, None) is StockAdder
