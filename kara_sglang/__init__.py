@@ -46,13 +46,18 @@ def configure(selector: str = "kara", **settings: Any) -> KaraConfig | None:
     Raises
     ------
     ValueError
-        For an unknown field, a wrong type or a value out of range; nothing is changed then.
+        For an unknown field, a wrong type, a value out of range, or where SGLang would
+        not load the plugin; nothing is changed then.
     """
     from kara_sglang import plugin
     from kara_sglang.config import NONE, KaraConfig
 
     config = None
-    if selector != NONE:
+    if selector == NONE:
+        KaraConfig.from_settings(settings)  # checked all the same
+    else:
         config = KaraConfig.from_settings({"selector": selector, **settings})
+        if lines := plugin.not_loaded():
+            raise ValueError("; ".join(lines))
     plugin.activate(config)
     return config

@@ -9,6 +9,7 @@ windows without a recorder stay uncompressed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from kara_sglang.state import Geometry
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+
+    from kara_sglang.coordinator import Coordinator
 
 _MEMORY = 0.95
 """Weight that the past keeps when another window is seen: the average looks back some 20 windows."""
@@ -65,8 +68,9 @@ class Forecast:
         at_the_end = ahead - taken * (window - kept)
         # Right before its last compression it holds a whole window and its delay.
         before_last = (taken - 1) * kept + window + delay if taken else 0
-        nominal = max(at_the_end, before_last) - uncompressed
-        return tokens - self.kept_promise * (tokens - min(tokens, nominal))
+        nominal = min(max(at_the_end, before_last) - uncompressed, tokens)
+        # A window that is overdue will give slots back, but memory that is not free yet is no reserve.
+        return max(0.0, tokens - self.kept_promise * (tokens - nominal))
 
 
 def adder_class(original: Callable[..., type], scheduler: Any) -> type:
@@ -74,19 +78,24 @@ def adder_class(original: Callable[..., type], scheduler: Any) -> type:
 
     Prompts are reserved in full, and SGLang's own clamp on the answers of retracted requests stays.
     """
-    from sglang.srt.managers import schedule_policy
-
     from kara_sglang.runtime import runtime
 
     base = original(scheduler)
-    coordinator = runtime.coordinator
-    if coordinator is None:
-        return base
+    return base if runtime.coordinator is None else _compressed(base, runtime.coordinator)
+
+
+@functools.cache
+def _compressed(base: type, coordinator: Coordinator) -> type:
+    from sglang.srt.managers import schedule_policy
 
     class CompressedPrefillAdder(base):
         def _get_running_request_total_token_offset(self, req: Req) -> float:
-            reserve = super()._get_running_request_total_token_offset(req)
-            return coordinator.reserve(req, reserve)
+            # The same answer all through one scheduling step: preemption takes back what was added.
+            known = self.__dict__.setdefault("_reserved", {})
+            if req.rid not in known:
+                stock = super()._get_running_request_total_token_offset(req)
+                known[req.rid] = coordinator.reserve(req, stock)
+            return known[req.rid]
 
         def _select_prefill_admission(self, req: Req, *, total_tokens: int, **kwargs: Any) -> Any:
             left = req.sampling_params.max_new_tokens - len(req.output_ids)

@@ -64,7 +64,10 @@ def from_cli_args(record: Any, *args: Any, **_kwargs: Any) -> None:
     namespace = args[-1]
     setattr(record, _FROM_CLI, True)
     try:
-        plugin.activate(read_flags(namespace))
+        config = read_flags(namespace)
+        if config is not None and (lines := refusals.of_entry(record)):
+            raise ValueError("; ".join(lines))
+        plugin.activate(config)
     except ValueError as error:
         fail(str(error))
 
@@ -106,7 +109,9 @@ def read_flags(namespace: argparse.Namespace) -> KaraConfig | None:
                 "selector), or leave it out"
             )
         return None
-    merged = (inherited or {}) | explicit
+    # A preset that is given here wins over what the environment says of the same settings.
+    preset = settings.PRESETS.get(str(explicit.get("preset")), {})
+    merged = (inherited or {}) | preset | explicit
     if selector is not None:
         merged["selector"] = selector
     return KaraConfig.from_settings(merged)
@@ -118,6 +123,7 @@ def check_server_args(_result: None, record: Any) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
     try:
+        plugin.set_launched(None)
         config = plugin.active()
         if config is None:
             return
@@ -131,6 +137,7 @@ def check_server_args(_result: None, record: Any) -> None:
             if lines := refused():
                 raise ValueError("; ".join(lines))
         config.check_page_size(resolved.page_size)
+        plugin.set_launched(config)
     except ValueError as error:
         if not getattr(record, _FROM_CLI, False):
             raise

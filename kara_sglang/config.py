@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kara_sglang.kernels.selectors import REGISTRY
+
 ENV = "SGLANG_KV_COMPRESS"
 """Settings as a selector's name or a JSON object; the launcher hands them to its children in it."""
 
 NONE = "none"
 
-Selector = Literal["kara", "causal", "snapkv", "recent", "random", "identity"]
 Score = Literal["sum", "sum_v", "l2", "l2_v"]
-SELECTORS: tuple[str, ...] = typing.get_args(Selector)
-
-_NEED_QUERIES = ("kara", "causal", "snapkv")
+SELECTORS: tuple[str, ...] = tuple(REGISTRY)
 
 # The paper's own choices (arXiv 2607.01237, section 4): everything that this project added is off.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ class KaraConfig:
         Checks the invariants of every pass on the device, too (synchronises; for tests).
     """
 
-    selector: Selector = "kara"
+    selector: str = "kara"
     window: int = 512
     retain: float = 0.5
     query_mem_gb: float | None = None
@@ -103,28 +103,33 @@ class KaraConfig:
     debug_checks: bool = False
 
     def __post_init__(self) -> None:
-        if self.selector in _NEED_QUERIES and not self.query_bytes:
-            raise ValueError(
-                f"--kv-compress-query-mem-gb 0 leaves no room for the queries that --kv-compress "
-                f"{self.selector} needs; give it memory or choose recent or random"
-            )
         for name, check, expected in _RANGES:
             if not check(getattr(self, name)):
-                raise ValueError(f"{flag_of(name)} must be {expected}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{flag_of(name)} must be {expected}, got {shown(getattr(self, name))}"
+                )
+        if REGISTRY[self.selector].needs_queries and not self.query_bytes:
+            raise ValueError(
+                f"--kv-compress-query-mem-gb 0 leaves no room for the queries that --kv-compress "
+                f"{self.selector} needs; give it memory or choose {_without_queries()}"
+            )
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> KaraConfig:
         """Check keys and types, apply ``preset`` first and everything else over it."""
         settings = dict(settings)
         preset = settings.pop("preset", "default")
-        if preset not in PRESETS:
-            raise ValueError(f"{flag_of('preset')} must be one of {', '.join(PRESETS)}, got {preset!r}")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            names = ", ".join(PRESETS)
+            raise ValueError(f"{flag_of('preset')} must be one of {names}, got {shown(preset)}")
         merged = PRESETS[preset] | settings
         types = typing.get_type_hints(cls)
         for key, value in merged.items():
             if key not in types:
                 known = ", ".join(["preset", *CONFIG_KEYS])
-                raise ValueError(f"--kv-compress-config: unknown key {key!r}; known keys: {known}")
+                raise ValueError(f"--kv-compress-config: unknown key {shown(key)}; known keys: {known}")
+            if key == "selector":
+                check_selector(flag_of(key), value)
             merged[key] = checked(flag_of(key), value, types[key])
         return cls(**merged)
 
@@ -139,13 +144,13 @@ class KaraConfig:
         """Size of the recorder's rings in bytes, per rank."""
         if self.query_mem_gb is not None:
             return int(self.query_mem_gb * 2**30)
-        return 2 * 2**30 if self.selector in _NEED_QUERIES else 0
+        return 2 * 2**30 if REGISTRY[self.selector].needs_queries else 0
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     def check_page_size(self, page_size: int) -> None:
-        """Raise where the window is no multiple of ``page_size`` (tokens)."""
+        """Raise where whole pages of ``page_size`` tokens do not fit the window or the share."""
         if self.window % page_size:
             below = self.window // page_size * page_size
             near = f"{below} or {below + page_size}" if below else f"{page_size}"
@@ -153,12 +158,18 @@ class KaraConfig:
                 f"--kv-compress-window {self.window} is not a multiple of the page size "
                 f"{page_size} (--page-size); use {near}"
             )
+        whole = REGISTRY[self.selector].keeps_all or self.retain == 1
+        if self.kept(page_size) == self.window and not whole:
+            raise ValueError(
+                f"--kv-compress-retain {self.retain:g} of a window of {self.window} tokens keeps all "
+                f"of it in pages of {page_size}; keep less, or use a larger --kv-compress-window"
+            )
 
     def kept(self, page_size: int, retain: float | None = None) -> int:
         """R in tokens for a share ``retain`` (the server's by default): whole pages, at least one."""
         pages = self.window // page_size
         share = self.retain if retain is None else retain
-        return max(1, min(pages, round(share * pages))) * page_size
+        return max(1, min(pages, math.floor(share * pages + 0.5))) * page_size
 
 
 FLAGS = {
@@ -176,16 +187,16 @@ CONFIG_KEYS: tuple[str, ...] = tuple(
 _RANGES = (
     ("window", lambda v: 1 <= v <= 65536, "between 1 and 65536 tokens"),
     ("retain", lambda v: 0 < v <= 1, "a share with 0 < retain <= 1"),
-    ("query_mem_gb", lambda v: v is None or v >= 0, "0 or more (GiB)"),
+    ("query_mem_gb", lambda v: v is None or 0 <= v <= 1e6, "between 0 and 1000000 (GiB)"),
     ("delay", lambda v: 0 <= v <= 65536, "between 0 and 65536 tokens"),
     ("chunk_budget", lambda v: 0 <= v <= 1, "a share of the kept tokens between 0 and 1"),
-    ("chunk_width", lambda v: v >= 2, "2 tokens or more"),
+    ("chunk_width", lambda v: 2 <= v <= 65536, "between 2 and 65536 tokens"),
     ("chunk_quantile", lambda v: 0 <= v <= 1, "between 0 and 1"),
-    ("last_queries", lambda v: v >= 1, "1 or more"),
+    ("last_queries", lambda v: 1 <= v <= 65536, "between 1 and 65536"),
     ("period", lambda v: 1 <= v <= 65536, "between 1 and 65536 decode steps"),
-    ("threshold", lambda v: v >= 0, "0 or more tokens"),
+    ("threshold", lambda v: 0 <= v < 2**31, "between 0 and 2**31 - 1 tokens"),
     ("min_pool_usage", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
-    ("max_requests_per_pass", lambda v: v >= 1, "1 or more"),
+    ("max_requests_per_pass", lambda v: 1 <= v <= 65536, "between 1 and 65536"),
     ("seed", lambda v: 0 <= v < 2**31, "between 0 and 2**31 - 1"),
 )
 
@@ -208,6 +219,8 @@ def parse_object(text: str, source: str) -> dict[str, Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{source}: not a JSON object ({error})") from None
+    except (RecursionError, ValueError):  # nested too deep, or a number of thousands of digits
+        raise ValueError(f"{source}: not a JSON object that can be read") from None
     if not isinstance(value, dict):
         raise ValueError(f"{source}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -220,10 +233,10 @@ def read_config_object(text_or_path: str) -> dict[str, Any]:
     path = Path(text_or_path)
     try:
         text = path.read_text()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no text, or no path
         raise ValueError(
-            f"--kv-compress-config: {text_or_path!r} is neither a JSON object nor a readable file "
-            f"({error.strerror})"
+            f"--kv-compress-config: {shown(text_or_path)} is neither a JSON object nor a readable file "
+            f"({getattr(error, 'strerror', None) or error})"
         ) from None
     return parse_object(text, f"--kv-compress-config: file {text_or_path}")
 
@@ -238,10 +251,29 @@ def checked(name: str, value: Any, annotation: Any) -> Any:
             if value in typing.get_args(choice) and isinstance(value, str):
                 return value
         elif choice is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+            if abs(value) < 2**53:
+                return float(value)
         elif isinstance(value, choice) and not (choice is int and isinstance(value, bool)):
             return value
-    raise ValueError(f"{name} must be {_describe(choices)}, got {value!r}")
+    raise ValueError(f"{name} must be {_describe(choices)}, got {shown(value)}")
+
+
+def check_selector(name: str, value: Any) -> None:
+    """Raise ``ValueError`` where ``value`` is no selector's name."""
+    if not isinstance(value, str) or value not in REGISTRY:
+        raise ValueError(f"{name} must be one of {', '.join(SELECTORS)}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """``value`` as an error message quotes it, cut short."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "a huge number"
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+def _without_queries() -> str:
+    return " or ".join(name for name, kind in REGISTRY.items() if not kind.needs_queries)
 
 
 def _describe(choices: list[Any]) -> str:

@@ -8,6 +8,7 @@ every length, page-table edit and freed slot is known on the host beforehand.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 import zlib
 from array import array
@@ -32,6 +33,8 @@ from kara_sglang.stats import Totals
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 STATE = "kv_compress"
 """Attribute of SGLang's ``Req`` that holds its :class:`RequestState`; None for a request that is not
@@ -104,15 +107,17 @@ class Coordinator:
     def _admit(self, req: Req) -> RequestState | None:
         """Make the state of a request that is about to take its first decode step."""
         self._arrivals += 1
-        options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+        options = self._options(req)
         skipped = "opt_out" if not options.enabled else _skip_reason(req)
         state = None
         if skipped is None:
+            selector = self._selectors[options.selector or self.config.selector]
             state = RequestState(
-                selector=self._selectors[options.selector or self.config.selector],
+                selector=selector,
                 kept=self._kept(options),
-                seed=options.seed if options.seed is not None else self._seed_of(req),
+                seed=self._seed(req, options) if selector.seeded else 0,
                 base=exact.first_base(req.kv, self.geometry.page_size),
+                generation=self._generation(req),
                 order=self._arrivals,
             )
         else:
@@ -130,16 +135,30 @@ class Coordinator:
         """KV slots that a running or waiting request takes for ``tokens`` still to come, at most."""
         if hasattr(req, STATE):
             state: RequestState | None = getattr(req, STATE)
-            if state is None:
+            if state is None or state.waits_for_recorder():
                 return tokens
             kv_len = req.kv.kv_committed_len
             return self.forecast.growth(tokens, state.uncompressed(kv_len), state.kept)
-        options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+        options = self._options(req)
         if not options.enabled or _skip_reason(req) is not None:
             return tokens
         return self.forecast.growth(tokens, 0, self._kept(options))
 
-    def _seed_of(self, req: Req) -> int:
+    def _options(self, req: Req) -> RequestOptions:
+        try:
+            return RequestOptions.parse(req.sampling_params.custom_params, self.config)
+        except ValueError as error:
+            # The launcher checks every request, so this is a fault of ours. It must not end the
+            # scheduler; full KV is what can be promised to a request that asked for nonsense.
+            logger.error("kv-compress: request %s slipped through unchecked: %s", req.rid, error)
+            return RequestOptions(enabled=False)
+
+    def _generation(self, req: Req) -> int:
+        return int(self.scheduler.req_to_token_pool.req_generation[req.kv.req_pool_idx])
+
+    def _seed(self, req: Req, options: RequestOptions) -> int:
+        if options.seed is not None:
+            return options.seed
         # From the prompt, by crc32: the same in every run and on every rank, which request ids and
         # hash() are not.
         return self.config.seed ^ zlib.crc32(array("q", req.origin_input_ids).tobytes())
@@ -157,7 +176,9 @@ class Coordinator:
         state = getattr(req, STATE, None)
         if state is not None:
             self._drop_recorder(req, state)
-        self.export(leaving=req)
+        running = self.scheduler.running_batch.reqs
+        if not any(other is not req and other.kv.holds_kv for other in running):
+            self.export(leaving=req)  # the last one leaves; a pass or a log line exports otherwise
 
     def _drop_recorder(self, req: Req, state: RequestState) -> None:
         if state.recorder is not None:
@@ -170,11 +191,11 @@ class Coordinator:
 
     def _lose(self, state: RequestState, reason: str, kv_len: int) -> None:
         """The next window begins at ``kv_len`` or later; what lies before it stays uncompressed."""
-        geometry = self.geometry
-        tokens = state.start_window_at(kv_len, geometry)
-        self.totals.skip(reason, tokens // geometry.window)
-        promised = tokens * (geometry.window - state.kept) // geometry.window
-        self.forecast.observe(promised, 0)
+        width = self.geometry.window
+        state.passed_over += state.start_window_at(kv_len, self.geometry)
+        windows, state.passed_over = divmod(state.passed_over, width)
+        self.totals.skip(reason, windows)
+        self.forecast.observe(windows * (width - state.kept), 0)
 
     # -- one decode step ---------------------------------------------------------------------------
 
@@ -199,11 +220,17 @@ class Coordinator:
         if due:
             self._compress(batch, due)
         if self.recorder is not None:
-            waiting = [c for c in candidates if states[c.index].waits_for_recorder()]
+            waiting = [
+                c
+                for c in candidates
+                if states[c.index].waits_for_recorder()
+                and self._has_use_for_recorder(batch.reqs[c.index], states[c.index])
+            ]
             waiting += self._pass_recorders_on(len(waiting), [batch.reqs[i] for i in due], due)
             self._assign_recorders(batch, waiting)
-            with self._forward_stream():
-                self.recorder.flush()
+            if self.recorder.stale:
+                with self._forward_stream():
+                    self.recorder.flush()
 
     def _candidate(self, index: int, req: Req, state: RequestState) -> Candidate:
         kv_len = req.kv.kv_committed_len
@@ -225,6 +252,10 @@ class Coordinator:
         # The step in flight may end it; its window would be compressed for nothing.
         return not req.next_output_finishes_by_length()
 
+    def _has_use_for_recorder(self, req: Req, state: RequestState) -> bool:
+        left = req.sampling_params.max_new_tokens - len(req.output_ids)
+        return state.can_fill_a_window(req.kv.kv_committed_len, left, self.geometry)
+
     def _pool_usage(self) -> float:
         """Share of the KV pool that running requests hold."""
         scheduler = self.scheduler
@@ -235,22 +266,28 @@ class Coordinator:
     def _pass_recorders_on(
         self, num_waiting: int, compressed: list[Req], indices: list[int]
     ) -> list[Candidate]:
-        """While others wait in vain, who has just been compressed gives the recorder back and queues.
+        """Who has just been compressed gives the recorder back where it is of no more use to it, and,
+        to queue for another, while others wait in vain.
 
         Returns
         -------
         list of Candidate
             Those that queue now.
         """
-        back = []
+        cheapest = policy.cheapest(self.recorder.shape.group, self.config.query_heads)
+        queue = []
         for index, req in zip(indices, compressed, strict=True):
             state: RequestState = getattr(req, STATE)
-            if state.recorder is None or num_waiting <= self.recorder.free_units:
+            if state.recorder is None:
+                continue
+            useful = self._has_use_for_recorder(req, state)
+            if useful and num_waiting * cheapest <= self.recorder.free_units:
                 continue
             self.recorder.release(state.recorder)
             state.recorder = None
-            back.append(self._candidate(index, req, state))
-        return back
+            if useful:
+                queue.append(self._candidate(index, req, state))
+        return queue
 
     def _assign_recorders(self, batch: ScheduleBatch, waiting: list[Candidate]) -> None:
         group, heads = self.recorder.shape.group, self.config.query_heads
@@ -285,6 +322,8 @@ class Coordinator:
                     f"kv-compress: queries of the window at {start} of request {req.rid} are no "
                     "longer in the ring"
                 )
+            if self._generation(req) != state.generation:
+                raise RuntimeError(f"kv-compress: the row of request {req.rid} has a new owner")
             state.check(geometry, req.kv.kv_committed_len, req.kv.cache_protected_len)
             self._check_lengths(batch, index, req, state)
             slots = self._splice(batch, req, state)
@@ -315,16 +354,20 @@ class Coordinator:
                 _keep_until_read(job)
             kept = self.kernels.compress(self._pool(), jobs)
             if self.config.debug_checks:
-                _check_kept(kept, jobs)
+                _check_kept(kept, jobs, geometry.page_size)
 
         # Rebound, never written in place: overlap scheduling keeps older batches in flight.
         batch.seq_lens = batch.seq_lens - to_device(freed, batch.seq_lens.device)
         batch.seq_lens_cpu = batch.seq_lens_cpu - freed
         batch.seq_lens_sum = None
         allocator = self.scheduler.token_to_kv_pool_allocator
+        allocator.free_group_begin()  # one release for all windows: each copies the free list
         for slots, start in to_free:
             # free_segment, because plain free() of the paged allocator synchronises.
             allocator.free_segment(slots, start_pos=start)
+        allocator.free_group_end()
+        if self.config.debug_checks:
+            self._check_ranks_agree(batch, due)
         self.totals.add_pass(windows, int(freed.sum()), time.perf_counter() - started)
         self.export()
 
@@ -356,6 +399,20 @@ class Coordinator:
                     f"{int(batch.seq_lens[index])} KV slots, {state.removed} were removed"
                 )
 
+    def _check_ranks_agree(self, batch: ScheduleBatch, due: list[int]) -> None:
+        """All tensor-parallel ranks took the same windows of the same requests."""
+        scheduler = self.scheduler
+        if scheduler.tp_size == 1:
+            return
+        taken = [(batch.reqs[i].rid, getattr(batch.reqs[i], STATE).base) for i in due]
+        mine = zlib.crc32(repr(taken).encode())
+        bounds = torch.tensor([mine, -mine])
+        torch.distributed.all_reduce(
+            bounds, op=torch.distributed.ReduceOp.MAX, group=scheduler.tp_cpu_group
+        )
+        if bounds.tolist() != [mine, -mine]:
+            raise RuntimeError(f"kv-compress: tensor-parallel ranks disagree; this one took {taken}")
+
     def _pool(self) -> LayerPool:
         pool = self.scheduler.token_to_kv_pool_allocator.get_kvcache()
         recorder = self.recorder
@@ -374,8 +431,9 @@ class Coordinator:
         if not scheduler.enable_overlap:
             yield
             return
+        current = scheduler.device_module.current_stream()
         with scheduler.forward_stream_ctx:
-            scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
+            scheduler.forward_stream.wait_stream(current)
             yield
 
     # -- what others ask ---------------------------------------------------------------------------
@@ -413,7 +471,7 @@ def _skip_reason(req: Req) -> str | None:
     return None
 
 
-def _check_kept(kept: list[torch.Tensor], jobs: list[WindowJob]) -> None:
+def _check_kept(kept: list[torch.Tensor], jobs: list[WindowJob], page_size: int) -> None:
     for chosen, job in zip(kept, jobs, strict=True):
         width = job.slots.shape[0]
         ascending = bool((chosen.diff(dim=-1) > 0).all())
@@ -423,5 +481,9 @@ def _check_kept(kept: list[torch.Tensor], jobs: list[WindowJob]) -> None:
                 f"kv-compress: selection must be {job.kept} strictly ascending positions in "
                 f"[0, {width}), got shape {tuple(chosen.shape)}, ascending {ascending}, inside {inside}"
             )
-        if job.slots.unique().numel() != width:
-            raise RuntimeError("kv-compress: a window holds the same slot twice")
+        pages = job.slots.view(-1, page_size)
+        whole = pages[:, :1] + torch.arange(page_size, device=pages.device)
+        if not bool((pages == whole).all()) or bool((pages[:, 0] % page_size).any()):
+            raise RuntimeError("kv-compress: a window does not consist of whole pages")
+        if pages[:, 0].unique().numel() != len(pages):
+            raise RuntimeError("kv-compress: a window holds the same page twice")

@@ -51,6 +51,8 @@ class Hook:
             function = pkgutil.resolve_name(self.path)
         except (ImportError, AttributeError, ValueError) as error:
             return f"{self.path} is missing ({error})"
+        if not callable(function):
+            return f"{self.path} is no function"
         # Below a class method's binding and below the hooks that are already in place.
         function = inspect.unwrap(getattr(function, "__func__", function))
         names = tuple(inspect.signature(function).parameters)
@@ -216,7 +218,7 @@ ALL_HOOKS = (*CLI_HOOKS, *PARENT_HOOKS, *CHILD_HOOKS)
 
 def digest(hooks: tuple[Hook, ...] = CHILD_HOOKS) -> int:
     """A number that parent and child must agree on."""
-    return zlib.crc32(repr([(hook.path, hook.kind) for hook in hooks]).encode())
+    return zlib.crc32(repr([(hook.path, hook.kind, hook.handler) for hook in hooks]).encode())
 
 
 def register(hooks: tuple[Hook, ...]) -> None:
@@ -230,10 +232,24 @@ def register(hooks: tuple[Hook, ...]) -> None:
 
 
 def missing(hooks: tuple[Hook, ...]) -> list[str]:
-    """Targets of ``hooks`` that SGLang has not patched in this process."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
+    """Targets of ``hooks`` that do not call our handler in this process."""
+    return [hook.path for hook in hooks if not _in_place(hook)]
 
-    return [hook.path for hook in hooks if hook.path not in HookRegistry._patched]
+
+def _in_place(hook: Hook) -> bool:
+    # SGLang's own list of patched targets knows paths only: with another plugin's hook already on a
+    # target, it would skip ours. So look for the handler in what the wrappers close over.
+    try:
+        function = pkgutil.resolve_name(hook.path)
+    except (ImportError, AttributeError, ValueError):
+        return False
+    handler = _handler(hook)
+    function = getattr(function, "__func__", function)
+    while function is not None:
+        if any(cell.cell_contents is handler for cell in function.__closure__ or ()):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def problems(hooks: tuple[Hook, ...] = ALL_HOOKS) -> list[str]:

@@ -6,15 +6,14 @@ alone. Checked in the server's parent process, where an error becomes HTTP 400.
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass
 from typing import Any
 
-from kara_sglang.config import KaraConfig, Selector, checked
+from kara_sglang.config import KaraConfig, check_selector, checked, shown
 from kara_sglang.kernels.selectors import REGISTRY
 
 KEY = "kv_compress"
-_TYPES: dict[str, Any] = {"selector": Selector, "retain": float, "seed": int}
+_TYPES: dict[str, Any] = {"selector": str, "retain": float, "seed": int}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +40,15 @@ class RequestOptions:
         if isinstance(value, bool):
             return cls(enabled=value)
         if not isinstance(value, dict):
-            raise ValueError(f"{KEY} must be true, false or an object with {_fields()}, got {value!r}")
+            raise ValueError(
+                f"{KEY} must be true, false or an object with {_fields()}, got {shown(value)}"
+            )
         fields: dict[str, Any] = {}
         for name, given in value.items():
             if name not in _TYPES:
-                raise ValueError(f"{KEY}.{name} is unknown; the fields are {_fields()}")
+                raise ValueError(f"{KEY}.{str(name)[:100]} is unknown; the fields are {_fields()}")
+            if name == "selector":
+                check_selector(f"{KEY}.selector", given)
             fields[name] = checked(f"{KEY}.{name}", given, _TYPES[name])
         retain = fields.get("retain")
         if retain is not None and not 0 < retain <= 1:
@@ -58,7 +61,7 @@ class RequestOptions:
             raise ValueError(
                 f"{KEY}.selector {selector!r} needs recorded queries, but this server keeps none "
                 "(--kv-compress-query-mem-gb is 0); choose "
-                + " or ".join(n for n in typing.get_args(Selector) if not REGISTRY[n].needs_queries)
+                + " or ".join(name for name, kind in REGISTRY.items() if not kind.needs_queries)
             )
         return cls(**fields)
 

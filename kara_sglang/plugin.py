@@ -21,6 +21,8 @@ from kara_sglang.config import ENV, KaraConfig
 ENTRY_POINT = "kara"
 _SCHEDULING = ("scheduler", "data_parallel_controller")
 
+_launched: KaraConfig | None = None
+
 
 def register() -> None:
     """Called by SGLang's ``load_plugins()`` once per process, which then applies the hooks."""
@@ -28,7 +30,7 @@ def register() -> None:
     # A child that schedules has imported its part of SGLang by now; others (the detokenizer) stay
     # light. Were this ever wrong, the parent would see that a scheduler is not hooked, and refuse.
     schedules = any(f"sglang.srt.managers.{name}" in sys.modules for name in _SCHEDULING)
-    if ENV in os.environ and multiprocessing.parent_process() is not None and schedules:
+    if multiprocessing.parent_process() is not None and schedules and active() is not None:
         hooks.register(hooks.CHILD_HOOKS)
 
 
@@ -56,6 +58,16 @@ def activate(config: KaraConfig | None) -> None:
         os.environ[ENV] = config.to_json()
 
 
+def not_loaded() -> list[str]:
+    """Why an engine built in this process would not see the settings; loads SGLang's plugins."""
+    from sglang.srt.plugins import load_plugins
+
+    if unseen := invisible():
+        return unseen
+    load_plugins()
+    return [f"hook {path} could not be put in place" for path in hooks.missing(hooks.CLI_HOOKS)]
+
+
 def hook_parent() -> list[str]:
     """Install the hooks of a process that launches a server.
 
@@ -73,10 +85,21 @@ def hook_parent() -> list[str]:
         hooks.register(hooks.PARENT_HOOKS)
         HookRegistry.apply_hooks()
         unfit = [
-            f"hook {path} could not be put in place"
+            f"hook {path} could not be put in place; does another plugin hold it?"
             for path in hooks.missing((*hooks.CLI_HOOKS, *hooks.PARENT_HOOKS))
         ]
     return unfit
+
+
+def launched() -> KaraConfig | None:
+    """Settings of the server that this process has launched; None: without compression."""
+    return _launched
+
+
+def set_launched(config: KaraConfig | None) -> None:
+    """Bind the settings to the server: later changes of the environment do not concern it."""
+    global _launched
+    _launched = config
 
 
 def invisible() -> list[str]:

@@ -115,9 +115,14 @@ def grants(
     the longest uncompressed first and the older on ties; what is then left upgrades them to all heads
     in the same order.
     """
-    cheapest = group if heads == "all" else 1
+    least = cheapest(group, heads)
     line = sorted(waiting, key=lambda c: (-c.uncompressed, c.order))
-    served = line[: free_units // cheapest]
-    left = free_units - cheapest * len(served)
-    upgrades = left // (group - cheapest) if heads == "auto" and group > 1 else 0
-    return [(c.index, group if i < upgrades else cheapest) for i, c in enumerate(served)]
+    served = line[: free_units // least]
+    left = free_units - least * len(served)
+    upgrades = left // (group - least) if heads == "auto" and group > 1 else 0
+    return [(c.index, group if i < upgrades else least) for i, c in enumerate(served)]
+
+
+def cheapest(group: int, heads: str) -> int:
+    """Ring units that the smallest recorder takes with the setting ``query_heads``."""
+    return group if heads == "all" else 1

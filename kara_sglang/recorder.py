@@ -97,6 +97,11 @@ class QueryRecorder:
         return len(self._free)
 
     @property
+    def stale(self) -> bool:
+        """Whether the device tables lag behind; :meth:`flush` mends it."""
+        return bool(self._dirty)
+
+    @property
     def in_use(self) -> int:
         """Recorders handed out."""
         return len(self._active)
@@ -132,8 +137,6 @@ class QueryRecorder:
 
     def flush(self) -> None:
         """Write what changed into the device tables; the caller is on the forward stream."""
-        if not self._dirty:
-            return
         group, device = self.shape.group, self.shape.device
         rows = sorted(self._dirty)
         active = [self._active.get(row) for row in rows]

@@ -7,7 +7,6 @@ scheduler (:func:`of_scheduler`). Each refusal names the flag or the feature and
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,12 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
     from kara_sglang.config import KaraConfig
+
+# Other ways into a server, which do not pass ``check_server_args``.
+_ENTRIES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+    ("--use-ray", lambda c: c.use_ray),
+    ("--grpc-mode", lambda c: c.grpc_mode or c.smg_grpc_mode),
+)
 
 # (flag or feature, does the resolved configuration use it?). Field names: sglang/srt/arg_groups/fields.
 _FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
@@ -52,9 +57,14 @@ _FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--kv-canary", lambda c: c.kv_canary not in (None, "none")),
     ("--enable-deterministic-inference", lambda c: c.enable_deterministic_inference),
     ("--tokenizer-worker-num", lambda c: c.tokenizer_worker_num > 1),
-    ("--use-ray", lambda c: c.use_ray),
-    ("--grpc-mode", lambda c: c.grpc_mode or c.smg_grpc_mode),
+    *_ENTRIES,
     ("--grpc-port", lambda c: c.grpc_port is not None),
+    # It reads a finished request's row by logical length.
+    ("--enable-return-routed-experts", lambda c: c.enable_return_routed_experts),
+    ("--enable-return-indexer-topk", lambda c: c.enable_return_indexer_topk),
+    # They decode without calling the attention layers.
+    ("--enable-nvidia-megakernel", lambda c: c.enable_nvidia_megakernel),
+    ("--enable-amd-monokernel", lambda c: c.enable_amd_monokernel),
     ("--elastic-ep-backend", lambda c: c.elastic_ep_backend is not None),
     ("--dllm-algorithm", lambda c: c.dllm_algorithm is not None),
 )
@@ -73,15 +83,13 @@ def of_flags(resolved: Any) -> list[str]:
     resolved
         ``resolving_view(server_args)``.
     """
-    lines = [
-        f"{flag} does not work with --kv-compress; remove one of them"
-        for flag, used in _FLAGS
-        if used(resolved)
-    ]
+    from sglang.srt.environ import envs
+
+    lines = _used(_FLAGS, resolved)
     lines += [
         f"{name}=1 does not work with --kv-compress; unset it"
         for name in _ENVIRONMENT
-        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+        if getattr(envs, name).get()
     ]
     for flag in ("attention_backend", "decode_attention_backend"):
         backend = getattr(resolved, flag)
@@ -91,6 +99,19 @@ def of_flags(resolved: Any) -> list[str]:
                 + ", ".join(ATTENTION_BACKENDS)
             )
     return lines
+
+
+def of_entry(record: Any) -> list[str]:
+    """Refusals of ways to start a server that the raw flags decide, one line each."""
+    return _used(_ENTRIES, record)
+
+
+def _used(table: tuple[tuple[str, Callable[[Any], bool]], ...], config: Any) -> list[str]:
+    return [
+        f"{flag} does not work with --kv-compress; remove one of them"
+        for flag, used in table
+        if used(config)
+    ]
 
 
 def of_model_config(model: Any) -> list[str]:
@@ -126,7 +147,7 @@ def of_attention_layers(layers: list[Any]) -> list[str]:
         lines.append("the model has no RadixAttention layer")
     if any(layer.is_cross_attention for layer in layers):
         lines.append("the model has cross-attention layers")
-    if any((layer.sliding_window_size or -1) >= 0 for layer in layers):
+    if any(layer.sliding_window_size not in (None, -1) for layer in layers):
         lines.append("the model has sliding-window attention layers")
     if any(layer.attn_type.value.startswith("encoder") for layer in layers):
         lines.append("the model has encoder attention layers")

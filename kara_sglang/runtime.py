@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kara_sglang import hooks, plugin, refusals
+from kara_sglang import hooks, plugin, policy, refusals
 from kara_sglang.config import KaraConfig
 from kara_sglang.coordinator import Coordinator
 from kara_sglang.kernels.backend import Kernels
@@ -79,7 +79,7 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     runtime.recorder = QueryRecorder(
         shape, config.window, config.delay, config.query_bytes, fp8=config.query_dtype == "fp8"
     )
-    need = shape.group if config.query_heads == "all" else 1
+    need = policy.cheapest(shape.group, config.query_heads)
     if runtime.recorder.num_units < need:
         bytes_needed = need * runtime.recorder.unit_bytes
         runtime.refused.append(

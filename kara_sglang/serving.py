@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 def verify_sampling_params(_result: None, params: SamplingParams, *_args: Any) -> None:
     """AFTER ``SamplingParams.verify`` (parent): a ``ValueError`` here becomes HTTP 400."""
-    config = plugin.active()
+    config = plugin.launched()
     if config is not None:
         RequestOptions.parse(params.custom_params, config)
 
 
 def check_children(infos: list[dict[str, Any]], *_args: Any) -> None:
     """AFTER ``engine._wait_for_scheduler_ready`` (parent): every child must run the plugin."""
-    if plugin.active() is None:
+    if plugin.launched() is None:
         return
     for info in infos:
         said = info.get(INIT_INFO_KEY)

@@ -57,15 +57,25 @@ class RequestState:
     kept: int  # R for this request
     seed: int
     base: int  # KV index where the next window starts, page aligned
+    generation: int = 0  # of the row, to notice a row that has a new owner
     removed: int = 0  # logical length - KV length
     windows: list[Window] = field(default_factory=list)
     recorder: Recorder | None = None
     insert_skipped: bool = False  # req.skip_radix_cache_insert before the first compaction
     order: int = 0  # age: smaller came first
+    passed_over: int = 0  # tokens left uncompressed that do not make a whole window yet
 
     def due_at(self, geometry: Geometry) -> int:
         """KV length from which on the next window can be compressed."""
         return self.base + geometry.window + geometry.delay
+
+    def can_fill_a_window(self, kv_len: int, tokens_left: int, geometry: Geometry) -> bool:
+        """Whether a window from ``base`` on, or from ``kv_len`` on without a recorder, falls due while
+        ``tokens_left`` more tokens are generated."""
+        start = self.base
+        if self.waits_for_recorder():
+            start = max(start, ceil_align(kv_len, geometry.page_size))
+        return kv_len + tokens_left >= start + geometry.window + geometry.delay
 
     def waits_for_recorder(self) -> bool:
         return self.selector.needs_queries and self.recorder is None

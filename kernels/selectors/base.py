@@ -24,12 +24,15 @@ class Selector:
         Whether a window can be scored only when its queries were recorded.
     keeps_all
         Whether R = W whatever ``retain`` says.
+    seeded
+        Whether the seed matters.
     chunks
         Token2Chunk's settings; off by default.
     """
 
     needs_queries: ClassVar[bool] = False
     keeps_all: ClassVar[bool] = False
+    seeded: ClassVar[bool] = False
     chunks: ChunkRule = ChunkRule()
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -12,6 +13,8 @@ from kara_sglang.kernels.selectors.base import Selector
 @dataclass(frozen=True, slots=True)
 class RandomSelector(Selector):
     """Uniform scores from a generator on the CPU, so that every device draws the same ones."""
+
+    seeded: ClassVar[bool] = True
 
     def score(
         self,

@@ -122,7 +122,7 @@ def launch(
 def run(
     arguments: tuple[str, ...], log: Path, env: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen]:
-    """Run ``python *arguments`` in a process group of its own; everything in it is stopped at the end."""
+    """Run ``python *arguments`` in a process group of its own, which is stopped at the end."""
     with log.open("w") as out:
         process = subprocess.Popen(
             (sys.executable, *arguments),

@@ -80,6 +80,26 @@ def test_abort_in_the_middle_of_a_window(kara: Server) -> None:
     kara.assert_nothing_leaked()
 
 
+def test_stop_token_after_compression(kara: Server) -> None:
+    """A request that ends by a token, with the next step already in flight, gives everything back."""
+    end_of_text = 2  # in the model's generation config; an earlier one would end the request, too
+    for ids in PROMPTS:
+        kara.flush()
+        whole = kara.generate(ids, tokens=300)["output_ids"]
+        stop_at = next(n for n in range(150, 300) if whole[n] not in whole[:n])
+        if end_of_text not in whole[:stop_at]:
+            break
+    else:
+        raise AssertionError("every answer holds the end-of-text token early")
+    params = {"stop_token_ids": [whole[stop_at]], "ignore_eos": False}
+    answers = kara.generate([ids] * 3, tokens=300, sampling_params=params)
+    for answer in answers:
+        assert answer["output_ids"] == whole[: stop_at + 1]
+        assert answer["meta_info"]["finish_reason"]["type"] == "stop"
+        assert answer["meta_info"]["kv_compress"]["windows"] >= 2
+    kara.assert_nothing_leaked()
+
+
 @pytest.fixture(scope="module")
 def page_1(tiny_model: Path, logs: Path) -> Iterator[Server]:
     """Page size 1 without overlap, float32; every third step a request is retracted by force."""
@@ -122,7 +142,8 @@ def small_pool(tiny_model: Path, logs: Path) -> Iterator[Server]:
     flags = (
         *("--skip-tokenizer-init", "--page-size", "64", "--max-total-tokens", "2048"),
         *("--dtype", "bfloat16", "--kv-compress", "kara"),
-        *("--kv-compress-window", "128", "--kv-compress-query-mem-gb", "0.05"),
+        # Room for about four recorders, so that they rotate heads, are passed on, and run out.
+        *("--kv-compress-window", "128", "--kv-compress-query-mem-gb", "0.0008"),
         *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
     )
     # With ignore_eos stock reserves every future token and never retracts; clip the reserve.
@@ -144,6 +165,33 @@ def test_small_pool_retracts_and_leaks_nothing(small_pool: Server) -> None:
     assert sum(answer["meta_info"]["num_retractions"] for answer in answers) > 0
     assert sum(answer["meta_info"]["kv_compress"]["windows"] for answer in answers) > 0
     assert "Retract requests" in small_pool.log_text()
+    small_pool.assert_nothing_leaked()
+
+
+def test_scarce_recorders_are_passed_on(small_pool: Server) -> None:
+    """More requests than recorders: some windows stay uncompressed, yet every request gets a turn."""
+    before = small_pool.state()
+    answers = in_parallel(
+        [
+            lambda i=i: small_pool.generate(prompt(20, 80 + i), tokens=900 if i < 2 else 500)
+            for i in range(9)
+        ]
+    )
+    after = small_pool.state()
+    assert after["skipped"].get("no_recorder", 0) > before["skipped"].get("no_recorder", 0)
+    # A retraction starts a request's count anew, so those say nothing here.
+    stayed = [answer["meta_info"] for answer in answers if not answer["meta_info"]["num_retractions"]]
+    windows = [info["kv_compress"]["windows"] for info in stayed]
+    assert len(windows) >= 3 and all(count > 0 for count in windows), windows
+    small_pool.assert_nothing_leaked()
+
+
+def test_large_prompt_among_uncompressed_requests(small_pool: Server) -> None:
+    """Admission never counts on memory that is not free: a prompt that needs half the pool waits."""
+    calls = [lambda i=i: small_pool.generate(prompt(20, 90 + i), tokens=400) for i in range(8)]
+    calls += [lambda i=i: small_pool.generate(prompt(1100, 99 + i), tokens=20) for i in range(3)]
+    for answer, tokens in zip(in_parallel(calls), [400] * 8 + [20] * 3, strict=True):
+        assert len(answer["output_ids"]) == tokens
     small_pool.assert_nothing_leaked()
 
 

@@ -1,4 +1,4 @@
-"""``sglang.Engine`` with tensor parallelism 2: configure(), ranks that agree, options that are checked."""
+"""``sglang.Engine`` with tensor parallelism 2: configure(), ranks that agree, checked options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from test_exactness import PROMPTS
 
 
 def test_engine_with_two_ranks(stock: Server, tiny_model: Path, logs: Path) -> None:
-    """Both ranks compress the same windows; identity and opted-out requests give stock's tokens."""
+    """Identity and opted-out requests give stock's tokens. With `debug_checks` the ranks compare which
+    windows they took at each pass, and a difference ends the engine."""
     log = logs / "tp2.log"
     program = Path(__file__).parent / "tp2_engine.py"
     with run((str(program), str(tiny_model)), log, {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}) as process:

@@ -37,6 +37,8 @@ def test_reserve_covers_the_peak_and_little_more(data: Any) -> None:
     uncompressed = data.draw(st.integers(0, window + geometry.delay))
     tokens = data.draw(st.integers(0, 2000))
     reserve = Forecast(geometry).growth(tokens, uncompressed, kept)
+    overdue = Forecast(geometry).growth(tokens, uncompressed + 5 * window, kept)
+    assert 0 <= overdue <= tokens, "memory that is not free yet is no reserve"
     peak = simulated_peak(geometry, uncompressed, kept, tokens)
     assert peak <= reserve + 1
     assert reserve <= peak + (window - kept) + 1
@@ -82,6 +84,7 @@ class Params:
 class Req:
     sampling_params = Params()
     output_ids: tuple = ()
+    rid = "one"
 
 
 def test_adder_reserves_the_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
