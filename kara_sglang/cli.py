@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from typing import Any, NoReturn
 
@@ -17,33 +18,31 @@ _FROM_CLI = "_kv_compress_from_cli"
 def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
     """AFTER ``ServerArgs.add_cli_args``.
 
-    No flag has a default here, so that an absent one can fall back on the environment variable.
+    No flag has a default here, so that an absent one can fall back on the environment, and none
+    has a type: argparse would answer a mistake with SGLang's whole usage text.
     """
     default = KaraConfig()
     group = parser.add_argument_group("KV-cache compression (kara_sglang)")
     group.add_argument(
         "--kv-compress",
-        choices=[NONE, *SELECTORS],
+        metavar="{" + ",".join([NONE, *SELECTORS]) + "}",
         help="Compress the KV cache of generated text while decoding: which tokens of a window are "
         f"kept. Default: none, or what the environment variable {settings.ENV} says.",
     )
     group.add_argument(
         "--kv-compress-window",
-        type=int,
         metavar="TOKENS",
         help="Tokens that are compressed together; a multiple of the page size. "
         f"Default: {default.window}.",
     )
     group.add_argument(
         "--kv-compress-retain",
-        type=float,
         metavar="SHARE",
         help="Share of each window that is kept, 0 < SHARE <= 1, rounded to whole pages. "
         f"Default: {default.retain}.",
     )
     group.add_argument(
         "--kv-compress-query-mem-gb",
-        type=float,
         metavar="GIB",
         help="Memory for recorded queries in GiB per rank; requests that find no room in it stay "
         "uncompressed until there is. Default: 2 if the selector needs queries, else 0.",
@@ -81,12 +80,11 @@ def read_flags(namespace: argparse.Namespace) -> KaraConfig | None:
         One line that names the flag.
     """
     selector = getattr(namespace, "kv_compress", None)
-    explicit = {
-        "window": getattr(namespace, "kv_compress_window", None),
-        "retain": getattr(namespace, "kv_compress_retain", None),
-        "query_mem_gb": getattr(namespace, "kv_compress_query_mem_gb", None),
-    }
-    explicit = {key: value for key, value in explicit.items() if value is not None}
+    explicit: dict[str, Any] = {}
+    for key, kind in (("window", int), ("retain", float), ("query_mem_gb", float)):
+        text = getattr(namespace, f"kv_compress_{key}", None)
+        if text is not None:
+            explicit[key] = _number(settings.flag_of(key), text, kind)
     text = getattr(namespace, "kv_compress_config", None)
     if text is not None:
         object_settings = settings.read_config_object(text)
@@ -100,6 +98,8 @@ def read_flags(namespace: argparse.Namespace) -> KaraConfig | None:
         explicit |= object_settings
     if selector == NONE:
         return None
+    if selector is not None:
+        settings.check_selector(settings.flag_of("selector"), selector)
     inherited = settings.environment_settings()
     if selector is None and inherited is None:
         if explicit:
@@ -115,6 +115,14 @@ def read_flags(namespace: argparse.Namespace) -> KaraConfig | None:
     if selector is not None:
         merged["selector"] = selector
     return KaraConfig.from_settings(merged)
+
+
+def _number(flag: str, text: Any, kind: type[int] | type[float]) -> int | float:
+    try:
+        return kind(text)
+    except (TypeError, ValueError):
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{flag} must be {what}, got {settings.shown(text)}") from None
 
 
 def check_server_args(_result: None, record: Any) -> None:
@@ -145,6 +153,7 @@ def check_server_args(_result: None, record: Any) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """End the launcher with one clear line and exit code 2."""
+    """End the launcher with one clear line, the last that it says, and exit code 2."""
+    logging.disable(logging.CRITICAL)  # SGLang would log that it ends its children; there are none
     print(f"kv-compress: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)

@@ -50,10 +50,10 @@ _FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--enable-unified-memory", lambda c: c.enable_unified_memory),
     ("--enable-page-major-kv-layout", lambda c: c.enable_page_major_kv_layout),
     (
-        "--kv-cache-dtype other than auto and bfloat16",
+        "--kv-cache-dtype (below 16 bits)",
         lambda c: c.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
     ),
-    ("--device other than cuda and cpu", lambda c: c.device not in (None, "cuda", "cpu")),
+    ("--device (other than cuda and cpu)", lambda c: c.device not in (None, "cuda", "cpu")),
     ("--kv-canary", lambda c: c.kv_canary not in (None, "none")),
     ("--enable-deterministic-inference", lambda c: c.enable_deterministic_inference),
     ("--tokenizer-worker-num", lambda c: c.tokenizer_worker_num > 1),

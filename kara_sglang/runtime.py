@@ -83,8 +83,8 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     if runtime.recorder.num_units < need:
         bytes_needed = need * runtime.recorder.unit_bytes
         runtime.refused.append(
-            f"--kv-compress-query-mem-gb {config.query_bytes / 2**30:g} has no room for the queries of "
-            f"one request; this model and window need {bytes_needed / 2**30:.3f} GiB"
+            f"--kv-compress-query-mem-gb has no room for the queries of one request; this model and "
+            f"window need at least {bytes_needed / 2**30:.4f} GiB"
         )
 
 

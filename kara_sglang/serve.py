@@ -20,7 +20,7 @@ import socket
 import sys
 from pathlib import Path
 
-from kara_sglang import cpu_engine
+from kara_sglang import cpu_engine, plugin
 from kara_sglang.embedded_model import EmbeddedModelMissing, embedded_model_path
 
 DEFAULT_PORT = 30000
@@ -200,6 +200,8 @@ def main(argv: list[str] | None = None) -> int:
     cpu = cpu_engine.is_installed()
     try:
         check_port(options.port)
+        if lines := plugin.invisible():
+            raise Refusal(lines[0])
         model_path = resolve_model(options.model) if options.model else str(embedded_model_path())
     except (Refusal, EmbeddedModelMissing) as refusal:
         print(f"make serve: {refusal}", file=sys.stderr)
@@ -207,7 +209,8 @@ def main(argv: list[str] | None = None) -> int:
     command = build_command(model_path, options.port, extra, embedded=not options.model, cpu=cpu)
     environment = os.environ | (CPU_ENVIRONMENT if cpu else {})
     print("Starting the server (on a CPU it is ready after 35 to 50 seconds; Ctrl-C stops it):")
-    print(f"\n{shlex.join(command)}\n", flush=True)
+    variables = "".join(f"{name}={value} " for name, value in CPU_ENVIRONMENT.items()) if cpu else ""
+    print(f"\n{variables}{shlex.join(command)}\n", flush=True)
     start_watcher(options.port)
     os.execve(command[0], command, environment)
 

@@ -1,4 +1,4 @@
-"""The selectors that ``--kv-compress`` names. Adding one is one file here and one row in the docs."""
+"""The selectors that ``--kv-compress`` names. Adding one: a file and a line here, a row in the docs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,489 @@
+"""The settings' record: presets, ranges, types, rounding to pages, and its way through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import kara_sglang
+from kara_sglang import config as module
+from kara_sglang import plugin
+from kara_sglang.config import CONFIG_KEYS, ENV, FLAGS, PRESETS, SELECTORS, KaraConfig
+
+# -- defaults and presets ------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    """Issue 2, section 5: window 512, half kept, delay 64, l2 with the norm of V, fp8, alpha 0.1."""
+    assert dataclasses.asdict(KaraConfig()) == {
+        "selector": "kara",
+        "window": 512,
+        "retain": 0.5,
+        "query_mem_gb": None,
+        "delay": 64,
+        "score": "l2_v",
+        "chunk_budget": 0.1,
+        "chunk_width": 8,
+        "chunk_quantile": 0.8,
+        "last_queries": 32,
+        "query_heads": "auto",
+        "query_dtype": "fp8",
+        "policy": "periodic",
+        "period": 1,
+        "max_requests_per_pass": 8,
+        "threshold": 0,
+        "min_pool_usage": 0.8,
+        "seed": 0,
+        "debug_checks": False,
+    }
+    assert (
+        KaraConfig.from_settings({}) == KaraConfig.from_settings({"preset": "default"}) == KaraConfig()
+    )
+
+
+def test_every_field_is_a_flag_or_a_key() -> None:
+    """Nothing can be set that --help does not name, and nothing twice."""
+    fields = [field.name for field in dataclasses.fields(KaraConfig)]
+    assert sorted([*FLAGS, *CONFIG_KEYS]) == sorted(fields)
+    assert all(name in KaraConfig.__doc__ for name in fields)
+
+
+def test_the_paper_preset_and_what_goes_over_it() -> None:
+    """The paper's plain sum of all heads without delay; single settings win over a preset."""
+    paper = KaraConfig.from_settings({"preset": "paper"})
+    changed = {"score": "sum", "delay": 0, "query_heads": "all", "query_dtype": "model"}
+    assert dataclasses.asdict(paper) == dataclasses.asdict(KaraConfig()) | changed
+    assert paper.chunk_budget > 0
+    mixed = KaraConfig.from_settings({"delay": 7, "preset": "paper", "selector": "causal"})
+    assert (mixed.delay, mixed.score, mixed.selector) == (7, "sum", "causal")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_left_alone(preset: str) -> None:
+    """Reading settings must not write into the table of presets or into the caller's dictionary."""
+    table = {name: dict(values) for name, values in PRESETS.items()}
+    given_settings = {"preset": preset, "delay": 3, "retain": 1}
+    KaraConfig.from_settings(given_settings)
+    assert table == PRESETS and given_settings == {"preset": preset, "delay": 3, "retain": 1}
+
+
+# -- bad values ----------------------------------------------------------------------------------------
+
+WRONG_TYPE: list[tuple[str, Any, str]] = [
+    ("selector", 1, "--kv-compress must be one of"),
+    ("selector", "none", "one of kara, causal, snapkv, recent, random, identity"),
+    ("selector", "Kara", "--kv-compress must be one of"),
+    ("selector", ["kara"], "--kv-compress must be one of"),
+    ("selector", None, "--kv-compress must be one of"),
+    ("window", 64.0, "--kv-compress-window must be a whole number"),
+    ("window", "64", "--kv-compress-window must be a whole number"),
+    ("window", True, "--kv-compress-window must be a whole number"),
+    ("window", None, "--kv-compress-window must be a whole number"),
+    ("retain", "0.5", "--kv-compress-retain must be a number"),
+    ("retain", True, "--kv-compress-retain must be a number"),
+    ("retain", None, "--kv-compress-retain must be a number"),
+    ("query_mem_gb", "2", "--kv-compress-query-mem-gb must be a number or null"),
+    ("query_mem_gb", False, "--kv-compress-query-mem-gb must be a number or null"),
+    ("delay", 1.5, "--kv-compress-config: delay must be a whole number"),
+    ("score", "l3", "--kv-compress-config: score must be one of sum, sum_v, l2, l2_v"),
+    ("chunk_budget", [0.1], "--kv-compress-config: chunk_budget must be a number"),
+    ("chunk_width", 8.0, "--kv-compress-config: chunk_width must be a whole number"),
+    ("chunk_quantile", {}, "--kv-compress-config: chunk_quantile must be a number"),
+    ("last_queries", "all", "--kv-compress-config: last_queries must be a whole number"),
+    ("query_heads", "some", "--kv-compress-config: query_heads must be one of auto, all, rotating"),
+    ("query_dtype", "fp4", "--kv-compress-config: query_dtype must be one of fp8, model"),
+    ("policy", "none", "--kv-compress-config: policy must be one of periodic, threshold, pressure"),
+    ("threshold", 1.0, "--kv-compress-config: threshold must be a whole number"),
+    ("min_pool_usage", "80%", "--kv-compress-config: min_pool_usage must be a number"),
+    ("period", 0.5, "--kv-compress-config: period must be a whole number"),
+    ("max_requests_per_pass", None, "max_requests_per_pass must be a whole number"),
+    ("seed", 1.0, "--kv-compress-config: seed must be a whole number"),
+    ("debug_checks", 1, "--kv-compress-config: debug_checks must be true or false"),
+    ("debug_checks", "true", "--kv-compress-config: debug_checks must be true or false"),
+]
+
+OUT_OF_RANGE: list[tuple[str, Any, str]] = [
+    ("window", 0, "between 1 and 65536 tokens"),
+    ("window", -512, "between 1 and 65536 tokens"),
+    ("window", 65537, "between 1 and 65536 tokens"),
+    ("retain", 0, "0 < retain <= 1"),
+    ("retain", -0.1, "0 < retain <= 1"),
+    ("retain", 1.0000001, "0 < retain <= 1"),
+    ("retain", math.nan, "0 < retain <= 1"),
+    ("retain", math.inf, "0 < retain <= 1"),
+    ("query_mem_gb", -0.5, "between 0 and 1000000 (GiB)"),
+    ("query_mem_gb", 1e7, "between 0 and 1000000 (GiB)"),
+    ("delay", -1, "between 0 and 65536 tokens"),
+    ("delay", 65537, "between 0 and 65536 tokens"),
+    ("chunk_budget", -0.01, "between 0 and 1"),
+    ("chunk_budget", 1.01, "between 0 and 1"),
+    ("chunk_budget", math.nan, "between 0 and 1"),
+    ("chunk_width", 1, "between 2 and 65536 tokens"),
+    ("chunk_quantile", -0.01, "between 0 and 1"),
+    ("chunk_quantile", 1.01, "between 0 and 1"),
+    ("chunk_quantile", math.nan, "between 0 and 1"),
+    ("last_queries", 0, "between 1 and 65536"),
+    ("period", 0, "between 1 and 65536 decode steps"),
+    ("period", 65537, "between 1 and 65536 decode steps"),
+    ("threshold", -1, "between 0 and 2**31 - 1 tokens"),
+    ("min_pool_usage", -0.1, "a share between 0 and 1"),
+    ("min_pool_usage", 1.1, "a share between 0 and 1"),
+    ("min_pool_usage", math.nan, "a share between 0 and 1"),
+    ("max_requests_per_pass", 0, "between 1 and 65536"),
+    ("seed", -1, "between 0 and 2**31 - 1"),
+    ("seed", 2**31, "between 0 and 2**31 - 1"),
+]
+
+
+def refusal(changes: dict[str, Any]) -> str:
+    """The one line that a ``ValueError`` says."""
+    with pytest.raises(ValueError) as caught:
+        KaraConfig.from_settings(changes)
+    text = str(caught.value)
+    assert "\n" not in text and type(caught.value) is ValueError
+    return text
+
+
+@pytest.mark.parametrize("field,value,message", WRONG_TYPE)
+def test_wrong_types(field: str, value: Any, message: str) -> None:
+    """Types are exact, but a whole number passes for a number; the line shows what was given."""
+    text = refusal({field: value})
+    assert message in text and text.endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize("field,value,message", OUT_OF_RANGE)
+def test_out_of_range(field: str, value: Any, message: str) -> None:
+    """The line names the flag or key as a user typed it, the range and the value."""
+    text = refusal({field: value})
+    assert text.startswith(module.flag_of(field)) and message in text and "got" in text
+    # The record itself refuses as well, however it is made.
+    with pytest.raises(ValueError, match="must be"):
+        KaraConfig(**{field: value})
+
+
+def test_every_range_has_a_test() -> None:
+    """And so has every field's type."""
+    assert {name for name, _, _ in OUT_OF_RANGE} == {name for name, _, _ in module._RANGES}
+    assert {name for name, _, _ in WRONG_TYPE} == {f.name for f in dataclasses.fields(KaraConfig)}
+
+
+def test_long_values_are_cut_short() -> None:
+    """One line stays one that can be read."""
+    for changes in (
+        {"score": "x" * 10_000},
+        {"x" * 10_000: 1},
+        {"preset": ["y"] * 5000},
+        {"selector": "z" * 10_000},
+        {"window": 10**5000},
+        {"seed": -(10**5000)},
+    ):
+        assert len(refusal(changes)) < 500
+
+
+@pytest.mark.parametrize("preset", ["papers", "", None, 1, ["paper"], {"paper": 1}])
+def test_bad_presets(preset: Any) -> None:
+    """Also one that cannot be looked up in a dictionary."""
+    text = refusal({"preset": preset})
+    assert "--kv-compress-config: preset must be one of default, paper" in text
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, -math.inf])
+@pytest.mark.parametrize("selector", ["kara", "recent"])
+def test_query_memory_is_a_finite_number(value: float, selector: str) -> None:
+    """JSON and argparse both read Infinity and NaN as numbers."""
+    text = refusal({"selector": selector, "query_mem_gb": value})
+    assert text.startswith("--kv-compress-query-mem-gb must be")
+
+
+@pytest.mark.parametrize(
+    "field", ["retain", "query_mem_gb", "chunk_budget", "chunk_quantile", "min_pool_usage"]
+)
+def test_whole_numbers_beyond_any_float(field: str) -> None:
+    """JSON knows no largest number."""
+    text = refusal({field: 10**400})
+    assert text.startswith(module.flag_of(field))
+
+
+def test_unknown_keys_list_the_known_ones() -> None:
+    """Near misses included."""
+    for key in ("Window", "kv_compress", "chunk-budget", ""):
+        text = refusal({key: 1})
+        assert f"unknown key {key!r}" in text
+        assert all(known in text for known in ("preset", *CONFIG_KEYS))
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_selector_that_needs_queries_needs_memory(selector: str) -> None:
+    """Said in terms of the flags, with a way out."""
+    if selector in ("kara", "causal", "snapkv"):
+        text = refusal({"selector": selector, "query_mem_gb": 0})
+        assert "--kv-compress-query-mem-gb 0 leaves no room" in text and "recent or random" in text
+        assert KaraConfig(selector=selector).query_bytes == 2 * 2**30
+    else:
+        assert KaraConfig(selector=selector, query_mem_gb=0).query_bytes == 0
+        assert KaraConfig(selector=selector).query_bytes == 0
+    assert KaraConfig(selector=selector, query_mem_gb=1.5).query_bytes == 3 * 2**29
+
+
+def test_limits_themselves_are_allowed() -> None:
+    """Both ends of every range."""
+    for field, values in {
+        "window": (1, 65536),
+        "retain": (1e-9, 1.0),
+        "delay": (0, 65536),
+        "chunk_budget": (0.0, 1.0),
+        "chunk_width": (2, 65536),
+        "chunk_quantile": (0.0, 1.0),
+        "last_queries": (1, 65536),
+        "period": (1, 65536),
+        "threshold": (0, 2**31 - 1),
+        "min_pool_usage": (0.0, 1.0),
+        "seed": (0, 2**31 - 1),
+        "max_requests_per_pass": (1, 65536),
+        "query_mem_gb": (1e-9, 1_000_000),
+    }.items():
+        for value in values:
+            assert getattr(KaraConfig.from_settings({field: value}), field) == value
+
+
+# -- pages ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300)
+@given(st.integers(1, 64), st.integers(1, 128), st.fractions(0, 1))
+def test_kept_is_whole_pages_nearest_to_the_share(page: int, pages: int, share: Fraction) -> None:
+    """At least one page, at most all, and no other number of pages is nearer."""
+    assume(share > 0 and page * pages <= 65536)
+    config = KaraConfig(window=page * pages)
+    kept = config.kept(page, float(share))
+    assert kept % page == 0 and page <= kept <= config.window
+    wanted = float(share) * pages
+    nearest = min(abs(count - wanted) for count in range(1, pages + 1))
+    assert abs(kept // page - wanted) <= nearest + 1e-9
+
+
+def test_kept_uses_the_servers_share_by_default() -> None:
+    """And a request's where it has one."""
+    config = KaraConfig(window=512, retain=0.25)
+    assert config.kept(16) == 128 and config.kept(16, 0.5) == 256 and config.kept(64, 0.01) == 64
+
+
+@pytest.mark.parametrize(
+    "window,page,near",
+    [(100, 16, "96 or 112"), (8, 16, "use 16"), (65, 64, "64 or 128"), (513, 512, "512 or 1024")],
+)
+def test_a_window_that_is_no_page_multiple(window: int, page: int, near: str) -> None:
+    """The line names both flags and the nearest windows that fit."""
+    with pytest.raises(ValueError) as caught:
+        KaraConfig(window=window).check_page_size(page)
+    text = str(caught.value)
+    assert f"--kv-compress-window {window}" in text and "--page-size" in text and near in text
+    KaraConfig(window=window).check_page_size(1)
+    KaraConfig(window=4 * page).check_page_size(page)
+
+
+@pytest.mark.parametrize(
+    "window,retain,page", [(64, 0.5, 64), (64, 0.9, 32), (512, 0.99, 64), (1, 0.5, 1)]
+)
+def test_a_share_that_keeps_all_in_whole_pages(window: int, retain: float, page: int) -> None:
+    """A server that compresses and frees nothing was not meant; R = W on purpose is fine."""
+    with pytest.raises(ValueError) as caught:
+        KaraConfig(window=window, retain=retain).check_page_size(page)
+    text = str(caught.value)
+    assert text.startswith("--kv-compress-retain") and "--kv-compress-window" in text
+    KaraConfig(window=window, retain=1.0).check_page_size(page)
+    KaraConfig(selector="identity", window=window, retain=retain).check_page_size(page)
+
+
+# -- JSON, files, the environment ----------------------------------------------------------------------
+
+
+def typed_settings() -> st.SearchStrategy[dict[str, Any]]:
+    ranges = {
+        "selector": st.sampled_from(SELECTORS),
+        "window": st.integers(1, 65536),
+        "retain": st.floats(0.001, 1),
+        "query_mem_gb": st.none() | st.floats(0.001, 100) | st.integers(1, 9),
+        "delay": st.integers(0, 65536),
+        "score": st.sampled_from(["sum", "sum_v", "l2", "l2_v"]),
+        "chunk_budget": st.floats(0, 1),
+        "chunk_width": st.integers(2, 100),
+        "chunk_quantile": st.floats(0, 1) | st.integers(0, 1),
+        "last_queries": st.integers(1, 100),
+        "query_heads": st.sampled_from(["auto", "all", "rotating"]),
+        "query_dtype": st.sampled_from(["fp8", "model"]),
+        "policy": st.sampled_from(["periodic", "threshold", "pressure"]),
+        "period": st.integers(1, 65536),
+        "threshold": st.integers(0, 10**6),
+        "min_pool_usage": st.floats(0, 1),
+        "max_requests_per_pass": st.integers(1, 100),
+        "seed": st.integers(0, 2**31 - 1),
+        "debug_checks": st.booleans(),
+        "preset": st.sampled_from(list(PRESETS)),
+    }
+    return st.fixed_dictionaries({}, optional=ranges)
+
+
+@settings(max_examples=100)
+@given(typed_settings())
+def test_children_read_what_the_parent_wrote(changes: dict[str, Any]) -> None:
+    """activate -> environment -> from_env is the identity, also in the process that wrote it."""
+    config = KaraConfig.from_settings(changes)
+    plugin.activate(config)
+    assert KaraConfig.from_env() == plugin.active() == config
+    assert json.loads(os.environ[ENV])["selector"] == config.selector
+    plugin.activate(None)
+    assert ENV not in os.environ and plugin.active() is None
+
+
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("", None),
+        ("  ", None),
+        ("none", None),
+        ('{"selector": "none", "window": 64}', None),
+        ("recent", {"selector": "recent"}),
+        (" kara ", {}),
+        ("{}", {}),
+        ('{"window": 64, "preset": "paper"}', {"window": 64, "preset": "paper"}),
+    ],
+)
+def test_the_environment_variable(
+    text: str, expected: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A selector's name or a JSON object; unset, empty and ``none`` are off."""
+    monkeypatch.setenv(ENV, text)
+    wanted = None if expected is None else KaraConfig.from_settings(expected)
+    assert KaraConfig.from_env() == plugin.active() == wanted
+
+
+@pytest.mark.parametrize("text", ["", "none", '{"selector": "none"}'])
+def test_a_variable_that_says_off_hooks_no_child(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``sglang.Engine`` nobody rewrites the variable: the scheduler's process sees ``none``."""
+    registered: list[Any] = []
+    monkeypatch.setenv(ENV, text)
+    monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: object())
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.scheduler", plugin)
+    monkeypatch.setattr(plugin.hooks, "register", lambda table: registered.extend(table))
+    plugin.register()
+    assert registered == list(plugin.hooks.CLI_HOOKS)
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("kra", "--kv-compress must be one of kara, causal"),
+        ('{"window": 64', "SGLANG_KV_COMPRESS: not a JSON object"),
+        ("{'window': 64}", "SGLANG_KV_COMPRESS: not a JSON object"),
+        ('{"windw": 64}', "unknown key 'windw'"),
+        ('{"retain": 2}', "--kv-compress-retain must be"),
+        ('{"retain": NaN}', "--kv-compress-retain must be"),
+        ('{"window": ' + "9" * 5000 + "}", "SGLANG_KV_COMPRESS: not a JSON object"),
+        ('{"a":' * 100_000, "SGLANG_KV_COMPRESS: not a JSON object"),
+        ("[]", "--kv-compress must be one of"),
+    ],
+)
+def test_a_malformed_environment_variable(
+    text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused with one line, every time it is read."""
+    monkeypatch.setenv(ENV, text)
+    for read in (KaraConfig.from_env, plugin.active, plugin.active):
+        with pytest.raises(ValueError) as caught:
+            read()
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_config_flag_takes_an_object_or_a_file(tmp_path: Path) -> None:
+    """The same settings either way, leading space included."""
+    text = ' {"delay": 3}\n'
+    file = tmp_path / "settings.json"
+    file.write_text(text)
+    assert module.read_config_object(text) == module.read_config_object(str(file)) == {"delay": 3}
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (b"", "not a JSON object"),
+        (b"[1]", "expected a JSON object, got list"),
+        (b'"x"', "expected a JSON object, got str"),
+        (b"null", "expected a JSON object, got NoneType"),
+        (b'{"delay": }', "not a JSON object"),
+        (b'{"delay": "\xff"}', ""),
+        (b"\xff\xfe{\x00}\x00", ""),
+    ],
+)
+def test_files_that_hold_no_object(content: bytes, message: str, tmp_path: Path) -> None:
+    """The line names the flag and the file, also for bytes that are no text."""
+    file = tmp_path / "settings.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        module.read_config_object(str(file))
+    text = str(caught.value)
+    assert "--kv-compress-config" in text and str(file) in text and message in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("value", ["", "no-such-file.json", "/", "[]", "delay=3", "a\0b", "x" * 5000])
+def test_neither_object_nor_file(value: str) -> None:
+    """A folder, a missing file, a list: one line that names the flag."""
+    with pytest.raises(ValueError) as caught:
+        module.read_config_object(value)
+    assert str(caught.value).startswith("--kv-compress-config: ")
+    assert "neither a JSON object nor a readable file" in str(caught.value)
+
+
+# -- configure() ---------------------------------------------------------------------------------------
+
+
+def test_configure_switches_on_and_off() -> None:
+    """For ``sglang.Engine``: what it returns is what the children will read."""
+    config = kara_sglang.configure("recent", window=64, retain=1)
+    assert config == plugin.active() == KaraConfig(selector="recent", window=64, retain=1.0)
+    assert kara_sglang.configure(preset="paper") == KaraConfig.from_settings({"preset": "paper"})
+    assert kara_sglang.configure("none") is None
+    assert plugin.active() is None and ENV not in os.environ
+
+
+@pytest.mark.parametrize(
+    "selector,changes",
+    [
+        ("kra", {}),
+        (None, {}),
+        ("kara", {"windw": 64}),
+        ("kara", {"window": "64"}),
+        ("kara", {"retain": 0}),
+        ("kara", {"query_mem_gb": 0}),
+        ("kara", {"query_mem_gb": math.inf}),
+        ("kara", {"preset": "mine"}),
+        ("kara", {"preset": []}),
+        ("kara", {"preset": "paper", "delay": -1}),
+        ("none", {"windw": 64}),
+        ("none", {"retain": 2}),
+    ],
+)
+def test_configure_refuses_and_changes_nothing(selector: Any, changes: dict[str, Any]) -> None:
+    """``ValueError``, and the settings of before stay in force."""
+    before = kara_sglang.configure("recent", window=64)
+    text = os.environ[ENV]
+    with pytest.raises(ValueError):
+        kara_sglang.configure(selector, **changes)
+    assert os.environ[ENV] == text and plugin.active() == before
+
+
+def test_the_record_cannot_be_changed() -> None:
+    """All processes of a server agree on it."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        KaraConfig().window = 1

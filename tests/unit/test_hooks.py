@@ -1,0 +1,309 @@
+"""The table of hooks against the installed SGLang, and what happens when they do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pkgutil
+import sys
+import types
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kara_sglang import hooks, plugin, serving
+from kara_sglang.config import KaraConfig
+from kara_sglang.hooks import ALL_HOOKS, CHILD_HOOKS, CLI_HOOKS, PARENT_HOOKS, Hook
+from kara_sglang.runtime import INIT_INFO_KEY
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """SGLang's registry, empty for one test."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
+    monkeypatch.setattr(HookRegistry, "_patched", set())
+    yield HookRegistry
+
+
+@pytest.fixture
+def targets(monkeypatch: pytest.MonkeyPatch) -> tuple[Hook, ...]:
+    """Hooks on a module that stands in for one of SGLang's: methods of every kind and a function."""
+
+    class Thing:
+        def method(self) -> None: ...
+
+        @classmethod
+        def make(cls) -> None: ...
+
+        @staticmethod
+        def free() -> None: ...
+
+    module = types.ModuleType("sglang.srt.kara_stand_in")
+    module.Thing, module.function = Thing, lambda: None
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return tuple(
+        Hook(f"kara_stand_in.{name}", "after", (), "cli:check_server_args", "for a test")
+        for name in ("Thing.method", "Thing.make", "Thing.free", "function")
+    )
+
+
+def hook(target: str, parameters: tuple[str, ...] = (), kind: str = "after") -> Hook:
+    return Hook(target, kind, parameters, "cli:add_cli_args", "for a test")
+
+
+@pytest.mark.parametrize("one", ALL_HOOKS, ids=lambda one: one.target)
+def test_targets_exist_with_the_parameters_that_we_rely_on(one: Hook) -> None:
+    """In the installed SGLang, for every hook of every process."""
+    assert one.problem() is None
+
+
+@pytest.mark.parametrize("one", ALL_HOOKS, ids=lambda one: one.target)
+def test_handlers_exist_and_fit_their_kind(one: Hook) -> None:
+    """A handler takes what SGLang's registry passes: AFTER the result first, AROUND the original."""
+    handler = hooks._handler(one)
+    assert handler.__doc__ and handler.__doc__.startswith(f"{one.kind.upper()} ")
+    path = one.target.rsplit(".", 2)
+    assert ".".join(path[-2:]) in handler.__doc__ or path[-1] in handler.__doc__
+    extra = () if one.kind == "before" else ("first",)
+    inspect.signature(handler).bind(*extra, *one.parameters)
+    function = pkgutil.resolve_name(one.path)
+    parameters = inspect.signature(inspect.unwrap(getattr(function, "__func__", function))).parameters
+    positional = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    # Everything that SGLang might pass by position, too.
+    inspect.signature(handler).bind(*extra, *positional)
+
+
+def test_the_table_is_well_formed() -> None:
+    """Targets once each, known kinds, one line of reason."""
+    targets = [one.target for one in ALL_HOOKS]
+    assert len(set(targets)) == len(targets)
+    assert {one.kind for one in ALL_HOOKS} <= {"before", "after", "around"}
+    assert all(one.why and "\n" not in one.why for one in ALL_HOOKS)
+    assert {*CLI_HOOKS, *PARENT_HOOKS, *CHILD_HOOKS} == set(ALL_HOOKS)
+    assert hooks.problems() == []
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "server_args.ServerArgs.add_cly_args",
+        "server_args.ServerArg.add_cli_args",
+        "no_such_module.thing",
+        "managers.no_such_module.Thing.method",
+        "server_args.ServerArgs..add_cli_args",
+    ],
+)
+def test_a_missing_target_is_reported(target: str) -> None:
+    """With its whole path, in one line."""
+    text = hook(target).problem()
+    assert text is not None and f"sglang.srt.{target} is missing" in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "target", ["server_args.ServerArgs.engine_info_bootstrap_url", "server_args.ZMQ_TCP_PORT_DELTA"]
+)
+def test_a_target_that_is_no_function_is_reported(target: str) -> None:
+    """A method that became a property or a number: a line, not a traceback."""
+    text = hook(target, ("self",)).problem()
+    assert text is not None and f"sglang.srt.{target}" in text
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [("self",), ("cls", "namespace"), ("args",), ("args", "cls"), ("cls", "args", "more")],
+)
+def test_other_parameters_are_reported(parameters: tuple[str, ...]) -> None:
+    """Renamed, reordered, missing."""
+    text = hook("server_args.ServerArgs.from_cli_args", parameters).problem()
+    assert text is not None and "from_cli_args takes ('cls', 'args')" in text
+    assert str(parameters) in text
+
+
+def test_a_target_that_is_already_hooked_keeps_its_signature() -> None:
+    """The doctor and a second engine in one process look below the hooks that are in place."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    assert hooks.problems() == []
+
+
+def test_registering_twice_hooks_once(registry: Any) -> None:
+    """SGLang's launcher and its engine both load plugins."""
+    for _ in range(3):
+        hooks.register(CLI_HOOKS)
+        hooks.register(PARENT_HOOKS)
+    expected = {one.path: [one.kind] for one in (*CLI_HOOKS, *PARENT_HOOKS)}
+    assert {
+        path: [kind.value for kind, _, _ in entries] for path, entries in registry._hooks.items()
+    } == expected
+
+
+def test_other_plugins_hooks_on_the_same_target_stay(registry: Any) -> None:
+    """Ours is added to theirs, not taken for it."""
+    from sglang.srt.plugins.hook_registry import HookType
+
+    def theirs(*_: Any) -> None:
+        pass
+
+    path = CLI_HOOKS[0].path
+    registry.register(path, theirs, HookType.AFTER)
+    hooks.register(CLI_HOOKS)
+    hooks.register(CLI_HOOKS)
+    assert [handler for _, handler, _ in registry._hooks[path]] == [
+        theirs,
+        hooks._handler(CLI_HOOKS[0]),
+    ]
+
+
+def test_missing_names_what_does_not_call_us(registry: Any, targets: tuple[Hook, ...]) -> None:
+    """``apply_hooks`` only logs its failures: what counts is what the targets call now."""
+    assert hooks.missing(targets) == [one.path for one in targets]
+    hooks.register(targets)
+    assert hooks.missing(targets) == [one.path for one in targets], "registered, not applied"
+    registry.apply_hooks()
+    assert hooks.missing(targets) == []
+    gone = dataclasses.replace(targets[0], target="kara_stand_in.Thing.gone")
+    assert hooks.missing((*targets, gone)) == [gone.path]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_another_plugin_on_the_same_target(
+    late: bool, registry: Any, targets: tuple[Hook, ...]
+) -> None:
+    """Beside ours it does no harm; applied before ours was registered, SGLang would skip ours."""
+    from sglang.srt.plugins.hook_registry import HookType
+
+    def theirs(original: Any, *args: Any) -> Any:
+        return original(*args)
+
+    registry.register(targets[0].path, theirs, HookType.AROUND)
+    if late:
+        registry.apply_hooks()
+    hooks.register(targets)
+    registry.apply_hooks()
+    assert hooks.missing(targets) == ([targets[0].path] if late else [])
+
+
+# -- what parent and child agree on --------------------------------------------------------------------
+
+
+def test_the_digest_is_that_of_the_table() -> None:
+    """The same in every process; another one for any other table."""
+    number = hooks.digest()
+    assert number == hooks.digest(tuple(dataclasses.replace(one) for one in CHILD_HOOKS))
+    first = CHILD_HOOKS[0]
+    others = [
+        CHILD_HOOKS[1:],
+        (*CHILD_HOOKS, hook("server_args.ServerArgs.url")),
+        (dataclasses.replace(first, target=first.target + "s"), *CHILD_HOOKS[1:]),
+        (dataclasses.replace(first, kind="before"), *CHILD_HOOKS[1:]),
+        (dataclasses.replace(first, handler="runtime:other"), *CHILD_HOOKS[1:]),
+        (),
+    ]
+    digests = [hooks.digest(other) for other in others]
+    assert number not in digests and len(set(digests)) == len(digests)
+
+
+def test_digest_survives_another_interpreter() -> None:
+    """It is no hash() of a string: those differ from process to process."""
+    import subprocess
+    import sys
+
+    code = "from kara_sglang import hooks; print(hooks.digest())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == hooks.digest()
+
+
+def test_children_without_the_plugin_are_refused() -> None:
+    """Any rank that says nothing, or something else, stops the server."""
+    good = {INIT_INFO_KEY: hooks.digest(), "max_total_num_tokens": 1}
+    serving.check_children([{}])  # compression is off: stock children are right
+    plugin.set_launched(KaraConfig())
+    serving.check_children([good])
+    serving.check_children([good, dict(good)])
+    for infos in ([{}], [good, {}], [{INIT_INFO_KEY: None}], [{INIT_INFO_KEY: hooks.digest() + 1}]):
+        with pytest.raises(RuntimeError, match=r"^kv-compress: error: "):
+            serving.check_children(infos)
+
+
+def test_a_child_that_says_why_is_quoted() -> None:
+    """The last line of a server that must not start is the child's own reason."""
+    plugin.set_launched(KaraConfig())
+    with pytest.raises(RuntimeError, match=r"^kv-compress: error: the model has cross-attention"):
+        serving.check_children([{INIT_INFO_KEY: "the model has cross-attention layers"}])
+
+
+# -- which process gets which hooks --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("child", [False, True])
+@pytest.mark.parametrize("on", [False, True])
+def test_run_time_hooks_only_where_they_are_needed(
+    child: bool, on: bool, registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Children of a compressing server; nobody else pays for them."""
+    import sglang.srt.managers.scheduler  # noqa: F401  # what a scheduler's process has imported
+
+    if on:
+        plugin.activate(KaraConfig())
+    parent = object() if child else None
+    monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: parent)
+    plugin.register()
+    expected = [*CLI_HOOKS, *(CHILD_HOOKS if child and on else ())]
+    assert sorted(path for path, entries in registry._hooks.items() if entries) == sorted(
+        one.path for one in expected
+    )
+
+
+@pytest.mark.parametrize("allowed", ["other", "other,more", " karas "])
+def test_a_white_list_without_us_is_refused(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's children would not load the plugin."""
+    monkeypatch.setenv("SGLANG_PLUGINS", allowed)
+    [line] = plugin.hook_parent()
+    assert f"SGLANG_PLUGINS={allowed}" in line and "add kara to it or unset it" in line
+
+
+@pytest.mark.parametrize("allowed", ["", "kara", "other, kara"])
+def test_a_white_list_with_us_or_none_passes(
+    allowed: str, registry: Any, targets: tuple[Hook, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the parent's hooks are applied at once."""
+    monkeypatch.setenv("SGLANG_PLUGINS", allowed)
+    monkeypatch.setattr(hooks, "CLI_HOOKS", targets[:1])
+    monkeypatch.setattr(hooks, "PARENT_HOOKS", targets[1:])
+    hooks.register(hooks.CLI_HOOKS)
+    assert plugin.hook_parent() == []
+    assert hooks.missing(targets) == []
+
+
+def test_hooks_that_cannot_be_applied_are_reported(
+    registry: Any, targets: tuple[Hook, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang logs the exception and goes on; the parent refuses."""
+
+    def broken(target: str, entries: list) -> None:
+        raise RuntimeError("cannot")
+
+    monkeypatch.setattr(registry, "_apply_target", broken)
+    monkeypatch.setattr(hooks, "CLI_HOOKS", targets[:1])
+    monkeypatch.setattr(hooks, "PARENT_HOOKS", targets[1:])
+    lines = plugin.hook_parent()
+    assert len(lines) == len(targets)
+    assert all("could not be put in place" in line for line in lines)
+
+
+def test_targets_that_do_not_fit_are_reported_by_the_parent(
+    registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of the children: the launcher knows before it starts one. Nothing is hooked then."""
+    monkeypatch.setattr(hooks, "problems", lambda: ["sglang.srt.x is missing"])
+    assert plugin.hook_parent() == ["sglang.srt.x is missing"]
+    assert not any(registry._hooks.values())

@@ -1,0 +1,224 @@
+"""Whose window is compressed when, and who records: order, limits, ties, and that nobody starves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kara_sglang import policy
+from kara_sglang.config import KaraConfig
+from kara_sglang.policy import Candidate, Periodic, Policy, Pressure, Threshold, grants
+
+
+def candidate(index: int, **changes: int) -> Candidate:
+    fields = {"order": index, "kv_len": 100, "overdue": 0, "uncompressed": 50, "gain": 8}
+    return Candidate(index=index, **(fields | changes))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[Candidate]:
+    """Requests of a batch: ages all different and in any order, lengths with many ties."""
+    size = draw(st.integers(0, 12))
+    ages = draw(st.permutations(range(size)))
+    small = st.integers(-3, 3)
+    return [
+        candidate(
+            index,
+            order=ages[index],
+            kv_len=100 + draw(small),
+            overdue=draw(small),
+            uncompressed=50 + draw(small),
+            gain=draw(st.sampled_from([0, 4, 8])),
+        )
+        for index in range(size)
+    ]
+
+
+POLICIES: list[Callable[[], Policy]] = [
+    lambda: Periodic(1, 3),
+    lambda: Threshold(100),
+    lambda: Pressure(1, 3, 0.5),
+]
+
+
+@settings(max_examples=200)
+@given(batches(), st.sampled_from(POLICIES))
+def test_only_due_requests_ascending_and_deterministic(batch, make) -> None:
+    """Ranks decide alike: the same batch gives the same list, none of it twice, all of it due."""
+    chosen = make().due(batch, 0.9)
+    assert chosen == make().due(list(batch), 0.9)
+    assert chosen == sorted(set(chosen))
+    assert all(batch[index].overdue >= 0 for index in chosen)
+
+
+@settings(max_examples=200)
+@given(batches(), st.randoms(use_true_random=False))
+def test_the_order_of_the_batch_does_not_matter(batch, random) -> None:
+    """Who is chosen depends on lengths and ages, not on where in the batch a request stands."""
+    shuffled = batch[:]
+    random.shuffle(shuffled)
+    for make in POLICIES:
+        assert make().due(batch, 0.9) == make().due(shuffled, 0.9)
+
+
+@settings(max_examples=200)
+@given(batches(), st.integers(1, 13))
+def test_periodic_takes_the_longest_waiting(batch, limit) -> None:
+    """At most ``limit``; nobody left behind has waited longer, or as long and come earlier."""
+    chosen = Periodic(1, limit).due(batch, 0.0)
+    ready = [c for c in batch if c.overdue >= 0]
+    assert len(chosen) == min(limit, len(ready))
+    left = [c for c in ready if c.index not in chosen]
+    for taken in (batch[index] for index in chosen):
+        assert all((taken.overdue, -taken.order) > (c.overdue, -c.order) for c in left)
+
+
+@settings(max_examples=200)
+@given(batches(), st.integers(95, 105))
+def test_threshold_takes_whoever_is_long_enough(batch, threshold) -> None:
+    """Without a limit, whatever the pool says."""
+    expected = [c.index for c in batch if c.overdue >= 0 and c.kv_len >= threshold]
+    assert Threshold(threshold).due(batch, 0.0) == expected
+
+
+@settings(max_examples=200)
+@given(batches(), st.integers(1, 13), st.floats(0, 1), st.floats(0, 1))
+def test_pressure_waits_and_then_takes_what_frees_most(batch, limit, usage, least) -> None:
+    """Nothing below the pool's mark; above it the largest gains, then the longest, then the oldest."""
+    chosen = Pressure(1, limit, least).due(batch, usage)
+    ready = [c for c in batch if c.overdue >= 0]
+    if usage < least:
+        assert chosen == []
+        return
+    assert len(chosen) == min(limit, len(ready))
+    left = [c for c in ready if c.index not in chosen]
+
+    def rank(c: Candidate) -> tuple[int, int, int]:
+        return (c.gain, c.uncompressed, -c.order)
+
+    for taken in (batch[index] for index in chosen):
+        assert all(rank(taken) > rank(c) for c in left)
+
+
+@pytest.mark.parametrize("make", [lambda p: Periodic(p, 8), lambda p: Pressure(p, 8, 0.0)])
+@pytest.mark.parametrize("period", [1, 2, 7, 64])
+def test_the_period_is_counted_in_steps(make: Callable[[int], Policy], period: int) -> None:
+    """Every ``period``-th step has a pass, with or without candidates in between."""
+    one = make(period)
+    random = Random(0)
+    for step in range(1, 5 * period + 1):
+        batch = [candidate(0)] if random.random() < 0.5 or step % period == 0 else []
+        assert one.due(batch, 0.5) == ([0] if step % period == 0 else [])
+
+
+def test_the_pressure_counter_runs_while_the_pool_has_room() -> None:
+    """The first pass under pressure is not later for that."""
+    one = Pressure(4, 8, 0.5)
+    assert [bool(one.due([candidate(0)], 0.1)) for _ in range(7)] == [False] * 7
+    assert one.due([candidate(0)], 0.9) == [0]
+
+
+def test_settings_choose_the_policy() -> None:
+    """Each name with its own numbers."""
+    shared = {"period": 3, "max_requests_per_pass": 5, "threshold": 77, "min_pool_usage": 0.6}
+    periodic = policy.build(KaraConfig(policy="periodic", **shared))
+    assert isinstance(periodic, Periodic) and (periodic.period, periodic.limit) == (3, 5)
+    threshold = policy.build(KaraConfig(policy="threshold", **shared))
+    assert isinstance(threshold, Threshold) and threshold.threshold == 77
+    pressure = policy.build(KaraConfig(policy="pressure", **shared))
+    assert isinstance(pressure, Pressure) and pressure.min_usage == 0.6
+    assert [bool(pressure.due([candidate(i) for i in range(9)], 0.7)) for _ in range(3)] == [
+        False,
+        False,
+        True,
+    ]
+    assert len(pressure.due([candidate(i) for i in range(9)], 0.7)) == 0
+
+
+@pytest.mark.parametrize("period,limit", [(1, 1), (1, 2), (4, 3), (16, 8)])
+def test_nobody_starves(period: int, limit: int) -> None:
+    """Thousands of steps, requests that come and go, capacity just enough: waits stay bounded."""
+    random = Random(period * 100 + limit)
+    window = 16 * period // limit + 16  # a little more room than 12 requests need
+    one = Periodic(period, limit)
+    overdue: dict[int, int] = {}
+    arrived = longest = 0
+    for _ in range(6000):
+        while len(overdue) < 12 and random.random() < 0.2:
+            overdue[arrived] = -random.randint(1, window)
+            arrived += 1
+        batch = [
+            candidate(index, order=order, overdue=late)
+            for index, (order, late) in enumerate(overdue.items())
+        ]
+        names = list(overdue)
+        for index in one.due(batch, 0.0):
+            overdue[names[index]] -= window
+        overdue = {name: late + 1 for name, late in overdue.items() if random.random() > 0.002}
+        longest = max([longest, *overdue.values()])
+    assert arrived > 20
+    assert longest <= period * (12 // limit + 2), longest
+
+
+# -- recorders -----------------------------------------------------------------------------------------
+
+
+waiting_lists = st.integers(0, 10).flatmap(
+    lambda size: st.tuples(
+        st.permutations(range(size)), st.lists(st.integers(0, 4), min_size=size, max_size=size)
+    ).map(
+        lambda drawn: [
+            candidate(index, order=age, uncompressed=length)
+            for index, (age, length) in enumerate(zip(*drawn, strict=True))
+        ]
+    )
+)
+
+
+@settings(max_examples=400)
+@given(
+    waiting_lists,
+    st.integers(0, 40),
+    st.sampled_from([1, 2, 4, 7]),
+    st.sampled_from(["auto", "all", "rotating"]),
+)
+def test_grants(waiting, free, group, heads) -> None:
+    """Never more units than there are, in order of need, and none kept back that somebody could use."""
+    given_out = grants(waiting, free, group, heads)
+    assert given_out == grants(list(reversed(waiting)), free, group, heads)
+    by_index = {c.index: c for c in waiting}
+    assert len({index for index, _ in given_out}) == len(given_out)
+    used = sum(units for _, units in given_out)
+    assert used <= free
+    allowed = {"all": {group}, "rotating": {1}, "auto": {1, group}}[heads]
+    assert {units for _, units in given_out} <= allowed
+
+    def need(index: int) -> tuple[int, int]:
+        return (-by_index[index].uncompressed, by_index[index].order)
+
+    served = [index for index, _ in given_out]
+    unserved = [index for index in by_index if index not in served]
+    assert all(need(a) < need(b) for a in served for b in unserved)
+    cheapest = group if heads == "all" else 1
+    if unserved:
+        assert free - used < cheapest
+    if heads == "auto" and group > 1:
+        full = [index for index, units in given_out if units == group]
+        rotating = [index for index, units in given_out if units == 1]
+        assert all(need(a) < need(b) for a in full for b in rotating)
+        assert not (full and unserved), "somebody got all heads while another got none"
+        if rotating:
+            assert free - used < group - 1
+
+
+def test_auto_serves_everybody_before_it_upgrades_anybody() -> None:
+    """Five wait for eight units of a group of four: one upgrade is left."""
+    waiting = [candidate(i, uncompressed=10 * (i % 3), order=i) for i in range(5)]
+    assert grants(waiting, 8, 4, "auto") == [(2, 4), (1, 1), (4, 1), (0, 1), (3, 1)]
+    assert grants(waiting, 4, 4, "auto") == [(2, 1), (1, 1), (4, 1), (0, 1)]
+    assert grants(waiting, 7, 4, "all") == [(2, 4)]
+    assert grants(waiting, 3, 4, "all") == []

@@ -1,0 +1,359 @@
+"""The ring of recorded queries against a dictionary ``(request, logical position) -> query``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kara_sglang.kernels.backend import TorchKernels
+from kara_sglang.kernels.record import FP8, plan, record, recorded
+from kara_sglang.recorder import LAG, AttentionShape, QueryRecorder, Recorder
+
+KERNELS = TorchKernels()
+
+
+def make(
+    *,
+    group: int = 2,
+    kv_heads: int = 2,
+    layers: int = 2,
+    window: int = 4,
+    delay: int = 1,
+    units: int = 4,
+    fp8: bool = False,
+    dtype: torch.dtype = torch.float32,
+    rows: int = 6,
+) -> QueryRecorder:
+    """A recorder with room for exactly ``units`` units."""
+    shape = AttentionShape(layers, group * kv_heads, kv_heads, 3, dtype, torch.device("cpu"))
+    entry = layers * kv_heads * 3 * (1 if fp8 else dtype.itemsize)
+    budget = units * entry * (window + delay + LAG)
+    made = QueryRecorder(shape, window, delay, budget + entry, fp8)
+    assert made.num_units == made.free_units == units
+    made.allocate_tables(rows)
+    return made
+
+
+def stored(queries: torch.Tensor, fp8: bool) -> torch.Tensor:
+    """What the ring may remember of ``queries``."""
+    return queries.float().clamp(-448, 448).to(FP8) if fp8 else queries
+
+
+def flush(recorder: QueryRecorder) -> None:
+    """As the coordinator does before a decode step."""
+    if recorder.stale:
+        recorder.flush()
+    assert not recorder.stale
+
+
+@dataclass
+class Request:
+    """A request of the model: what it computed, whether or not anyone recorded it."""
+
+    row: int
+    length: int
+    recorder: Recorder | None = None
+    queries: dict[int, torch.Tensor] = field(default_factory=dict)  # (layers, kv, group, dim)
+
+
+def check_recorded(recorder: QueryRecorder, request: Request, fp8: bool) -> None:
+    """Everything that ``covers`` promises is in the ring, bit for bit."""
+    given = request.recorder
+    group = recorder.shape.group
+    first = max(given.since, request.length - recorder.ring_len)
+    count = request.length - first
+    assert recorder.covers(given, first, request.length)
+    assert not recorder.covers(given, first - 1, request.length)
+    if count == 0:
+        return
+    units = recorder.units_of(given)
+    for layer, ring in enumerate(recorder.rings):
+        got = recorded(ring, first, count, units, recorder.ring_len)
+        heads = group if len(given.units) == group else 1
+        assert got.shape == (count, recorder.shape.num_kv_heads, heads, recorder.shape.head_dim)
+        for i in range(count):
+            truth = request.queries[first + i][layer]
+            if heads < group:
+                turn = (first + i) % group
+                truth = truth[:, turn : turn + 1]
+            assert torch.equal(got[i].float(), stored(truth, fp8).float()), (first + i, given)
+
+
+def play(random: Random) -> tuple[int, int]:
+    """One history of requests that come, are recorded or not, decode together and leave.
+
+    Returns
+    -------
+    tuple of int
+        Queries compared, and how many of them lay behind a wrap of the ring.
+    """
+    group, fp8 = random.choice([1, 2, 3, 7]), random.random() < 0.5
+    recorder = make(
+        group=group,
+        kv_heads=random.randint(1, 2),
+        layers=random.randint(1, 2),
+        units=random.randint(0, 3 * group),
+        fp8=fp8,
+    )
+    generator = torch.Generator().manual_seed(random.getrandbits(31))
+    running: dict[int, Request] = {}
+    shape = recorder.shape
+    compared = wrapped = 0
+
+    def step(requests: list[Request]) -> None:
+        """One decode step: flush as the coordinator does, then every layer stores its queries."""
+        flush(recorder)
+        size = (shape.num_layers, len(requests), shape.num_kv_heads, group, shape.head_dim)
+        queries = torch.randn(size, generator=generator) * 300
+        rows = torch.tensor([request.row for request in requests])
+        positions = torch.tensor([request.length for request in requests])
+        for layer in range(shape.num_layers):
+            flat = queries[layer].reshape(len(requests), -1)
+            recorder.record(KERNELS, layer, flat, rows, positions)
+        for i, request in enumerate(requests):
+            request.queries[request.length] = queries[:, i]
+            request.length += 1
+
+    for _ in range(30):
+        action = random.choice(["arrive", "acquire", "decode", "decode", "leave", "drop"])
+        free_rows = [row for row in range(1, 6) if row not in running]
+        silent = [request for request in running.values() if request.recorder is None]
+        if action == "arrive" and free_rows:
+            row = random.choice(free_rows)
+            running[row] = Request(row, random.randint(0, 300))
+        elif action == "acquire" and silent:
+            request, wanted = random.choice(silent), random.choice([1, group])
+            if recorder.free_units >= wanted:
+                request.recorder = recorder.acquire(request.row, wanted, request.length)
+        elif action == "decode" and running:
+            for _ in range(random.choice([1, 3, 20, 60])):
+                step(list(running.values()))
+        elif running and random.random() < 0.5:
+            request = random.choice(list(running.values()))
+            if request.recorder is not None:
+                recorder.release(request.recorder)
+                request.recorder = None
+            if action == "leave":
+                del running[request.row]
+
+        holders = [request for request in running.values() if request.recorder is not None]
+        held = [unit for request in holders for unit in request.recorder.units]
+        assert len(held) == len(set(held)) and set(held) <= set(range(recorder.num_units))
+        assert recorder.free_units == recorder.num_units - len(held)
+        assert recorder.in_use == len(holders)
+        for request in holders if action == "decode" else []:
+            check_recorded(recorder, request, fp8)
+            recorded_by_now = request.length - request.recorder.since
+            compared += min(recorded_by_now, recorder.ring_len)
+            wrapped += max(0, recorded_by_now - recorder.ring_len)
+    return compared, wrapped
+
+
+def test_the_ring_is_a_dictionary() -> None:
+    """Through arrivals, late recorders, row reuse and wraps, what ``covers`` promises is there."""
+    totals = [play(Random(seed)) for seed in range(150)]
+    assert sum(compared for compared, _ in totals) > 10_000
+    assert sum(wrapped for _, wrapped in totals) > 1_000
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_plan_sends_each_head_to_its_unit_or_to_the_trash(data: st.DataObject) -> None:
+    """Entry by entry, from the layout's description."""
+    batch, group = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 5))
+    ring_len = data.draw(st.integers(1, 9))
+    rows = [data.draw(st.sampled_from(["none", "all", "rotating"])) for _ in range(batch)]
+    units, rotating, positions, expected = [], [], [], []
+    trash, next_unit = 1000, 0
+    for kind in rows:
+        position = data.draw(st.integers(0, 10_000))
+        place = position % ring_len
+        if kind == "none":
+            mine, entries = [-1] * group, [trash] * group
+        elif kind == "all":
+            mine = [next_unit + g for g in range(group)]
+            entries = [unit * ring_len + place for unit in mine]
+        else:
+            mine = [next_unit] * group
+            entries = [
+                next_unit * ring_len + place if g == position % group else trash for g in range(group)
+            ]
+        next_unit += group
+        units.append(mine)
+        rotating.append(kind == "rotating")
+        positions.append(position)
+        expected.append(entries)
+    got = plan(
+        torch.tensor(positions, dtype=torch.int64),
+        torch.tensor(units, dtype=torch.int64).reshape(batch, group),
+        torch.tensor(rotating, dtype=torch.bool),
+        ring_len,
+        trash,
+    )
+    assert got.dtype == torch.int64 and got.tolist() == expected
+
+
+@pytest.mark.parametrize("group", [2, 3])
+@pytest.mark.parametrize("num_units", ["all", "one"])
+def test_the_ring_wraps_after_ring_len_tokens(group: int, num_units: str) -> None:
+    """Three times around; at each step exactly the newest ``ring_len`` queries are there."""
+    recorder = make(group=group, kv_heads=1, layers=1, units=group)
+    flush(recorder)
+    request = Request(row=3, length=17)
+    request.recorder = recorder.acquire(3, group if num_units == "all" else 1, since=17)
+    for turn in range(3 * recorder.ring_len):
+        flush(recorder)
+        queries = torch.full((1, group * 3), float(turn))
+        recorder.record(KERNELS, 0, queries, torch.tensor([3]), torch.tensor([request.length]))
+        request.queries[request.length] = queries.view(1, 1, group, 3)
+        request.length += 1
+        if turn % 29 == 0 or turn > 2.9 * recorder.ring_len:
+            check_recorded(recorder, request, fp8=False)
+
+
+def test_a_row_without_recorder_leaves_the_ring_alone() -> None:
+    """Its queries go to the trash, and so do those of a row that gave its recorder back."""
+    recorder = make(units=4)
+    mine = recorder.acquire(1, 2, since=0)
+    gone = recorder.acquire(2, 2, since=0)
+    flush(recorder)
+    recorder.release(gone)
+    flush(recorder)
+    before = recorder.rings[0].clone()
+    rows, positions = torch.tensor([2, 4, 5]), torch.tensor([0, 1, 2])
+    recorder.record(KERNELS, 0, torch.ones(3, 12), rows, positions)
+    assert torch.equal(recorder.rings[0][: recorder.trash], before[: recorder.trash])
+    recorder.record(KERNELS, 0, torch.ones(1, 12), torch.tensor([1]), torch.tensor([0]))
+    assert recorder.rings[0].count_nonzero() > 0 and mine.units != gone.units
+
+
+def test_a_reused_row_writes_into_its_own_units_only() -> None:
+    """Finish and arrival between two decode steps: one flush, and the new owner's units hold."""
+    recorder = make(group=2, units=4)
+    old = recorder.acquire(1, 2, since=5)
+    flush(recorder)
+    recorder.release(old)
+    other = recorder.acquire(2, 2, since=0)  # takes the freed units
+    new = recorder.acquire(1, 1, since=9)
+    flush(recorder)
+    assert set(other.units) == set(old.units) and not set(new.units) & set(other.units)
+    assert recorder.units[1].tolist() == [new.units[0]] * 2 and bool(recorder.rotating[1])
+    assert recorder.units[2].tolist() == list(other.units) and not bool(recorder.rotating[2])
+    recorder.release(new)
+    flush(recorder)
+    assert recorder.units[1].tolist() == [-1, -1] and not bool(recorder.rotating[1])
+
+
+def test_nothing_reaches_the_tables_before_flush() -> None:
+    """The step in flight still reads them; only ``flush`` runs behind it."""
+    recorder = make()
+    flush(recorder)
+    before = recorder.units.clone(), recorder.rotating.clone()
+    given = recorder.acquire(1, 1, since=0)
+    assert torch.equal(recorder.units, before[0]) and torch.equal(recorder.rotating, before[1])
+    flush(recorder)
+    tables = recorder.units.clone()
+    recorder.release(given)
+    assert torch.equal(recorder.units, tables)
+
+
+def test_handing_out_and_taking_back_twice_is_an_error() -> None:
+    """A row has one recorder; a recorder has one end."""
+    recorder = make()
+    first = recorder.acquire(1, 2, since=0)
+    with pytest.raises(RuntimeError, match="row 1 already has a recorder"):
+        recorder.acquire(1, 1, since=0)
+    assert recorder.free_units == 2 and recorder.in_use == 1
+    recorder.release(first)
+    with pytest.raises(RuntimeError, match="row 1 released twice"):
+        recorder.release(first)
+    again = recorder.acquire(1, 2, since=0)  # an equal value, but another recorder
+    with pytest.raises(RuntimeError, match="row 1 released twice"):
+        recorder.release(first)
+    recorder.release(again)
+    assert recorder.free_units == 4 and recorder.in_use == 0
+
+
+def test_more_units_than_are_free_is_an_error_that_changes_nothing() -> None:
+    """The policy never asks for them; if it did, units must not get lost."""
+    recorder = make(units=3)
+    with pytest.raises((RuntimeError, IndexError)):
+        recorder.acquire(1, 4, since=0)
+    assert recorder.free_units == 3 and recorder.in_use == 0
+
+
+@pytest.mark.parametrize("window,delay", [(1, 0), (16, 0), (512, 64)])
+def test_covers(window: int, delay: int) -> None:
+    """A window is covered from its first recorded token until LAG tokens after it is due."""
+    recorder = make(window=window, delay=delay, units=2, layers=1)
+    assert recorder.ring_len == window + delay + LAG
+    given = recorder.acquire(1, 2, since=100)
+    due = 100 + window + delay
+    assert recorder.covers(given, 100, due) and recorder.covers(given, 100, due + LAG)
+    assert not recorder.covers(given, 100, due + LAG + 1)
+    assert not recorder.covers(given, 99, 120)
+    assert recorder.covers(given, 101, due + LAG + 1)
+
+
+def test_the_budget_is_never_exceeded() -> None:
+    """Rings and their trash entry stay within the bytes that were given, up to that one entry."""
+    shape = AttentionShape(3, 8, 4, 16, torch.bfloat16, torch.device("cpu"))
+    for budget in (0, 1, 10**5, 10**6, 3 * 10**6):
+        for fp8 in (False, True):
+            recorder = QueryRecorder(shape, 64, 16, budget, fp8)
+            used = sum(ring.numel() * ring.itemsize for ring in recorder.rings)
+            entry = 3 * 4 * 16 * (1 if fp8 else 2)
+            assert used - entry <= budget < used - entry + recorder.unit_bytes
+            assert len(recorder.rings) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fp8_clamps_instead_of_making_nan(dtype: torch.dtype) -> None:
+    """e4m3 has no infinity; queries beyond 448 become its largest number."""
+    ring = torch.zeros(3, 1, 6).to(FP8)
+    huge = torch.finfo(dtype).max
+    queries = torch.tensor([[-huge, torch.inf, 448.0, 449.0, -0.03, 1.7]], dtype=dtype)
+    record(ring, torch.tensor([[1]]), queries)
+    got = ring[1, 0].float()
+    assert got[:4].tolist() == [-448.0, 448.0, 448.0, 448.0]
+    assert torch.equal(got[4:], queries[0, 4:].float().to(FP8).float())
+    assert ring[0].float().count_nonzero() == 0 and ring[2].float().count_nonzero() == 0
+
+
+@pytest.mark.parametrize("ring_dtype", [torch.float32, torch.float16, torch.bfloat16, FP8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_queries_of_any_float_dtype_are_accepted(ring_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """Some models keep RoPE's result in float32 while the ring has the model's dtype."""
+    ring = torch.zeros(3, 2, 4).to(ring_dtype)
+    queries = torch.arange(8.0).reshape(1, 8).to(dtype)
+    record(ring, torch.tensor([[2]]), queries)
+    assert ring[2].float().flatten().tolist() == list(range(8))
+
+
+def test_queries_may_be_a_slice_of_a_wider_projection() -> None:
+    """q is a view into qkv in models without RoPE or with in-place RoPE; heads may be split already."""
+    qkv = torch.randn(3, 40)
+    entries = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    flat, split = torch.zeros(7, 2, 4), torch.zeros(7, 2, 4)
+    record(flat, entries, qkv[:, 8:24])
+    record(split, entries, qkv[:, 8:24].view(3, 4, 4))
+    assert torch.equal(flat, split)
+    for token in range(3):
+        for head in range(4):  # heads of one GQA group follow each other
+            unit, kv_head = head % 2, head // 2
+            expected = qkv[token, 8 + 4 * head : 12 + 4 * head]
+            assert torch.equal(flat[2 * token + unit, kv_head], expected)
+
+
+def test_what_is_read_is_a_copy() -> None:
+    """The ring is overwritten by the next step while scores are still computed from it."""
+    ring = torch.randn(5, 1, 2)
+    got = recorded(ring, 0, 4, torch.tensor([0]), 4)
+    before = got.clone()
+    ring.zero_()
+    assert torch.equal(got, before)

@@ -1,0 +1,320 @@
+"""What compression refuses: flags, environment, model config, attention layers, real objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kara_sglang import refusals
+from kara_sglang.config import KaraConfig
+
+Resolved = Callable[..., SimpleNamespace]
+
+
+def test_a_supported_server_is_not_refused(resolved: Resolved) -> None:
+    """SGLang's defaults, and what the design says must work beside compression."""
+    assert refusals.of_flags(resolved()) == []
+    for changes in (
+        {"tp_size": 8, "ep_size": 8},
+        {"dp_size": 2},
+        {"disable_overlap_schedule": True},
+        {"disable_radix_cache": True},
+        {"disable_cuda_graph": True, "chunked_prefill_size": 4096},
+        {"enable_priority_scheduling": True},
+        {"enable_lora": True, "lora_paths": ["a=b"]},
+        {"enable_metrics": True, "skip_tokenizer_init": True, "stream_interval": 8},
+        {"kv_cache_dtype": "bfloat16", "page_size": 1, "device": "cpu"},
+        {"schedule_conservativeness": 0.3, "mem_fraction_static": 0.7},
+    ):
+        assert refusals.of_flags(resolved(**changes)) == [], changes
+
+
+# What a user would type, and how SGLang's resolved settings then look.
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("--speculative-algorithm", {"speculative_algorithm": "EAGLE"}),
+    ("--speculative-algorithm", {"speculative_algorithm": "NGRAM"}),
+    ("--disaggregation-mode", {"disaggregation_mode": "prefill"}),
+    ("--disaggregation-mode", {"disaggregation_mode": "decode"}),
+    ("--pp-size", {"pp_size": 2}),
+    ("--enable-dp-attention", {"enable_dp_attention": True}),
+    ("--enable-dp-attention", {"attn_dp_size": 2}),
+    ("--attn-cp-size", {"attn_cp_size": 2}),
+    ("--dcp-size", {"dcp_size": 2}),
+    ("--enable-mixed-chunk", {"enable_mixed_chunk": True}),
+    ("--enable-two-batch-overlap", {"enable_two_batch_overlap": True}),
+    ("--enable-single-batch-overlap", {"enable_single_batch_overlap": True}),
+    ("--enable-pdmux", {"enable_pdmux": True}),
+    ("--enable-torch-compile", {"enable_torch_compile": True}),
+    ("--enable-streaming-session", {"enable_streaming_session": True}),
+    ("--enable-session-radix-cache", {"enable_session_radix_cache": True}),
+    ("--strip-thinking-cache", {"strip_thinking_cache": True}),
+    ("--enable-hierarchical-cache", {"enable_hierarchical_cache": True}),
+    ("--enable-hisparse", {"enable_hisparse": True}),
+    ("--enable-lmcache", {"enable_lmcache": True}),
+    ("--enable-flexkv", {"enable_flexkv": True}),
+    ("--enable-unified-cache-external-linker", {"enable_unified_cache_external_linker": True}),
+    ("--radix-cache-backend", {"radix_cache_backend": "mine"}),
+    ("--enable-unified-memory", {"enable_unified_memory": True}),
+    ("--enable-page-major-kv-layout", {"enable_page_major_kv_layout": True}),
+    ("--kv-cache-dtype", {"kv_cache_dtype": "mxfp8"}),
+    ("--kv-cache-dtype", {"kv_cache_dtype": "nvfp4"}),
+    ("--kv-cache-dtype", {"kv_cache_dtype": "fp4_mx_block16"}),
+    ("--kv-canary", {"kv_canary": "log"}),
+    ("--kv-canary", {"kv_canary": "raise"}),
+    ("--enable-deterministic-inference", {"enable_deterministic_inference": True}),
+    ("--tokenizer-worker-num", {"tokenizer_worker_num": 2}),
+    ("--use-ray", {"use_ray": True}),
+    ("--grpc-mode", {"grpc_mode": True}),
+    ("--grpc-mode", {"smg_grpc_mode": True}),
+    ("--grpc-port", {"grpc_port": 40000}),
+    ("--dllm-algorithm", {"dllm_algorithm": "LowConfidence"}),
+    ("--elastic-ep-backend", {"elastic_ep_backend": "mooncake"}),
+    ("--device", {"device": "npu"}),
+    ("--device", {"device": "xpu"}),
+    ("--attention-backend", {"attention_backend": "flex_attention"}),
+    ("--attention-backend", {"attention_backend": "fa4"}),
+    ("--decode-attention-backend", {"decode_attention_backend": "trtllm_mha"}),
+    ("--enable-return-routed-experts", {"enable_return_routed_experts": True}),
+    ("--enable-return-indexer-topk", {"enable_return_indexer_topk": True}),
+    # Decode steps that never reach RadixAttention.forward: no query would be recorded.
+    ("--enable-nvidia-megakernel", {"enable_nvidia_megakernel": True}),
+    ("--enable-amd-monokernel", {"enable_amd_monokernel": True}),
+]
+
+
+@pytest.mark.parametrize("flag,changes", REFUSED, ids=lambda value: str(value))
+def test_refused_flags(flag: str, changes: dict[str, Any], resolved: Resolved) -> None:
+    """Exactly one line, that begins with the flag and says what to do."""
+    lines = refusals.of_flags(resolved(**changes))
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(flag) and "does not work with --kv-compress" in lines[0]
+    assert "\n" not in lines[0] and ("remove one of them" in lines[0] or "use one of" in lines[0])
+
+
+def test_every_entry_of_the_table_is_tried(resolved: Resolved) -> None:
+    """And every field that it reads is one of the installed SGLang's, with another default."""
+    tried = {flag for flag, _ in REFUSED}
+    for flag, used in refusals._FLAGS:
+        assert flag.split()[0] in tried, flag
+        assert not used(resolved())
+
+
+def test_flags_are_spelled_as_sglang_spells_them() -> None:
+    """A user must find the named flag in --help."""
+    import argparse
+
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    known = {option for action in parser._actions for option in action.option_strings}
+    named = {flag.split()[0] for flag, _ in refusals._FLAGS}
+    assert named <= known, named - known
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_fp8_kv_is_refused_or_scored_by_its_numbers(dtype: str, resolved: Resolved) -> None:
+    """SGLang keeps fp8 KV as uint8: the pass would take its bytes for attention keys."""
+    assert any("--kv-cache-dtype" in line for line in refusals.of_flags(resolved(kv_cache_dtype=dtype)))
+
+
+def test_every_attention_backend_is_decided(resolved: Resolved) -> None:
+    """The allowed ones exist in this SGLang; all others of its list are refused."""
+    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
+
+    assert set(refusals.ATTENTION_BACKENDS) <= set(ATTENTION_BACKEND_CHOICES)
+    for backend in ATTENTION_BACKEND_CHOICES:
+        for field in ("attention_backend", "decode_attention_backend"):
+            lines = refusals.of_flags(resolved(**{field: backend}))
+            assert bool(lines) == (backend not in refusals.ATTENTION_BACKENDS)
+            if lines:
+                assert backend in lines[0] and "torch_native" in lines[0]
+
+
+@pytest.mark.parametrize("name", refusals._ENVIRONMENT)
+def test_refused_environment(name: str, resolved: Resolved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every spelling that SGLang takes for true, and none that it takes for false."""
+    from sglang.srt.environ import EnvBool, envs
+
+    field = getattr(envs, name)
+    assert isinstance(field, EnvBool)
+    for value in ("1", "true", "TRUE", "yes", "y", "Y", "0", "false", "no", "n"):
+        monkeypatch.setenv(name, value)
+        lines = refusals.of_flags(resolved())
+        assert bool(lines) == field.get(), (name, value)
+        if lines:
+            assert lines[0].startswith(name) and "unset it" in lines[0]
+
+
+def model(**changes: Any) -> SimpleNamespace:
+    """SGLang's ModelConfig of a plain Llama, with some fields changed."""
+    fields = {
+        "is_generation": True,
+        "is_encoder_decoder": False,
+        "attention_arch": SimpleNamespace(name="MHA"),
+        "is_hybrid_swa": False,
+        "attention_chunk_size": None,
+        "hf_config": SimpleNamespace(architectures=["TinyForCausalLM"]),
+    }
+    return SimpleNamespace(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    "changes,kind",
+    [
+        ({"is_generation": False}, "does not generate text"),
+        ({"is_encoder_decoder": True}, "is an encoder-decoder"),
+        ({"attention_arch": SimpleNamespace(name="MLA")}, "uses MLA attention"),
+        ({"attention_arch": SimpleNamespace(name="SSM")}, "uses SSM attention"),
+        ({"is_hybrid_swa": True}, "mixes sliding-window and full attention"),
+        ({"attention_chunk_size": 8192}, "uses chunked attention"),
+    ],
+)
+def test_refused_models(changes: dict[str, Any], kind: str) -> None:
+    """The line names the architecture, the reason and the way out."""
+    assert refusals.of_model_config(model()) == []
+    [line] = refusals.of_model_config(model(**changes))
+    assert "model TinyForCausalLM " + kind in line and line.endswith("without --kv-compress")
+
+
+def test_the_models_fields_are_sglangs(tiny_config: Any) -> None:
+    """A real ModelConfig has every attribute that is read, and a Llama passes."""
+    from sglang.srt.configs.model_config import AttentionArch, ModelConfig
+
+    real = ModelConfig(str(tiny_config))
+    for name in vars(model()):
+        assert hasattr(real, name), name
+    assert {"MHA", "MLA", "SSM"} <= {arch.name for arch in AttentionArch}
+    assert refusals.of_model_config(real) == []
+
+
+def layer(**changes: Any) -> SimpleNamespace:
+    fields = {
+        "layer_id": 0,
+        "is_cross_attention": False,
+        "sliding_window_size": -1,
+        "attn_type": SimpleNamespace(value="decoder"),
+        "tp_q_head_num": 8,
+        "tp_k_head_num": 2,
+        "qk_head_dim": 64,
+        "v_head_dim": 64,
+    }
+    return SimpleNamespace(**(fields | changes))
+
+
+def test_plain_attention_layers_pass() -> None:
+    """Whatever a model says for "no sliding window"."""
+    for none in (-1, None):
+        layers = [layer(layer_id=i, sliding_window_size=none) for i in range(3)]
+        assert refusals.of_attention_layers(layers) == []
+
+
+@pytest.mark.parametrize(
+    "layers,kind",
+    [
+        ([], "has no RadixAttention layer"),
+        ([layer(), layer(layer_id=1, is_cross_attention=True)], "cross-attention layers"),
+        ([layer(sliding_window_size=4096)], "sliding-window attention layers"),
+        ([layer(), layer(layer_id=1, sliding_window_size=128)], "sliding-window attention layers"),
+        ([layer(sliding_window_size=0)], "sliding-window attention layers"),
+        ([layer(attn_type=SimpleNamespace(value="encoder_only"))], "encoder attention layers"),
+        ([layer(), layer(layer_id=1, tp_k_head_num=4)], "differ in shape"),
+        ([layer(v_head_dim=32)], "differ in shape"),
+        ([layer(), layer(layer_id=1, qk_head_dim=128, v_head_dim=128)], "differ in shape"),
+        ([layer(layer_id=1)], "not numbered 0, 1, 2"),
+        ([layer(), layer()], "not numbered 0, 1, 2"),
+        ([layer(), layer(layer_id=2)], "not numbered 0, 1, 2"),
+    ],
+)
+def test_refused_attention_layers(layers: list[Any], kind: str) -> None:
+    """What the config could not tell, the layers do."""
+    lines = refusals.of_attention_layers(layers)
+    assert len(lines) == 1 and kind in lines[0] and "--kv-compress does not support" in lines[0]
+
+
+def test_the_layers_fields_are_sglangs() -> None:
+    """A real RadixAttention has every attribute that is read, and a plain one passes."""
+    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+    real = RadixAttention(num_heads=8, head_dim=64, scaling=0.125, num_kv_heads=2, layer_id=0)
+    for name in vars(layer()):
+        assert hasattr(real, name), name
+    assert refusals.of_attention_layers([real]) == []
+    assert {"decoder", "encoder_only"} <= {kind.value for kind in AttentionType}
+    windowed = RadixAttention(
+        num_heads=8, head_dim=64, scaling=1.0, num_kv_heads=2, layer_id=0, sliding_window_size=64
+    )
+    assert refusals.of_attention_layers([windowed])
+
+
+# -- real objects --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scheduler() -> SimpleNamespace:
+    """A scheduler's pools and allocator, as SGLang builds them for page size 16."""
+    from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+
+    pool = MHATokenToKVPool(
+        size=256,
+        page_size=16,
+        dtype=torch.bfloat16,
+        head_num=2,
+        head_dim=8,
+        layer_num=2,
+        device="cpu",
+        enable_memory_saver=False,
+    )
+    allocator = PagedTokenToKVPoolAllocator(256, 16, torch.bfloat16, "cpu", pool, need_sort=False)
+    rows = ReqToTokenPool(4, 64, "cpu", False)
+    return SimpleNamespace(
+        token_to_kv_pool_allocator=allocator, req_to_token_pool=rows, max_total_num_tokens=256
+    )
+
+
+def test_real_pools_pass(scheduler: SimpleNamespace) -> None:
+    """The classes that the pass was written for."""
+    assert refusals.of_scheduler(scheduler, KaraConfig(window=128, delay=128)) == []
+
+
+def test_a_pool_smaller_than_a_window(scheduler: SimpleNamespace) -> None:
+    """Nothing would ever be compressed."""
+    [line] = refusals.of_scheduler(scheduler, KaraConfig(window=128, delay=129))
+    assert "holds 256 tokens" in line and "--kv-compress-window" in line
+
+
+def test_other_classes_are_refused(scheduler: SimpleNamespace) -> None:
+    """Subclasses too: they may lay K/V out differently."""
+    kind = type(scheduler.req_to_token_pool)
+    scheduler.req_to_token_pool = type("OtherPool", (kind,), {})(4, 64, "cpu", False)
+    [line] = refusals.of_scheduler(scheduler, KaraConfig(window=128))
+    assert "request pool OtherPool" in line and "ReqToTokenPool" in line
+    allocator = scheduler.token_to_kv_pool_allocator
+    pool = allocator._kvcache
+    allocator._kvcache = type("SwaPool", (type(pool),), {"__init__": lambda self: None})()
+    vars(allocator._kvcache).update(vars(pool))
+    lines = refusals.of_scheduler(scheduler, KaraConfig(window=128))
+    assert any("KV pool SwaPool" in line for line in lines)
+
+
+def test_another_layout_or_dtype_is_refused(scheduler: SimpleNamespace) -> None:
+    """What flags could not tell: a pipeline stage, a layout with another order, 8-bit numbers."""
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    pool.start_layer = 3
+    assert refusals.of_scheduler(scheduler, KaraConfig(window=128))
+    pool.start_layer = 0
+    pool.k_buffer[0] = pool.k_buffer[0][None]
+    assert refusals.of_scheduler(scheduler, KaraConfig(window=128))
+    pool.k_buffer[0] = pool.k_buffer[0][0]
+    pool.dtype = torch.float8_e4m3fn
+    assert refusals.of_scheduler(scheduler, KaraConfig(window=128))
+
+
+def test_the_installed_sglang_is_the_one() -> None:
+    """The tests run against the version that the plugin names."""
+    assert refusals.of_version() == []

@@ -1,0 +1,1136 @@
+"""Rows, pages and lengths: the real coordinator against a plain model, over random histories.
+
+SGLang is replaced by a few lines that do what its scheduler does, in its order. The model knows which
+slots a request's row holds, which token's K/V lies there for each layer and head, and which pages are
+free. Of the code under test it is told one thing: which windows were taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kara_sglang.admission import Forecast
+from kara_sglang.config import SELECTORS, KaraConfig
+from kara_sglang.coordinator import STATE, Coordinator
+from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob
+from kara_sglang.kernels.record import FP8
+from kara_sglang.kernels.select import select
+from kara_sglang.kernels.selectors import REGISTRY
+from kara_sglang.recorder import LAG, AttentionShape, QueryRecorder
+from kara_sglang.state import Geometry, RequestState, Window, ceil_align
+from kara_sglang.stats import Totals
+
+LAYERS, KV_HEADS, DIM, GROUP = 2, 2, 4, 2
+ROWS = 8
+SCALES = [0.4, 0.6]
+
+
+# -- what SGLang would be ------------------------------------------------------------------------------
+
+
+class PagedAllocator:
+    """Hands out pages; whoever frees a page twice, or a part of one, is caught."""
+
+    def __init__(self, num_pages: int, page_size: int, pool: Any, random: Random) -> None:
+        self.page_size = page_size
+        self.pool = pool
+        self.free = list(range(1, num_pages + 1))  # page 0 takes the writes of padded tokens
+        random.shuffle(self.free)
+        self.free_set = set(self.free)
+        self.freed: list[int] = []  # since the model looked last
+        self.group: list[tuple[torch.Tensor, int]] | None = None
+
+    def get_kvcache(self) -> Any:
+        return self.pool
+
+    def available_size(self) -> int:
+        return len(self.free) * self.page_size
+
+    def take_page(self) -> int:
+        page = self.free.pop()
+        self.free_set.remove(page)
+        return page
+
+    def free_page(self, page: int) -> None:
+        assert page not in self.free_set, f"page {page} freed twice"
+        self.free.append(page)
+        self.free_set.add(page)
+        self.freed.append(page)
+
+    def free_segment(self, free_index: torch.Tensor, *, start_pos: int) -> None:
+        assert start_pos % self.page_size == 0, "a segment starts with a page"
+        if self.group is not None:
+            self.group.append((free_index, start_pos))
+            return
+        slots = free_index.tolist()
+        for first in range(0, len(slots), self.page_size):
+            part = slots[first : first + self.page_size]
+            assert part[0] % self.page_size == 0
+            assert part == list(range(part[0], part[0] + len(part)))
+            self.free_page(part[0] // self.page_size)
+
+    def free_group_begin(self) -> None:
+        assert self.group is None
+        self.group = []
+
+    def free_group_end(self) -> None:
+        group, self.group = self.group, None
+        assert group is not None
+        for free_index, start_pos in group:
+            self.free_segment(free_index, start_pos=start_pos)
+
+
+@dataclass
+class Kv:
+    """The fields of SGLang's ``ReqKvInfo`` that the plugin touches."""
+
+    req_pool_idx: int | None = None
+    cache_protected_len: int = 0
+    kv_committed_len: int = 0
+    kv_allocated_len: int = 0
+
+    @property
+    def holds_kv(self) -> bool:
+        return self.req_pool_idx is not None
+
+
+@dataclass
+class Prefix:
+    """Whole pages that the prefix tree owns: nobody may write or free them."""
+
+    ids: list[int]
+    slots: list[int]
+    tokens: list[int]
+    users: int = 0
+
+
+class Request:
+    """SGLang's ``Req``; behind the line, what the model knows of it."""
+
+    def __init__(self, rid: int, prompt: list[int], max_new_tokens: int, options: Any) -> None:
+        self.rid = str(rid)
+        self.origin_input_ids = prompt
+        self.output_ids: list[int] = []
+        self.sampling_params = SimpleNamespace(
+            custom_params=None if options is None else {"kv_compress": options},
+            max_new_tokens=max_new_tokens,
+        )
+        self.kv = Kv()
+        self.skip_radix_cache_insert = False
+        self.beam_group: Any = None
+        self.multimodal_inputs: Any = None
+        self.finished_reason: str | None = None
+        self.to_finish: str | None = None
+        # --------------------------------------------------------------------------------------
+        self.options = options
+        self.never_inserts = False
+        self.slots: list[int] = []  # by KV index
+        self.token_at: list[int] = []  # by logical position
+        self.kept = torch.empty((LAYERS, KV_HEADS, 0), dtype=torch.int64)  # up to the last window
+        self.windows: list[Window] = []
+        self.prefilled = 0
+        self.rotating = False
+        self.recorded_from: int | None = None
+        self.prefix: Prefix | None = None
+
+    def finished(self) -> bool:
+        return self.finished_reason is not None
+
+    def next_output_finishes_by_length(self) -> bool:
+        return len(self.output_ids) + 1 >= self.sampling_params.max_new_tokens
+
+    @property
+    def state(self) -> RequestState | None:
+        return getattr(self, STATE, None)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """By KV index, shape (layers, KV heads, KV length): whose K and V must lie there."""
+        behind = torch.tensor(self.token_at[self.kept.shape[-1] + self.removed :], dtype=torch.int64)
+        return torch.cat([self.kept, behind.expand(LAYERS, KV_HEADS, -1)], dim=-1)
+
+    @property
+    def removed(self) -> int:
+        return len(self.token_at) - len(self.slots)
+
+
+@dataclass
+class Stream:
+    """Knows whether the forward stream is current and has been told to wait."""
+
+    current: bool = False
+    waited: bool = False
+
+    def wait_stream(self, other: object) -> None:
+        assert self.current and other == "schedule stream"
+        self.waited = True
+
+    def __enter__(self) -> None:
+        assert not self.current
+        self.current, self.waited = True, False
+
+    def __exit__(self, *_: object) -> None:
+        self.current = False
+
+
+class WatchedKernels(TorchKernels):
+    """The reference, or, for histories without K/V, kernels that keep the first R and touch nothing."""
+
+    def __init__(self, world: World, real: bool) -> None:
+        self.world = world
+        self.real = real
+
+    def compress(self, pool: LayerPool, jobs: list[WindowJob]) -> list[torch.Tensor]:
+        self.world.assert_on_forward_stream()
+        if self.real:
+            return super().compress(pool, jobs)
+        return [torch.arange(job.kept).expand(LAYERS, KV_HEADS, job.kept) for job in jobs]
+
+
+class WatchedRecorder(QueryRecorder):
+    """Tables may be written on the forward stream only: the step in flight reads them."""
+
+    world: World
+
+    def flush(self) -> None:
+        self.world.assert_on_forward_stream()
+        super().flush()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One server and what happens to it."""
+
+    config: KaraConfig
+    page: int = 1
+    units: int = 6
+    overlap: bool = True
+    real: bool = True
+    num_pages: int = 400
+    max_running: int = 3
+    steps: int = 120
+    options: tuple[Any, ...] = (None,)
+    trouble: float = 0.02  # chance per step of each kind of it
+
+
+class World:
+    """A scheduler process with its KV pool, and the model that watches it."""
+
+    def __init__(self, setting: Setting, seed: int) -> None:
+        self.setting = setting
+        self.config = config = setting.config
+        self.page = setting.page
+        self.random = Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        num_slots = (setting.num_pages + 1) * self.page if setting.real else 1
+
+        def buffers() -> list[torch.Tensor]:
+            return [torch.zeros(num_slots, KV_HEADS, DIM) for _ in range(LAYERS)]
+
+        pool = SimpleNamespace(k_buffer=buffers(), v_buffer=buffers())
+        self.pool = pool
+        self.allocator = PagedAllocator(setting.num_pages, self.page, pool, self.random)
+        self.req_to_token = torch.zeros((ROWS, 2048), dtype=torch.int32)
+        self.free_rows = list(range(1, ROWS))
+        self.row_generation = torch.zeros(ROWS, dtype=torch.int64)
+        rows = SimpleNamespace(req_to_token=self.req_to_token, req_generation=self.row_generation)
+        self.stream = Stream() if setting.overlap else None
+        self.scheduler = SimpleNamespace(
+            page_size=self.page,
+            metrics_collector_context=SimpleNamespace(current_scheduler_metrics_enabled=False),
+            token_to_kv_pool_allocator=self.allocator,
+            enable_overlap=setting.overlap,
+            tp_size=1,
+            device_module=SimpleNamespace(current_stream=lambda: "schedule stream"),
+            forward_stream=self.stream,
+            forward_stream_ctx=self.stream,
+            req_to_token_pool=rows,
+            tree_cache=SimpleNamespace(evictable_size=self.evictable_size),
+            max_total_num_tokens=setting.num_pages * self.page,
+        )
+        self.recorder: WatchedRecorder | None = None
+        if config.query_bytes:
+            device = torch.device("cpu")
+            shape = AttentionShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, DIM, torch.float32, device)
+            fp8 = config.query_dtype == "fp8"
+            unit = LAYERS * KV_HEADS * DIM * (1 if fp8 else 4)
+            unit *= config.window + config.delay + LAG
+            self.recorder = WatchedRecorder(
+                shape, config.window, config.delay, setting.units * unit, fp8
+            )
+            self.recorder.world = self
+            self.recorder.allocate_tables(ROWS)
+        self.coordinator = Coordinator(
+            self.scheduler, config, self.recorder, WatchedKernels(self, setting.real), SCALES
+        )
+        self.batch = SimpleNamespace(
+            reqs=[],
+            seq_lens=torch.empty(0, dtype=torch.int64),
+            seq_lens_cpu=torch.empty(0, dtype=torch.int64),
+            orig_seq_lens=torch.empty(0, dtype=torch.int32),
+            seq_lens_sum=None,
+            req_to_token_pool=rows,
+        )
+        self.scheduler.running_batch = self.batch
+        self.tree: list[Prefix] = []
+        self.tree_pages: Counter[int] = Counter()
+        self.queue: list[Request] = []  # retracted
+        self.in_flight: list[Request] = []
+        self.arrived = self.steps = self.windows = self.tokens_freed = self.retractions = 0
+        self.texts = [[self.random.randrange(9) for _ in range(100)] for _ in range(2)]
+        # K, V and queries of every token that was ever computed, by a number of its own.
+        self.num_tokens = 0
+        self.log_k = torch.empty((0, LAYERS, KV_HEADS, DIM))
+        self.log_v = torch.empty((0, LAYERS, KV_HEADS, DIM))
+        self.log_q = torch.empty((0, LAYERS, KV_HEADS, GROUP, DIM))
+
+    def evictable_size(self) -> int:
+        held = {slot // self.page for p in self.tree if p.users for slot in p.slots[:: self.page]}
+        return (len(self.tree_pages) - len(held)) * self.page
+
+    def assert_on_forward_stream(self) -> None:
+        stream = self.stream
+        assert stream is None or (stream.current and stream.waited), "not on the forward stream"
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    # -- tokens and slots --------------------------------------------------------------------------
+
+    def new_tokens(self, count: int) -> list[int]:
+        first = self.num_tokens
+        self.num_tokens += count
+        if self.setting.real and self.num_tokens > len(self.log_k):
+            heads = (1024 + count, LAYERS, KV_HEADS)
+            k, v = (torch.randn((*heads, DIM), generator=self.generator) for _ in range(2))
+            q = torch.randn((*heads, GROUP, DIM), generator=self.generator) * 3
+            self.log_k = torch.cat([self.log_k, k])
+            self.log_v = torch.cat([self.log_v, v])
+            self.log_q = torch.cat([self.log_q, q])
+            # The value's first number tells which token it is.
+            self.log_v[..., 0] = torch.arange(1.0, len(self.log_v) + 1)[:, None, None]
+        return list(range(first, self.num_tokens))
+
+    def write_kv(self, slots: list[int], tokens: list[int]) -> None:
+        if self.setting.real:
+            for layer in range(LAYERS):
+                self.pool.k_buffer[layer][slots] = self.log_k[tokens, layer]
+                self.pool.v_buffer[layer][slots] = self.log_v[tokens, layer]
+
+    def extend(self, req: Request, tokens: list[int]) -> None:
+        """Slots for further tokens: the rest of the row's last page, then new pages."""
+        old = len(req.slots)
+        for index in range(old, old + len(tokens)):
+            starts_page = index % self.page == 0
+            slot = self.allocator.take_page() * self.page if starts_page else req.slots[-1] + 1
+            req.slots.append(slot)
+        new = req.slots[old:]
+        self.write_kv(new, tokens)
+        row = self.req_to_token[req.kv.req_pool_idx]
+        row[old : len(req.slots)] = new[0] if len(new) == 1 else torch.tensor(new)
+        req.token_at += tokens
+        req.kv.kv_committed_len = req.kv.kv_allocated_len = len(req.slots)
+
+    def make_room(self, pages: int) -> bool:
+        """Evict unused prefixes until ``pages`` are free."""
+        for prefix in self.tree[:]:
+            if len(self.allocator.free) >= pages:
+                break
+            if not prefix.users:
+                self.tree.remove(prefix)
+                self.count_pages(prefix, -1)
+        return len(self.allocator.free) >= pages
+
+    def count_pages(self, prefix: Prefix, change: int) -> None:
+        for slot in prefix.slots[:: self.page]:
+            page = slot // self.page
+            self.tree_pages[page] += change
+            if not self.tree_pages[page]:
+                del self.tree_pages[page]
+                self.allocator.free_page(page)
+
+    def insert(self, req: Request, length: int) -> Prefix | None:
+        """Leave the first ``length`` tokens of a row to the tree; it must hold exactly these tokens."""
+        if length == 0:
+            return None
+        plain = torch.tensor(req.token_at[:length])
+        assert (req.tokens[..., :length] == plain).all(), "compressed KV reached the tree"
+        ids = (req.origin_input_ids + req.output_ids)[:length]
+        assert len(ids) == length
+        prefix = Prefix(ids, req.slots[:length], req.token_at[:length])
+        self.tree.append(prefix)
+        self.count_pages(prefix, 1)
+        return prefix
+
+    # -- what a scheduler does ---------------------------------------------------------------------
+
+    def prefill(self, req: Request) -> bool:
+        """Match the tree, compute the rest, leave the whole pages to the tree, join the batch."""
+        ids = req.origin_input_ids + req.output_ids
+        if not self.free_rows or not self.make_room(len(ids) // self.page + 1):
+            return False
+        best = 0
+        req.slots, req.token_at = [], []
+        for prefix in self.tree:
+            limit = min(len(prefix.ids), len(ids) - 1)
+            same = next((i for i in range(limit) if prefix.ids[i] != ids[i]), limit)
+            same = same // self.page * self.page
+            if same > best:
+                best = same
+                req.slots, req.token_at = prefix.slots[:same], prefix.tokens[:same]
+        req.kept = torch.empty((LAYERS, KV_HEADS, 0), dtype=torch.int64)
+        req.kv.req_pool_idx = self.free_rows.pop()
+        self.row_generation[req.kv.req_pool_idx] += 1
+        self.req_to_token[req.kv.req_pool_idx, :best] = torch.tensor(req.slots, dtype=torch.int32)
+        self.extend(req, self.new_tokens(len(ids) - best))
+        req.kv.cache_protected_len = len(ids) // self.page * self.page
+        req.prefix = self.insert(req, req.kv.cache_protected_len)
+        if req.prefix is not None:
+            req.prefix.users += 1
+        req.prefilled = len(ids)
+        req.output_ids.append(self.random.randrange(9))
+        length = torch.tensor([len(ids)])
+        batch = self.batch
+        batch.reqs = [*batch.reqs, req]
+        batch.seq_lens = torch.cat([batch.seq_lens, length])
+        batch.seq_lens_cpu = torch.cat([batch.seq_lens_cpu, length])
+        batch.orig_seq_lens = torch.cat([batch.orig_seq_lens, length.int()])
+        return True
+
+    def arrive(self) -> None:
+        text = self.random.choice(self.texts)
+        prompt = text[: self.random.randint(1, len(text))]
+        if self.chance(0.5):
+            prompt = [*prompt, 10 + self.arrived]
+        options = self.random.choice(self.setting.options)
+        req = Request(self.arrived, prompt, self.random.randint(2, 400), options)
+        self.arrived += 1
+        req.skip_radix_cache_insert = req.never_inserts = self.chance(0.1)
+        if self.chance(0.05):
+            setattr(req, self.random.choice(["beam_group", "multimodal_inputs"]), object())
+        self.queue.append(req)
+
+    def release(self, req: Request, *, checkpoint: bool) -> None:
+        """SGLang's ``release_kv_cache``."""
+        kv = req.kv
+        if req.windows:
+            assert req.skip_radix_cache_insert, "its row no longer is what the tree would say"
+        else:
+            assert req.skip_radix_cache_insert == req.never_inserts
+        kept_by_tree = kv.cache_protected_len
+        if checkpoint and not req.skip_radix_cache_insert:
+            kept_by_tree = len(req.slots) // self.page * self.page
+            self.insert(req, kept_by_tree)
+        row = self.req_to_token[kv.req_pool_idx, : kv.kv_committed_len]
+        self.allocator.free_segment(row[kept_by_tree:], start_pos=kept_by_tree)
+        if req.prefix is not None:
+            req.prefix.users -= 1
+        self.coordinator.row_freed(req)
+        assert req.state is None or req.state.recorder is None
+        if self.recorder is not None:
+            assert kv.req_pool_idx not in self.recorder._active
+        self.free_rows.append(kv.req_pool_idx)
+        kv.req_pool_idx = None
+
+    def drop(self, gone: list[Request]) -> None:
+        """SGLang's ``filter_batch``."""
+        batch = self.batch
+        keep = [i for i, req in enumerate(batch.reqs) if req not in gone]
+        if len(keep) < len(batch.reqs):
+            batch.reqs = [batch.reqs[i] for i in keep]
+            for name in ("seq_lens", "seq_lens_cpu", "orig_seq_lens"):
+                setattr(batch, name, getattr(batch, name)[keep])
+
+    def retract(self, req: Request) -> None:
+        self.retractions += 1
+        self.release(req, checkpoint=False)
+        # Req.reset_for_retract
+        req.kv.cache_protected_len = 0
+        self.coordinator.forget(req)
+        assert req.state is None and req.skip_radix_cache_insert == req.never_inserts
+        req.windows = []
+        req.prefix = None
+        self.drop([req])
+        self.queue.append(req)
+
+    def decode(self, reqs: list[Request]) -> None:
+        """Allocate, then run the model: attention writes K/V and the hook records queries."""
+        batch = self.batch
+        if not reqs:
+            return
+        batch.seq_lens = batch.seq_lens + 1
+        batch.seq_lens_cpu = batch.seq_lens_cpu + 1
+        batch.orig_seq_lens = batch.orig_seq_lens + 1
+        tokens = self.new_tokens(len(reqs))
+        positions = batch.orig_seq_lens.to(torch.int64) - 1
+        assert positions.tolist() == [len(req.token_at) for req in reqs], "RoPE positions"
+        for req, token in zip(reqs, tokens, strict=True):
+            self.extend(req, [token])
+        if self.recorder is not None and self.recorder.in_use and self.setting.real:
+            rows = torch.tensor([req.kv.req_pool_idx for req in reqs])
+            for layer in range(LAYERS):
+                queries = self.log_q[tokens, layer].reshape(len(reqs), -1)
+                self.recorder.record(self.coordinator.kernels, layer, queries, rows, positions)
+
+    def process_results(self, reqs: list[Request]) -> None:
+        """SGLang's ``process_batch_result_decode``: the step's tokens arrive, requests finish."""
+        gone = []
+        for req in reqs:
+            if not req.kv.holds_kv or req.finished():
+                continue  # retracted meanwhile: its token is dropped
+            req.output_ids.append(self.random.randrange(9))
+            if len(req.output_ids) >= req.sampling_params.max_new_tokens:
+                req.finished_reason = "length"
+            elif req.to_finish is not None:
+                req.finished_reason, req.to_finish = req.to_finish, None
+            elif self.chance(self.setting.trouble / 2):
+                req.finished_reason = "stop"
+            if req.finished():
+                self.release(req, checkpoint=True)
+                gone.append(req)
+        self.drop(gone)
+
+    def step(self) -> None:
+        """One turn of the scheduler's loop."""
+        trouble, batch = self.setting.trouble, self.batch
+        if len(batch.reqs) + len(self.queue) < self.setting.max_running and self.chance(0.3):
+            self.arrive()
+        if self.queue and self.prefill(self.queue[0]):
+            self.queue.pop(0)
+        if not batch.reqs:
+            self.process_results(self.in_flight)
+            self.in_flight = []
+            return
+        if self.chance(trouble):
+            self.random.choice(batch.reqs).to_finish = "abort"
+        self.before_decode()
+        # With overlap, the step in flight may be a request's last: it takes no further one.
+        in_flight = [req for req in self.in_flight if req in batch.reqs]
+        self.drop([req for req in in_flight if req.next_output_finishes_by_length()])
+        needed = sum(len(req.slots) % self.page == 0 for req in batch.reqs)
+        while batch.reqs and (self.chance(trouble) or not self.make_room(needed)):
+            self.retract(batch.reqs[-1])
+            needed = sum(len(req.slots) % self.page == 0 for req in batch.reqs)
+        launched = batch.reqs[:]
+        self.decode(launched)
+        self.process_results(self.in_flight if self.setting.overlap else launched)
+        self.in_flight = launched if self.setting.overlap else []
+        if self.allocator.freed or self.steps % 16 == 0:
+            self.check_pages()
+
+    # -- the model ---------------------------------------------------------------------------------
+
+    def before_decode(self) -> None:
+        batch = self.batch
+        self.steps += 1
+        names = ("seq_lens", "seq_lens_cpu", "orig_seq_lens")
+        before = [getattr(batch, name) for name in names]
+        copies = [tensor.clone() for tensor in before]
+        self.allocator.freed = []
+        for req in batch.reqs:  # a pass may take the recorder away
+            recorder = req.state.recorder if req.state is not None else None
+            req.rotating = recorder is not None and recorder.rotating
+            req.recorded_from = None if recorder is None else recorder.since
+        self.coordinator.before_decode(batch)
+        assert all(torch.equal(*pair) for pair in zip(before, copies, strict=True)), "in place"
+
+        taken, removed_pages = [], []
+        for req in batch.reqs:
+            windows = req.state.windows if req.state is not None else []
+            assert windows[: len(req.windows)] == req.windows
+            for window in windows[len(req.windows) :]:
+                taken.append((req, window))
+                removed_pages += self.take(req, window)
+        assert sorted(self.allocator.freed) == sorted(removed_pages)
+        self.check_policy(taken)
+        for req in batch.reqs:
+            recorder = req.state.recorder if req.state is not None else None
+            if recorder is not None and recorder.since != req.recorded_from:
+                assert recorder.since == len(req.token_at), "records from the next query on"
+        self.check_lengths()
+        if taken and self.setting.real:
+            self.check_contents()
+
+    def take(self, req: Request, window: Window) -> list[int]:
+        """Do to the model what the window says was done; returns the pages that this frees."""
+        config, page = self.config, self.page
+        width, kept = config.window, self.kept_of(req)
+        start = window.kv_start
+        assert (window.width, window.kept) == (width, kept)
+        assert start % page == kept % page == 0
+        assert start >= req.kv.cache_protected_len
+        end_of_last = req.windows[-1].kv_start + req.windows[-1].kept if req.windows else 0
+        assert start >= end_of_last
+        if not self.selector_of(req).needs_queries:
+            expected = end_of_last if req.windows else ceil_align(req.prefilled, page)
+            assert start == expected, "tokens were left out"
+        assert len(req.slots) >= start + width + config.delay, "not due"
+        assert not req.finished() and req.to_finish is None
+        assert not req.next_output_finishes_by_length()
+        assert window.logical_start == start + req.removed
+        covered = torch.tensor(req.token_at[window.logical_start : window.logical_start + width])
+        tokens = req.tokens
+        inside = tokens[..., start : start + width]
+        assert (inside == covered).all(), "a token was compressed twice"
+        freed = req.slots[start + kept : start + width]
+        req.slots = req.slots[: start + kept] + req.slots[start + width :]
+        chosen = self.chosen(req, window, covered)
+        new = covered.expand(LAYERS, KV_HEADS, -1).gather(-1, chosen)
+        req.kept = torch.cat([tokens[..., :start], new], dim=-1)
+        req.windows = [*req.windows, window]
+        self.windows += 1
+        self.tokens_freed += len(freed)
+        return [slot // page for slot in freed[::page]]
+
+    def chosen(self, req: Request, window: Window, covered: torch.Tensor) -> torch.Tensor:
+        """Positions that each layer and head must have kept."""
+        kept, width = window.kept, window.width
+        shape = (LAYERS, KV_HEADS, kept)
+        if not self.setting.real:
+            return torch.arange(kept).expand(shape)
+        if self.selector_name(req) == "random":
+            # Only the pool knows which; that it is a choice at all is checked here.
+            slots = req.slots[window.kv_start : window.kv_start + kept]
+            names = torch.stack([buffer[slots, :, 0].T for buffer in self.pool.v_buffer]).long() - 1
+            found = torch.searchsorted(covered, names)
+            assert (found < width).all() and torch.equal(covered[found], names)
+            assert (found.diff(dim=-1) > 0).all()
+            return found
+        selector, queries = self.selector_of(req), None
+        layers = []
+        for layer in range(LAYERS):
+            if selector.needs_queries:
+                queries = self.queries_of(req, window.logical_start, layer)
+            keys, values = self.log_k[covered, layer], self.log_v[covered, layer]
+            scores = selector.score(queries, keys, values, scale=SCALES[layer], seed=0)
+            layers.append(select(scores, kept, selector.chunks))
+        return torch.stack(layers)
+
+    def queries_of(self, req: Request, start: int, layer: int) -> torch.Tensor:
+        """What the window's tokens and the delay's asked for, as far as it was recorded."""
+        count = self.config.window + self.config.delay
+        queries = self.log_q[req.token_at[start : start + count], layer]
+        assert req.recorded_from is not None and req.recorded_from <= start
+        if req.rotating:
+            turns = [position % GROUP for position in range(start, start + count)]
+            queries = queries[torch.arange(count), :, turns][:, :, None]
+        if self.config.query_dtype == "fp8":
+            queries = queries.clamp(-448, 448).to(FP8)
+        return queries
+
+    def selector_name(self, req: Request) -> str:
+        options = req.options if isinstance(req.options, dict) else {}
+        return options.get("selector") or self.config.selector
+
+    def selector_of(self, req: Request) -> Any:
+        return REGISTRY[self.selector_name(req)].from_config(self.config)
+
+    def kept_of(self, req: Request) -> int:
+        if self.selector_name(req) == "identity":
+            return self.config.window
+        options = req.options if isinstance(req.options, dict) else {}
+        pages = self.config.window // self.page
+        share = options.get("retain", self.config.retain)
+        return max(1, min(pages, math.floor(share * pages + 0.5))) * self.page
+
+    def check_policy(self, taken: list[tuple[Request, Window]]) -> None:
+        """Nobody has two windows at once, and none is taken that the policy does not allow."""
+        config = self.config
+        assert len({id(req) for req, _ in taken}) == len(taken)
+        if config.policy == "threshold":
+            for req, window in taken:
+                assert len(req.slots) + window.freed >= config.threshold
+        else:
+            assert len(taken) <= config.max_requests_per_pass
+            assert not taken or self.steps % config.period == 0
+
+    def check_lengths(self) -> None:
+        """KV lengths, logical lengths, rows, and who is compressed at all."""
+        batch = self.batch
+        lengths = [len(req.slots) for req in batch.reqs]
+        assert batch.seq_lens.tolist() == batch.seq_lens_cpu.tolist() == lengths
+        assert batch.orig_seq_lens.tolist() == [len(req.token_at) for req in batch.reqs]
+        for req, length in zip(batch.reqs, lengths, strict=True):
+            kv, state = req.kv, req.state
+            assert kv.kv_committed_len == kv.kv_allocated_len == length
+            if self.allocator.freed or self.steps % 16 == 0:
+                assert self.req_to_token[kv.req_pool_idx, :length].tolist() == req.slots
+            if req.beam_group or req.multimodal_inputs or req.options is False:
+                assert state is None
+                continue
+            assert state is not None and state.removed == req.removed
+            assert state.base % self.page == 0 and state.base >= kv.cache_protected_len
+
+    def check_contents(self) -> None:
+        """K and V of every held slot are what was written for the token that should be there."""
+        heads = torch.arange(KV_HEADS)
+        rows = [(req.slots, req.tokens) for req in self.batch.reqs]
+        for prefix in self.tree:
+            tokens = torch.tensor(prefix.tokens).expand(LAYERS, KV_HEADS, -1)
+            rows.append((prefix.slots, tokens))
+        for layer in range(LAYERS):
+            for buffer, log in (
+                (self.pool.k_buffer[layer], self.log_k),
+                (self.pool.v_buffer[layer], self.log_v),
+            ):
+                for slots, tokens in rows:
+                    assert torch.equal(buffer[slots], log[tokens[layer].T, layer, heads])
+
+    def check_pages(self) -> None:
+        """Each page is free, the tree's, or one request's; rows are made of whole pages."""
+        owners = [*self.allocator.free, *self.tree_pages]
+        for req in self.batch.reqs:
+            own = req.slots[req.kv.cache_protected_len :]
+            owners += [slot // self.page for slot in own[:: self.page]]
+            for first in range(0, len(req.slots), self.page):
+                part = req.slots[first : first + self.page]
+                assert part[0] % self.page == 0 and part[-1] - part[0] == len(part) - 1
+        assert sorted(owners) == list(range(1, self.setting.num_pages + 1))
+        if self.recorder is not None:
+            held = [req.state.recorder for req in self.batch.reqs if req.state is not None]
+            held = [recorder for recorder in held if recorder is not None]
+            units = [unit for recorder in held for unit in recorder.units]
+            assert self.recorder.in_use == len(held)
+            assert self.recorder.free_units + len(units) == self.recorder.num_units
+            assert len(set(units)) == len(units)
+
+    def run(self) -> None:
+        """The whole history; at its end everybody leaves and everything is free again."""
+        for _ in range(self.setting.steps):
+            self.step()
+        if self.setting.real:
+            self.check_contents()
+        for req in self.batch.reqs[:]:
+            req.finished_reason = "abort"
+            self.release(req, checkpoint=self.chance(0.5))
+        self.batch.reqs = []
+        assert self.make_room(self.setting.num_pages), "leaked"
+        assert len(self.allocator.free) == self.setting.num_pages
+        if self.recorder is not None:
+            assert self.recorder.in_use == 0
+            assert self.recorder.free_units == self.recorder.num_units
+        totals = self.coordinator.totals
+        assert (totals.windows, totals.slots_freed) == (self.windows, self.tokens_freed)
+
+
+# -- histories -----------------------------------------------------------------------------------------
+
+
+def random_setting(random: Random, real: bool) -> Setting:
+    """Any server: page sizes, windows, shares, delays, recorders that are late or never come."""
+    page = random.choice([1, 1, 1, 16, 16, 64] if not real else [1, 1, 1, 1, 16])
+    window = page * random.randint(1, {1: 24, 16: 4, 64: 2}[page])
+    selector = random.choice(SELECTORS)
+    config = KaraConfig(
+        selector=selector,
+        window=window,
+        retain=random.choice([0.01, 0.25, 0.5, 0.5, 0.7, 1.0]),
+        query_mem_gb=random.choice([None, 1.0]),
+        delay=random.choice([0, 0, 1, 5, 16, 40]),
+        score=random.choice(["sum", "sum_v", "l2", "l2_v"]),
+        chunk_budget=random.choice([0.0, 0.1, 0.5]),
+        chunk_quantile=random.choice([0.0, 0.5]),
+        last_queries=random.choice([1, 8]),
+        query_heads=random.choice(["auto", "all", "rotating"]),
+        query_dtype=random.choice(["fp8", "model"]),
+        policy=random.choice(["periodic", "periodic", "threshold", "pressure"]),
+        period=random.choice([1, 1, 3, 100]),
+        max_requests_per_pass=random.choice([1, 8]),
+        threshold=random.choice([0, 60, 120]),
+        min_pool_usage=random.choice([0.0, 0.2, 0.8]),
+        debug_checks=random.random() < 0.5,
+    )
+    options: list[Any] = [None]
+    if random.random() < 0.5:
+        names = [n for n in SELECTORS if config.query_bytes or not REGISTRY[n].needs_queries]
+        options += [False, True, {}, {"retain": random.choice([0.1, 0.5, 1])}]
+        options += [{"selector": random.choice(names), "seed": random.randrange(9)}]
+    return Setting(
+        config=config,
+        page=page,
+        units=random.randint(0, 3 * GROUP),
+        overlap=random.random() < 0.5,
+        real=real,
+        num_pages=-(-random.choice([400, 600, 1500]) // page) + 8,
+        max_running=random.randint(1, 5),
+        steps=random.choice([40, 120] if page == 1 else [100, 200]),
+        options=tuple(options),
+        trouble=random.choice([0.0, 0.01, 0.05]),
+    )
+
+
+def run_history(seed: int, real: bool) -> World:
+    setting = random_setting(Random(seed), real)
+    world = World(setting, seed)
+    try:
+        world.run()
+    except Exception as error:
+        error.add_note(f"history {seed}, {'with' if real else 'without'} K/V: {setting}")
+        raise
+    return world
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_histories_with_kv(block: int) -> None:
+    """After each pass every held slot of every layer and head has the K and V that belong there."""
+    worlds = [run_history(seed, real=True) for seed in range(50 * block, 50 * block + 50)]
+    assert sum(world.windows for world in worlds) > 200
+    assert sum(world.retractions for world in worlds) > 20
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_histories_of_rows_and_pages(block: int) -> None:
+    """Thousands of histories of lengths, rows and pages alone."""
+    worlds = [run_history(seed, real=False) for seed in range(250 * block, 250 * block + 250)]
+    assert sum(world.windows for world in worlds) > 1000
+    assert sum(world.retractions for world in worlds) > 100
+
+
+def one_request(**config: Any) -> tuple[World, Request]:
+    """A server with one running request of 5 prompt tokens that never ends by itself."""
+    settings = {"window": 8, "delay": 2, "retain": 0.5} | config
+    world = World(Setting(KaraConfig(**settings), trouble=0.0, num_pages=2000), seed=0)
+    req = Request(0, [1, 2, 3, 4, 5], 10_000, None)
+    assert world.prefill(req)
+    return world, req
+
+
+def advance(world: World, steps: int) -> None:
+    for _ in range(steps):
+        world.before_decode()
+        world.decode(world.batch.reqs)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_windows_follow_each_other(selector: str) -> None:
+    """The first starts behind the prompt, each further one behind the R kept tokens."""
+    world, req = one_request(selector=selector)
+    kept = 8 if selector == "identity" else 4
+    advance(world, 100)
+    starts = [window.kv_start for window in req.windows]
+    assert starts == [5 + kept * i for i in range(len(starts))] and len(starts) >= 11
+    assert [window.logical_start for window in req.windows] == [5 + 8 * i for i in range(len(starts))]
+    assert len(req.slots) == 105 - len(starts) * (8 - kept)
+
+
+def test_a_window_is_compressed_in_the_step_in_which_it_is_due() -> None:
+    """Not with one token less than W and the delay behind the prompt."""
+    world, req = one_request(selector="recent", window=8, delay=3)
+    advance(world, 8 + 3)
+    assert not req.windows
+    world.before_decode()
+    assert len(req.windows) == 1 and len(req.slots) == 5 + 4 + 3
+
+
+@pytest.mark.parametrize("attribute", ["to_finish", "length", "finished_reason"])
+def test_a_request_about_to_finish_is_left_alone(attribute: str) -> None:
+    """Its window would be compressed for nothing."""
+    world, req = one_request(selector="recent")
+    advance(world, 8 + 2)
+    if attribute == "length":
+        req.sampling_params.max_new_tokens = len(req.output_ids) + 1
+    else:
+        setattr(req, attribute, "abort")
+    world.coordinator.before_decode(world.batch)
+    assert req.state.windows == []
+
+
+def test_a_late_recorder_starts_a_later_window() -> None:
+    """Whoever waits keeps its tokens; the first window starts where recording did."""
+    config = KaraConfig(window=8, delay=2, retain=0.5, query_heads="all")
+    world = World(Setting(config, units=GROUP, trouble=0.0, max_running=2), seed=0)
+    first = Request(0, [1, 2, 3, 4, 5], 10_000, None)
+    second = Request(1, [1, 2, 3], 10_000, None)
+    assert world.prefill(first) and world.prefill(second)
+    advance(world, 11)
+    assert len(first.windows) == 1 and second.windows == []
+    # The recorder went over at 13 tokens; its window is due ten tokens later.
+    advance(world, 9)
+    assert second.windows == []
+    advance(world, 1)
+    assert [(w.kv_start, w.logical_start) for w in second.windows] == [(13, 13)]
+    # 3 .. 12 of the second were never recorded, 9 .. 20 of the first: a window each, and a part of one.
+    assert world.coordinator.totals.skipped == {"no_recorder": 2}
+
+
+def test_a_request_that_never_got_a_recorder_counts_its_windows() -> None:
+    """What stays uncompressed for want of memory is visible."""
+    config = KaraConfig(window=8, delay=2)
+    world = World(Setting(config, units=0, trouble=0.0), seed=0)
+    req = Request(0, [1, 2, 3], 10_000, None)
+    assert world.prefill(req)
+    advance(world, 30)
+    req.finished_reason = "stop"
+    world.release(req, checkpoint=False)
+    assert world.coordinator.totals.skipped == {"no_recorder": 3}
+
+
+def test_skips_are_counted_by_reason() -> None:
+    """Opt-outs, beams and multimodal requests are never compressed, and say why."""
+    world, req = one_request(selector="recent")
+    opted_out, beam, pictures = (
+        Request(1 + i, [1, 2], 10_000, False if i == 0 else None) for i in range(3)
+    )
+    beam.beam_group = object()
+    pictures.multimodal_inputs = object()
+    for other in (opted_out, beam, pictures):
+        assert world.prefill(other)
+    advance(world, 40)
+    assert len(req.windows) > 2
+    assert [other.state for other in (opted_out, beam, pictures)] == [None] * 3
+    assert world.coordinator.totals.skipped == {"opt_out": 1, "beam": 1, "multimodal": 1}
+
+
+def test_seeds_come_from_the_prompt() -> None:
+    """The same prompt gets the same random choice on every rank and in every run; a request may ask
+    for another one."""
+    states = []
+    for prompt, options in (([1, 2], None), ([1, 2], None), ([1, 3], None), ([1, 2], {"seed": 5})):
+        world, _ = one_request(selector="random")
+        req = Request(1, prompt, 100, options)
+        assert world.prefill(req)
+        world.before_decode()
+        states.append(req.state.seed)
+    assert states[0] == states[1] != states[2] and states[3] == 5
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("units", [1, GROUP])
+def test_warming_up_leaves_no_trace(selector: str, units: int) -> None:
+    """A pass over slots that nobody holds, also where the ring has room for one rotating recorder."""
+    config = KaraConfig(selector=selector, window=32, delay=2)
+    world = World(Setting(config, page=16, units=units, trouble=0.0), seed=0)
+    world.coordinator.warm_up()
+    assert world.coordinator.totals == Totals()
+    assert sorted(world.allocator.free) == list(range(1, world.setting.num_pages + 1))
+    world.run()
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_the_real_allocator_takes_what_the_pass_frees(page_size: int) -> None:
+    """int32 slots of a row, an empty segment for R = W, whole pages: as the stand-in above does."""
+    from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+    from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+
+    size, device = 64 * page_size, "cpu"
+    if page_size == 1:
+        real = TokenToKVPoolAllocator(size, torch.int64, device, None, need_sort=False)
+    else:
+        real = PagedTokenToKVPoolAllocator(size, page_size, torch.int64, device, None, need_sort=False)
+    slots = real.alloc(8 * page_size)
+    row = torch.zeros(100 * page_size, dtype=torch.int32)
+    row[: len(slots)] = slots
+    assert real.available_size() == size - 8 * page_size
+    window = row[2 * page_size : 6 * page_size].clone()
+    real.free_segment(window[4 * page_size :], start_pos=6 * page_size)
+    assert real.available_size() == size - 8 * page_size
+    real.free_segment(window[page_size:], start_pos=3 * page_size)
+    assert real.available_size() == size - 5 * page_size
+    again = real.alloc(real.available_size()).tolist()
+    held = {*slots[: 3 * page_size].tolist(), *slots[6 * page_size :].tolist()}
+    assert len(set(again)) == len(again) and not held & set(again)
+
+
+def test_the_stand_ins_have_the_fields_of_sglang() -> None:
+    """A field that SGLang renames must not live on in this file."""
+    from sglang.srt.managers.schedule_batch import Req, ReqKvInfo, ScheduleBatch
+
+    assert {f.name for f in dataclasses.fields(Kv)} <= {f.name for f in dataclasses.fields(ReqKvInfo)}
+    assert hasattr(ReqKvInfo, "holds_kv")
+    batch_fields = {f.name for f in dataclasses.fields(ScheduleBatch)}
+    world, req = one_request()
+    assert set(vars(world.batch)) <= batch_fields
+    for name in ("finished", "next_output_finishes_by_length"):
+        assert callable(getattr(Req, name))
+    source = inspect.getsource(Req.__init__)
+    for name in (
+        *("origin_input_ids", "output_ids", "sampling_params", "kv", "skip_radix_cache_insert"),
+        *("beam_group", "multimodal_inputs", "finished_reason", "to_finish"),
+    ):
+        assert hasattr(req, name) and f"self.{name}" in source, name
+
+
+# -- invariants that must be noticed -------------------------------------------------------------------
+
+
+GEOMETRY = Geometry(page_size=4, window=16, delay=2)
+
+
+def state(**changes: Any) -> RequestState:
+    return RequestState(
+        **{"selector": REGISTRY["recent"](), "kept": 8, "seed": 0, "base": 20} | changes
+    )
+
+
+@pytest.mark.parametrize(
+    "changes,kv_len,protected,message",
+    [
+        ({"base": 21}, 90, 20, "base 21 is no multiple of page 4"),
+        ({"kept": 6}, 90, 20, "R 6 is no multiple of page 4"),
+        ({"kept": 0}, 90, 20, r"R 0 not in \(0, 16\]"),
+        ({"kept": 20}, 90, 20, r"R 20 not in \(0, 16\]"),
+        ({}, 90, 24, "window at 20 reaches into the 24 tokens that the prefix tree owns"),
+        ({}, 37, 20, "window at 20 taken at KV length 37, due at 38"),
+        ({"removed": 8}, 90, 20, "8 removed, windows say otherwise"),
+        ({"windows": [Window(16, 16, 16, 8)], "removed": 8}, 90, 20, "window at 20 overlaps"),
+    ],
+)
+def test_a_broken_state_is_not_compressed(
+    changes: dict[str, Any], kv_len: int, protected: int, message: str
+) -> None:
+    """Each invariant of a window raises with its numbers; the state just short of it does not."""
+    state().check(GEOMETRY, 38, 20)
+    with pytest.raises(RuntimeError, match=f"kv-compress: .*{message}"):
+        state(**changes).check(GEOMETRY, kv_len, protected)
+
+
+def test_commit_and_start_window_at() -> None:
+    """Host arithmetic of windows and of tokens that stay uncompressed."""
+    one = state()
+    assert one.due_at(GEOMETRY) == 38 and one.uncompressed(19) == 0 and one.uncompressed(25) == 5
+    assert one.commit(GEOMETRY) == Window(20, 20, 16, 8)
+    assert (one.base, one.removed) == (28, 8)
+    assert one.commit(GEOMETRY) == Window(36, 28, 16, 8)
+    assert (one.base, one.removed) == (36, 16)
+    assert one.start_window_at(30, GEOMETRY) == 0 and one.base == 36
+    assert one.start_window_at(37, GEOMETRY) == 4 and one.base == 40
+    assert one.start_window_at(40 + 35, GEOMETRY) == 36 and one.base == 76
+    one.check(GEOMETRY, 76 + 18, 20)
+    assert [ceil_align(n, 16) for n in (0, 1, 16, 17)] == [0, 16, 16, 32]
+
+
+def corrupt_committed(world: World, req: Request) -> None:
+    req.kv.kv_allocated_len += 1
+
+
+def corrupt_batch(world: World, req: Request) -> None:
+    world.batch.seq_lens_cpu = world.batch.seq_lens_cpu - 1
+
+
+def corrupt_device_length(world: World, req: Request) -> None:
+    world.batch.seq_lens = world.batch.seq_lens - 1
+
+
+def corrupt_logical_length(world: World, req: Request) -> None:
+    world.batch.orig_seq_lens = world.batch.orig_seq_lens + 1
+
+
+def corrupt_row(world: World, req: Request) -> None:
+    world.req_to_token[req.kv.req_pool_idx, 6] = world.req_to_token[req.kv.req_pool_idx, 7]
+
+
+def corrupt_generation(world: World, req: Request) -> None:
+    world.row_generation[req.kv.req_pool_idx] += 1
+
+
+def corrupt_protected(world: World, req: Request) -> None:
+    req.kv.cache_protected_len = 9
+
+
+@pytest.mark.parametrize(
+    "corrupt,message",
+    [
+        (corrupt_committed, "committed 15, allocated 16, in the batch 15"),
+        (corrupt_batch, "in the batch 14"),
+        (corrupt_device_length, "logical length is 1 ahead"),
+        (corrupt_logical_length, "logical length is 1 ahead of its 15 KV slots, 0 were removed"),
+        (corrupt_row, "holds the same page twice"),
+        (corrupt_generation, "the row of request 0 has a new owner"),
+        (corrupt_protected, "the 9 tokens that the prefix tree owns"),
+    ],
+)
+def test_debug_checks_notice(corrupt: Callable[[World, Request], None], message: str) -> None:
+    """Whatever disagrees before a pass stops the server, with the numbers."""
+    world, req = one_request(selector="recent", debug_checks=True)
+    advance(world, 8 + 2)
+    corrupt(world, req)
+    with pytest.raises(RuntimeError, match=message):
+        world.coordinator.before_decode(world.batch)
+
+
+@pytest.mark.parametrize("first,second", [(21, 22), (16, 17), (20, 36)])
+def test_debug_checks_notice_torn_pages(first: int, second: int) -> None:
+    """With pages of 16 a row is made of whole ones, in order."""
+    config = KaraConfig(selector="recent", window=32, delay=2, debug_checks=True)
+    world = World(Setting(config, page=16, trouble=0.0), seed=0)
+    req = Request(0, list(range(16)), 10_000, None)
+    assert world.prefill(req)
+    advance(world, 32 + 2)
+    row = world.req_to_token[req.kv.req_pool_idx]
+    row[[first, second]] = row[[second, first]]
+    with pytest.raises(RuntimeError, match="does not consist of whole pages"):
+        world.coordinator.before_decode(world.batch)
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2, 2], [3, 2, 1, 0], [0, 1, 2, 8], [-1, 0, 1, 2], [0, 1, 2]])
+def test_debug_checks_notice_a_bad_selection(kept: list[int]) -> None:
+    """Kernels that return anything but R ascending positions of the window are caught."""
+    world, _ = one_request(selector="recent", debug_checks=True)
+    advance(world, 8 + 2)
+    bad = torch.tensor(kept).expand(LAYERS, KV_HEADS, -1)
+    world.coordinator.kernels.compress = lambda pool, jobs: [bad]
+    with pytest.raises(RuntimeError, match="selection must be 4 strictly ascending positions"):
+        world.coordinator.before_decode(world.batch)
+
+
+@pytest.mark.parametrize("heads", ["all", "rotating"])
+def test_queries_that_were_overwritten_are_not_used(heads: str) -> None:
+    """Where a pass comes too late for the ring, the window is the oldest one that it still covers."""
+    world, req = one_request(selector="kara", query_heads=heads, period=150)
+    advance(world, 149)
+    assert req.windows == []
+    ring = world.recorder.ring_len
+    advance(world, 1)  # scores, and so the kept tokens, are checked against the true queries
+    assert [(w.kv_start, w.logical_start) for w in req.windows] == [(5 + 149 - ring,) * 2]
+
+
+def test_windows_that_came_too_late_are_counted() -> None:
+    """They are lost in small steps, one token at a time."""
+    world, _ = one_request(selector="kara", query_heads="all", period=1000)
+    advance(world, 400)
+    passed = 400 - world.recorder.ring_len
+    assert world.coordinator.totals.skipped["late"] in (passed // 8 - 1, passed // 8)
+    assert world.coordinator.forecast.kept_promise < 0.2
+
+
+@pytest.mark.parametrize("heads,units", [("all", 2), ("all", 3), ("rotating", 1), ("auto", 1)])
+@pytest.mark.parametrize("running", [2, 3])
+def test_recorders_go_round(heads: str, units: int, running: int) -> None:
+    """With room for one recorder, each of two or three requests is compressed again and again."""
+    config = KaraConfig(window=8, delay=2, query_heads=heads)
+    world = World(Setting(config, units=units, trouble=0.0, num_pages=2000), seed=0)
+    requests = [Request(i, [1, 2, 3, i], 10_000, None) for i in range(running)]
+    for req in requests:
+        assert world.prefill(req)
+    advance(world, 300)
+    counts = [len(req.windows) for req in requests]
+    assert min(counts) >= 5, counts
+
+
+def test_who_waits_for_a_recorder_gives_nothing_back() -> None:
+    """What went by unrecorded stays: admission must not count on it, however long it is."""
+    config = KaraConfig(window=8, delay=2, query_heads="all")
+    world = World(Setting(config, units=GROUP, trouble=0.0, num_pages=2000), seed=0)
+    first = Request(0, [1, 2, 3], 10_000, None)
+    waiting = Request(1, [1, 2, 4], 10_000, None)
+    assert world.prefill(first)
+    advance(world, 1)
+    fresh = world.coordinator.reserve(waiting, 64)
+    assert world.prefill(waiting)
+    world.coordinator.policy.due = lambda candidates, usage: []  # nobody gives its recorder back
+    advance(world, 60)
+    assert waiting.state.waits_for_recorder() and waiting.state.uncompressed(63) == 60
+    world.coordinator.forecast = Forecast(world.coordinator.geometry)
+    assert world.coordinator.reserve(waiting, 64) >= fresh
+    assert world.coordinator.reserve(waiting, 1) >= 1
