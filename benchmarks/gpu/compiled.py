@@ -1,0 +1,237 @@
+"""Compiles the kernels for GPUs that are not here, and reports what the compiler made of them.
+
+Triton's wheel brings ptxas and cuobjdump, so neither a GPU nor CUDA is needed::
+
+    python -m kara_sglang.benchmarks.gpu.compiled
+
+prints the table of docs/kernels.md: registers per thread, spilled bytes per thread, and shared memory
+per program. What is compiled is what the server would launch: a whole pass and a recording step run
+on tensors of the model's shapes, and the launches are caught on their way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import inspect
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+from kara_sglang.benchmarks.gpu.models import MODELS, Model
+from kara_sglang.kernels.backend import LayerPool, WindowJob
+from kara_sglang.kernels.record import FP8
+from kara_sglang.kernels.score import AttentionRule
+from kara_sglang.kernels.select import ChunkRule
+from kara_sglang.kernels.selectors.kara import KaraSelector
+from kara_sglang.kernels.triton import TritonKernels, compact, record, score, select
+
+ARCHITECTURES = (80, 90, 100)
+OTHER_SHAPES = (
+    Model("head_dim 64", 1, 32, 8, 64, 0),
+    Model("head_dim 80", 1, 32, 32, 80, 0),
+    Model("head_dim 96", 1, 32, 32, 96, 0),
+    Model("head_dim 192", 1, 32, 8, 192, 0),
+    Model("head_dim 256", 1, 16, 8, 256, 0),
+)
+_KERNELS = (
+    (record, "record_kernel"),
+    (score, "log_sum_exp_kernel"),
+    (score, "column_sum_kernel"),
+    (select, "select_kernel"),
+    (compact, "compact_kernel"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel with the arguments that it would have been launched with."""
+
+    kernel: JITFunction[Any]
+    arguments: dict[str, Any]
+
+    def compile(self, architecture: int) -> Compiled:
+        """Compile for ``sm_<architecture>``, specialised as a launch would be."""
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            if parameter.is_constexpr:
+                signature[parameter.name] = "constexpr"
+                constants[parameter.name] = value
+                continue
+            signature[parameter.name] = mangle_type(value)
+            divisible = isinstance(value, torch.Tensor) or value % 16 == 0
+            if divisible and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        options = {
+            name: self.arguments[name] for name in ("num_warps", "num_stages") if name in self.arguments
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a default of Triton's that changes with its next release
+            built = triton.compile(
+                ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes),
+                target=GPUTarget("cuda", architecture, 32),
+                options=options,
+            )
+        return Compiled.of(self.kernel.__name__, architecture, built)
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What the compiler made of one launch.
+
+    Attributes
+    ----------
+    kernel, architecture
+        Name, and 90 for sm_90.
+    registers, spilled
+        Per thread; spilled bytes are those of the stack frame and of local memory.
+    shared
+        Bytes of shared memory per program.
+    ptx
+        The code before ptxas.
+    """
+
+    kernel: str
+    architecture: int
+    registers: int
+    spilled: int
+    shared: int
+    ptx: str
+
+    @classmethod
+    def of(cls, kernel: str, architecture: int, built: Any) -> Compiled:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(built.asm["cubin"])
+            file.flush()
+            usage = subprocess.run(
+                [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+        found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        return cls(
+            kernel=kernel,
+            architecture=architecture,
+            registers=found["REG"],
+            spilled=found["STACK"] + found["LOCAL"],
+            shared=built.metadata.shared,
+            ptx=built.asm["ptx"],
+        )
+
+
+def launches(
+    model: Model,
+    *,
+    window: int = 512,
+    retained: int = 256,
+    delay: int = 64,
+    rotating: bool = False,
+    causal: bool = False,
+    key_dtype: torch.dtype = torch.bfloat16,
+    ring_dtype: torch.dtype = FP8,
+) -> list[Launch]:
+    """The launches of one recording step and one pass over a full window, in order."""
+    heads, dim = model.kv_heads, model.head_dim
+    num_units = 1 if rotating else model.group
+    ring_len = window + delay
+    pool = LayerPool(
+        keys=[torch.empty(window, heads, dim, dtype=key_dtype)],
+        values=[torch.empty(window, heads, dim, dtype=key_dtype)],
+        rings=[torch.empty(num_units * ring_len + 1, heads, dim, dtype=ring_dtype)],
+        ring_len=ring_len,
+        scales=[dim**-0.5],
+    )
+    job = WindowJob(
+        slots=torch.arange(window, dtype=torch.int32),
+        kept=retained,
+        selector=KaraSelector(
+            chunks=ChunkRule(budget=0.1),
+            rule=AttentionRule(squared=not causal, value_norm=True, causal=causal),
+        ),
+        seed=0,
+        query_start=0,
+        query_count=window + delay,
+        units=torch.arange(num_units),
+    )
+    batch = 64
+    queries = torch.empty(batch, model.query_heads * dim, dtype=torch.bfloat16)
+    entries = torch.zeros(batch, model.group, dtype=torch.int64)
+    with _caught() as caught:
+        kernels = TritonKernels()
+        kernels.record(pool.rings[0], entries, queries)
+        kernels.compress(pool, [job])
+    return caught
+
+
+@contextlib.contextmanager
+def _caught() -> Iterator[list[Launch]]:
+    """Collects launches in place of making them."""
+    caught: list[Launch] = []
+    originals = [(module, name, getattr(module, name)) for module, name in _KERNELS]
+    try:
+        for module, name, kernel in originals:
+            setattr(module, name, _Catcher(kernel, caught))
+        yield caught
+    finally:
+        for module, name, kernel in originals:
+            setattr(module, name, kernel)
+
+
+class _Catcher:
+    """Stands in for a kernel: ``catcher[grid](*args, **kwargs)`` notes the call."""
+
+    def __init__(self, kernel: JITFunction[Any], caught: list[Launch]) -> None:
+        self._kernel, self._caught = kernel, caught
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return functools.partial(self._launch)
+
+    def _launch(self, *args: Any, **kwargs: Any) -> None:
+        positional = dict(zip(inspect.signature(self._kernel.fn).parameters, args, strict=False))
+        self._caught.append(Launch(self._kernel, positional | kwargs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
+    architectures = parser.parse_args().architectures
+    cases = [(model.name, launches(model)) for model in (*MODELS, *OTHER_SHAPES)]
+    first = MODELS[0]
+    cases += [
+        (f"{first.name}, bf16 ring", launches(first, ring_dtype=torch.bfloat16)[1:3]),
+        (f"{first.name}, fp8 keys", launches(first, key_dtype=FP8)[1:3]),
+        (f"{first.name}, rotating", launches(first, rotating=True)[1:3]),
+        (f"{first.name}, causal", launches(first, causal=True)[1:3]),
+        *((f"W = {width}", launches(first, window=width)[3:4]) for width in (1024, 2048, 4096)),
+    ]
+    rows: dict[tuple[str, ...], list[str]] = {}  # shapes with equal results share a row
+    for name, found in cases:
+        for launch in found:
+            results = [launch.compile(arch) for arch in architectures]
+            cells = [f"{r.registers} / {r.spilled} / {r.shared / 1024:.1f}" for r in results]
+            rows.setdefault((results[0].kernel, *cells), []).append(name)
+    print(f"triton {triton.__version__}; registers / spilled bytes / shared KiB\n")
+    print("| kernel |", " | ".join(f"sm_{arch}" for arch in architectures), "| shapes |")
+    print("|---|" + "---|" * len(architectures) + "---|")
+    for _, kernel in _KERNELS:
+        for (name, *cells), shapes in rows.items():
+            if name == kernel:
+                print(f"| `{name}` |", " | ".join(cells), f"| {'; '.join(shapes)} |")
+
+
+if __name__ == "__main__":
+    main()

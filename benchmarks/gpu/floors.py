@@ -1,0 +1,178 @@
+"""What each kernel has to read, write and compute, and how long that takes at least.
+
+Counted from shapes, nothing is measured::
+
+    python -m kara_sglang.benchmarks.gpu.floors
+
+prints the tables of docs/kernels.md. Counts are for one window of one request in all layers; memory
+that two programs share is counted once, as if the L2 cache were perfect.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from kara_sglang.benchmarks.gpu.models import MODELS, Model
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One window's settings.
+
+    Attributes
+    ----------
+    window, kept, delay
+        W, R and the delay, in tokens.
+    query_bytes
+        Bytes of one recorded number: 1 for fp8, 2 for 16 bit.
+    rotating
+        One query head of each group is recorded instead of all.
+    """
+
+    window: int = 512
+    kept: int = 256
+    delay: int = 64
+    query_bytes: int = 1
+    rotating: bool = False
+
+    def voters(self, model: Model) -> int:
+        """Recorded queries per KV head."""
+        return (self.window + self.delay) * (1 if self.rotating else model.group)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What has to be done: ``bytes`` moved, ``flops`` on matrix units, ``exps`` base-2 exponentials."""
+
+    bytes: int = 0
+    flops: int = 0
+    exps: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.flops + other.flops, self.exps + other.exps)
+
+    def __mul__(self, factor: int) -> Work:
+        return Work(self.bytes * factor, self.flops * factor, self.exps * factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Ceilings of one GPU.
+
+    Attributes
+    ----------
+    name
+        And where the figures are from.
+    bandwidth, flop_rate, exp_rate
+        Bytes, bf16 matrix operations and exponentials per second.
+    """
+
+    name: str
+    bandwidth: float
+    flop_rate: float
+    exp_rate: float
+
+    def floor(self, work: Work) -> float:
+        """Seconds that ``work`` takes at least: its slowest part, with perfect overlap."""
+        return max(work.bytes / self.bandwidth, work.flops / self.flop_rate, work.exps / self.exp_rate)
+
+
+# NVIDIA's datasheets of the SXM parts: memory bandwidth and dense bf16 rate. An SM makes 4096 dense
+# bf16 operations per clock and 16 exponentials (CUDA C++ Programming Guide, arithmetic throughput,
+# compute capability 9.0), so the second rate is the first one's 256th.
+DATASHEET = (
+    Gpu("H100 SXM", 3.35e12, 989e12, 989e12 / 256),
+    Gpu("H200 SXM", 4.8e12, 989e12, 989e12 / 256),
+)
+
+
+def record(model: Model, settings: Settings) -> Work:
+    """One decode step of one recording request: queries read, and written to the ring."""
+    heads = model.kv_heads if settings.rotating else model.query_heads
+    return Work(bytes=model.layers * heads * model.head_dim * (2 + settings.query_bytes))
+
+
+def score(model: Model, settings: Settings) -> Work:
+    """Both passes over queries and keys, the norms of the values, and the scores."""
+    rows, width, dim = settings.voters(model), settings.window, model.head_dim
+    queries, keys = rows * dim * settings.query_bytes, width * dim * 2
+    sums, scores = rows * 4, width * 4
+    per_pass = Work(bytes=queries + keys + sums, flops=2 * rows * width * dim, exps=rows * width)
+    per_head = per_pass * 2 + Work(bytes=keys + scores)
+    return per_head * (model.layers * model.kv_heads)
+
+
+def select(model: Model, settings: Settings) -> Work:
+    """Scores read, positions written; the rest stays in registers."""
+    heads = model.layers * model.kv_heads
+    return Work(bytes=heads * (4 * settings.window + 8 * settings.kept))
+
+
+def compact(model: Model, settings: Settings) -> Work:
+    """Kept rows of K and V read and written, where every one of them moves; positions and slots."""
+    rows = 2 * model.layers * model.kv_heads * settings.kept
+    return Work(bytes=rows * (2 * 2 * model.head_dim + 8 + 2 * 4))
+
+
+def passes(model: Model, settings: Settings) -> Work:
+    """All of a pass over one window."""
+    return score(model, settings) + select(model, settings) + compact(model, settings)
+
+
+def decode_step(model: Model, batch: int, context: int) -> Work:
+    """One decode step: the parameters, and the K and V of ``context`` tokens per request, read once."""
+    return Work(bytes=round(model.parameters * 1e9) * 2 + batch * context * model.kv_bytes)
+
+
+def share(model: Model, settings: Settings, gpu: Gpu, batch: int, context: int) -> float:
+    """Floor of one pass over ``batch`` windows, over that of the W - R decode steps between passes."""
+    steps = settings.window - settings.kept
+    one_pass = (
+        gpu.floor(score(model, settings))
+        + gpu.floor(select(model, settings))
+        + gpu.floor(compact(model, settings))
+    )
+    return batch * one_pass / (steps * gpu.floor(decode_step(model, batch, context)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--context", type=int, default=4096, help="cached tokens per request")
+    arguments = parser.parse_args()
+    variants = {
+        "W 512": Settings(),
+        "W 512, rotating": Settings(rotating=True),
+        "W 1024": Settings(window=1024, kept=512),
+    }
+
+    kernels = (record, score, select, compact)
+    print(f"floors in us: {' / '.join(gpu.name for gpu in DATASHEET)}\n")
+    print("| model | settings |", " | ".join(kernel.__name__ for kernel in kernels), "|")
+    print("|---|---|" + "---|" * len(kernels))
+    for model in MODELS:
+        for label, settings in variants.items():
+            cells = []
+            for work in (kernel(model, settings) for kernel in kernels):
+                matrix = f", {work.flops / 1e9:.0f} GFLOP" if work.flops else ""
+                floors = " / ".join(f"{gpu.floor(work) * 1e6:.1f}" for gpu in DATASHEET)
+                cells.append(f"{work.bytes / 1e6:.2f} MB{matrix}: {floors}")
+            print(f"| {model.name} | {label} |", " | ".join(cells), "|")
+
+    print(f"\nbatch {arguments.batch}, {arguments.context} cached tokens per request\n")
+    print("| model | settings |", end=" ")
+    print(*(f"{gpu.name}: step, ms | pass, share |" for gpu in DATASHEET))
+    print("|---|---|" + "---|---|" * len(DATASHEET))
+    for model in MODELS:
+        for label, settings in variants.items():
+            cells = []
+            for gpu in DATASHEET:
+                step = gpu.floor(decode_step(model, arguments.batch, arguments.context))
+                part = share(model, settings, gpu, arguments.batch, arguments.context)
+                cells.append(f"{step * 1e3:.1f} | {part:.2%}")
+            print(f"| {model.name} | {label} |", " | ".join(cells), "|")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""8-bit floats by integer arithmetic.
+
+Hopper converts e4m3 in hardware, Ampere does not and Triton refuses the type there. The bit patterns
+are simple enough that one exact path serves every GPU, and the bytes are those that torch writes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_float(pointers, mask, STORED: tl.constexpr):
+    """Load numbers of type ``STORED`` (float8e4nv and float8e5 as uint8); masked-out ones are 0.
+
+    An 8-bit float becomes float16, exactly. An e4m3 NaN becomes +-480: neither ring nor cache holds
+    one unless the model itself computed it.
+    """
+    raw = tl.load(pointers, mask=mask, other=0)
+    if tl.float8e4nv == STORED:
+        bits = raw.to(tl.uint16)
+        # Same mantissa, moved up; the exponent's bias is 7 instead of float16's 15, hence 2**8.
+        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        return half.to(tl.float16, bitcast=True) * 256.0
+    elif tl.float8e5 == STORED:
+        return (raw.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+    else:
+        return raw
+
+
+@triton.jit
+def to_e4m3(value):
+    """The uint8 of ``value`` (float32) in e4m3: nearest, ties to even, clamped to +-448; NaN stays.
+
+    Parameters and result have the same shape.
+    """
+    bits = value.to(tl.uint32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    size = bits & 0x7FFFFFFF
+    is_nan = size > 0x7F800000
+    size = tl.where(size < 0x43E00000, size, 0x43E00000)  # 448.0
+    # From 2**-6 on: drop 20 mantissa bits with rounding, and change the bias from 127 to 7.
+    normal = (size + 0x7FFFF + ((size >> 20) & 1) - (120 << 23)) >> 20
+    # Below: adding 2**14 leaves multiples of 2**-9, the smallest e4m3, in float32's last bits.
+    tiny = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    code = tl.where(size < 0x3C800000, tiny, normal)  # 2**-6
+    return (tl.where(is_nan, 0x7F, code) | sign).to(tl.uint8)

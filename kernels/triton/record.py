@@ -1,0 +1,76 @@
+"""Storing one decode step's queries in the ring: one launch per layer, fit for a CUDA graph."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kara_sglang.kernels.record import FP8
+from kara_sglang.kernels.triton.fp8 import to_e4m3
+
+
+@triton.jit(do_not_specialize=["trash"])
+def record_kernel(
+    ring,
+    entries,
+    queries,
+    trash,
+    row_stride,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    TO_E4M3: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """One program per (row, head of the group): it moves that head of every KV head."""
+    program = tl.program_id(0)
+    entry = tl.load(entries + program)
+    if entry == trash:
+        return
+    row = (program // GROUP).to(tl.int64)
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    dim = tl.arange(0, BLOCK_DIM)[None, :]
+    mask = (head < HEADS) & (dim < DIM)
+    query_head = head * GROUP + program % GROUP
+    value = tl.load(queries + row * row_stride + query_head * DIM + dim, mask=mask)
+    if TO_E4M3:
+        value = to_e4m3(value.to(tl.float32))
+    tl.store(ring + entry * (HEADS * DIM) + head * DIM + dim, value, mask=mask)
+
+
+def record(ring: torch.Tensor, entries: torch.Tensor, queries: torch.Tensor) -> None:
+    """As :func:`kara_sglang.kernels.record.record`, but nothing is written for idle rows.
+
+    Parameters
+    ----------
+    ring : torch.Tensor
+        Shape ``(num_entries, num_kv_heads, head_dim)``, contiguous, written in place. The last entry
+        is the trash: a row that points there is skipped.
+    entries : torch.Tensor
+        Shape ``(batch, group)``, int64, contiguous.
+    queries : torch.Tensor
+        Shape ``(batch, num_kv_heads * group * head_dim)`` or with the last dimension already split;
+        rows may be apart, as in a fused QKV output.
+    """
+    batch, group = entries.shape
+    num_entries, num_kv_heads, head_dim = ring.shape
+    if batch == 0:
+        return
+    queries = queries.view(batch, -1)
+    is_fp8 = ring.dtype == FP8
+    record_kernel[(batch * group,)](
+        ring.view(torch.uint8) if is_fp8 else ring,
+        entries,
+        queries,
+        num_entries - 1,
+        queries.stride(0),
+        GROUP=group,
+        HEADS=num_kv_heads,
+        DIM=head_dim,
+        TO_E4M3=is_fp8,
+        BLOCK_HEADS=triton.next_power_of_2(num_kv_heads),
+        BLOCK_DIM=triton.next_power_of_2(head_dim),
+        num_warps=4,
+    )

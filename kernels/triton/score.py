@@ -1,0 +1,350 @@
+"""Attention scores of the keys of many windows, in all layers of a pass, without a W x W matrix.
+
+Two launches. The first walks the window's keys for a block of queries and leaves each query's
+log-sum-exp. The second walks the queries for a block of keys, makes the probabilities again from the
+logits and those sums, and adds them up per key. Keys and values are read from the paged pool through
+their slots, queries from the ring through their units; sums are float32 and their order is fixed, so
+equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kara_sglang.kernels.score import AttentionRule
+from kara_sglang.kernels.triton.fp8 import load_float
+from kara_sglang.kernels.triton.pool import PoolTables
+
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# One compilation serves every number of windows and layers, so a warm-up compiles all that is needed.
+_NUMBERS = ("first_layer", "num_jobs", "width", "first_query", "num_rows", "ring_len")
+
+
+@triton.jit
+def _layer(table, layer, STORED: tl.constexpr, ALIGN: tl.constexpr):
+    """A layer's buffer as a pointer; 8-bit floats as uint8."""
+    address = tl.load(table + layer)
+    if STORED.primitive_bitwidth == 8:
+        return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), ALIGN)
+    else:
+        return tl.multiple_of(address.to(tl.pointer_type(STORED)), ALIGN)
+
+
+@triton.jit
+def _query_head(
+    row, is_row, token, units, start, ring_len, head, UNITS: tl.constexpr, HEADS: tl.constexpr
+):
+    """Where the ring holds the queries of ``row``, counted in heads from the ring's start."""
+    unit = tl.load(units + row % UNITS, mask=is_row, other=0)
+    place = start + token
+    place = tl.where(place < ring_len, place, place - ring_len)
+    return (unit * ring_len + place) * HEADS + head
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def log_sum_exp_kernel(
+    sums,
+    rings,
+    keys,
+    scales,
+    slots,
+    units,
+    starts,
+    first_layer,
+    num_jobs,
+    width,
+    first_query,
+    num_rows,
+    ring_len,
+    HEADS: tl.constexpr,
+    UNITS: tl.constexpr,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    KEY: tl.constexpr,
+    DOT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program per (layer, window, head, block of queries); sums are base-2 logarithms.
+
+    A row is one recorded query: row r is head ``r % UNITS`` of token ``first_query + r // UNITS``.
+    """
+    blocks = tl.cdiv(num_rows, BLOCK_Q)
+    index = tl.program_id(0) // blocks
+    head = index % HEADS
+    job = index // HEADS % num_jobs
+    layer = first_layer + index // (HEADS * num_jobs)
+    ring = _layer(rings, layer, RING, ALIGN)
+    key_buffer = _layer(keys, layer, KEY, ALIGN)
+    scale = tl.load(scales + layer) * _LOG2_E
+
+    dim = tl.arange(0, BLOCK_D)
+    row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    is_row = row < num_rows
+    token = first_query + row // UNITS
+    start = tl.load(starts + job) % ring_len
+    query_head = _query_head(
+        row, is_row, token, units + job * UNITS, start, ring_len, head, UNITS, HEADS
+    )
+    query = load_float(
+        ring + query_head[:, None] * DIM + dim[None, :],
+        is_row[:, None] & (dim[None, :] < DIM),
+        RING,
+    ).to(DOT)
+
+    largest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    for first in range(0, width, BLOCK_K):
+        position = first + tl.arange(0, BLOCK_K)
+        inside = position < width
+        slot = tl.load(slots + job * width + position, mask=inside, other=0).to(tl.int64)
+        key_head = slot * HEADS + head
+        key = load_float(
+            key_buffer + key_head[None, :] * DIM + dim[:, None],
+            inside[None, :] & (dim[:, None] < DIM),
+            KEY,
+        ).to(DOT)
+        logits = tl.dot(query, key, input_precision="ieee") * scale
+        visible = inside[None, :]
+        if CAUSAL:
+            visible = visible & (position[None, :] <= token[:, None])
+        logits = tl.where(visible, logits, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(logits, axis=1))
+        shrink = tl.exp2(largest - new_largest)
+        total = total * shrink + tl.sum(tl.exp2(logits - new_largest[:, None]), axis=1)
+        largest = new_largest
+    tl.store(sums + index.to(tl.int64) * num_rows + row, largest + tl.log2(total), mask=is_row)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def column_sum_kernel(
+    scores,
+    sums,
+    rings,
+    keys,
+    values,
+    scales,
+    slots,
+    units,
+    starts,
+    first_layer,
+    num_jobs,
+    width,
+    first_query,
+    num_rows,
+    ring_len,
+    HEADS: tl.constexpr,
+    UNITS: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    RING: tl.constexpr,
+    KEY: tl.constexpr,
+    DOT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SQUARED: tl.constexpr,
+    VALUE_NORM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+):
+    """One program per (layer, window, head, block of keys); rows as in the first kernel."""
+    blocks = tl.cdiv(width, BLOCK_K)
+    index = tl.program_id(0) // blocks
+    head = index % HEADS
+    job = index // HEADS % num_jobs
+    layer = first_layer + index // (HEADS * num_jobs)
+    ring = _layer(rings, layer, RING, ALIGN)
+    scale = tl.load(scales + layer) * _LOG2_E
+    start = tl.load(starts + job) % ring_len
+    sums += index.to(tl.int64) * num_rows
+
+    dim = tl.arange(0, BLOCK_D)
+    position = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = position < width
+    slot = tl.load(slots + job * width + position, mask=inside, other=0).to(tl.int64)
+    key_head = slot * HEADS + head
+    key = load_float(
+        _layer(keys, layer, KEY, ALIGN) + key_head[:, None] * DIM + dim[None, :],
+        inside[:, None] & (dim[None, :] < DIM),
+        KEY,
+    ).to(DOT)
+
+    score = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for first in range(0, num_rows, BLOCK_Q):
+        row = first + tl.arange(0, BLOCK_Q)
+        is_row = row < num_rows
+        token = first_query + row // UNITS
+        query_head = _query_head(
+            row, is_row, token, units + job * UNITS, start, ring_len, head, UNITS, HEADS
+        )
+        query = load_float(
+            ring + query_head[None, :] * DIM + dim[:, None],
+            is_row[None, :] & (dim[:, None] < DIM),
+            RING,
+        ).to(DOT)
+        log_sum = tl.load(sums + row, mask=is_row, other=float("inf"))  # inf: no probability
+        logits = tl.dot(key, query, input_precision="ieee") * scale
+        probability = tl.exp2(logits - log_sum[None, :])
+        if CAUSAL:
+            probability = tl.where(position[:, None] <= token[None, :], probability, 0.0)
+        if SQUARED:
+            probability = probability * probability
+        score += tl.sum(probability, axis=1)
+
+    if VALUE_NORM:
+        value_head = _layer(values, layer, KEY, ALIGN) + key_head[:, None] * VALUE_DIM
+        squares = tl.zeros((BLOCK_K,), dtype=tl.float32)
+        for first in range(0, VALUE_DIM, BLOCK_VALUE):  # all at once would spill registers
+            value_dim = first + tl.arange(0, BLOCK_VALUE)[None, :]
+            mask = inside[:, None] & (value_dim < VALUE_DIM)
+            value = load_float(value_head + value_dim, mask, KEY).to(tl.float32)
+            squares += tl.sum(value * value, axis=1)
+        score *= tl.sqrt(squares)
+    tl.store(scores + index.to(tl.int64) * width + position, score, mask=inside)
+
+
+@dataclass(frozen=True, slots=True)
+class Voters:
+    """Which recorded queries score the windows of one call.
+
+    Attributes
+    ----------
+    units
+        The recorders' units, shape ``(num_jobs, group)`` or ``(num_jobs, 1)``, int64.
+    starts
+        Logical position of each window's first token, shape ``(num_jobs,)``, int64.
+    first, count
+        Tokens from the window's start on that are left out, and that vote.
+    """
+
+    units: torch.Tensor
+    starts: torch.Tensor
+    first: int
+    count: int
+
+    @property
+    def rows(self) -> int:
+        """Recorded query heads per window and KV head."""
+        return self.count * self.units.shape[1]
+
+
+def attention_scores(
+    tables: PoolTables,
+    layers: range,
+    slots: torch.Tensor,
+    voters: Voters,
+    *,
+    ring_len: int,
+    rule: AttentionRule,
+    sums: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """As :func:`kara_sglang.kernels.score.attention_scores`, for many windows and layers at once.
+
+    Parameters
+    ----------
+    tables : PoolTables
+    layers : range
+        Layers to score, consecutive.
+    slots : torch.Tensor
+        The windows' slots in token order, shape ``(num_jobs, W)``, integer, contiguous.
+    voters : Voters
+        ``rule.last_queries`` is already in it.
+    ring_len : int
+        Tokens per ring unit.
+    rule : AttentionRule
+    sums : torch.Tensor
+        Scratch of ``len(layers) * num_jobs * num_kv_heads * voters.rows`` float32.
+    out : torch.Tensor
+        Scores, shape ``(len(layers), num_jobs, num_kv_heads, W)``, float32, contiguous.
+    """
+    num_jobs, width = slots.shape
+    head_rows = len(layers) * num_jobs * tables.num_kv_heads
+    tile = tile_for(tables.head_dim, tables.key_dtype)
+    shared = {
+        "first_layer": layers.start,
+        "num_jobs": num_jobs,
+        "width": width,
+        "first_query": voters.first,
+        "num_rows": voters.rows,
+        "ring_len": ring_len,
+        "HEADS": tables.num_kv_heads,
+        "UNITS": voters.units.shape[1],
+        "DIM": tables.head_dim,
+        "RING": _stored(tables.ring_dtype),
+        "KEY": _stored(tables.key_dtype),
+        "DOT": _stored(dot_dtype(tables.key_dtype, tables.ring_dtype)),
+        "ALIGN": tables.alignment,
+        "CAUSAL": rule.causal,
+        "BLOCK_D": triton.next_power_of_2(tables.head_dim),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    where = (tables.scales, slots, voters.units, voters.starts)
+    log_sum_exp_kernel[(head_rows * triton.cdiv(voters.rows, tile.outer),)](
+        sums, tables.rings, tables.keys, *where, BLOCK_Q=tile.outer, BLOCK_K=tile.inner, **shared
+    )
+    column_sum_kernel[(head_rows * triton.cdiv(width, tile.outer),)](
+        out,
+        sums,
+        tables.rings,
+        tables.keys,
+        tables.values,
+        *where,
+        VALUE_DIM=tables.value_dim,
+        SQUARED=rule.squared,
+        VALUE_NORM=rule.value_norm,
+        BLOCK_Q=tile.inner,
+        BLOCK_K=tile.outer,
+        BLOCK_VALUE=32,
+        **shared,
+    )
+
+
+class Tile(NamedTuple):
+    """Block sizes of both kernels: rows that a program owns, and rows per step of its loop."""
+
+    outer: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_for(head_dim: int, dtype: torch.dtype) -> Tile:
+    """Sizes that spill no register on sm_80, sm_90 and sm_100 (docs/kernels.md has the table)."""
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 1)
+    if head_dim <= 128:
+        return Tile(128, 64, 8, 3)
+    return Tile(64, 64, 8, 2)
+
+
+def dot_dtype(*stored: torch.dtype) -> torch.dtype:
+    """The narrowest type that holds all ``stored`` types exactly and has a matrix instruction."""
+    wide = [dtype for dtype in stored if dtype.itemsize > 1]
+    return functools.reduce(torch.promote_types, wide, wide[0]) if wide else torch.float16
+
+
+def _stored(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of ``dtype``."""
+    names = {
+        torch.float32: tl.float32,
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+        torch.float8_e4m3fn: tl.float8e4nv,
+        torch.float8_e5m2: tl.float8e5,
+    }
+    if dtype not in names:
+        raise ValueError(f"{dtype} has no score; a pool of raw bytes must be viewed as its own type")
+    return names[dtype]

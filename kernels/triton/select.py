@@ -1,0 +1,158 @@
+"""Choosing exactly R of W positions with Token2Chunk, one program per row of scores.
+
+Nothing here needs the sorted order, only its cuts: a token is an anchor when fewer than A tokens come
+before it, a chunk is accepted when the widths that come before it and its own fit the budget. Each set
+is "all that come before some cut", and the cut is found bit by bit with one masked sum per bit: first
+the score's bits, then, among equal scores, the position's. That is exact and the same in every run,
+takes no scratch memory and no synchronisation, and stays small code where a bitonic sort of 4096 scores
+would unroll 78 stages.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kara_sglang.kernels.select import ChunkRule
+
+_NONE: tl.constexpr = tl.constexpr(0xFFFFFFFF)  # comes after every score
+
+
+@triton.jit
+def _order(score):
+    """uint32 that is smaller for a higher score; equal for equal scores, so for 0.0 and -0.0."""
+    bits = score.to(tl.uint32, bitcast=True)
+    bits = tl.where(score == 0.0, 0, bits)
+    bits = tl.where(score != score, 0x7FFFFFFF, bits)  # any NaN comes first, as torch sorts it
+    return tl.where(bits < 0x80000000, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _cut(order, position, weight, budget, SHIFT: tl.constexpr):
+    """Where the longest run, best and earliest first, ends that weighs at most ``budget``.
+
+    Returns an order and a position, for :func:`_comes_before`.
+    """
+    cut = tl.zeros((), dtype=tl.uint32)
+    bit = tl.full((), 0x80000000, dtype=tl.uint32)
+    for _ in range(32):
+        spent = tl.sum(tl.where(order < cut + bit, weight, 0), axis=0)
+        cut = tl.where(spent <= budget, cut + bit, cut)
+        bit = bit >> 1
+    left_over = budget - tl.sum(tl.where(order < cut, weight, 0), axis=0)
+    ties = tl.where(order == cut, weight, 0)
+    end = tl.zeros((), dtype=tl.int32)
+    step = tl.full((), 1 << SHIFT, dtype=tl.int32)
+    for _ in range(SHIFT + 1):
+        spent = tl.sum(tl.where(position < end + step, ties, 0), axis=0)
+        end = tl.where(spent <= left_over, end + step, end)
+        step = step >> 1
+    return cut, end
+
+
+@triton.jit
+def _comes_before(order, position, cut, end):
+    return (order < cut) | ((order == cut) & (position < end))
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit(do_not_specialize=["width", "num_kept", "extra", "best", "chunk_width"])
+def select_kernel(
+    out,
+    scores,
+    width,
+    num_kept,
+    extra,
+    best,
+    chunk_width,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """One program per row of ``scores``; ``BLOCK = 2**SHIFT >= width``."""
+    row = tl.program_id(0).to(tl.int64)
+    scores += row * width
+    position = tl.arange(0, BLOCK)
+    inside = position < width
+    score = tl.load(scores + position, mask=inside, other=0.0)
+    order = tl.where(inside, _order(score), _NONE)
+    one = tl.full((BLOCK,), 1, dtype=tl.int32)
+
+    if CHUNKS:
+        cut, end = _cut(order, position, one, num_kept - extra, SHIFT)
+        anchor = inside & _comes_before(order, position, cut, end)
+        # The anchor before each position, -1 for none: a running maximum over the left neighbours.
+        has_neighbour = inside & (position >= 1)
+        neighbour = tl.load(scores + position - 1, mask=has_neighbour, other=0.0)
+        is_anchor = has_neighbour & _comes_before(_order(neighbour), position - 1, cut, end)
+        left = tl.associative_scan(tl.where(is_anchor, position - 1, -1), 0, _larger)
+        left_score = tl.load(scores + left, mask=left >= 0, other=0.0)
+        added = position - left - 1
+        cut, end = _cut(order, position, one, best, SHIFT)
+        possible = (
+            anchor
+            & (left >= 0)
+            & (added >= 1)
+            & (added + 2 <= chunk_width)
+            & _comes_before(order, position, cut, end)
+            & _comes_before(_order(left_score), left, cut, end)
+        )
+        priority = tl.where(possible, _order(score + left_score), _NONE)
+        cut, end = _cut(priority, position, tl.where(possible, added, 0), extra, SHIFT)
+        accepted = possible & _comes_before(priority, position, cut, end)
+        # A token is inside an accepted chunk when the next anchor to its right ends that chunk.
+        named = tl.where(anchor, position * 2 + accepted.to(tl.int32), 2 * BLOCK)
+        taken = anchor | ((tl.associative_scan(named, 0, _smaller, reverse=True) & 1) == 1)
+        singles = num_kept - tl.sum(taken.to(tl.int32), axis=0)
+        order = tl.where(taken, _NONE, order)
+        cut, end = _cut(order, position, tl.where(taken, 0, one), singles, SHIFT)
+        chosen = taken | (inside & _comes_before(order, position, cut, end))
+    else:
+        cut, end = _cut(order, position, one, num_kept, SHIFT)
+        chosen = inside & _comes_before(order, position, cut, end)
+
+    index = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    tl.store(out + row * num_kept + index, position.to(tl.int64), mask=chosen)
+
+
+def select(scores: torch.Tensor, kept: int, chunks: ChunkRule, out: torch.Tensor) -> None:
+    """As :func:`kara_sglang.kernels.select.select`, into ``out``.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        Shape ``(..., W)``, float32, contiguous.
+    kept : int
+        R, with 1 <= R <= W.
+    chunks : ChunkRule
+    out : torch.Tensor
+        Shape ``(..., R)``, int64, contiguous, written whole.
+    """
+    width = scores.shape[-1]
+    if not 1 <= kept <= width:
+        raise ValueError(f"cannot keep {kept} of {width} tokens")
+    extra = chunks.extra(kept)
+    block = triton.next_power_of_2(width)
+    select_kernel[(scores.numel() // width,)](
+        out,
+        scores,
+        width,
+        kept,
+        extra,
+        chunks.best(width),
+        chunks.width,
+        CHUNKS=extra > 0,
+        BLOCK=block,
+        SHIFT=block.bit_length() - 1,
+        num_warps=min(max(block // 128, 4), 16),
+    )

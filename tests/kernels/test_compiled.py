@@ -1,0 +1,96 @@
+"""The kernels as the compiler makes them for sm_80, sm_90 and sm_100; no GPU is needed.
+
+What the interpreter cannot show: that they compile, that nothing is spilled, that memory is accessed
+16 bytes at a time, and that the in-place move keeps its order of loads, barrier and stores.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from triton import knobs
+
+from kara_sglang.benchmarks.gpu.compiled import ARCHITECTURES, OTHER_SHAPES, Compiled, launches
+from kara_sglang.benchmarks.gpu.models import MODELS
+
+pytestmark = pytest.mark.skipif(
+    knobs.runtime.interpret, reason="TRITON_INTERPRET=1 leaves nothing to compile"
+)
+
+SHAPES = {model.name: model for model in (*MODELS, *OTHER_SHAPES)}
+MOST_SHARED = 99 * 1024  # a program's limit on sm_86 and sm_89, the smallest of all since sm_80
+KERNELS = [
+    "record_kernel",
+    "log_sum_exp_kernel",
+    "column_sum_kernel",
+    "select_kernel",
+    "compact_kernel",
+]
+
+
+def check(result: Compiled) -> None:
+    assert result.spilled == 0, f"{result.kernel} spills {result.spilled} bytes a thread"
+    assert result.registers <= 255
+    assert result.shared <= MOST_SHARED
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_pass_of_qwen3_8b(architecture):
+    results = [launch.compile(architecture) for launch in launches(SHAPES["Qwen3-8B"])]
+    assert [result.kernel for result in results] == KERNELS
+    for result in results:
+        check(result)
+        assert_wide(result)
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ("R1-Distill-Qwen-7B", {}),
+        ("Qwen3-32B", {}),
+        ("head_dim 80", {}),
+        ("head_dim 256", {}),
+        ("head_dim 64", {"causal": True, "key_dtype": torch.float16}),
+        ("Qwen3-8B", {"key_dtype": torch.float8_e4m3fn, "rotating": True}),
+        ("Qwen3-8B", {"ring_dtype": torch.bfloat16, "window": 4096}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_other_shapes(architecture, shape, settings):
+    for launch in launches(SHAPES[shape], **settings):
+        check(launch.compile(architecture))
+
+
+def assert_wide(result: Compiled) -> None:
+    """Rows of K, V and queries move 16 bytes per access, those of a loop while it computes."""
+    accesses = re.findall(r"(?:ld|st)\.global\.[\w.]+", result.ptx)
+    copies = re.findall(r"cp\.async\.\w+\.shared\.global[^;]*", result.ptx)
+    narrow = [access for access in accesses if re.search(r"\.(b8|b16)$", access)]
+    assert not narrow, f"{result.kernel} accesses memory by {set(narrow)}"
+    wide = {
+        "record_kernel": r"ld\.global\.v4\.b32",
+        "log_sum_exp_kernel": r"cp\.async\.cg\.shared\.global .* 0x10,",
+        "column_sum_kernel": r"cp\.async\.cg\.shared\.global .* 0x10,",
+        "compact_kernel": r"st\.global\.v2\.b64",
+    }.get(result.kernel)
+    if wide:
+        assert any(re.search(wide, access) for access in accesses + copies), accesses + copies
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("shape", ["Qwen3-8B", "head_dim 64", "head_dim 80"])
+def test_compact_loads_a_block_before_it_stores_one(architecture, shape):
+    """In each turn of the loop: all loads, a barrier, all stores; and no cached read-only path."""
+    result = launches(SHAPES[shape])[-1].compile(architecture)
+    assert result.kernel == "compact_kernel"
+    (loop,) = re.findall(r"(?ms)^\$L\w+:[^\n]*Loop Header.*?\bbra\b", result.ptx)
+    order = re.findall(r"ld\.global|st\.global|bar\.sync", loop)
+    first_store = order.index("st.global")
+    before, after = order[:first_store], order[first_store:]
+    assert before[-1] == "bar.sync", "a store may overtake the block's loads"
+    assert before.count("ld.global") >= 3
+    assert set(after) == {"st.global"}, "something is read after the block's first store"
+    assert ".nc." not in result.ptx

@@ -1,0 +1,119 @@
+"""The ring of recorded queries: Triton against the reference, byte for byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from kara_sglang.kernels import record as reference
+from kara_sglang.kernels.triton import fp8
+from kara_sglang.kernels.triton.record import record
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+POISON = 0xA5
+
+
+def poisoned_ring(entries: int, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    raw = torch.full((entries, heads, dim * dtype.itemsize), POISON, dtype=torch.uint8)
+    return raw.view(dtype)
+
+
+@pytest.mark.parametrize("group", [1, 3, 5, 7, 12])
+@pytest.mark.parametrize(
+    ("ring_dtype", "query_dtype"),
+    [
+        (torch.float8_e4m3fn, torch.bfloat16),
+        (torch.float8_e4m3fn, torch.float16),
+        (torch.float8_e4m3fn, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+    ],
+)
+def test_bytes_are_the_references(identical, group, ring_dtype, query_dtype):
+    batch, heads, dim, ring_len = 4, 3, 20, 8
+    trash = 2 * group * ring_len
+    units = torch.stack(
+        [
+            torch.arange(group),  # all heads
+            torch.full((group,), -1),  # no recorder
+            torch.full((group,), group),  # rotating
+            torch.full((group,), group + 1 if group > 1 else 1),
+        ]
+    )
+    rotating = torch.tensor([False, False, True, group > 1])
+    positions = torch.tensor([1003, 7, 58, 1_000_001])
+    entries = reference.plan(positions, units, rotating, ring_len, trash)
+    queries = torch.randn(batch, heads * group * dim).mul(200).to(query_dtype)
+
+    ours = poisoned_ring(trash + 1, heads, dim, ring_dtype)
+    theirs = ours.clone()
+    record(ours, entries, queries)
+    reference.record(theirs, entries, queries)
+
+    assert identical(ours[:-1], theirs[:-1])
+    assert (ours[-1].view(torch.uint8) == POISON).all(), "an idle row was stored"
+    assert (theirs[-1].view(torch.uint8) != POISON).any(), "the test has no idle row"
+
+
+def test_rows_of_a_fused_projection(identical):
+    """The query part of a QKV output: rows are further apart than they are long."""
+    batch, heads, group, dim = 5, 2, 3, 16
+    qkv = torch.randn(batch, heads * (group + 2) * dim)
+    queries = qkv[:, : heads * group * dim]
+    entries = torch.randperm(40)[: batch * group].view(batch, group)
+    ours = poisoned_ring(41, heads, dim, torch.float32)
+    theirs = ours.clone()
+    record(ours, entries, queries)
+    reference.record(theirs, entries, queries)
+    assert identical(ours, theirs)
+
+
+def test_an_empty_batch_is_nothing():
+    ring = torch.zeros(3, 1, 16)
+    record(ring, torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 32))
+    assert not ring.any()
+
+
+@triton.jit
+def _encode(out, source, COUNT: tl.constexpr):
+    lane = tl.arange(0, COUNT)
+    tl.store(out + lane, fp8.to_e4m3(tl.load(source + lane)))
+
+
+@triton.jit
+def _decode(out, source, COUNT: tl.constexpr, STORED: tl.constexpr):
+    lane = tl.arange(0, COUNT)
+    tl.store(out + lane, fp8.load_float(source + lane, lane < COUNT, STORED).to(tl.float32))
+
+
+def interpret(kernel):
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return kernel if isinstance(kernel, InterpretedFunction) else InterpretedFunction(kernel.fn)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_becomes_torchs_e4m3(dtype):
+    source = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    expected = source.clamp(-limit, limit).to(torch.float8_e4m3fn).view(torch.uint8)
+    out = torch.zeros(2**16, dtype=torch.uint8)
+    interpret(_encode)[(1,)](out, source, COUNT=2**16)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_every_8_bit_number_is_decoded_exactly(name):
+    dtype = getattr(torch, name)
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    stored = {"float8_e4m3fn": tl.float8e4nv, "float8_e5m2": tl.float8e5}[name]
+    out = torch.zeros(256)
+    interpret(_decode)[(1,)](out, codes, COUNT=256, STORED=stored)
+    expected = codes.view(dtype).float()
+    if name == "float8_e4m3fn":  # its two NaNs are documented to become numbers
+        assert expected[[0x7F, 0xFF]].isnan().all()
+        expected[[0x7F, 0xFF]] = torch.tensor([480.0, -480.0])
+    assert torch.equal(out.nan_to_num(nan=1e9), expected.nan_to_num(nan=1e9))
