@@ -96,7 +96,7 @@ def ones(num_queries: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torc
     return torch.ones(num_queries, 1, 1, 1), torch.ones(width, 1, 1), torch.ones(width, 1, 1), 1.0
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(windows(), rules)
 @example(ones(1, 1), {"squared": False, "value_norm": False, "causal": True, "last_queries": 1})
 @example(ones(7, 3), {"squared": True, "value_norm": True, "causal": True, "last_queries": 6})

@@ -80,7 +80,7 @@ def heads(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
     return torch.tensor(rows, dtype=torch.float32).reshape(*batch, width), kept
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(heads(), share, st.integers(2, 12), share)
 @example((torch.ones(2, 16), 8), Fraction(1, 2), 8, Fraction(0))
 @example((torch.full((16,), -math.inf), 7), Fraction(1), 12, Fraction(0))
