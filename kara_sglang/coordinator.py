@@ -81,26 +81,26 @@ class Coordinator:
         self._arrivals = 0
 
     def warm_up(self) -> None:
-        """Run one pass over slots that nobody holds yet, so that no request waits for a compiler."""
+        """Run a pass over slots that nobody holds yet, for each size of recorder, so that no request waits
+        for a compiler."""
         start, width = self.geometry.page_size, self.geometry.window
         selector = self._selectors[self.config.selector]
         device = self.scheduler.req_to_token_pool.req_to_token.device
-        units = None
-        if selector.needs_queries:
-            count = 1 if self.config.query_heads == "rotating" else self.recorder.shape.group
-            units = torch.arange(count, device=device).clamp(max=self.recorder.num_units - 1)
-        job = WindowJob(
-            slots=torch.arange(start, start + width, dtype=torch.int32, device=device),
-            kept=self.config.kept(self.geometry.page_size),
-            selector=selector,
-            seed=0,
-            query_start=0,
-            query_count=width + self.geometry.delay,
-            units=units,
-        )
-        with self._forward_stream():
-            _keep_until_read(job)
-            self.kernels.compress(self._pool(), [job])
+        sizes = {1, self.recorder.shape.group} if selector.needs_queries else {0}
+        for size in sorted(sizes):
+            units = torch.arange(size, device=device)
+            job = WindowJob(
+                slots=torch.arange(start, start + width, dtype=torch.int32, device=device),
+                kept=self.config.kept(self.geometry.page_size),
+                selector=selector,
+                seed=0,
+                query_start=0,
+                query_count=width + self.geometry.delay,
+                units=units.clamp(max=self.recorder.num_units - 1) if size else None,
+            )
+            with self._forward_stream():
+                _keep_until_read(job)
+                self.kernels.compress(self._pool(), [job])
 
     # -- requests ----------------------------------------------------------------------------------
 

@@ -271,6 +271,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("kernels.py: no CUDA GPU here, nothing was measured")
 
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     torch.seed()  # fresh data in every run
     gpu = measured_ceilings()
     print(

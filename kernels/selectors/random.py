@@ -27,4 +27,7 @@ class RandomSelector(Selector):
     ) -> torch.Tensor:
         width, num_kv_heads, _ = keys.shape
         generator = torch.Generator().manual_seed(seed)
-        return torch.rand(num_kv_heads, width, generator=generator).to(keys.device, non_blocking=True)
+        scores = torch.rand(num_kv_heads, width, generator=generator)
+        if keys.is_cuda:  # from pageable memory the copy would wait for the stream
+            scores = scores.pin_memory()
+        return scores.to(keys.device, non_blocking=True)
