@@ -81,8 +81,8 @@ class Coordinator:
         self._arrivals = 0
 
     def warm_up(self) -> None:
-        """Run a pass over slots that nobody holds yet, for each size of recorder, so that no request waits
-        for a compiler."""
+        """Run a pass over slots that nobody holds yet, for each size of recorder, so that no request
+        waits for a compiler."""
         start, width = self.geometry.page_size, self.geometry.window
         selector = self._selectors[self.config.selector]
         device = self.scheduler.req_to_token_pool.req_to_token.device

@@ -131,6 +131,9 @@ def of_model_config(model: Any) -> list[str]:
         kinds.append(f"uses {model.attention_arch.name} attention")
     if model.is_hybrid_swa:
         kinds.append("mixes sliding-window and full attention")
+    layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
+    for other in sorted(set(layer_types) - {"full_attention", "attention"}):
+        kinds.append(f"has {other} layers")
     if model.attention_chunk_size is not None:
         kinds.append("uses chunked attention")
     name = ", ".join(model.hf_config.architectures)

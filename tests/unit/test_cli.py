@@ -294,6 +294,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, resolved: Any) -> Any:
         is_hybrid_swa=False,
         attention_chunk_size=None,
         hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]),
+        hf_text_config=SimpleNamespace(),
     )
 
     def run(*, cli_record: bool, model_changes: dict[str, Any] | None = None, **changes: Any) -> None:

@@ -159,6 +159,7 @@ def model(**changes: Any) -> SimpleNamespace:
         "is_hybrid_swa": False,
         "attention_chunk_size": None,
         "hf_config": SimpleNamespace(architectures=["TinyForCausalLM"]),
+        "hf_text_config": SimpleNamespace(layer_types=["full_attention", "full_attention"]),
     }
     return SimpleNamespace(**(fields | changes))
 
@@ -172,6 +173,14 @@ def model(**changes: Any) -> SimpleNamespace:
         ({"attention_arch": SimpleNamespace(name="SSM")}, "uses SSM attention"),
         ({"is_hybrid_swa": True}, "mixes sliding-window and full attention"),
         ({"attention_chunk_size": 8192}, "uses chunked attention"),
+        (
+            {"hf_text_config": SimpleNamespace(layer_types=["linear_attention", "full_attention"])},
+            "has linear_attention layers",
+        ),
+        (
+            {"hf_text_config": SimpleNamespace(layer_types=["sliding_attention"])},
+            "has sliding_attention layers",
+        ),
     ],
 )
 def test_refused_models(changes: dict[str, Any], kind: str) -> None:
