@@ -22,7 +22,7 @@ from importlib import metadata, util
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from kara_sglang import __version__, cpu_engine, hooks, plugin, refusals
+from kara_sglang import __version__, cpu_engine, hooks, plugin, refusals, serve
 from kara_sglang.config import KaraConfig
 
 if TYPE_CHECKING:
@@ -231,7 +231,10 @@ def check_model(plan: Plan) -> Iterator[Finding]:
     if plan.model_path is None:
         yield Finding(NOTE, "model", "not checked; add --model-path")
         return
-    record = ServerArgs(model_path=plan.model_path)
+    # The verdict proposes kara_sglang.serve on a CPU, so look at the page size that it passes.
+    served = plan.cpu and cpu_engine.is_installed()
+    page_size = {"page_size": int(serve.CPU_OPTIONS["--page-size"])} if served else {}
+    record = ServerArgs(model_path=plan.model_path, **page_size)
     try:
         model = model_config_of(record)
     except Exception as error:

@@ -30,7 +30,7 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None
 
 
 def test_names_and_labels(registry: CollectorRegistry) -> None:
-    """Those of issue 2, section 7, each with SGLang's own labels, at zero before the first pass."""
+    """Each with SGLang's own labels, at zero before the first pass."""
     Metrics(LABELS).update(Totals(), 0, 0, 0)
     names = {metric.name for metric in registry.collect()}
     assert names == {
