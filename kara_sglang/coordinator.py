@@ -226,7 +226,7 @@ class Coordinator:
                 if states[c.index].waits_for_recorder()
                 and self._has_use_for_recorder(batch.reqs[c.index], states[c.index])
             ]
-            waiting += self._pass_recorders_on(len(waiting), [batch.reqs[i] for i in due], due)
+            waiting += self._pass_recorders_on(batch, due, len(waiting))
             self._assign_recorders(batch, waiting)
             if self.recorder.stale:
                 with self._forward_stream():
@@ -264,7 +264,7 @@ class Coordinator:
         return 1.0 - idle / scheduler.max_total_num_tokens
 
     def _pass_recorders_on(
-        self, num_waiting: int, compressed: list[Req], indices: list[int]
+        self, batch: ScheduleBatch, compressed: list[int], num_waiting: int
     ) -> list[Candidate]:
         """Who has just been compressed gives the recorder back where it is of no more use to it, and,
         to queue for another, while others wait in vain.
@@ -276,7 +276,8 @@ class Coordinator:
         """
         cheapest = policy.cheapest(self.recorder.shape.group, self.config.query_heads)
         queue = []
-        for index, req in zip(indices, compressed, strict=True):
+        for index in compressed:
+            req = batch.reqs[index]
             state: RequestState = getattr(req, STATE)
             if state.recorder is None:
                 continue
