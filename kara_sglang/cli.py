@@ -47,6 +47,12 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         help="Memory for recorded queries in GiB per rank; requests that find no room in it stay "
         "uncompressed until there is. Default: 2 if the selector needs queries, else 0.",
     )
+    group.add_argument(
+        "--kv-compress-prefix-reuse",
+        metavar="{exact,compressed}",
+        help="What the prefix cache keeps of a compressed request: its exact prompt only, or its "
+        f"compressed output as well. Default: {default.prefix_reuse}.",
+    )
     keys = ", ".join(f"{key} ({getattr(default, key)})" for key in CONFIG_KEYS)
     group.add_argument(
         "--kv-compress-config",
@@ -85,6 +91,8 @@ def read_flags(namespace: argparse.Namespace) -> KaraConfig | None:
         text = getattr(namespace, f"kv_compress_{key}", None)
         if text is not None:
             explicit[key] = _number(settings.flag_of(key), text, kind)
+    if (reuse := getattr(namespace, "kv_compress_prefix_reuse", None)) is not None:
+        explicit["prefix_reuse"] = reuse
     text = getattr(namespace, "kv_compress_config", None)
     if text is not None:
         object_settings = settings.read_config_object(text)
@@ -128,7 +136,7 @@ def _number(flag: str, text: Any, kind: type[int] | type[float]) -> int | float:
 def check_server_args(_result: None, record: Any) -> None:
     """AFTER ``ServerArgs.check_server_args``: the last stop before any process is started."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     try:
         plugin.set_launched(None)
@@ -139,12 +147,14 @@ def check_server_args(_result: None, record: Any) -> None:
         for refused in (
             refusals.of_version,
             plugin.hook_parent,
-            lambda: refusals.of_flags(resolved),
+            lambda: refusals.of_flags(resolved) + refusals.of_sharing(resolved, config),
             lambda: refusals.of_model_config(model_config_of(record)),
         ):
             if lines := refused():
                 raise ValueError("; ".join(lines))
         config.check_page_size(resolved.page_size)
+        if config.prefix_reuse == "compressed":
+            declare_resolution(record, "kara_sglang", radix_cache_backend=refusals.CACHE_BACKEND)
         plugin.set_launched(config)
     except ValueError as error:
         if not getattr(record, _FROM_CLI, False):
