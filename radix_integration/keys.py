@@ -65,7 +65,7 @@ def physical_key(seed: bytes, tokens: memoryview, windows: Iterable[Window]) -> 
     array of int64
         As long as ``tokens`` less what the windows gave back.
     """
-    running = hashlib.blake2b(seed, digest_size=32)
+    running = hashlib.blake2b(seed, digest_size=16)
     key, done = array("q"), 0
     for window in windows:
         start, end = window.logical_start, window.logical_start + window.width
@@ -81,5 +81,8 @@ def physical_key(seed: bytes, tokens: memoryview, windows: Iterable[Window]) -> 
 
 
 def _ids(digest: bytes, count: int) -> bytes:
-    drawn = np.frombuffer(hashlib.shake_128(digest).digest(8 * count), dtype="<u8")
-    return (drawn % np.uint64(_NUM_IDS) + np.uint64(FIRST_ID)).astype(np.int64).tobytes()
+    """``count`` ids; the first two carry 60 bits each of the digest, so two windows of more than one
+    slot are the same where 120 bits of their digests are."""
+    first, step = (int.from_bytes(part, "little") for part in (digest[:8], digest[8:16]))
+    ids = np.uint64(first) + np.arange(count, dtype=np.uint64) * np.uint64(step)
+    return (ids % np.uint64(_NUM_IDS) + np.uint64(FIRST_ID)).astype(np.int64).tobytes()

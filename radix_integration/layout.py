@@ -84,58 +84,54 @@ class LayoutIndex:
     Parameters
     ----------
     capacity : int
-        Digests that are kept; the least recently used goes first.
+        Windows that are remembered in all; what was least recently used goes first.
     per_text : int
-        Layouts that are kept for one digest. Requests that fork from one text differ in layout only
-        where a window went without a recorder.
+        Layouts that are remembered for one digest. Requests that fork from one text differ in layout
+        only where a window went without a recorder.
     """
 
-    def __init__(self, capacity: int = 4096, per_text: int = 4) -> None:
+    def __init__(self, capacity: int = 65536, per_text: int = 4) -> None:
         self.capacity = capacity
         self.per_text = per_text
-        self._entries: OrderedDict[bytes, list[Layout]] = OrderedDict()
-        self._starts: dict[bytes, int] = {}  # of each entry's first window
-        self._num_with_start: Counter[int] = Counter()
-
-    def __len__(self) -> int:
-        return len(self._entries)
+        self.num_windows = 0
+        self._layouts: OrderedDict[bytes, list[Layout]] = OrderedDict()  # the newest layout first
+        self._num_with_start: Counter[int] = Counter()  # digests by a_1
 
     def add(self, seed: bytes, tokens: memoryview, layout: Layout) -> None:
         """Remember that ``tokens`` are in the tree under ``layout``, or that they were found there."""
-        start = layout.windows[0].logical_start
-        [digest] = prefix_digests(seed, tokens, [start])
-        if digest not in self._entries:
-            self._entries[digest] = []
-            self._starts[digest] = start
-            self._num_with_start[start] += 1
-        self._entries.move_to_end(digest)
-        known = self._entries[digest]
-        for other in known:
-            if other.windows[: len(layout.windows)] == layout.windows:
-                layout = other  # as long or longer
-                break
-        # The newest comes first; one that the new one continues is part of it.
-        rest = [one for one in known if one.windows != layout.windows[: len(one.windows)]]
-        self._entries[digest] = [layout, *rest][: self.per_text]
-        while len(self._entries) > self.capacity:
-            self._forget(next(iter(self._entries)))
+        [digest] = prefix_digests(seed, tokens, [layout.windows[0].logical_start])
+        known = self._forget(digest)
+        longer = (one for one in known if one.windows[: len(layout.windows)] == layout.windows)
+        layout = next(longer, layout)
+        # A layout that this one continues is part of it.
+        others = [one for one in known if one.windows != layout.windows[: len(one.windows)]]
+        self._remember(digest, [layout, *others][: self.per_text])
+        while self.num_windows > self.capacity:
+            self._forget(next(iter(self._layouts)))
 
     def find(self, seed: bytes, tokens: memoryview, limit: int) -> Iterator[Layout]:
         """Layouts whose first window starts in the first ``limit`` tokens of a text that begins with
         ``tokens``; the longest exact parts first."""
         starts = sorted(start for start in self._num_with_start if start <= limit)
-        digests = prefix_digests(seed, tokens, starts)
-        for digest in reversed(digests):
-            yield from self._entries.get(digest, ())
+        for digest in reversed(prefix_digests(seed, tokens, starts)):
+            yield from self._layouts.get(digest, ())
 
     def clear(self) -> None:
-        self._entries.clear()
-        self._starts.clear()
+        self.num_windows = 0
+        self._layouts.clear()
         self._num_with_start.clear()
 
-    def _forget(self, digest: bytes) -> None:
-        del self._entries[digest]
-        start = self._starts.pop(digest)
-        self._num_with_start[start] -= 1
-        if not self._num_with_start[start]:
-            del self._num_with_start[start]
+    def _remember(self, digest: bytes, layouts: list[Layout]) -> None:
+        self._layouts[digest] = layouts
+        self._num_with_start[layouts[0].windows[0].logical_start] += 1
+        self.num_windows += sum(len(layout.windows) for layout in layouts)
+
+    def _forget(self, digest: bytes) -> list[Layout]:
+        layouts = self._layouts.pop(digest, [])
+        if layouts:
+            start = layouts[0].windows[0].logical_start
+            self._num_with_start[start] -= 1
+            if not self._num_with_start[start]:
+                del self._num_with_start[start]
+            self.num_windows -= sum(len(layout.windows) for layout in layouts)
+        return layouts
