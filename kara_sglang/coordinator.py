@@ -205,29 +205,24 @@ class Coordinator:
         Called before SGLang's memory check and before it prepares the decode step, so that freed pages
         can spare a retraction.
         """
-        states = [
-            getattr(req, STATE) if hasattr(req, STATE) else self._admit(req) for req in batch.reqs
-        ]
-        candidates = [
-            self._candidate(index, req, state)
-            for index, (req, state) in enumerate(zip(batch.reqs, states, strict=True))
-            if state is not None
-        ]
-        due = self.policy.due(
-            [c for c in candidates if self._can_compress(batch.reqs[c.index], states[c.index])],
-            self._pool_usage(),
-        )
+        ready: list[Candidate] = []
+        waiting: list[Candidate] = []
+        for index, req in enumerate(batch.reqs):
+            state = getattr(req, STATE) if hasattr(req, STATE) else self._admit(req)
+            if state is None:
+                continue
+            if state.waits_for_recorder():
+                if self._has_use_for_recorder(req, state):
+                    waiting.append(self._candidate(index, req, state))
+            elif req.kv.kv_committed_len >= state.due_at(self.geometry) and _goes_on(req):
+                ready.append(self._candidate(index, req, state))
+        due = self.policy.due(ready, self._pool_usage)
         if due:
             self._compress(batch, due)
         if self.recorder is not None:
-            waiting = [
-                c
-                for c in candidates
-                if states[c.index].waits_for_recorder()
-                and self._has_use_for_recorder(batch.reqs[c.index], states[c.index])
-            ]
             waiting += self._pass_recorders_on(batch, due, len(waiting))
-            self._assign_recorders(batch, waiting)
+            if waiting:
+                self._assign_recorders(batch, waiting)
             if self.recorder.stale:
                 with self._forward_stream():
                     self.recorder.flush()
@@ -245,12 +240,6 @@ class Coordinator:
             uncompressed=state.uncompressed(kv_len),
             gain=self.geometry.window - state.kept,
         )
-
-    def _can_compress(self, req: Req, state: RequestState) -> bool:
-        if state.waits_for_recorder() or req.finished() or req.to_finish is not None:
-            return False
-        # The step in flight may end it; its window would be compressed for nothing.
-        return not req.next_output_finishes_by_length()
 
     def _has_use_for_recorder(self, req: Req, state: RequestState) -> bool:
         left = req.sampling_params.max_new_tokens - len(req.output_ids)
@@ -461,6 +450,14 @@ def _keep_until_read(job: WindowJob) -> None:
     for tensor in (job.slots, job.units):
         if tensor is not None and tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream())
+
+
+def _goes_on(req: Req) -> bool:
+    """Whether the request outlives the step in flight; otherwise its window would be compressed for
+    nothing."""
+    if req.finished() or req.to_finish is not None:
+        return False
+    return not req.next_output_finishes_by_length()
 
 
 def _skip_reason(req: Req) -> str | None:

@@ -42,15 +42,16 @@ def lag(config: KaraConfig) -> int:
 class Policy(Protocol):
     """Decides, once per decode step, whose window is compressed."""
 
-    def due(self, candidates: Sequence[Candidate], pool_usage: float) -> list[int]:
+    def due(self, candidates: Sequence[Candidate], pool_usage: Callable[[], float]) -> list[int]:
         """Batch indices to compress in this step, ascending.
 
         Parameters
         ----------
         candidates : sequence of Candidate
-            The running requests that could be compressed, in batch order.
-        pool_usage : float
-            Share of the KV pool that running requests hold.
+            The running requests that could be compressed, in batch order; also those of negative
+            ``overdue``, which never are.
+        pool_usage : callable
+            Returns the share of the KV pool that running requests hold; it takes time.
         """
 
 
@@ -67,7 +68,7 @@ class Periodic:
         self.limit = limit
         self.step = 0
 
-    def due(self, candidates: Sequence[Candidate], pool_usage: float) -> list[int]:
+    def due(self, candidates: Sequence[Candidate], pool_usage: Callable[[], float]) -> list[int]:
         self.step += 1
         if self.step % self.period:
             return []
@@ -88,7 +89,7 @@ class Threshold:
     def __init__(self, threshold: int) -> None:
         self.threshold = threshold
 
-    def due(self, candidates: Sequence[Candidate], pool_usage: float) -> list[int]:
+    def due(self, candidates: Sequence[Candidate], pool_usage: Callable[[], float]) -> list[int]:
         long = [c for c in candidates if c.kv_len >= self.threshold]
         return _first(long, len(long), lambda c: (c.index,))
 
@@ -103,10 +104,10 @@ class Pressure:
         self._periodic = Periodic(period, limit)
         self.min_usage = min_usage
 
-    def due(self, candidates: Sequence[Candidate], pool_usage: float) -> list[int]:
+    def due(self, candidates: Sequence[Candidate], pool_usage: Callable[[], float]) -> list[int]:
         periodic = self._periodic
         periodic.step += 1
-        if pool_usage < self.min_usage or periodic.step % periodic.period:
+        if periodic.step % periodic.period or not candidates or pool_usage() < self.min_usage:
             return []
         return _first(candidates, periodic.limit, lambda c: (-c.gain, -c.uncompressed, c.order))
 
