@@ -67,6 +67,15 @@ class Server:
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
         raise RuntimeError(f"the server did not come up; the end of {self.log}:\n{tail}")
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def get(self, path: str) -> requests.Response:
+        response = requests.get(self.url + path, timeout=600)
+        response.raise_for_status()
+        return response
+
     def post(self, path: str, body: dict) -> requests.Response:
         response = requests.post(self.url + path, json=body, timeout=600)
         response.raise_for_status()

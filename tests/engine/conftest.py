@@ -12,7 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from server import Server, launch
-from tiny_model import VOCAB, make_tiny_llama
+
+from kara_sglang.benchmarks.tiny_model import VOCAB, make_tiny_llama
 
 PAGE_16 = ("--page-size", "16", "--max-total-tokens", "8192", "--dtype", "float32")
 WINDOW = (
