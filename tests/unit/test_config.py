@@ -44,6 +44,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "threshold": 0,
         "min_pool_usage": 0.8,
         "seed": 0,
+        "trace": None,
         "debug_checks": False,
     }
     assert (
