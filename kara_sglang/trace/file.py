@@ -131,7 +131,7 @@ def prepare_folder(text: str) -> None:
 
 def file_name(rid: str, tp_rank: int = 0, tp_size: int = 1) -> str:
     """The file of a request, safe on any file system: a rid is whatever the client sent."""
-    stem = re.sub(r"[^A-Za-z0-9_-]", "_", rid)[:_LONGEST_NAME]
+    stem = re.sub(r"[^A-Za-z0-9_-]", "_", rid)[:_LONGEST_NAME] or "_"
     if stem != rid:  # what was replaced or cut off may be all that tells two of them apart
         stem += f"-{zlib.crc32(rid.encode(errors='replace')):08x}"
     return f"{stem}.tp{tp_rank}.npz" if tp_size > 1 else f"{stem}.npz"

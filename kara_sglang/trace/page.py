@@ -77,7 +77,9 @@ def _facts(trace: Trace) -> Iterator[str]:
 
 def _sections(trace: Trace, texts: Sequence[str], prompt_length: int) -> Iterator[str]:
     """Prompt, windows, and what lies between and behind them, in the order of the text."""
-    levels = np.rint(trace.mean() * LEVELS).astype(int)
+    sets = trace.bits.shape[1] * trace.bits.shape[2]
+    counts = trace.keeps().sum(axis=(1, 2), dtype=np.int64)
+    levels = (2 * LEVELS * counts + sets) // (2 * sets)  # rounded, halves up, as the script does it
     position = 0
     for number, (start, _, width, kept) in enumerate(trace.windows.tolist()):
         yield from _uncompressed(texts, position, start, prompt_length)
