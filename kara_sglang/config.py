@@ -61,6 +61,9 @@ class KaraConfig:
         Both ends of a chunk must score above this quantile of the window.
     last_queries
         How many of the newest queries ``snapkv`` looks through.
+    granularity
+        ``head``: each KV head keeps its own tokens; ``layer``: the heads' scores are added up and all
+        heads of a layer (of a rank) keep the same. For ``kara``, ``causal`` and ``snapkv``.
     query_heads
         ``all`` query heads are recorded, ``rotating``: one of each GQA group in turn, ``auto``: all
         while the ring has room and rotating when it has not.
@@ -94,6 +97,7 @@ class KaraConfig:
     chunk_width: int = 8
     chunk_quantile: float = 0.8
     last_queries: int = 32
+    granularity: Literal["head", "layer"] = "head"
     query_heads: Literal["auto", "all", "rotating"] = "auto"
     query_dtype: Literal["fp8", "model"] = "fp8"
     policy: Literal["periodic", "threshold", "pressure"] = "periodic"

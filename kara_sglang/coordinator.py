@@ -26,7 +26,7 @@ from kara_sglang.metrics import Metrics
 from kara_sglang.options import RequestOptions
 from kara_sglang.policy import Candidate
 from kara_sglang.radix_integration import exact
-from kara_sglang.recorder import LAG, QueryRecorder, to_device
+from kara_sglang.recorder import QueryRecorder, to_device
 from kara_sglang.state import Geometry, RequestState
 from kara_sglang.stats import Totals
 from kara_sglang.trace.tracer import Tracer
@@ -238,7 +238,7 @@ class Coordinator:
 
     def _candidate(self, index: int, req: Req, state: RequestState) -> Candidate:
         kv_len = req.kv.kv_committed_len
-        if state.recorder is not None and kv_len - state.due_at(self.geometry) > LAG:
+        if state.recorder is not None and kv_len - state.due_at(self.geometry) > self.recorder.lag:
             # The ring has come round: the first window that it still covers is the next one now.
             self._lose(state, "late", kv_len - self.recorder.ring_len)
         return Candidate(

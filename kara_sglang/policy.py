@@ -6,9 +6,12 @@ tensor-parallel ranks agree without talking to each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from kara_sglang.recorder import LAG
 
 if TYPE_CHECKING:
     from kara_sglang.config import KaraConfig
@@ -24,6 +27,16 @@ class Candidate:
     overdue: int  # beyond the length at which its next window can be compressed; negative: not due
     uncompressed: int  # from its next window's start on
     gain: int  # slots that its next window gives back
+
+
+SPREAD = 32
+"""Steps over which windows that fall due together are spread, so that no step is held up by all of
+them. Half of what the recorder waits for at least."""
+
+
+def lag(config: KaraConfig) -> int:
+    """Tokens that a due window may have to wait for its pass: ``QueryRecorder.lag``."""
+    return max(LAG, config.period + SPREAD)
 
 
 class Policy(Protocol):
@@ -45,7 +58,8 @@ class Periodic:
     """The paper's policy (section 4.3): one global step counter, a fixed period, at most n requests.
 
     The cost of compression is bounded whatever the number of running requests. Those that have waited
-    longest go first, the older on ties.
+    longest go first, the older on ties. No more go in one step than must for all to have gone when the
+    first of them has waited :data:`SPREAD` steps.
     """
 
     def __init__(self, period: int, limit: int) -> None:
@@ -57,7 +71,12 @@ class Periodic:
         self.step += 1
         if self.step % self.period:
             return []
-        return _first(candidates, self.limit, lambda c: (-c.overdue, c.order))
+        waited = [c.overdue for c in candidates if c.overdue >= 0]
+        if not waited:
+            return []
+        passes_left = max(1, (SPREAD - max(waited)) // self.period)
+        share = math.ceil(len(waited) / passes_left)
+        return _first(candidates, min(self.limit, share), lambda c: (-c.overdue, c.order))
 
 
 class Threshold:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from random import Random
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from kara_sglang import policy
 from kara_sglang.config import KaraConfig
-from kara_sglang.policy import Candidate, Periodic, Policy, Pressure, Threshold, grants
+from kara_sglang.policy import SPREAD, Candidate, Periodic, Policy, Pressure, Threshold, grants
 
 
 def candidate(index: int, **changes: int) -> Candidate:
@@ -69,12 +70,29 @@ def test_the_order_of_the_batch_does_not_matter(batch, random) -> None:
 @given(batches(), st.integers(1, 13))
 def test_periodic_takes_the_longest_waiting(batch, limit) -> None:
     """At most ``limit``; nobody left behind has waited longer, or as long and come earlier."""
+    batch = [dataclasses.replace(c, overdue=c.overdue + SPREAD * (c.overdue >= 0)) for c in batch]
     chosen = Periodic(1, limit).due(batch, 0.0)
     ready = [c for c in batch if c.overdue >= 0]
     assert len(chosen) == min(limit, len(ready))
     left = [c for c in ready if c.index not in chosen]
     for taken in (batch[index] for index in chosen):
         assert all((taken.overdue, -taken.order) > (c.overdue, -c.order) for c in left)
+
+
+@pytest.mark.parametrize("period", [1, 4, 16])
+@pytest.mark.parametrize("size", [1, 7, 32, 300])
+def test_periodic_spreads_what_falls_due_together(size: int, period: int) -> None:
+    """No pass takes more than its share, and nobody waits longer than the spread and a period."""
+    one = Periodic(period, 1000)
+    share = -(-size // max(1, SPREAD // period - 1))
+    waiting = list(range(size))
+    for step in range(SPREAD + 2 * period):
+        batch = [candidate(index, overdue=step) for index in waiting]
+        chosen = one.due(batch, 0.0)
+        assert len(chosen) <= share + 1
+        waiting = [index for index in waiting if index not in chosen]
+        if step >= SPREAD + period:
+            assert not waiting
 
 
 @settings(max_examples=200)

@@ -845,7 +845,7 @@ def test_traced_histories(tmp_path: Path) -> None:
 def test_histories_of_rows_and_pages(block: int) -> None:
     """Thousands of histories of lengths, rows and pages alone."""
     worlds = [run_history(seed, real=False) for seed in range(250 * block, 250 * block + 250)]
-    assert sum(world.windows for world in worlds) > 1000
+    assert sum(world.windows for world in worlds) > 900
     assert sum(world.retractions for world in worlds) > 100
 
 
