@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from kara_sglang import config as settings
 from kara_sglang import plugin, refusals
 from kara_sglang.config import CONFIG_KEYS, NONE, PRESETS, SELECTORS, KaraConfig
+from kara_sglang.trace.file import prepare_folder
 
 _FROM_CLI = "_kv_compress_from_cli"
 """Mark on a ``ServerArgs`` record: errors end the process with one line instead of an exception."""
@@ -47,6 +48,12 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         help="Memory for recorded queries in GiB per rank; requests that find no room in it stay "
         "uncompressed until there is. Default: 2 if the selector needs queries, else 0.",
     )
+    group.add_argument(
+        "--kv-compress-trace",
+        metavar="DIR",
+        help="Write a file per request into this folder: its text and which tokens each window kept. "
+        "python -m kara_sglang.trace show FILE makes a page of it. Default: no files.",
+    )
     keys = ", ".join(f"{key} ({getattr(default, key)})" for key in CONFIG_KEYS)
     group.add_argument(
         "--kv-compress-config",
@@ -81,10 +88,10 @@ def read_flags(namespace: argparse.Namespace) -> KaraConfig | None:
     """
     selector = getattr(namespace, "kv_compress", None)
     explicit: dict[str, Any] = {}
-    for key, kind in (("window", int), ("retain", float), ("query_mem_gb", float)):
+    for key, kind in (("window", int), ("retain", float), ("query_mem_gb", float), ("trace", None)):
         text = getattr(namespace, f"kv_compress_{key}", None)
         if text is not None:
-            explicit[key] = _number(settings.flag_of(key), text, kind)
+            explicit[key] = text if kind is None else _number(settings.flag_of(key), text, kind)
     text = getattr(namespace, "kv_compress_config", None)
     if text is not None:
         object_settings = settings.read_config_object(text)
@@ -145,6 +152,8 @@ def check_server_args(_result: None, record: Any) -> None:
             if lines := refused():
                 raise ValueError("; ".join(lines))
         config.check_page_size(resolved.page_size)
+        if config.trace is not None:
+            prepare_folder(config.trace)
         plugin.set_launched(config)
     except ValueError as error:
         if not getattr(record, _FROM_CLI, False):

@@ -81,6 +81,8 @@ class KaraConfig:
         Share of the KV pool in use below which nothing is compressed (``pressure``).
     seed
         Seeds the ``random`` selector.
+    trace
+        Folder for one file per request that says which tokens its windows kept; None: no files.
     debug_checks
         Checks the invariants of every pass on the device, too (synchronises; for tests).
     """
@@ -104,6 +106,7 @@ class KaraConfig:
     threshold: int = 0
     min_pool_usage: float = 0.8
     seed: int = 0
+    trace: str | None = None
     debug_checks: bool = False
 
     def __post_init__(self) -> None:
@@ -181,6 +184,7 @@ FLAGS = {
     "window": "--kv-compress-window",
     "retain": "--kv-compress-retain",
     "query_mem_gb": "--kv-compress-query-mem-gb",
+    "trace": "--kv-compress-trace",
 }
 
 CONFIG_KEYS: tuple[str, ...] = tuple(
@@ -202,6 +206,7 @@ _RANGES = (
     ("min_pool_usage", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
     ("max_requests_per_pass", lambda v: 1 <= v <= 65536, "between 1 and 65536"),
     ("seed", lambda v: 0 <= v < 2**31, "between 0 and 2**31 - 1"),
+    ("trace", lambda v: v is None or bool(v.strip()), "the name of a folder"),
 )
 
 

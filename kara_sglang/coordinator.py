@@ -29,6 +29,7 @@ from kara_sglang.radix_integration import exact
 from kara_sglang.recorder import QueryRecorder, to_device
 from kara_sglang.state import Geometry, RequestState
 from kara_sglang.stats import Totals
+from kara_sglang.trace.tracer import Tracer
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -77,6 +78,7 @@ class Coordinator:
         self.metrics: Metrics | None = None
         if context.current_scheduler_metrics_enabled:
             self.metrics = Metrics(context.collector.labels)
+        self.tracer = Tracer(scheduler, config) if config.trace is not None else None
         self._selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
         self._arrivals = 0
 
@@ -175,6 +177,8 @@ class Coordinator:
         """The request gives its row back (finished, aborted or retracted)."""
         state = getattr(req, STATE, None)
         if state is not None:
+            if self.tracer is not None:
+                self.tracer.end(req, state)
             self._drop_recorder(req, state)
         running = self.scheduler.running_batch.reqs
         if not any(other is not req and other.kv.holds_kv for other in running):
@@ -345,6 +349,8 @@ class Coordinator:
             kept = self.kernels.compress(self._pool(), jobs)
             if self.config.debug_checks:
                 _check_kept(kept, jobs, geometry.page_size)
+            if self.tracer is not None:
+                self.tracer.add([getattr(batch.reqs[index], STATE) for index in due], kept)
 
         # Rebound, never written in place: overlap scheduling keeps older batches in flight.
         batch.seq_lens = batch.seq_lens - to_device(freed, batch.seq_lens.device)

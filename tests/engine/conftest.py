@@ -34,6 +34,12 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `kara` leaves a file for each request."""
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("model") / "tiny-llama")
 
@@ -46,8 +52,9 @@ def stock(tiny_model: Path, logs: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def kara(tiny_model: Path, logs: Path) -> Iterator[Server]:
-    """Page size 16, float32, overlap scheduling on; selectors are chosen per request."""
+def kara(tiny_model: Path, logs: Path, traces: Path) -> Iterator[Server]:
+    """Page size 16, float32, overlap scheduling on, traces; selectors are chosen per request."""
     flags = ("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", *WINDOW)
+    flags += ("--kv-compress-trace", str(traces))
     with launch(tiny_model, logs / "kara.log", *flags) as server:
         yield server

@@ -6,13 +6,15 @@ import json
 import sys
 
 
-def main(model: str) -> None:
+def main(model: str, traces: str) -> None:
     import sglang
     from conftest import prompt
 
     import kara_sglang
 
-    kara_sglang.configure("kara", window=64, delay=16, query_mem_gb=0.05, debug_checks=True)
+    kara_sglang.configure(
+        "kara", window=64, delay=16, query_mem_gb=0.05, debug_checks=True, trace=traces
+    )
     engine = sglang.Engine(
         model_path=model,
         tp_size=2,
@@ -47,4 +49,4 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -45,6 +45,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "threshold": 0,
         "min_pool_usage": 0.8,
         "seed": 0,
+        "trace": None,
         "debug_checks": False,
     }
     assert (
@@ -110,6 +111,7 @@ WRONG_TYPE: list[tuple[str, Any, str]] = [
     ("period", 0.5, "--kv-compress-config: period must be a whole number"),
     ("max_requests_per_pass", None, "max_requests_per_pass must be a whole number"),
     ("seed", 1.0, "--kv-compress-config: seed must be a whole number"),
+    ("trace", 1, "--kv-compress-trace must be a string or null"),
     ("debug_checks", 1, "--kv-compress-config: debug_checks must be true or false"),
     ("debug_checks", "true", "--kv-compress-config: debug_checks must be true or false"),
 ]
@@ -144,6 +146,7 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("max_requests_per_pass", 0, "between 1 and 65536"),
     ("seed", -1, "between 0 and 2**31 - 1"),
     ("seed", 2**31, "between 0 and 2**31 - 1"),
+    ("trace", " ", "the name of a folder"),
 ]
 
 

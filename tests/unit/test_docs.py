@@ -127,7 +127,8 @@ def test_the_example_of_the_ring_prints_what_it_says():
 
 
 def test_links_between_the_documents_lead_somewhere():
-    for path in (README, ARCHITECTURE, CONFIGURATION, ROOT / "CHANGELOG.md"):
+    trace = ROOT / "docs" / "trace.md"
+    for path in (README, ARCHITECTURE, CONFIGURATION, trace, ROOT / "CHANGELOG.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
