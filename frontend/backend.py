@@ -380,8 +380,9 @@ class KaraEndpoint(RuntimeEndpoint):
                 "serve`, or give its address (http://HOST:PORT)"
             ) from error
         if response.status_code != 200:
+            hint = "; give the server's key as api_key" if response.status_code == 401 else ""
             raise EndpointError(
-                f"{self.base_url}{path}: HTTP {response.status_code}: {_message(response)}"
+                f"{self.base_url}{path}: HTTP {response.status_code}: {_message(response)}{hint}"
             )
         return response
 

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -61,6 +61,12 @@ def assert_reuse(previous: Step, step: Step, settings: dict, page_size: int) -> 
         assert step.reused_tokens == step.reused_slots == 0
 
 
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    pairs = zip(one, other, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 @sgl.function
 def four_steps(s, question):
     s += question
@@ -83,6 +89,21 @@ def test_four_steps_keep_their_ids(server: str, request, connect, tiny_tokenizer
     # Worth the trouble: the same text tokenised anew is another prompt.
     assert tuple(tiny_tokenizer.encode(state.text())) != ids(steps[-1])
     assert endpoint.ledger.totals.slots_held < endpoint.ledger.totals.logical_length
+
+
+def test_answers_of_the_modes_are_compared(request, connect) -> None:
+    """Compressed KV gives other answers than stock's; it prints after how many tokens of a step."""
+    answers = {}
+    for server in (*REUSE_SERVERS, "stock"):
+        endpoint = connect(request.getfixturevalue(server))
+        four_steps.run(QUESTION, backend=endpoint, temperature=0, use_thread=False)
+        answers[server] = [step.output_ids for step in endpoint.ledger.steps], endpoint.settings
+    stock, _ = answers.pop("stock")
+    for server, (steps, settings) in answers.items():
+        same = [common(mine, theirs) for mine, theirs in zip(steps, stock, strict=True)]
+        print(f"{server}: tokens of each step that are as in stock: {same}")
+        # Nothing is compressed before the first window falls due.
+        assert same[0] >= settings["window"] + settings["delay"]
 
 
 def test_streaming_keeps_the_same_ids(kara: Server, connect) -> None:
