@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from server import Server, launch
+from server import Server, free_port, launch, run, wait_until_ready
 
 from kara_sglang.benchmarks.tiny_model import VOCAB, make_tiny_llama
 
@@ -58,3 +59,19 @@ def kara(tiny_model: Path, logs: Path, traces: Path) -> Iterator[Server]:
     flags += ("--kv-compress-trace", str(traces))
     with launch(tiny_model, logs / "kara.log", *flags) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def smollm2(logs: Path) -> Iterator[Server]:
+    """The embedded model behind `python -m kara_sglang.serve`, as `make serve` runs it."""
+    port = free_port()
+    log = logs / "smollm2.log"
+    flags = ("--port", str(port), "--", "--enable-metrics", "--sleep-on-idle")
+    flags += ("--kv-compress-trace", str(logs / "smollm2-traces"))
+    with run(("-m", "kara_sglang.serve", *flags), log) as process:
+        wait_until_ready(process, port, log, timeout=240)
+        for _ in range(60):  # the line to try comes a moment later
+            if "curl " in log.read_text():
+                break
+            time.sleep(0.5)
+        yield Server(process, port, log)

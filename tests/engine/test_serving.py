@@ -7,32 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 
 import pytest
 import requests
-from server import Server, free_port, in_parallel, run, wait_until_ready
+from server import Server, in_parallel
 
 QUESTION = [{"role": "user", "content": "Tell me about the history of bread, in detail."}]
-
-
-@pytest.fixture(scope="module")
-def smollm2(logs: Path) -> Iterator[Server]:
-    """The embedded model behind `python -m kara_sglang.serve`, as `make serve` runs it."""
-    port = free_port()
-    log = logs / "smollm2.log"
-    flags = ("--port", str(port), "--", "--enable-metrics", "--sleep-on-idle")
-    flags += ("--kv-compress-trace", str(logs / "smollm2-traces"))
-    with run(("-m", "kara_sglang.serve", *flags), log) as process:
-        wait_until_ready(process, port, log, timeout=240)
-        for _ in range(60):  # the line to try comes a moment later
-            if "curl " in log.read_text():
-                break
-            time.sleep(0.5)
-        yield Server(process, port, log)
 
 
 def chat(server: Server, *, tokens: int, **extra: object) -> requests.Response:
