@@ -168,7 +168,7 @@ def execute(
     from kara_sglang.benchmarks.serving.measure import Journal, failure, run, schedule
     from kara_sglang.benchmarks.serving.plots import draw
     from kara_sglang.benchmarks.serving.report import headline, markdown
-    from kara_sglang.benchmarks.serving.server import Servers
+    from kara_sglang.benchmarks.serving.server import Servers, end_on_sigterm
 
     console = Console(stderr=True)
     settings = {
@@ -186,6 +186,7 @@ def execute(
 
     runs = [job for job in schedule(cells, options.repetitions, resident) if not journal.has(*job)]
     runs = list(dict.fromkeys(runs))
+    end_on_sigterm()
     failed: dict[str, str] = {}
     columns = (
         TextColumn("{task.description}", markup=False),

@@ -27,7 +27,7 @@ from kara_sglang import cpu_engine
 from kara_sglang.benchmarks.serving.__main__ import machine
 from kara_sglang.benchmarks.serving.peers import PEERS, Setup
 from kara_sglang.benchmarks.serving.rows import Row
-from kara_sglang.benchmarks.serving.server import Server
+from kara_sglang.benchmarks.serving.server import Server, end_on_sigterm
 from kara_sglang.benchmarks.tiny_model import add_word_tokenizer, make_tiny_llama
 from kara_sglang.hooks import CHILD_HOOKS
 
@@ -89,6 +89,7 @@ def main() -> int:
     if shutil.which("py-spy", path=str(Path(sys.executable).parent)) is None:
         parser.error("py-spy is needed: pip install py-spy")
 
+    end_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="kara-overhead-") as name:
         folder = Path(name)
         setup = Setup(

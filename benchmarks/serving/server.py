@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -18,6 +19,11 @@ from kara_sglang.benchmarks.serving.peers import Peer, Setup
 from kara_sglang.benchmarks.serving.rows import Row
 
 START_SECONDS = 1800
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that no server is left behind."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 class Server:
