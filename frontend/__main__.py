@@ -104,7 +104,7 @@ def _check(options: argparse.Namespace) -> None:
                 f"--kv-compress is no JSON ({error}); give an object, true or false"
             ) from error
     if not options.json and importlib.util.find_spec("rich") is None:
-        raise Refusal("rich is not installed; pip install 'kara-sglang[frontend]', or use --json")
+        raise Refusal("rich is not installed; pip install rich, or use --json")
     if importlib.util.find_spec("sglang") is None:
         raise Refusal("sglang is not installed; programs are written in its frontend language")
 

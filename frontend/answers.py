@@ -11,10 +11,10 @@ from fractions import Fraction
 HAS_MATH_VERIFY = importlib.util.find_spec("math_verify") is not None
 MISSING_MATH_VERIFY = (
     "math-verify is not installed: answers are compared as numbers and as text only, so 1/2 and "
-    "\\frac{1}{2} count as different (pip install 'kara-sglang[frontend]')"
+    "\\frac{1}{2} count as different (pip install math-verify)"
 )
 
-_STATED = re.compile(r"answer\s*(?:is|:|=)\s*:?\s*(.+?)(?:\.\s|$)", re.IGNORECASE | re.MULTILINE)
+_STATED = re.compile(r".*\banswer\s*(?:is|:|=)\s*:?\s*(.+?)(?:\.\s|$)", re.IGNORECASE | re.MULTILINE)
 _NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+|/\d+)?")
 _NUMBER_AND_UNIT = re.compile(rf"\$?({_NUMBER.pattern})\s*%?(?:\s+[a-z]{{2,}}.*)?", re.IGNORECASE)
 _DECORATION = " .*_`$\"'"

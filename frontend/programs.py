@@ -89,10 +89,8 @@ def self_consistency(
 ) -> SelfConsistency:
     """Several chains from one prompt, then a majority vote (Wang et al., arXiv 2203.11171)."""
     _at_least_one(chains=chains)
-    s = _run(
-        *(_self_consistency, endpoint, temperature),
-        **{"question": question, "chains": chains, "max_tokens": max_tokens},
-    )
+    numbers = {"chains": chains, "max_tokens": max_tokens}
+    s = _run(_self_consistency, endpoint, temperature, question=question, **numbers)
     attempts = tuple(Chain(text, extract(text)) for text in s["chains"])
     votes = tuple(vote([chain.answer for chain in attempts]))
     return SelfConsistency(question, attempts, votes, votes[0][0] if votes else None)
@@ -149,10 +147,8 @@ def reflect_and_revise(
 ) -> ReflectAndRevise:
     """Draft, criticise, revise, until the model accepts it (Self-Refine, arXiv 2303.17651)."""
     _at_least_one(rounds=rounds)
-    s = _run(
-        *(_reflect_and_revise, endpoint, temperature),
-        **{"question": question, "rounds": rounds, "max_tokens": max_tokens},
-    )
+    numbers = {"rounds": rounds, "max_tokens": max_tokens}
+    s = _run(_reflect_and_revise, endpoint, temperature, question=question, **numbers)
     versions = [s["draft"], *(round.revision for round in s["rounds"] if round.revision is not None)]
     return ReflectAndRevise(question, s["draft"], tuple(s["rounds"]), extract(versions[-1]))
 
@@ -235,11 +231,8 @@ def beam(
     ``max_tokens``, and the ``width`` paths with the highest mean log-probability go on.
     """
     _at_least_one(width=width, branch=branch, depth=depth)
-    s = _run(
-        *(_beam, endpoint, temperature),
-        **{"question": question, "width": width, "branch": branch, "depth": depth},
-        max_tokens=max_tokens,
-    )
+    numbers = {"width": width, "branch": branch, "depth": depth, "max_tokens": max_tokens}
+    s = _run(_beam, endpoint, temperature, question=question, **numbers)
     paths = tuple(
         Path(node.steps, node.score, node.finished, extract("\n".join(node.steps)))
         for node in sorted(s["nodes"], key=lambda node: (not node.finished, -node.score))

@@ -1,4 +1,4 @@
-"""A program's progress and costs in the terminal, with ``rich`` (extra ``kara-sglang[frontend]``)."""
+"""A program's progress and costs in the terminal, with ``rich`` (the package's extra ``frontend``)."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from kara_sglang.frontend.answers import extract, same, vote
         ("So 3 + 4 = 7.\nAnswer: 7", "7"),
         ("First the answer is 3. Wait. The answer is 4.", "4"),
         ("**Answer:** $12.50", "12.50"),
+        ("Answer: The answer is 180", "180"),
         ("Answer: 36. This is what was asked for.", "36"),
         ("Answer: x + 1\nbecause it is so", "x + 1"),
         (r"We get \boxed{\frac{1}{2}}, so the answer is near.", r"\frac{1}{2}"),

@@ -9,11 +9,12 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from kara_sglang.frontend import programs
-from kara_sglang.frontend.__main__ import NUMBERS, PROGRAM_NAMES, main
+from kara_sglang.frontend import answers, programs
+from kara_sglang.frontend.__main__ import NUMBERS, PROGRAM_NAMES, _print_report, main
 from kara_sglang.frontend.records import Ledger, Step
 
 SERVER_INFO = {
@@ -30,7 +31,7 @@ def serve(tiny_tokenizer, tmp_path: Path) -> Iterator[Callable[..., str]]:
     servers = []
 
     def start(server_info: dict | None = None, status: int = 200, **generated: object) -> str:
-        answers = {
+        said = {
             "/model_info": {"model_path": "m", "tokenizer_path": str(tmp_path)},
             "/server_info": server_info,
             "/generate": generated,
@@ -39,7 +40,7 @@ def serve(tiny_tokenizer, tmp_path: Path) -> Iterator[Callable[..., str]]:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                body = json.dumps(answers.get(self.path, {})).encode()
+                body = json.dumps(said.get(self.path, {})).encode()
                 self.send_response(status if self.path == "/generate" else 200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -103,7 +104,7 @@ def test_no_rich(capsys, monkeypatch) -> None:
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "rich" else find(name)
     )
-    assert "pip install 'kara-sglang[frontend]', or use --json" in refused(capsys, "q")
+    assert "pip install rich, or use --json" in refused(capsys, "q")
     assert "no server answers" in refused(capsys, "q", "--endpoint", "http://127.0.0.1:9", "--json")
 
 
@@ -198,3 +199,22 @@ def test_the_table_shows_what_was_reused() -> None:
     assert lines[1].split() == ["1", "plan", "100", "96", "51", "0", "150", "150", "2.0"]
     assert "96 (64 in 32 slots)" in lines[2]
     assert "268 with compression, 300 without (89%)" in summary(ledger, 4.0)
+
+
+def test_votes_say_when_mathematics_is_missing(monkeypatch, capsys) -> None:
+    pytest.importorskip("rich")
+    chains = (programs.Chain("so 5", "5"),)
+    result = programs.SelfConsistency("q", chains, votes=(("5", 1),), answer="5")
+    endpoint = SimpleNamespace(ledger=Ledger())
+    for installed, lines in ((True, 0), (False, 1)):
+        monkeypatch.setattr(answers, "HAS_MATH_VERIFY", installed)
+        _print_report(None, endpoint, result, 1.0)
+        printed = capsys.readouterr().out
+        assert printed.count("pip install math-verify") == lines
+        assert "Votes: 5 (1)" in printed and printed.endswith("Answer: 5\n")
+
+
+def test_a_server_that_wants_a_key(serve, capsys) -> None:
+    url = serve(with_plugin(), status=401, error="Unauthorized")
+    message = refused(capsys, "q", "--endpoint", url, code=1)
+    assert "HTTP 401: Unauthorized; give the server's key as api_key" in message
