@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from kara_sglang import config as settings
 from kara_sglang import plugin, refusals
 from kara_sglang.config import CONFIG_KEYS, NONE, PRESETS, SELECTORS, KaraConfig
+from kara_sglang.trace.file import prepare_folder
 
 _FROM_CLI = "_kv_compress_from_cli"
 """Mark on a ``ServerArgs`` record: errors end the process with one line instead of an exception."""
@@ -53,6 +54,12 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         help="What the prefix cache keeps of a compressed request: its exact prompt only, or its "
         f"compressed output as well. Default: {default.prefix_reuse}.",
     )
+    group.add_argument(
+        "--kv-compress-trace",
+        metavar="DIR",
+        help="Write a file per request into this folder: its text and which tokens each window kept. "
+        "python -m kara_sglang.trace show FILE makes a page of it. Default: no files.",
+    )
     keys = ", ".join(f"{key} ({getattr(default, key)})" for key in CONFIG_KEYS)
     group.add_argument(
         "--kv-compress-config",
@@ -87,12 +94,11 @@ def read_flags(namespace: argparse.Namespace) -> KaraConfig | None:
     """
     selector = getattr(namespace, "kv_compress", None)
     explicit: dict[str, Any] = {}
-    for key, kind in (("window", int), ("retain", float), ("query_mem_gb", float)):
+    kinds = {"window": int, "retain": float, "query_mem_gb": float, "prefix_reuse": None, "trace": None}
+    for key, kind in kinds.items():
         text = getattr(namespace, f"kv_compress_{key}", None)
         if text is not None:
-            explicit[key] = _number(settings.flag_of(key), text, kind)
-    if (reuse := getattr(namespace, "kv_compress_prefix_reuse", None)) is not None:
-        explicit["prefix_reuse"] = reuse
+            explicit[key] = text if kind is None else _number(settings.flag_of(key), text, kind)
     text = getattr(namespace, "kv_compress_config", None)
     if text is not None:
         object_settings = settings.read_config_object(text)
@@ -153,6 +159,8 @@ def check_server_args(_result: None, record: Any) -> None:
             if lines := refused():
                 raise ValueError("; ".join(lines))
         config.check_page_size(resolved.page_size)
+        if config.trace is not None:
+            prepare_folder(config.trace)
         if config.prefix_reuse == "compressed":
             declare_resolution(record, "kara_sglang", radix_cache_backend=refusals.CACHE_BACKEND)
         plugin.set_launched(config)

@@ -64,6 +64,9 @@ class KaraConfig:
         Both ends of a chunk must score above this quantile of the window.
     last_queries
         How many of the newest queries ``snapkv`` looks through.
+    granularity
+        ``head``: each KV head keeps its own tokens; ``layer``: the heads' scores are added up and all
+        heads of a layer (of a rank) keep the same. For ``kara``, ``causal`` and ``snapkv``.
     query_heads
         ``all`` query heads are recorded, ``rotating``: one of each GQA group in turn, ``auto``: all
         while the ring has room and rotating when it has not.
@@ -81,6 +84,8 @@ class KaraConfig:
         Share of the KV pool in use below which nothing is compressed (``pressure``).
     seed
         Seeds the ``random`` selector.
+    trace
+        Folder for one file per request that says which tokens its windows kept; None: no files.
     debug_checks
         Checks the invariants of every pass on the device, too (synchronises; for tests).
     """
@@ -96,6 +101,7 @@ class KaraConfig:
     chunk_width: int = 8
     chunk_quantile: float = 0.8
     last_queries: int = 32
+    granularity: Literal["head", "layer"] = "head"
     query_heads: Literal["auto", "all", "rotating"] = "auto"
     query_dtype: Literal["fp8", "model"] = "fp8"
     policy: Literal["periodic", "threshold", "pressure"] = "periodic"
@@ -104,6 +110,7 @@ class KaraConfig:
     threshold: int = 0
     min_pool_usage: float = 0.8
     seed: int = 0
+    trace: str | None = None
     debug_checks: bool = False
 
     def __post_init__(self) -> None:
@@ -182,6 +189,7 @@ FLAGS = {
     "retain": "--kv-compress-retain",
     "query_mem_gb": "--kv-compress-query-mem-gb",
     "prefix_reuse": "--kv-compress-prefix-reuse",
+    "trace": "--kv-compress-trace",
 }
 
 CONFIG_KEYS: tuple[str, ...] = tuple(
@@ -203,6 +211,7 @@ _RANGES = (
     ("min_pool_usage", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
     ("max_requests_per_pass", lambda v: 1 <= v <= 65536, "between 1 and 65536"),
     ("seed", lambda v: 0 <= v < 2**31, "between 0 and 2**31 - 1"),
+    ("trace", lambda v: v is None or bool(v.strip()), "the name of a folder"),
 )
 
 

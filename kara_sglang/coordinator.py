@@ -27,9 +27,10 @@ from kara_sglang.options import RequestOptions
 from kara_sglang.policy import Candidate
 from kara_sglang.radix_integration import exact
 from kara_sglang.radix_integration.prefix import forget_match, prefix_of, removed
-from kara_sglang.recorder import LAG, QueryRecorder, to_device
+from kara_sglang.recorder import QueryRecorder, to_device
 from kara_sglang.state import STATE, Geometry, RequestState
 from kara_sglang.stats import Totals
+from kara_sglang.trace.tracer import Tracer
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -74,6 +75,7 @@ class Coordinator:
         self.metrics: Metrics | None = None
         if context.current_scheduler_metrics_enabled:
             self.metrics = Metrics(context.collector.labels)
+        self.tracer = Tracer(scheduler, config) if config.trace is not None else None
         self._selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
         self._arrivals = 0
         if config.prefix_reuse == "compressed":
@@ -196,6 +198,8 @@ class Coordinator:
         """The request gives its row back (finished, aborted or retracted)."""
         state = getattr(req, STATE, None)
         if state is not None:
+            if self.tracer is not None:
+                self.tracer.end(req, state)
             self._drop_recorder(req, state)
         running = self.scheduler.running_batch.reqs
         if not any(other is not req and other.kv.holds_kv for other in running):
@@ -226,36 +230,31 @@ class Coordinator:
         Called before SGLang's memory check and before it prepares the decode step, so that freed pages
         can spare a retraction.
         """
-        states = [
-            getattr(req, STATE) if hasattr(req, STATE) else self._admit(req) for req in batch.reqs
-        ]
-        candidates = [
-            self._candidate(index, req, state)
-            for index, (req, state) in enumerate(zip(batch.reqs, states, strict=True))
-            if state is not None
-        ]
-        due = self.policy.due(
-            [c for c in candidates if self._can_compress(batch.reqs[c.index], states[c.index])],
-            self._pool_usage(),
-        )
+        ready: list[Candidate] = []
+        waiting: list[Candidate] = []
+        for index, req in enumerate(batch.reqs):
+            state = getattr(req, STATE) if hasattr(req, STATE) else self._admit(req)
+            if state is None:
+                continue
+            if state.waits_for_recorder():
+                if self._has_use_for_recorder(req, state):
+                    waiting.append(self._candidate(index, req, state))
+            elif req.kv.kv_committed_len >= state.due_at(self.geometry) and _goes_on(req):
+                ready.append(self._candidate(index, req, state))
+        due = self.policy.due(ready, self._pool_usage)
         if due:
             self._compress(batch, due)
         if self.recorder is not None:
-            waiting = [
-                c
-                for c in candidates
-                if states[c.index].waits_for_recorder()
-                and self._has_use_for_recorder(batch.reqs[c.index], states[c.index])
-            ]
             waiting += self._pass_recorders_on(batch, due, len(waiting))
-            self._assign_recorders(batch, waiting)
+            if waiting:
+                self._assign_recorders(batch, waiting)
             if self.recorder.stale:
                 with self._forward_stream():
                     self.recorder.flush()
 
     def _candidate(self, index: int, req: Req, state: RequestState) -> Candidate:
         kv_len = req.kv.kv_committed_len
-        if state.recorder is not None and kv_len - state.due_at(self.geometry) > LAG:
+        if state.recorder is not None and kv_len - state.due_at(self.geometry) > self.recorder.lag:
             # The ring has come round: the first window that it still covers is the next one now.
             self._lose(state, "late", kv_len - self.recorder.ring_len)
         return Candidate(
@@ -266,12 +265,6 @@ class Coordinator:
             uncompressed=state.uncompressed(kv_len),
             gain=self.geometry.window - state.kept,
         )
-
-    def _can_compress(self, req: Req, state: RequestState) -> bool:
-        if state.waits_for_recorder() or req.finished() or req.to_finish is not None:
-            return False
-        # The step in flight may end it; its window would be compressed for nothing.
-        return not req.next_output_finishes_by_length()
 
     def _has_use_for_recorder(self, req: Req, state: RequestState) -> bool:
         left = req.sampling_params.max_new_tokens - len(req.output_ids)
@@ -378,6 +371,8 @@ class Coordinator:
             kept = self.kernels.compress(self._pool(), jobs)
             if self.config.debug_checks:
                 _check_kept(kept, jobs, geometry.page_size)
+            if self.tracer is not None:
+                self.tracer.add([getattr(batch.reqs[index], STATE) for index in due], kept)
 
         # Rebound, never written in place: overlap scheduling keeps older batches in flight.
         batch.seq_lens = batch.seq_lens - to_device(freed, batch.seq_lens.device)
@@ -482,6 +477,14 @@ def _keep_until_read(job: WindowJob) -> None:
     for tensor in (job.slots, job.units):
         if tensor is not None and tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream())
+
+
+def _goes_on(req: Req) -> bool:
+    """Whether the request outlives the step in flight; otherwise its window would be compressed for
+    nothing."""
+    if req.finished() or req.to_finish is not None:
+        return False
+    return not req.next_output_finishes_by_length()
 
 
 def _skip_reason(req: Req) -> str | None:

@@ -303,6 +303,7 @@ def recorder_of(model: Any, config: KaraConfig) -> QueryRecorder:
     """
     import torch
 
+    from kara_sglang import policy
     from kara_sglang.recorder import AttentionShape, QueryRecorder
 
     shape = AttentionShape(
@@ -313,8 +314,14 @@ def recorder_of(model: Any, config: KaraConfig) -> QueryRecorder:
         dtype=model.dtype,
         device=torch.device("meta"),
     )
-    fp8 = config.query_dtype == "fp8"
-    return QueryRecorder(shape, config.window, config.delay, config.query_bytes, fp8=fp8)
+    return QueryRecorder(
+        shape,
+        config.window,
+        config.delay,
+        config.query_bytes,
+        fp8=config.query_dtype == "fp8",
+        lag=policy.lag(config),
+    )
 
 
 CHECKS: tuple[Check, ...] = (

@@ -6,9 +6,12 @@ tensor-parallel ranks agree without talking to each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from kara_sglang.recorder import LAG
 
 if TYPE_CHECKING:
     from kara_sglang.config import KaraConfig
@@ -26,18 +29,29 @@ class Candidate:
     gain: int  # slots that its next window gives back
 
 
+SPREAD = 32
+"""Steps over which windows that fall due together are spread, so that no step is held up by all of
+them. Half of what the recorder waits for at least."""
+
+
+def lag(config: KaraConfig) -> int:
+    """Tokens that a due window may have to wait for its pass: ``QueryRecorder.lag``."""
+    return max(LAG, config.period + SPREAD)
+
+
 class Policy(Protocol):
     """Decides, once per decode step, whose window is compressed."""
 
-    def due(self, candidates: Sequence[Candidate], pool_usage: float) -> list[int]:
+    def due(self, candidates: Sequence[Candidate], pool_usage: Callable[[], float]) -> list[int]:
         """Batch indices to compress in this step, ascending.
 
         Parameters
         ----------
         candidates : sequence of Candidate
-            The running requests that could be compressed, in batch order.
-        pool_usage : float
-            Share of the KV pool that running requests hold.
+            The running requests that could be compressed, in batch order; also those of negative
+            ``overdue``, which never are.
+        pool_usage : callable
+            Returns the share of the KV pool that running requests hold; it takes time.
         """
 
 
@@ -45,7 +59,8 @@ class Periodic:
     """The paper's policy (section 4.3): one global step counter, a fixed period, at most n requests.
 
     The cost of compression is bounded whatever the number of running requests. Those that have waited
-    longest go first, the older on ties.
+    longest go first, the older on ties. No more go in one step than must for all to have gone when the
+    first of them has waited :data:`SPREAD` steps.
     """
 
     def __init__(self, period: int, limit: int) -> None:
@@ -53,11 +68,16 @@ class Periodic:
         self.limit = limit
         self.step = 0
 
-    def due(self, candidates: Sequence[Candidate], pool_usage: float) -> list[int]:
+    def due(self, candidates: Sequence[Candidate], pool_usage: Callable[[], float]) -> list[int]:
         self.step += 1
         if self.step % self.period:
             return []
-        return _first(candidates, self.limit, lambda c: (-c.overdue, c.order))
+        waited = [c.overdue for c in candidates if c.overdue >= 0]
+        if not waited:
+            return []
+        passes_left = max(1, (SPREAD - max(waited)) // self.period)
+        share = math.ceil(len(waited) / passes_left)
+        return _first(candidates, min(self.limit, share), lambda c: (-c.overdue, c.order))
 
 
 class Threshold:
@@ -69,7 +89,7 @@ class Threshold:
     def __init__(self, threshold: int) -> None:
         self.threshold = threshold
 
-    def due(self, candidates: Sequence[Candidate], pool_usage: float) -> list[int]:
+    def due(self, candidates: Sequence[Candidate], pool_usage: Callable[[], float]) -> list[int]:
         long = [c for c in candidates if c.kv_len >= self.threshold]
         return _first(long, len(long), lambda c: (c.index,))
 
@@ -84,10 +104,10 @@ class Pressure:
         self._periodic = Periodic(period, limit)
         self.min_usage = min_usage
 
-    def due(self, candidates: Sequence[Candidate], pool_usage: float) -> list[int]:
+    def due(self, candidates: Sequence[Candidate], pool_usage: Callable[[], float]) -> list[int]:
         periodic = self._periodic
         periodic.step += 1
-        if pool_usage < self.min_usage or periodic.step % periodic.period:
+        if periodic.step % periodic.period or not candidates or pool_usage() < self.min_usage:
             return []
         return _first(candidates, periodic.limit, lambda c: (-c.gain, -c.uncompressed, c.order))
 

@@ -16,7 +16,7 @@ from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.record import FP8, plan
 
 LAG = 64
-"""Tokens that a due window may wait for its pass before its first queries are overwritten."""
+"""Least value of ``QueryRecorder.lag``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +56,27 @@ class QueryRecorder:
     ----------
     shape : AttentionShape
     window, delay : int
-        Tokens; a unit holds ``window + delay + LAG`` of them.
+        Tokens; a unit holds ``window + delay + lag`` of them.
     budget_bytes : int
         For all layers together.
     fp8 : bool
         Store e4m3 instead of the model's dtype.
+    lag : int
+        Tokens that a due window may wait for its pass before its first queries are overwritten.
     """
 
     def __init__(
-        self, shape: AttentionShape, window: int, delay: int, budget_bytes: int, fp8: bool
+        self,
+        shape: AttentionShape,
+        window: int,
+        delay: int,
+        budget_bytes: int,
+        fp8: bool,
+        lag: int = LAG,
     ) -> None:
         self.shape = shape
-        self.ring_len = window + delay + LAG
+        self.lag = lag
+        self.ring_len = window + delay + lag
         dtype = FP8 if fp8 else shape.dtype
         entry_bytes = shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
         self.unit_bytes = entry_bytes * self.ring_len

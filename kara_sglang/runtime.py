@@ -78,7 +78,12 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
         device=device,
     )
     runtime.recorder = QueryRecorder(
-        shape, config.window, config.delay, config.query_bytes, fp8=config.query_dtype == "fp8"
+        shape,
+        config.window,
+        config.delay,
+        config.query_bytes,
+        fp8=config.query_dtype == "fp8",
+        lag=policy.lag(config),
     )
     need = policy.cheapest(shape.group, config.query_heads)
     if runtime.recorder.num_units < need:

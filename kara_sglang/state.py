@@ -16,9 +16,13 @@ depends on a score.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from kara_sglang.kernels.selectors import Selector
 from kara_sglang.recorder import Recorder
+
+if TYPE_CHECKING:
+    from kara_sglang.trace.tracer import TracedWindow
 
 STATE = "kv_compress"
 """Attribute of SGLang's ``Req`` that holds its :class:`RequestState`; None for a request that is not
@@ -70,6 +74,7 @@ class RequestState:
     insert_skipped: bool | None = None  # req.skip_radix_cache_insert before it was barred from the tree
     order: int = 0  # age: smaller came first
     passed_over: int = 0  # tokens left uncompressed that do not make a whole window yet
+    traced: list[TracedWindow] = field(default_factory=list)  # filled with --kv-compress-trace only
 
     def due_at(self, geometry: Geometry) -> int:
         """KV length from which on the next window can be compressed."""

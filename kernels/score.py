@@ -29,12 +29,16 @@ class AttentionRule:
         Query i sees keys j <= i only (a query behind the window sees them all).
     last_queries
         Let only this many of the newest queries vote; None: all.
+    per_layer
+        Add up the scores of the KV heads, so that all heads of a layer keep the same tokens. Under
+        tensor parallelism: all heads of a rank.
     """
 
     squared: bool = False
     value_norm: bool = False
     causal: bool = False
     last_queries: int | None = None
+    per_layer: bool = False
 
 
 def attention_scores(
@@ -93,4 +97,9 @@ def attention_scores(
             scores[heads] += probabilities.sum(dim=1)
     if rule.value_norm:
         scores *= values.float().norm(dim=-1).T
-    return scores
+    return share_heads(scores) if rule.per_layer else scores
+
+
+def share_heads(scores: torch.Tensor) -> torch.Tensor:
+    """Give every KV head the sum over the heads, in place; ``(..., num_kv_heads, W)`` in and out."""
+    return scores.copy_(scores.sum(dim=-2, keepdim=True).expand_as(scores))

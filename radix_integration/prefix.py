@@ -44,7 +44,8 @@ def layout_of(req: Req) -> Layout:
 
 def removed(req: Req) -> int:
     """Logical length minus KV length of the request's row."""
-    return layout_of(req).removed
+    state: RequestState | None = getattr(req, STATE, None)
+    return state.removed if state is not None else layout_of(req).removed
 
 
 def forget_match(req: Req) -> None:

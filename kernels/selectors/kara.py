@@ -22,6 +22,8 @@ class KaraSelector(AttentionSelector):
         return cls(
             chunks=ChunkRule(config.chunk_budget, config.chunk_width, config.chunk_quantile),
             rule=AttentionRule(
-                squared=config.score.startswith("l2"), value_norm=config.score.endswith("_v")
+                squared=config.score.startswith("l2"),
+                value_norm=config.score.endswith("_v"),
+                per_layer=config.granularity == "layer",
             ),
         )

@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 class SnapKVSelector(AttentionSelector):
     """Plain causal attention of the last ``last_queries`` queries, without SnapKV's pooling.
 
-    With ``last_queries=1`` this is the score of nano-kvllm, the paper authors' public engine.
+    With ``last_queries=1`` and ``granularity="layer"`` this is the score of nano-kvllm, the paper
+    authors' public engine.
     """
 
     @classmethod
     def from_config(cls, config: KaraConfig) -> Self:
-        return cls(rule=AttentionRule(causal=True, last_queries=config.last_queries))
+        rule = AttentionRule(
+            causal=True, last_queries=config.last_queries, per_layer=config.granularity == "layer"
+        )
+        return cls(rule=rule)

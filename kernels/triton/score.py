@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kara_sglang.kernels.score import AttentionRule
+from kara_sglang.kernels.score import AttentionRule, share_heads
 from kara_sglang.kernels.triton.fp8 import load_float
 from kara_sglang.kernels.triton.pool import PoolTables
 
@@ -310,6 +310,8 @@ def attention_scores(
         BLOCK_VALUE=32,
         **shared,
     )
+    if rule.per_layer:
+        share_heads(out)
 
 
 class Tile(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from server import Server, launch
-from tiny_model import VOCAB, make_tiny_llama
+from server import Server, free_port, launch, run, wait_until_ready
+
+from kara_sglang.benchmarks.tiny_model import VOCAB, make_tiny_llama
 
 PAGE_16 = ("--page-size", "16", "--max-total-tokens", "8192", "--dtype", "float32")
 WINDOW = (
@@ -33,6 +35,12 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `kara` leaves a file for each request."""
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("model") / "tiny-llama")
 
@@ -45,8 +53,25 @@ def stock(tiny_model: Path, logs: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def kara(tiny_model: Path, logs: Path) -> Iterator[Server]:
-    """Page size 16, float32, overlap scheduling on; selectors are chosen per request."""
+def kara(tiny_model: Path, logs: Path, traces: Path) -> Iterator[Server]:
+    """Page size 16, float32, overlap scheduling on, traces; selectors are chosen per request."""
     flags = ("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", *WINDOW)
+    flags += ("--kv-compress-trace", str(traces))
     with launch(tiny_model, logs / "kara.log", *flags) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def smollm2(logs: Path) -> Iterator[Server]:
+    """The embedded model behind `python -m kara_sglang.serve`, as `make serve` runs it."""
+    port = free_port()
+    log = logs / "smollm2.log"
+    flags = ("--port", str(port), "--", "--enable-metrics", "--sleep-on-idle")
+    flags += ("--kv-compress-trace", str(logs / "smollm2-traces"))
+    with run(("-m", "kara_sglang.serve", *flags), log) as process:
+        wait_until_ready(process, port, log, timeout=240)
+        for _ in range(60):  # the line to try comes a moment later
+            if "curl " in log.read_text():
+                break
+            time.sleep(0.5)
+        yield Server(process, port, log)

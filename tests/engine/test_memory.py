@@ -14,6 +14,8 @@ from conftest import WINDOW, prompt
 from server import Server, in_parallel, launch
 from test_exactness import PROMPTS, logprobs
 
+from kara_sglang.trace.file import load
+
 
 def test_pool_grows_by_what_a_window_frees(kara: Server) -> None:
     """While one request runs: pool - free = pages of held slots, and each window gave W - R back."""
@@ -106,14 +108,16 @@ def page_1(tiny_model: Path, logs: Path) -> Iterator[Server]:
     flags = (
         *("--skip-tokenizer-init", "--page-size", "1", "--max-total-tokens", "4096"),
         *("--dtype", "float32", "--disable-overlap-schedule", "--kv-compress", "kara", *WINDOW),
+        *("--kv-compress-trace", str(logs / "page_1-traces")),
     )
     env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "97"}
     with launch(tiny_model, logs / "page_1.log", *flags, env=env) as server:
         yield server
 
 
-def test_retracted_requests_end_right(page_1: Server, stock: Server) -> None:
-    """Forced retractions: opted-out and identity requests still give stock's greedy answers."""
+def test_retracted_requests_end_right(page_1: Server, stock: Server, logs: Path) -> None:
+    """Forced retractions: opted-out and identity requests still give stock's greedy answers, and a
+    trace begins anew."""
     stock.flush()
     expected = stock.generate(PROMPTS)
     options = [False, {"selector": "identity"}, None, {"selector": "identity"}]
@@ -123,6 +127,14 @@ def test_retracted_requests_end_right(page_1: Server, stock: Server) -> None:
         assert answers[index]["output_ids"] == expected[index]["output_ids"]
         assert logprobs(answers[index]) == pytest.approx(logprobs(expected[index]), abs=1e-3)
     assert len(answers[2]["output_ids"]) == 300
+    for answer in answers:
+        info, path = answer["meta_info"], logs / "page_1-traces" / f"{answer['meta_info']['id']}.npz"
+        assert path.exists() == (info["kv_compress"]["windows"] > 0)
+        if path.exists():
+            trace = load(path)
+            assert trace.about.retractions == info["num_retractions"]
+            assert len(trace.windows) == info["kv_compress"]["windows"]
+            assert trace.output_ids.tolist() == answer["output_ids"]
     page_1.assert_nothing_leaked()
 
 

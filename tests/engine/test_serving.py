@@ -6,30 +6,15 @@ import json
 import re
 import shlex
 import subprocess
-import time
-from collections.abc import Iterator
+import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
 import requests
-from server import Server, free_port, in_parallel, run, wait_until_ready
+from server import Server, in_parallel
 
 QUESTION = [{"role": "user", "content": "Tell me about the history of bread, in detail."}]
-
-
-@pytest.fixture(scope="module")
-def smollm2(logs: Path) -> Iterator[Server]:
-    """The embedded model behind `python -m kara_sglang.serve`, as `make serve` runs it."""
-    port = free_port()
-    log = logs / "smollm2.log"
-    flags = ("--port", str(port), "--", "--enable-metrics", "--sleep-on-idle")
-    with run(("-m", "kara_sglang.serve", *flags), log) as process:
-        wait_until_ready(process, port, log, timeout=240)
-        for _ in range(60):  # the line to try comes a moment later
-            if "curl " in log.read_text():
-                break
-            time.sleep(0.5)
-        yield Server(process, port, log)
 
 
 def chat(server: Server, *, tokens: int, **extra: object) -> requests.Response:
@@ -139,6 +124,22 @@ def test_openai_routes_take_options(smollm2: Server) -> None:
     assert answer["choices"][0]["meta_info"]["kv_compress"]["retained"] == 0.25
     answer = chat(smollm2, tokens=230, custom_params={"kv_compress": False}).json()
     assert answer["choices"][0]["meta_info"]["kv_compress"]["windows"] == 0
+
+
+def test_the_page_of_a_trace_shows_the_answer(smollm2: Server, logs: Path) -> None:
+    """`python -m kara_sglang.trace show` finds the tokenizer by itself; its text is the answer's."""
+    answer = chat(smollm2, tokens=400).json()
+    path = logs / "smollm2-traces" / f"{answer['id']}.npz"
+    command = (sys.executable, "-m", "kara_sglang.trace", "show", str(path))
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    html = Path(shown.stdout.strip()).read_text()
+    article = html.split("<article>")[1].split("</article>")[0]
+    text = re.sub(r"<h2>.*?</h2>|<[^>]*>|(?<=</section>)\n", "", article).replace("\u21b5\n", "\n")
+    special = r"<\|\w+\|>"
+    content = answer["choices"][0]["message"]["content"]
+    assert re.sub(special, "", content) in re.sub(special, "", unescape(text))
+    assert article.count("<section class=window ") == 2
 
 
 def test_metrics_agree_with_totals(smollm2: Server) -> None:

@@ -9,15 +9,18 @@ import pytest
 from server import Server, run
 from test_exactness import PROMPTS
 
+from kara_sglang.trace.file import file_name, load, merge
 
-def test_engine_with_two_ranks(stock: Server, tiny_model: Path, logs: Path) -> None:
+
+def test_engine_with_two_ranks(stock: Server, tiny_model: Path, logs: Path, tmp_path: Path) -> None:
     """Identity and opted-out requests give stock's tokens. With `debug_checks` the ranks compare which
     windows they took at each pass, and SGLang's checker compares each match and insertion of the prefix
     cache; a difference ends the engine."""
     log = logs / "tp2.log"
     program = Path(__file__).parent / "tp2_engine.py"
+    arguments = (str(program), str(tiny_model), str(tmp_path))
     env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
-    with run((str(program), str(tiny_model)), log, env) as process:
+    with run(arguments, log, env) as process:
         process.wait(timeout=400)
     lines = [line for line in log.read_text().splitlines() if line.startswith("RESULT ")]
     assert lines, log.read_text()[-4000:]
@@ -40,3 +43,14 @@ def test_engine_with_two_ranks(stock: Server, tiny_model: Path, logs: Path) -> N
     for state in result["states"]:
         assert (state["windows"], state["slots_freed"]) == (12, 320)
         assert state["settings"]["kept"] == pytest.approx(32)
+
+    # Each rank wrote what its own heads kept.
+    assert len(list(tmp_path.iterdir())) == 2 * 3
+    for index, selector in ((0, "kara"), (1, "identity"), (2, "random")):
+        answer = result["answers"][index]
+        rid = answer["meta_info"]["id"]
+        trace = merge([load(tmp_path / file_name(rid, rank, 2)) for rank in (1, 0)])
+        assert (trace.about.selector, trace.about.heads) == (selector, [0, 1, 2, 3])
+        assert trace.output_ids.tolist() == answer["output_ids"]
+        removed = trace.windows[:, 2].sum() - trace.keeps().sum(axis=(0, 3))
+        assert (removed == answer["meta_info"]["kv_compress"]["tokens_removed"]).all()

@@ -6,7 +6,7 @@ import json
 import sys
 
 
-def main(model: str) -> None:
+def main(model: str, traces: str) -> None:
     import sglang
     from conftest import prompt
 
@@ -19,6 +19,7 @@ def main(model: str) -> None:
         query_mem_gb=0.05,
         prefix_reuse="compressed",
         debug_checks=True,
+        trace=traces,
     )
     engine = sglang.Engine(
         model_path=model,
@@ -59,4 +60,4 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

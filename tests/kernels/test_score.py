@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -136,6 +137,17 @@ def test_rules_over_several_blocks(make, causal, last, count):
     slots = make.windows(1, 176, slots=256, seed=5, page=16)
     rule = AttentionRule(squared=count == 205, value_norm=True, causal=causal, last_queries=last)
     check(pool, slots, torch.tensor([[1, 0]]), [100], count, rule)
+
+
+def test_one_set_of_positions_per_layer(make):
+    """All KV heads get the sum of the heads' scores, bit for bit the same."""
+    pool = make.pool(13, layers=2, heads=3, slots=128, units=2, ring_len=64)
+    slots = make.windows(2, 48, slots=128, seed=4, page=16)
+    units, starts = torch.tensor([[0], [1]]), [0, 700]
+    alone = triton_scores(pool, slots, units, starts, 60, BEST)
+    shared = triton_scores(pool, slots, units, starts, 60, dataclasses.replace(BEST, per_layer=True))
+    torch.testing.assert_close(shared[:, :, 0], alone.sum(dim=2))
+    assert torch.equal(shared, shared[:, :, :1].expand_as(shared))
 
 
 def test_a_window_of_a_thousand(make):

@@ -48,6 +48,7 @@ def test_help_shows_units_and_defaults(parser: argparse.ArgumentParser) -> None:
         *("--kv-compress-window TOKENS", "multiple of the page size. Default: 512"),
         *("--kv-compress-retain SHARE", "0 < SHARE <= 1", "Default: 0.5"),
         *("--kv-compress-query-mem-gb GIB", "GiB per rank", "Default: 2 if"),
+        *("--kv-compress-trace DIR", "a file per request", "Default: no files"),
         *("--kv-compress-config JSON", "the path of a file", "preset (default or paper)"),
     ):
         assert piece in text, piece
@@ -80,8 +81,9 @@ def test_all_flags(parser: argparse.ArgumentParser) -> None:
     """Every flag and a config object."""
     words = ["--kv-compress", "snapkv", "--kv-compress-window", "256", "--kv-compress-retain", "0.25"]
     words += ["--kv-compress-query-mem-gb=0.5", "--kv-compress-config", '{"last_queries": 8}']
+    words += ["--kv-compress-trace", "7"]
     assert read(parser, *words) == KaraConfig(
-        selector="snapkv", window=256, retain=0.25, query_mem_gb=0.5, last_queries=8
+        selector="snapkv", window=256, retain=0.25, query_mem_gb=0.5, last_queries=8, trace="7"
     )
 
 
@@ -159,6 +161,8 @@ def test_none_on_the_command_line_ignores_a_broken_environment(
         (["--kv-compress-window", "64"], "--kv-compress-window has no effect without --kv-compress"),
         (["--kv-compress-retain", "0.5"], "--kv-compress-retain has no effect"),
         (["--kv-compress-query-mem-gb", "1"], "--kv-compress-query-mem-gb has no effect"),
+        (["--kv-compress-trace", "x"], "--kv-compress-trace has no effect"),
+        (["--kv-compress", "kara", "--kv-compress-trace", ""], "--kv-compress-trace must be"),
         (["--kv-compress-config", '{"delay": 0}'], "--kv-compress-config has no effect"),
         (
             ["--kv-compress-window", "64", "--kv-compress-config", '{"delay": 0, "seed": 1}'],
@@ -319,6 +323,32 @@ def test_a_supported_server_passes(checked: Any) -> None:
     plugin.activate(None)
     assert plugin.launched() == KaraConfig()
     checked(cli_record=True)
+    assert plugin.launched() is None
+
+
+def test_the_folder_for_traces_is_made(checked: Any, tmp_path: Path) -> None:
+    """Before any process is started; a server without compression leaves the disk alone."""
+    folder = tmp_path / "deep" / "traces"
+    plugin.activate(KaraConfig(trace=str(folder)))
+    with pytest.raises(ValueError, match="page size"):
+        checked(cli_record=False, page_size=100)
+    assert not folder.exists()
+    checked(cli_record=True)
+    assert folder.is_dir() and plugin.launched().trace == str(folder)
+
+
+def test_a_folder_for_traces_that_cannot_be_written(
+    checked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher ends with one line that names the flag; an Engine raises."""
+    (tmp_path / "file").touch()
+    plugin.activate(KaraConfig(trace=str(tmp_path / "file")))
+    with pytest.raises(SystemExit) as caught:
+        checked(cli_record=True)
+    assert caught.value.code == 2
+    assert "--kv-compress-trace: cannot write to the folder" in failed_line(capsys)
+    with pytest.raises(ValueError, match="--kv-compress-trace: cannot write"):
+        checked(cli_record=False)
     assert plugin.launched() is None
 
 

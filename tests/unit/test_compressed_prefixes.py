@@ -257,6 +257,7 @@ class World:
         self.checkpoint(req, len(req.tokens))
         state = SimpleNamespace(
             windows=list(layout.windows),
+            removed=layout.removed,
             base=ceil_align(max(length, req.kv.cache_protected_len), self.page),
         )
         setattr(req, STATE, state)
@@ -301,8 +302,8 @@ class World:
         base = state.base + self.page * gap
         if req.kv.kv_committed_len < base + width:
             return
-        removed = sum(window.freed for window in state.windows)
-        state.windows.append(Window(base + removed, base, width, kept))
+        state.windows.append(Window(base + state.removed, base, width, kept))
+        state.removed += width - kept
         state.base = base + kept
         freed = req.slots[base + kept : base + width]
         self.allocator.free_segment(torch.tensor(freed), start_pos=base + kept)

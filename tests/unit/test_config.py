@@ -37,6 +37,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "chunk_width": 8,
         "chunk_quantile": 0.8,
         "last_queries": 32,
+        "granularity": "head",
         "query_heads": "auto",
         "query_dtype": "fp8",
         "policy": "periodic",
@@ -45,6 +46,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "threshold": 0,
         "min_pool_usage": 0.8,
         "seed": 0,
+        "trace": None,
         "debug_checks": False,
     }
     assert (
@@ -102,6 +104,7 @@ WRONG_TYPE: list[tuple[str, Any, str]] = [
     ("chunk_width", 8.0, "--kv-compress-config: chunk_width must be a whole number"),
     ("chunk_quantile", {}, "--kv-compress-config: chunk_quantile must be a number"),
     ("last_queries", "all", "--kv-compress-config: last_queries must be a whole number"),
+    ("granularity", "token", "--kv-compress-config: granularity must be one of head, layer"),
     ("query_heads", "some", "--kv-compress-config: query_heads must be one of auto, all, rotating"),
     ("query_dtype", "fp4", "--kv-compress-config: query_dtype must be one of fp8, model"),
     ("policy", "none", "--kv-compress-config: policy must be one of periodic, threshold, pressure"),
@@ -110,6 +113,7 @@ WRONG_TYPE: list[tuple[str, Any, str]] = [
     ("period", 0.5, "--kv-compress-config: period must be a whole number"),
     ("max_requests_per_pass", None, "max_requests_per_pass must be a whole number"),
     ("seed", 1.0, "--kv-compress-config: seed must be a whole number"),
+    ("trace", 1, "--kv-compress-trace must be a string or null"),
     ("debug_checks", 1, "--kv-compress-config: debug_checks must be true or false"),
     ("debug_checks", "true", "--kv-compress-config: debug_checks must be true or false"),
 ]
@@ -144,6 +148,7 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("max_requests_per_pass", 0, "between 1 and 65536"),
     ("seed", -1, "between 0 and 2**31 - 1"),
     ("seed", 2**31, "between 0 and 2**31 - 1"),
+    ("trace", " ", "the name of a folder"),
 ]
 
 
@@ -322,6 +327,7 @@ def typed_settings() -> st.SearchStrategy[dict[str, Any]]:
         "chunk_width": st.integers(2, 100),
         "chunk_quantile": st.floats(0, 1) | st.integers(0, 1),
         "last_queries": st.integers(1, 100),
+        "granularity": st.sampled_from(["head", "layer"]),
         "query_heads": st.sampled_from(["auto", "all", "rotating"]),
         "query_dtype": st.sampled_from(["fp8", "model"]),
         "policy": st.sampled_from(["periodic", "threshold", "pressure"]),

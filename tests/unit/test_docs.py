@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
+FRONTEND = ROOT / "docs" / "frontend.md"
 
 _HOOK_TABLE = re.compile(r"(?<=<!-- hooks -->\n).*(?=<!-- end of hooks -->)", re.DOTALL)
 
@@ -128,7 +129,8 @@ def test_the_example_of_the_ring_prints_what_it_says():
 
 
 def test_links_between_the_documents_lead_somewhere():
-    for path in (README, ARCHITECTURE, CONFIGURATION, ROOT / "CHANGELOG.md"):
+    trace = ROOT / "docs" / "trace.md"
+    for path in (README, ARCHITECTURE, CONFIGURATION, FRONTEND, trace, ROOT / "CHANGELOG.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 

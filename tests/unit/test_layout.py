@@ -174,7 +174,7 @@ def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> No
     code = (
         "import kara_sglang, kara_sglang.cli, kara_sglang.coordinator, kernels\n"
         "import kara_sglang.kernels.select, kara_sglang.kernels.selectors.kara\n"
-        "import kara_sglang.radix_integration.exact, sys\n"
+        "import kara_sglang.radix_integration.exact, kara_sglang.frontend.__main__, sys\n"
         "print(kernels.__file__)\n"
         "for name, module in list(sys.modules.items()):\n"
         "    if name.startswith('kara_sglang'):\n"

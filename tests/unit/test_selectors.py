@@ -185,3 +185,14 @@ def test_snapkv_looks_through_the_newest_queries_only() -> None:
     everyone = build("snapkv", KaraConfig(selector="snapkv", last_queries=24))
     tensors = (queries, keys, values)
     assert torch.equal(scored(many, tensors), scored(everyone, tensors))
+
+
+@pytest.mark.parametrize("name", ["kara", "causal", "snapkv"])
+def test_granularity_layer_adds_up_the_heads(name: str) -> None:
+    """All heads of a layer get the sum of what each would get alone, so they keep the same tokens."""
+    tensors = inputs(SHAPES[-1])
+    per_head = scored(build(name, KaraConfig(selector=name)), tensors)
+    shared = scored(build(name, KaraConfig(selector=name, granularity="layer")), tensors)
+    torch.testing.assert_close(shared[0], per_head.sum(dim=0))
+    assert all(torch.equal(row, shared[0]) for row in shared[1:])
+    assert not torch.equal(per_head[0], per_head[1])

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.recorder import LAG, AttentionShape, QueryRecorder
 from kara_sglang.state import Geometry, RequestState, Window, ceil_align
 from kara_sglang.stats import Totals
+from kara_sglang.trace import file as trace_file
 
 LAYERS, KV_HEADS, DIM, GROUP = 2, 2, 4, 2
 ROWS = 8
@@ -115,6 +117,13 @@ class Prefix:
     users: int = 0
 
 
+class Finish(str):
+    """SGLang's ``BaseFinishReason``."""
+
+    def to_json(self) -> dict[str, str]:
+        return {"type": str(self)}
+
+
 class Request:
     """SGLang's ``Req``; behind the line, what the model knows of it."""
 
@@ -130,8 +139,9 @@ class Request:
         self.skip_radix_cache_insert = False
         self.beam_group: Any = None
         self.multimodal_inputs: Any = None
-        self.finished_reason: str | None = None
-        self.to_finish: str | None = None
+        self.finished_reason: Finish | None = None
+        self.to_finish: Finish | None = None
+        self.retraction_count = 0
         # --------------------------------------------------------------------------------------
         self.options = options
         self.never_inserts = False
@@ -258,6 +268,8 @@ class World:
             req_to_token_pool=rows,
             tree_cache=SimpleNamespace(evictable_size=self.evictable_size),
             max_total_num_tokens=setting.num_pages * self.page,
+            server_args=SimpleNamespace(model_path="a-model", tokenizer_path=None),
+            model_config=SimpleNamespace(get_total_num_kv_heads=lambda: KV_HEADS),
         )
         self.recorder: WatchedRecorder | None = None
         if config.query_bytes:
@@ -288,6 +300,7 @@ class World:
         self.queue: list[Request] = []  # retracted
         self.in_flight: list[Request] = []
         self.arrived = self.steps = self.windows = self.tokens_freed = self.retractions = 0
+        self.traces = 0
         self.texts = [[self.random.randrange(9) for _ in range(100)] for _ in range(2)]
         # K, V and queries of every token that was ever computed, by a number of its own.
         self.num_tokens = 0
@@ -438,6 +451,8 @@ class World:
             req.prefix.users -= 1
         self.coordinator.row_freed(req)
         assert req.state is None or req.state.recorder is None
+        if self.config.trace is not None:
+            self.check_trace(req)
         if self.recorder is not None:
             assert kv.req_pool_idx not in self.recorder._active
         self.free_rows.append(kv.req_pool_idx)
@@ -456,6 +471,7 @@ class World:
         self.retractions += 1
         self.release(req, checkpoint=False)
         # Req.reset_for_retract
+        req.retraction_count += 1
         req.kv.cache_protected_len = 0
         self.coordinator.forget(req)
         assert req.state is None and req.skip_radix_cache_insert == req.never_inserts
@@ -491,11 +507,11 @@ class World:
                 continue  # retracted meanwhile: its token is dropped
             req.output_ids.append(self.random.randrange(9))
             if len(req.output_ids) >= req.sampling_params.max_new_tokens:
-                req.finished_reason = "length"
+                req.finished_reason = Finish("length")
             elif req.to_finish is not None:
                 req.finished_reason, req.to_finish = req.to_finish, None
             elif self.chance(self.setting.trouble / 2):
-                req.finished_reason = "stop"
+                req.finished_reason = Finish("stop")
             if req.finished():
                 self.release(req, checkpoint=True)
                 gone.append(req)
@@ -513,7 +529,7 @@ class World:
             self.in_flight = []
             return
         if self.chance(trouble):
-            self.random.choice(batch.reqs).to_finish = "abort"
+            self.random.choice(batch.reqs).to_finish = Finish("abort")
         self.before_decode()
         # With overlap, the step in flight may be a request's last: it takes no further one.
         in_flight = [req for req in self.in_flight if req in batch.reqs]
@@ -687,6 +703,27 @@ class World:
                 for slots, tokens in rows:
                     assert torch.equal(buffer[slots], log[tokens[layer].T, layer, heads])
 
+    def check_trace(self, req: Request) -> None:
+        """A file once the request has ended and only then; its bits name the tokens that are held."""
+        path = trace_file.folder_of(self.config.trace) / trace_file.file_name(req.rid)
+        if not req.windows or not req.finished():
+            assert not path.exists()
+            return
+        self.traces += 1
+        trace = trace_file.load(path)
+        about = trace.about
+        assert (about.rid, about.finish) == (req.rid, req.finished_reason)
+        assert (about.retractions, about.selector) == (req.retraction_count, self.selector_name(req))
+        assert about.kept == self.kept_of(req)
+        assert trace.prompt_ids.tolist() == req.origin_input_ids
+        assert trace.output_ids.tolist() == req.output_ids
+        rows = [(w.logical_start, w.kv_start, w.width, w.kept) for w in req.windows]
+        assert trace.windows.tolist() == [list(row) for row in rows]
+        for (start, kv_start, _, kept), bits in zip(rows, trace.keeps(), strict=True):
+            positions = torch.from_numpy(bits.nonzero()[2]).view(LAYERS, KV_HEADS, kept)
+            named = torch.tensor(req.token_at)[start + positions]
+            assert torch.equal(named, req.kept[..., kv_start : kv_start + kept])
+
     def check_pages(self) -> None:
         """Each page is free, the tree's, or one request's; rows are made of whole pages."""
         owners = [*self.allocator.free, *self.tree_pages]
@@ -712,7 +749,7 @@ class World:
         if self.setting.real:
             self.check_contents()
         for req in self.batch.reqs[:]:
-            req.finished_reason = "abort"
+            req.finished_reason = Finish("abort")
             self.release(req, checkpoint=self.chance(0.5))
         self.batch.reqs = []
         assert self.make_room(self.setting.num_pages), "leaked"
@@ -770,8 +807,11 @@ def random_setting(random: Random, real: bool) -> Setting:
     )
 
 
-def run_history(seed: int, real: bool) -> World:
+def run_history(seed: int, real: bool, trace: Path | None = None) -> World:
     setting = random_setting(Random(seed), real)
+    if trace is not None:
+        config = dataclasses.replace(setting.config, trace=str(trace))
+        setting = dataclasses.replace(setting, config=config)
     world = World(setting, seed)
     try:
         world.run()
@@ -789,11 +829,23 @@ def test_histories_with_kv(block: int) -> None:
     assert sum(world.retractions for world in worlds) > 20
 
 
+def test_traced_histories(tmp_path: Path) -> None:
+    """Each file names the tokens whose K and V are held; retractions and aborts among the requests."""
+    worlds = []
+    for seed in range(1000, 1050):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        worlds.append(run_history(seed, real=True, trace=folder))
+        assert len(list(folder.iterdir())) == worlds[-1].traces
+    assert sum(world.traces for world in worlds) > 50
+    assert sum(world.retractions for world in worlds) > 20
+
+
 @pytest.mark.parametrize("block", range(8))
 def test_histories_of_rows_and_pages(block: int) -> None:
     """Thousands of histories of lengths, rows and pages alone."""
     worlds = [run_history(seed, real=False) for seed in range(250 * block, 250 * block + 250)]
-    assert sum(world.windows for world in worlds) > 1000
+    assert sum(world.windows for world in worlds) > 900
     assert sum(world.retractions for world in worlds) > 100
 
 
@@ -871,7 +923,7 @@ def test_a_request_that_never_got_a_recorder_counts_its_windows() -> None:
     req = Request(0, [1, 2, 3], 10_000, None)
     assert world.prefill(req)
     advance(world, 30)
-    req.finished_reason = "stop"
+    req.finished_reason = Finish("stop")
     world.release(req, checkpoint=False)
     assert world.coordinator.totals.skipped == {"no_recorder": 3}
 
@@ -956,7 +1008,7 @@ def test_the_stand_ins_have_the_fields_of_sglang() -> None:
     source = inspect.getsource(Req.__init__)
     for name in (
         *("origin_input_ids", "output_ids", "sampling_params", "kv", "skip_radix_cache_insert"),
-        *("beam_group", "multimodal_inputs", "finished_reason", "to_finish"),
+        *("beam_group", "multimodal_inputs", "finished_reason", "to_finish", "retraction_count"),
     ):
         assert hasattr(req, name) and f"self.{name}" in source, name
 

@@ -1,4 +1,8 @@
-"""A small random Llama that real SGLang loads like any other model."""
+"""A small random Llama with a tokenizer of its own: what counted figures and tests run on.
+
+It generates as fast as the engine can schedule, so that scheduling can be counted in seconds; its
+answers mean nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from pathlib import Path
 import torch
 
 VOCAB = 512
+EOS = 2
 
 
 def make_tiny_llama(folder: Path, *, layers: int = 4, seed: int = 0) -> Path:
@@ -30,7 +35,7 @@ def make_tiny_llama(folder: Path, *, layers: int = 4, seed: int = 0) -> Path:
         rope_theta=10000.0,
         tie_word_embeddings=False,
         bos_token_id=1,
-        eos_token_id=2,
+        eos_token_id=EOS,
     )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).float()
@@ -40,5 +45,23 @@ def make_tiny_llama(folder: Path, *, layers: int = 4, seed: int = 0) -> Path:
                 gain = 3.0 if ("q_proj" in name or "k_proj" in name) else 1.0
                 torch.nn.init.normal_(parameter, std=gain * parameter.shape[1] ** -0.5)
     model.save_pretrained(folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))
+    return folder
+
+
+def add_word_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer of one made-up word per id beside the model, so that text can travel.
+
+    Every text of these words, separated by blanks, has exactly one token per word.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {0: "<unk>", 1: "<s>", EOS: "</s>"}
+    words = {special.get(i, f"w{i}"): i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
     return folder

@@ -1,0 +1,76 @@
+"""Counted quantities of a run, read from the server's own log: exact, and the same on any machine."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_DECODE = re.compile(r"Decode batch, #running-req: (\d+), #token: (\d+)")
+_PREFILL = re.compile(r"Prefill batch, #new-seq: \d+, #new-token: (\d+), #cached-token: (\d+)")
+_HELD = re.compile(r"kv-compress: ([\d.]+) held")
+_RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What a server with ``--decode-log-interval 1`` says of a run.
+
+    Attributes
+    ----------
+    decode_steps
+        Decode batches that were run.
+    mean_running, peak_running
+        Requests in a decode batch.
+    retractions
+        Requests that were thrown out to be computed again.
+    hit_rate
+        Share of the prompt tokens that came from the prefix cache.
+    held
+        KV slots that running requests held per logical token, mean over the steps; 1 without
+        compression.
+    schedule
+        For each number of running requests: how many steps ran with it, and the KV slots that were in
+        use, summed over these steps.
+    """
+
+    decode_steps: int
+    mean_running: float
+    peak_running: int
+    retractions: int
+    hit_rate: float
+    held: float
+    schedule: dict[int, tuple[int, int]]
+
+    @classmethod
+    def of(cls, log: str) -> Counters:
+        """Count in the part of a log that a run has written.
+
+        Raises
+        ------
+        ValueError
+            Where it has no decode step.
+        """
+        steps = [(int(requests), int(slots)) for requests, slots in _DECODE.findall(log)]
+        if not steps:
+            raise ValueError("the server's log has no `Decode batch` line")
+        running = [requests for requests, _ in steps]
+        schedule: dict[int, tuple[int, int]] = {}
+        for requests, slots in steps:
+            count, total = schedule.get(requests, (0, 0))
+            schedule[requests] = (count + 1, total + slots)
+        prefills = [(int(new), int(cached)) for new, cached in _PREFILL.findall(log)]
+        prompt = sum(new + cached for new, cached in prefills)
+        held = [
+            float(match.group(1)) if (match := _HELD.search(line)) else 1.0
+            for line in log.splitlines()
+            if "Decode batch" in line
+        ]
+        return cls(
+            decode_steps=len(steps),
+            mean_running=sum(running) / len(running),
+            peak_running=max(running),
+            retractions=sum(int(count) for count in _RETRACTED.findall(log)),
+            hit_rate=sum(cached for _, cached in prefills) / prompt if prompt else 0.0,
+            held=sum(held) / len(held),
+            schedule=dict(sorted(schedule.items())),
+        )

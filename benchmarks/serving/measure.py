@@ -1,0 +1,157 @@
+"""Running the cells: rows take turns, and each result is kept at once, so that a run can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from kara_sglang.benchmarks.serving.load import drive
+from kara_sglang.benchmarks.serving.peers import PEERS, Setup
+from kara_sglang.benchmarks.serving.rows import Row, rows
+from kara_sglang.benchmarks.serving.scenarios import Cell
+from kara_sglang.benchmarks.serving.server import Server, Servers
+
+CLIENT_METRICS = (
+    *("duration", "completed", "total_input_tokens", "total_output_tokens"),
+    *("output_throughput", "request_throughput"),
+    *("median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms"),
+)
+
+
+class Journal:
+    """Results of a run directory, one JSON line each; what is there is not measured again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.results: list[dict[str, Any]] = []
+        if path.exists():
+            # A line that was cut off while it was written is measured again.
+            for line in path.read_text().splitlines():
+                try:
+                    self.results.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+
+    def has(self, cell: Cell, repetition: int) -> bool:
+        return any(r["key"] == cell.key and r["repetition"] == repetition for r in self.results)
+
+    def add(self, result: dict[str, Any]) -> None:
+        self.results.append(result)
+        with self.path.open("a") as file:
+            print(json.dumps(result), file=file)
+
+
+def schedule(cells: list[Cell], repetitions: int, resident: int) -> Iterator[tuple[Cell, int]]:
+    """The order of the runs: rows that are compared take turns, and each repetition begins with
+    another one.
+
+    Where fewer servers than rows can stay up, a point's rows are taken in groups that fit, stock
+    SGLang in each of them; ``resident`` 1 means a start per run.
+    """
+    points: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        points.setdefault((cell.scenario, cell.point), []).append(cell)
+    for point in points.values():
+        size = max(1, resident - 1) if resident > 1 else len(point)
+        first, rest = point[:1], point[1:]
+        groups = [rest[i : i + size] for i in range(0, len(rest), size)] or [[]]
+        for number, group in enumerate(groups):
+            # Stock is measured once per repetition; later groups find it in the journal.
+            members = first + group if number == 0 or resident > 1 else group
+            for repetition in range(repetitions):
+                turn = repetition % len(members)
+                for cell in members[turn:] + members[:turn]:
+                    yield cell, repetition
+
+
+def run(cell: Cell, repetition: int, setup: Setup, servers: Servers, folder: Path) -> dict[str, Any]:
+    """Measure one cell once."""
+    row = rows(setup.window)[cell.row]
+    peer = PEERS[row.peer]
+    setup = dataclasses.replace(setup, pool=cell.pool)
+    seed = 1000 + repetition
+    work = folder / "clients" / cell.key.replace("/", "-").replace(" ", "-")
+    result: dict[str, Any] = {
+        "key": cell.key,
+        "scenario": cell.scenario,
+        "point": cell.point,
+        "row": cell.row,
+        "repetition": repetition,
+        "pool": cell.pool,
+        "requests": cell.load.requests,
+    }
+    if peer.backend is None:
+        return result | _offline(peer.offline(row, setup, cell.load, seed))
+
+    server = servers.get(peer, row, setup)
+    probe = _probe(server) if cell.scenario == "ample" and row.peer == "sglang" else None
+    if row.peer == "sglang":
+        server.post("/flush_cache", {})
+        time.sleep(0.2)  # the log of what came before is written
+    position, cpu = server.log_position(), server.cpu_seconds()
+    client = drive(
+        cell.load,
+        backend=peer.backend,
+        url=server.url,
+        model=setup.model,
+        tokenizer=setup.model,
+        seed=seed,
+        folder=work,
+    )
+    time.sleep(0.5)
+    cpu = server.cpu_seconds() - cpu
+    counters = peer.counters(server.log_since(position))
+    return result | {
+        "client": {name: client[name] for name in CLIENT_METRICS},
+        "counters": dataclasses.asdict(counters) if counters is not None else None,
+        "cpu_seconds": cpu,
+        "cpu_seconds_per_output_token": cpu / client["total_output_tokens"],
+        "probe": probe,
+    }
+
+
+def _probe(server: Server) -> str:
+    """Digest of a fixed batch's greedy tokens and of every bit of their log-probabilities."""
+    rng = random.Random(7)
+    batch = [[rng.randrange(3, 500) for _ in range(40)] for _ in range(2)]
+    sampling = {"max_new_tokens": 150, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": batch, "sampling_params": sampling, "return_logprob": True}
+    server.post("/flush_cache", {})
+    answers = server.post("/generate", body).json()
+    seen = [[pair[:2] for pair in a["meta_info"]["output_token_logprobs"]] for a in answers]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+
+def _offline(answer: dict[str, Any]) -> dict[str, Any]:
+    client = dict.fromkeys(CLIENT_METRICS) | answer
+    client["output_throughput"] = answer["total_output_tokens"] / answer["duration"]
+    client["request_throughput"] = answer["completed"] / answer["duration"]
+    return {
+        "client": client,
+        "counters": None,
+        "cpu_seconds": None,
+        "cpu_seconds_per_output_token": None,
+        "probe": None,
+    }
+
+
+def missing(row: Row, setup: Setup) -> str | None:
+    """Why a row cannot be run here, or None."""
+    return PEERS[row.peer].missing(setup)
+
+
+def failure(error: Exception) -> str:
+    """One line on a run that failed."""
+    if isinstance(error, (subprocess.SubprocessError, requests.RequestException, RuntimeError)):
+        return str(error).splitlines()[0]
+    raise error

@@ -1,0 +1,49 @@
+"""SGLang, with and without the plugin."""
+
+from __future__ import annotations
+
+import sys
+
+from kara_sglang.benchmarks.serving.counters import Counters
+from kara_sglang.benchmarks.serving.peers.base import Setup
+from kara_sglang.benchmarks.serving.rows import Row
+from kara_sglang.serve import CPU_ENVIRONMENT, CPU_OPTIONS
+
+
+class SGLang:
+    name = "sglang"
+    install = "pip install sglang==0.5.23 && pip install kara-sglang   # no GPU: make venv"
+    backend = "sglang"
+
+    def missing(self, setup: Setup) -> str | None:
+        return None
+
+    def command(self, row: Row, setup: Setup, port: int) -> list[str]:
+        options = {
+            "--model-path": setup.model,
+            "--port": str(port),
+            "--dtype": setup.dtype,
+            # Every step is counted.
+            "--decode-log-interval": "1",
+        }
+        if setup.cpu:
+            options = CPU_OPTIONS | options
+        options["--page-size"] = str(setup.page_size)
+        if setup.pool is not None:
+            options["--max-total-tokens"] = str(setup.pool)
+        words = [word for pair in options.items() for word in pair]
+        if setup.cpu:
+            words.append("--sleep-on-idle")
+        return [
+            *(sys.executable, "-m", "sglang.launch_server", *words, *row.flags, *setup.server_args),
+            *row.compress_flags(setup.window, setup.delay, setup.query_mem_gb),
+        ]
+
+    def environment(self, row: Row, setup: Setup) -> dict[str, str]:
+        # A whitelist that names no plugin: SGLang as if ours were not installed.
+        return (CPU_ENVIRONMENT if setup.cpu else {}) | (
+            {} if row.plugin else {"SGLANG_PLUGINS": "none"}
+        )
+
+    def counters(self, log: str) -> Counters | None:
+        return Counters.of(log)

@@ -1,0 +1,215 @@
+"""The serving benchmark without servers: what it counts, compares, plans and projects."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from kara_sglang.benchmarks.serving import projection, scenarios
+from kara_sglang.benchmarks.serving.counters import Counters
+from kara_sglang.benchmarks.serving.load import Load, write_trace
+from kara_sglang.benchmarks.serving.measure import Journal, schedule
+from kara_sglang.benchmarks.serving.overhead import share
+from kara_sglang.benchmarks.serving.peers import PEERS, Setup
+from kara_sglang.benchmarks.serving.report import headline, markdown, ratios
+from kara_sglang.benchmarks.serving.rows import rows
+from kara_sglang.config import KaraConfig
+
+LOG = """\
+[t] Prefill batch, #new-seq: 1, #new-token: 48, #cached-token: 16, token usage: 0.08, #running-req: 0
+[t] Decode batch, #running-req: 2, #token: 160, token usage: 0.28, kv-compress: 0.50 held (#window: 1, \
+#freed: 32), cpu graph: False, gen throughput (token/s): 397.46, #queue-req: 0
+[t] KV cache pool is full. Retract requests. #retracted_reqs: 2, #new_tokens_gained: 64
+[t] Decode batch, #running-req: 1, #token: 80, token usage: 0.14, kv-compress: 1.00 held (#window: 1)
+[t] Decode batch, #running-req: 2, #token: 100, token usage: 0.14, kv-compress: 0.90 held (#window: 1)
+"""
+
+
+def test_counters_of_a_log() -> None:
+    counted = Counters.of(LOG)
+    assert counted.decode_steps == 3 and counted.peak_running == 2 and counted.retractions == 2
+    assert counted.mean_running == pytest.approx(5 / 3)
+    assert counted.hit_rate == 0.25
+    assert counted.held == pytest.approx(0.8)
+    assert counted.schedule == {1: (1, 80), 2: (2, 260)}
+
+
+def test_a_log_without_decoding_is_an_error() -> None:
+    with pytest.raises(ValueError, match="Decode batch"):
+        Counters.of("nothing")
+
+
+def result(row: str, repetition: int, speed: float, **changes: object) -> dict:
+    scenario, point = changes.pop("scenario", "scarce"), changes.pop("point", "equal work")
+    return {
+        "key": f"{scenario}/{point}/{row}",
+        "scenario": scenario,
+        "point": point,
+        "row": row,
+        "repetition": repetition,
+        "pool": 100,
+        "requests": 12,
+        "client": dict.fromkeys(
+            ("request_throughput", "median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms"), 1.0
+        )
+        | {"output_throughput": speed},
+        "counters": {
+            "decode_steps": 100,
+            "mean_running": 2.0,
+            "peak_running": 3,
+            "retractions": 0,
+            "hit_rate": 0.5,
+            "held": 1.0,
+            "schedule": {"2": [100, 6000]},
+        },
+        "cpu_seconds_per_output_token": 0.01,
+        "probe": None,
+    } | changes
+
+
+def test_ratios_are_taken_within_a_repetition() -> None:
+    """A slow hour hits both; a repetition without stock has no ratio."""
+    found = {
+        "stock": [result("stock", 0, 10.0), result("stock", 1, 5.0)],
+        "kara-0.5": [result("kara-0.5", r, speed) for r, speed in enumerate((15.0, 10.0, 99.0))],
+    }
+    assert ratios(found, "kara-0.5", "output tok/s") == [1.5, 2.0]
+
+
+def test_headline_names_what_was_measured_and_nothing_else() -> None:
+    runs = [result("stock", 0, 10.0), result("kara-0.5", 0, 14.0)]
+    found = headline(runs)
+    assert found["ratio_scarce_kara_0.5"] == 1.4 and found["mean_running_ratio_kara_0.5"] == 1.0
+    assert "ratio_scarce_kara_0.25" not in found and "hit_rate_delta" not in found
+    ample = {"scenario": "ample"}
+    runs += [
+        result("stock", 0, 10.0, probe="a", **ample),
+        result("off", 0, 10.0, probe="a", **ample),
+        result("identity", 0, 10.0, probe="b", **ample),
+        result("stock", 0, 10.0, scenario="prefix", point="shared prefix"),
+        result("kara-0.5", 0, 9.0, scenario="prefix", point="shared prefix"),
+    ]
+    found = headline(runs)
+    assert found["off_bit_exact"] is True and found["identity_bit_exact"] is False
+    assert found["hit_rate_delta"] == 0 and found["ratio_plugin_off"] == 1.0
+    assert "1.40 (1.40 to 1.40)" in markdown(runs, {"vllm": "not here"})
+
+
+def test_every_row_is_accepted_by_the_configuration() -> None:
+    """A row whose settings the server would refuse is found here, not after its start."""
+    for row in rows(64).values():
+        flags = row.compress_flags(64, 16, 0.25)
+        if flags:
+            given = dict(zip(flags[::2], flags[1::2], strict=True))
+            settings = json.loads(given["--kv-compress-config"])
+            config = KaraConfig.from_settings(
+                settings
+                | {
+                    "selector": given["--kv-compress"],
+                    "window": int(given["--kv-compress-window"]),
+                    "retain": float(given["--kv-compress-retain"]),
+                }
+            )
+            config.check_page_size(16)
+    assert set(scenarios.ALL) == set(rows(64))
+
+
+def test_a_journal_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    cell = next(scenarios.scarce(scenarios.Scale()))
+    Journal(path).add({"key": cell.key, "repetition": 0})
+    with path.open("a") as file:
+        file.write('{"key": "scarce/equal wo')
+    journal = Journal(path)
+    assert journal.has(cell, 0) and not journal.has(cell, 1)
+
+
+@pytest.mark.parametrize("resident", [1, 2, 4, 20])
+def test_the_plan_runs_everything_once_and_rows_take_turns(resident: int) -> None:
+    cells = [c for make in scenarios.SCENARIOS.values() for c in make(scenarios.Scale())]
+    plan = list(dict.fromkeys(schedule(cells, 3, resident)))
+    assert sorted((c.key, r) for c, r in plan) == sorted((c.key, r) for c in cells for r in range(3))
+    first = next(c.row for c, r in plan if c.scenario == "ample" and r == 1)
+    assert resident == 2 or first != "stock"
+
+
+def test_a_pool_holds_as_many_requests_as_it_says() -> None:
+    """Stock reserves the whole answer, rounded up to a page: n fit and n + 1 do not."""
+    scale = scenarios.Scale()
+    need = -(-(scale.prompt + scale.output) // scale.page_size) * scale.page_size
+    for requests in (2, 3, 12):
+        assert requests * need < scale.pool(requests) < (requests + 1) * need
+
+
+def test_a_trace_keeps_times_and_bounds_prompts(tmp_path: Path) -> None:
+    write_trace(scenarios.TRACE, tmp_path / "trace.jsonl", 50, 512, 1024)
+    with scenarios.TRACE.open() as file:
+        lengths = [int(row["ContextTokens"]) for row in csv.DictReader(file)][:50]
+    records = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    assert len(records) == 50 and records[0]["timestamp"] == 0
+    assert [r["timestamp"] for r in records] == sorted(r["timestamp"] for r in records)
+    assert {r["output_length"] for r in records} == {1024}
+    ids = [block for r in records for block in r["hash_ids"]]
+    assert len(ids) == len(set(ids)), "prompts must not share blocks"
+    assert all(len(r["hash_ids"]) <= max(1, n // 128) for r, n in zip(records, lengths, strict=True))
+
+
+def test_the_loads_are_words_that_sglang_knows(tmp_path: Path) -> None:
+    words = Load(4, 64, 100, concurrency=2, ignore_eos=False).arguments(tmp_path)
+    assert words[words.index("--random-output-len") + 1] == "100"
+    assert "--disable-ignore-eos" in words and "--max-concurrency" in words
+    shared = Load(8, 64, 100, kind="shared-prefix", groups=4).arguments(tmp_path)
+    assert shared[shared.index("--gsp-prompts-per-group") + 1] == "2"
+
+
+def test_peers_say_why_they_cannot_run_here() -> None:
+    setup = Setup("m", "float32", 64, 16, 0.25, 16, 100, (), {}, cpu=True)
+    assert PEERS["sglang"].missing(setup) is None
+    assert "--peer vllm=" in PEERS["vllm"].missing(setup)
+    assert "CUDA" in PEERS["nano_kvllm"].missing(setup)
+    stock = rows(64)["stock"]
+    assert PEERS["sglang"].environment(stock, setup)["SGLANG_PLUGINS"] == "none"
+    assert not any("kv-compress" in word for word in PEERS["sglang"].command(stock, setup, 1))
+
+
+def test_a_projection_is_bounded_by_the_schedule() -> None:
+    """Half the steps with twice the requests: a gain, but never more than two."""
+    runs = [
+        result("stock", 0, 1.0, scenario="pool", point="3 fit"),
+        result("kara-0.5", 0, 1.0, scenario="pool", point="3 fit"),
+        result("kara-0.25", 0, 1.0, scenario="pool", point="3 fit"),
+    ]
+    for run, (requests, steps) in zip(runs, ((3, 400), (6, 200), (12, 100)), strict=True):
+        run["counters"] = run["counters"] | {"schedule": {str(requests): [steps, steps * 90]}}
+    answer = {"scale": {"output": 1024, "window": 64}, "runs": runs}
+    model, card = projection.MODELS[0], projection.CARDS[1]
+    at = projection.counted(answer)[3]
+    base = at["stock"].seconds(model, card, 4096)
+    half, quarter = (base / at[row].seconds(model, card, 4096) for row in ("kara-0.5", "kara-0.25"))
+    assert 1.8 < half < 2 and 3 < quarter < 4
+    assert "Qwen3-8B" in projection.table(answer)
+    with pytest.raises(ValueError, match="pool"):
+        projection.counted({"scale": {}, "runs": []})
+
+
+def test_a_profile_is_charged_to_the_plugin_below_its_hooks() -> None:
+    loop = "Scheduler.event_loop_overlap (/s/sglang/srt/managers/scheduler.py:1)"
+    profile = "\n".join(
+        [
+            f"main (/m.py:1);{loop};forward (/s/sglang/srt/layers/a.py:2) 90",
+            f"main (/m.py:1);{loop};before_attention (PACKAGE/runtime.py:3);plan (/k/record.py:4) 6",
+            f"main (/m.py:1);{loop};wrapper (/s/sglang/srt/plugins/hook_registry.py:5) 1",
+            f"main (/m.py:1);{loop};get_prefill_adder_class (PACKAGE/a.py:3);stock (/s/b.py:4) 3",
+            "main (/m.py:1);recv (/s/zmq.py:2) 500",
+        ]
+    )
+    from kara_sglang.benchmarks.serving import overhead
+
+    part, total, charged = share(
+        profile.replace("PACKAGE", overhead._PACKAGE), {"get_prefill_adder_class"}
+    )
+    assert total == 100 and part == pytest.approx(0.07)
+    assert charged == {"before_attention": 6, "hook_registry": 1}
