@@ -10,30 +10,25 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import prompt
-from server import Server, in_parallel, launch
+from conftest import launch_sharing, prompt
+from server import Server, in_parallel
 from test_exactness import RetainedCache, logprobs
 
-W, R, DELAY, POOL = 32, 16, 8, 1536
+W, R, DELAY = 32, 16, 8  # of these servers
 PROMPT = prompt(100, 21)
 EXACT = {"prefix": "exact"}
 
 
-@pytest.fixture(scope="module", params=[16, 1], ids=["page 16", "page 1"])
-def server(request: pytest.FixtureRequest, tiny_model: Path, logs: Path) -> Iterator[Server]:
-    page = request.param
-    flags = (
-        *("--skip-tokenizer-init", "--dtype", "float32", "--page-size", str(page)),
-        *("--max-total-tokens", str(POOL), "--chunked-prefill-size", "128"),
-        *("--kv-compress", "kara", "--kv-compress-window", str(W)),
-        *("--kv-compress-query-mem-gb", "0.05", "--kv-compress-prefix-reuse", "compressed"),
-        *("--kv-compress-config", f'{{"delay": {DELAY}, "debug_checks": true}}'),
-    )
-    # Requests are admitted as if they wrote 16 tokens, so that some must be retracted.
-    env = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
-    with launch(tiny_model, logs / f"compressed_{page}.log", *flags, env=env) as started:
-        started.page = page
+@pytest.fixture(scope="module")
+def compressed_page_1(tiny_model: Path, logs: Path) -> Iterator[Server]:
+    with launch_sharing(tiny_model, logs, 1) as started:
+        started.page = 1
         yield started
+
+
+@pytest.fixture(scope="module", params=["compressed", "compressed_page_1"])
+def server(request: pytest.FixtureRequest) -> Server:
+    return request.getfixturevalue(request.param)
 
 
 def ceil(value: int, page: int) -> int:
