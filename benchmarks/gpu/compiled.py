@@ -31,8 +31,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
-from kara_sglang.kernels.backend import LayerPool, WindowJob
-from kara_sglang.kernels.record import FP8
+from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
+from kara_sglang.kernels.record import FP8, Ring
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
@@ -67,7 +67,7 @@ class Launch:
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
-            if parameter.is_constexpr:
+            if parameter.is_constexpr or value is None:
                 signature[parameter.name] = "constexpr"
                 constants[parameter.name] = value
                 continue
@@ -151,7 +151,7 @@ def launches(
     pool = LayerPool(
         keys=[torch.empty(window, heads, dim, dtype=key_dtype)],
         values=[torch.empty(window, heads, dim, dtype=key_dtype)],
-        rings=[torch.empty(num_units * ring_len + 1, heads, dim, dtype=ring_dtype)],
+        rings=[Ring.zeros((num_units * ring_len + 1, heads, dim), ring_dtype)],
         ring_len=ring_len,
         scales=[dim**-0.5],
     )
@@ -170,22 +170,25 @@ def launches(
     batch = 64
     queries = torch.empty(batch, model.query_heads * dim, dtype=torch.bfloat16)
     entries = torch.zeros(batch, model.group, dtype=torch.int64)
-    with _caught() as caught:
+    with caught() as found:
         kernels = TritonKernels()
+        kernels.reserve(
+            torch.device("cpu"), WindowShape(heads, window, window, num_units, window + delay)
+        )
         kernels.record(pool.rings[0], entries, queries)
         kernels.compress(pool, [job])
-    return caught
+    return found
 
 
 @contextlib.contextmanager
-def _caught() -> Iterator[list[Launch]]:
+def caught() -> Iterator[list[Launch]]:
     """Collects launches in place of making them."""
-    caught: list[Launch] = []
+    found: list[Launch] = []
     originals = [(module, name, getattr(module, name)) for module, name in _KERNELS]
     try:
         for module, name, kernel in originals:
-            setattr(module, name, _Catcher(kernel, caught))
-        yield caught
+            setattr(module, name, _Catcher(kernel, found))
+        yield found
     finally:
         for module, name, kernel in originals:
             setattr(module, name, kernel)
@@ -194,15 +197,15 @@ def _caught() -> Iterator[list[Launch]]:
 class _Catcher:
     """Stands in for a kernel: ``catcher[grid](*args, **kwargs)`` notes the call."""
 
-    def __init__(self, kernel: JITFunction[Any], caught: list[Launch]) -> None:
-        self._kernel, self._caught = kernel, caught
+    def __init__(self, kernel: JITFunction[Any], found: list[Launch]) -> None:
+        self._kernel, self._found = kernel, found
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return functools.partial(self._launch)
 
     def _launch(self, *args: Any, **kwargs: Any) -> None:
         positional = dict(zip(inspect.signature(self._kernel.fn).parameters, args, strict=False))
-        self._caught.append(Launch(self._kernel, positional | kwargs))
+        self._found.append(Launch(self._kernel, positional | kwargs))
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ def score(model: Model, settings: Settings) -> Work:
     """Both passes over queries and keys, the norms of the values, and the scores."""
     rows, width, dim = settings.voters(model), settings.window, model.head_dim
     queries, keys = rows * dim * settings.query_bytes, width * dim * 2
-    sums, scores = rows * 4, width * 4
+    sums, scores = rows * 2 * 4, width * 4
     per_pass = Work(bytes=queries + keys + sums, flops=2 * rows * width * dim, exps=rows * width)
     per_head = per_pass * 2 + Work(bytes=keys + scores)
     return per_head * (model.layers * model.kv_heads)

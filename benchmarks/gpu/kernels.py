@@ -26,8 +26,9 @@ from kara_sglang.benchmarks.gpu import floors
 from kara_sglang.benchmarks.gpu.floors import DATASHEET, Gpu, Settings, Work
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.kernels import record as reference_record
-from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob
+from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob, WindowShape
 from kara_sglang.kernels.compact import compact as reference_compact
+from kara_sglang.kernels.record import FP8, Ring, to_fp8
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.score import attention_scores as reference_scores
 from kara_sglang.kernels.select import ChunkRule
@@ -57,7 +58,7 @@ class Case:
         units = 1 if settings.rotating else model.group
         slots = num_jobs * width * 2  # half of the pool belongs to others
         entries = num_jobs * units * ring_len + 1
-        ring_dtype = reference_record.FP8 if settings.query_bytes == 1 else torch.bfloat16
+        ring_dtype = FP8 if settings.query_bytes == 1 else torch.bfloat16
 
         def normal(rows: int) -> torch.Tensor:
             return torch.randn(rows, heads, dim, device=DEVICE, dtype=torch.bfloat16)
@@ -65,7 +66,7 @@ class Case:
         self.pool = LayerPool(
             keys=[normal(slots) for _ in range(layers)],
             values=[normal(slots) for _ in range(layers)],
-            rings=[normal(entries).to(ring_dtype) for _ in range(layers)],
+            rings=[ring_of(normal(entries), ring_dtype) for _ in range(layers)],
             ring_len=ring_len,
             scales=[dim**-0.5] * layers,
         )
@@ -77,9 +78,9 @@ class Case:
         self.tables = PoolTables.of(self.pool)
         self.voters = Voters(self.units, torch.tensor(self.starts, device=DEVICE), 0, ring_len)
         self.scores = torch.empty(layers, num_jobs, heads, width, device=DEVICE)
-        self.sums = torch.empty(layers * num_jobs * heads * self.voters.rows, device=DEVICE)
+        self.sums = torch.empty(2 * layers * num_jobs * heads * self.voters.rows, device=DEVICE)
         self.kept = torch.empty(
-            layers, num_jobs, heads, settings.kept, dtype=torch.int64, device=DEVICE
+            layers, num_jobs, heads, settings.kept, dtype=torch.int32, device=DEVICE
         )
         batch = 64
         group = model.group
@@ -110,15 +111,23 @@ class Case:
         select(self.scores, self.settings.kept, CHUNKS, self.kept)
 
     def compact(self) -> None:
-        for table, row_bytes in self.tables.moves:
-            compact(
-                table,
-                self.slots,
-                self.kept,
+        compact(self.tables, range(self.model.layers), self.slots, self.kept)
+
+    def kernels(self) -> TritonKernels:
+        """The server's kernels, with the scratch that it would reserve."""
+        settings = self.settings
+        kernels = TritonKernels()
+        kernels.reserve(
+            DEVICE,
+            WindowShape(
                 num_kv_heads=self.model.kv_heads,
-                row_bytes=row_bytes,
-                alignment=self.tables.alignment,
-            )
+                width=settings.window,
+                kept=settings.window,
+                units=self.units.shape[1],
+                query_count=settings.window + settings.delay,
+            ),
+        )
+        return kernels
 
     def jobs(self) -> list[WindowJob]:
         return [
@@ -145,17 +154,17 @@ def check(case: Case) -> dict[str, Any]:
         that a whole pass and the reference's agree on; near ties may fall either way.
     """
     pool, settings = case.pool, case.settings
-    rings = [ring.view(torch.uint8).clone() for ring in pool.rings]
+    rings = [Ring(*(part.clone() for part in parts(ring))) for ring in pool.rings]
     case.record()
-    for ours, ring in zip(pool.rings, rings, strict=True):
-        theirs = ring.view(ours.dtype)
+    for ours, theirs in zip(pool.rings, rings, strict=True):
         reference_record.record(theirs, case.entries, case.queries)
-        require(torch.equal(ours[:-1].view(torch.uint8), theirs[:-1].view(torch.uint8)), "record")
+        for mine, other in zip(parts(ours), parts(theirs), strict=True):
+            require(torch.equal(mine[:-1].view(torch.uint8), other[:-1].view(torch.uint8)), "record")
 
     case.scores.fill_(float("nan"))
     case.score()
     expected = torch.empty_like(case.scores)
-    for layer, ring in enumerate(pool.rings):
+    for layer, ring in enumerate(rings):
         for job, slots in enumerate(case.slots.long()):
             expected[layer, job] = reference_scores(
                 reference_record.recorded(
@@ -170,23 +179,35 @@ def check(case: Case) -> dict[str, Any]:
     require(error < 1e-3, f"score: relative error {error}")
 
     # Before anything has moved: a compacted window holds tokens twice, and equal scores are a toss-up.
-    theirs = torch.stack(TorchKernels().compress(copied(pool), case.jobs()))
-    ours = torch.stack(TritonKernels().compress(copied(pool), case.jobs()))
+    theirs = torch.stack(TorchKernels().compress(copied(pool), case.jobs(), positions=True))
+    ours = torch.stack(case.kernels().compress(copied(pool), case.jobs(), positions=True))
     same = (ours[..., None] == theirs[..., None, :]).any(-1).float().mean().item()
     require(same > 0.99, f"a pass: {same:.4f} of the positions agree")
 
     case.kept.fill_(-1)
     case.select()
-    require(torch.equal(case.kept, reference_select(case.scores, settings.kept, CHUNKS)), "select")
+    expected = reference_select(case.scores, settings.kept, CHUNKS)
+    require(torch.equal(case.kept.long(), expected), "select")
 
     copies = [buffer.clone() for buffer in (*pool.keys, *pool.values)]
     case.compact()
     for index, (ours, theirs) in enumerate(zip((*pool.keys, *pool.values), copies, strict=True)):
         for job in range(case.num_jobs):
-            reference_compact(theirs, case.slots[job], case.kept[index % case.model.layers, job])
+            kept = case.kept[index % case.model.layers, job].long()
+            reference_compact(theirs, case.slots[job], kept)
         require(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), "compact")
 
     return {"score_error": error, "same_choice": same}
+
+
+def ring_of(queries: torch.Tensor, dtype: torch.dtype) -> Ring:
+    """A ring that holds ``queries``."""
+    return Ring(*to_fp8(queries)) if dtype == FP8 else Ring(queries.to(dtype))
+
+
+def parts(ring: Ring) -> list[torch.Tensor]:
+    """The tensors of a ring."""
+    return [part for part in (ring.queries, ring.exponents) if part is not None]
 
 
 def copied(pool: LayerPool) -> LayerPool:
@@ -250,7 +271,7 @@ def measure(case: Case, gpu: Gpu) -> dict[str, Any]:
         floor = gpu.floor(work)
         results[name] = {"us": took * 1e6, "floor_us": floor * 1e6, "of_floor": floor / took}
         print(f"  {name:8} {took * 1e6:9.1f} us, floor {floor * 1e6:9.1f} us, {floor / took:6.1%}")
-    kernels, jobs = TritonKernels(), case.jobs()
+    kernels, jobs = case.kernels(), case.jobs()
     kernels.compress(case.pool, jobs)
     took = timed(lambda: kernels.compress(case.pool, jobs))
     step = gpu.floor(floors.decode_step(case.model, 64, 4096))

@@ -72,15 +72,7 @@ def test_without_the_barrier_inside_a_block_it_is_wrong():
 
 def run(pool: LayerPool, slots: torch.Tensor, kept: torch.Tensor) -> None:
     tables = PoolTables.of(pool)
-    for table, row_bytes in tables.moves:
-        compact(
-            table,
-            slots,
-            kept,
-            num_kv_heads=tables.num_kv_heads,
-            row_bytes=row_bytes,
-            alignment=tables.alignment,
-        )
+    compact(tables, range(tables.num_layers), slots, kept.int())
 
 
 def choose(shape: tuple[int, ...], width: int, kept: int) -> torch.Tensor:
@@ -160,6 +152,21 @@ def test_buffers_that_start_anywhere(identical, make):
 def test_no_access_is_misaligned(row_bytes, alignment, word):
     """A GPU faults there, the interpreter does not."""
     assert module._word(row_bytes, alignment) == word
+
+
+def test_what_does_not_fit_is_refused(make):
+    tables = PoolTables.of(make.pool(3, dim=8, slots=64))
+    slots = make.windows(1, 48, slots=64, seed=1)
+    kept = torch.arange(20, dtype=torch.int32).repeat(1, 1, 2, 1)
+    for message, wrong in (
+        ("for 1 layers, 1 windows of 48 slots and 2 KV heads", (slots, kept[:, :, :1])),
+        ("for 1 layers, 2 windows", (slots.repeat(2, 1), kept)),
+        ("of 10 slots", (slots[:, :10].contiguous(), kept)),
+        ("must be int32", (slots, kept.long())),
+        ("must be int32, positions and slots contiguous", (slots, kept.repeat(1, 1, 1, 2)[..., ::2])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compact(tables, range(1), *wrong)
 
 
 def test_a_window_of_a_thousand(identical, make):

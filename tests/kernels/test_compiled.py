@@ -65,11 +65,15 @@ def test_other_shapes(architecture, shape, settings):
 
 
 def assert_wide(result: Compiled) -> None:
-    """Rows of K, V and queries move 16 bytes per access, those of a loop while it computes."""
+    """Rows of K, V and queries move 16 bytes per access, those of a loop while it computes. Only the
+    ring's exponents, one per row, are accessed byte by byte: a few times by a thread, where the numbers
+    of a tile would be dozens."""
     accesses = re.findall(r"(?:ld|st)\.global\.[\w.]+", result.ptx)
     copies = re.findall(r"cp\.async\.\w+\.shared\.global[^;]*", result.ptx)
     narrow = [access for access in accesses if re.search(r"\.(b8|b16)$", access)]
-    assert not narrow, f"{result.kernel} accesses memory by {set(narrow)}"
+    exponents = {"record_kernel": {"st.global.b8"}, "log_sum_exp_kernel": {"ld.global.b8"}}
+    allowed = set(narrow) <= exponents.get(result.kernel, set()) and len(narrow) <= 8
+    assert allowed, f"{result.kernel} accesses memory by {narrow}"
     wide = {
         "record_kernel": r"ld\.global\.v4\.b32",
         "log_sum_exp_kernel": r"cp\.async\.cg\.shared\.global .* 0x10,",
