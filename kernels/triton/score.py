@@ -132,7 +132,7 @@ def log_sum_exp_kernel(
             inside[None, :] & (dim[:, None] < DIM),
             KEY,
         ).to(DOT)
-        logits = tl.dot(query, key, input_precision="ieee") * query_scale[:, None]
+        logits = tl.dot(query, key, input_precision="tf32") * query_scale[:, None]
         visible = inside[None, :]
         if CAUSAL:
             visible = visible & (position[None, :] <= token[:, None])
@@ -211,7 +211,7 @@ def column_sum_kernel(
         ).to(DOT)
         log_sum = tl.load(sums + row, mask=is_row, other=float("inf"))  # inf: no probability
         query_scale = tl.load(sums + num_rows + row, mask=is_row, other=0.0)
-        logits = tl.dot(key, query, input_precision="ieee") * query_scale[None, :]
+        logits = tl.dot(key, query, input_precision="tf32") * query_scale[None, :]
         probability = tl.exp2(logits - log_sum[None, :])
         if CAUSAL:
             probability = tl.where(position[:, None] <= token[None, :], probability, 0.0)
@@ -369,16 +369,23 @@ class Tile(NamedTuple):
 
 
 def tile_for(head_dim: int, dtype: torch.dtype) -> Tile:
-    """Sizes that spill no register on sm_80, sm_90 and sm_100 (docs/kernels.md has the table)."""
+    """Sizes that spill no register on sm_80, sm_90 and sm_100 (docs/kernels.md has the table).
+
+    ``dtype`` is that of the dot product's operands, see :func:`dot_dtype`.
+    """
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
+        return Tile(32, 32, 4, 1) if head_dim <= 128 else Tile(32, 16, 4, 1)
     if head_dim <= 128:
         return Tile(128, 64, 8, 3)
     return Tile(64, 64, 8, 2)
 
 
 def dot_dtype(*stored: torch.dtype) -> torch.dtype:
-    """The narrowest type that holds all ``stored`` types exactly and has a matrix instruction."""
+    """The narrowest type that holds all ``stored`` types exactly and has a matrix instruction.
+
+    float32 operands are multiplied as TF32, which holds float16 and bfloat16 exactly; numbers that are
+    stored in float32 are rounded to its 10 bits.
+    """
     wide = [dtype for dtype in stored if dtype.itemsize > 1]
     return functools.reduce(torch.promote_types, wide, wide[0]) if wide else torch.float16
 
