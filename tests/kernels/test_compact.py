@@ -169,11 +169,28 @@ def test_what_does_not_fit_is_refused(make):
             compact(tables, range(1), *wrong)
 
 
-def test_a_window_of_a_thousand(identical, make):
+@pytest.mark.parametrize(("width", "kept"), [(1000, 504), (2048, 2032), (4096, 2048)])
+def test_windows_of_thousands(identical, make, width, kept):
     torch.manual_seed(6)
-    pool = make.pool(3, heads=1, dim=64, slots=1024, dtype=torch.bfloat16)
-    slots = make.windows(1, 1000, slots=1024, seed=4)
-    check(identical, make, pool, slots, choose((1, 1, 1), 1000, 504))
+    pool = make.pool(3, heads=1, dim=64, slots=width + 24, dtype=torch.bfloat16)
+    slots = make.windows(1, width, slots=width + 24, seed=4)
+    check(identical, make, pool, slots, choose((1, 1, 1), width, kept))
+
+
+def test_every_number_is_where_it_belongs(make):
+    """One by one, without the reference: head h of slot j holds what position kept[h, j] held."""
+    pool = make.pool(3, layers=2, heads=3, dim=5, slots=64, dtype=torch.bfloat16)
+    slots, kept = make.windows(2, 24, slots=64, seed=9), choose((2, 2, 3), 24, 11)
+    before = [buffer.double().numpy() for buffer in (*pool.keys, *pool.values)]
+    expected = [buffer.copy() for buffer in before]
+    for index, buffer in enumerate(expected):
+        for job, window in enumerate(slots.tolist()):
+            for head, positions in enumerate(kept[index % 2, job].tolist()):
+                for place, position in enumerate(positions):
+                    buffer[window[place], head] = before[index][window[position], head]
+    run(pool, slots, kept)
+    for ours, theirs in zip((*pool.keys, *pool.values), expected, strict=True):
+        assert (ours.double().numpy() == theirs).all()
 
 
 @settings(max_examples=40, deadline=None)

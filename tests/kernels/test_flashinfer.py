@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from sglang.kernels.ops.attention.kv_indices import create_flashinfer_kv_indices_triton
+from triton.runtime.interpreter import InterpretedFunction
 
 from kara_sglang.kernels.backend import Kernels, LayerPool, TorchKernels, WindowJob
 from kara_sglang.kernels.score import AttentionRule
@@ -42,6 +44,20 @@ def as_sglang_does(req_to_token: torch.Tensor, seq_lens: torch.Tensor) -> PageTa
     indptr[1:] = torch.cumsum(seq_lens, dim=0)
     indices = torch.cat([row[:length] for row, length in zip(req_to_token, seq_lens, strict=True)])
     return PageTable(indptr, indices.int(), torch.ones(len(seq_lens), dtype=torch.int32), 1)
+
+
+def by_sglangs_kernel(req_to_token: torch.Tensor, seq_lens: torch.Tensor) -> PageTable:
+    """SGLang's own kernel, as ``call_begin_forward`` launches it; the table's rows in another order."""
+    rows = torch.tensor([2, 0, 1])
+    shuffled = torch.empty_like(req_to_token)
+    shuffled[rows] = req_to_token
+    indptr = torch.zeros(len(seq_lens) + 1, dtype=torch.int32)
+    indptr[1:] = torch.cumsum(seq_lens, dim=0)
+    indices = torch.full((int(indptr[-1]),), -7, dtype=torch.int32)
+    InterpretedFunction(create_flashinfer_kv_indices_triton.fn)[(len(seq_lens),)](
+        shuffled, rows, seq_lens, indptr, None, indices, shuffled.stride(0)
+    )
+    return PageTable(indptr, indices, torch.ones(len(seq_lens), dtype=torch.int32), 1)
 
 
 def with_real_pages(req_to_token: torch.Tensor, seq_lens: torch.Tensor, page: int) -> PageTable:
@@ -130,8 +146,10 @@ def test_attention_over_the_spliced_row(make, page: int, name: str):
             for i, p in enumerate(positions)
         ]
     )
-    tables = [as_sglang_does(req_to_token, new_lens), with_real_pages(req_to_token, new_lens, page)]
-    for table in tables:
+    plain = as_sglang_does(req_to_token, new_lens)
+    theirs = by_sglangs_kernel(req_to_token, new_lens)
+    assert torch.equal(theirs.indices, plain.indices)
+    for table in (theirs, plain, with_real_pages(req_to_token, new_lens, page)):
         got = paged_decode(queries, pool.keys[0], pool.values[0], table)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -30,7 +31,7 @@ def bytes_of(ring: Ring) -> list[torch.Tensor]:
     return [part.view(torch.uint8) for part in parts]
 
 
-@pytest.mark.parametrize("group", [1, 3, 5, 7, 12])
+@pytest.mark.parametrize("group", [1, 3, 5, 7, 12, 16])
 @pytest.mark.parametrize(
     ("ring_dtype", "query_dtype"),
     [
@@ -65,6 +66,30 @@ def test_bytes_are_the_references(identical, group, ring_dtype, query_dtype):
         assert identical(mine[:-1], other[:-1])
         assert (mine[-1] == POISON).all(), "an idle row was stored"
         assert (other[-1] != POISON).any(), "the test has no idle row"
+
+
+def test_every_query_is_stored_as_the_nearest_number():
+    """From the definition, float64: of all 253 numbers of e4m3, times the smallest power of two that
+    brings a head's largest query into their range, the nearest, and of two the even one."""
+    codes = np.array([code for code in range(256) if code & 0x7F != 0x7F], dtype=np.uint8)
+    numbers = torch.from_numpy(codes).view(torch.float8_e4m3fn).double().numpy()
+    heads, dim = 3, 24
+    queries = torch.randn(2, heads * dim) * torch.tensor([2000.0, 1.0, 1e-3]).repeat_interleave(dim)
+    queries[1, :dim] = torch.tensor([448.0, 17.0, 19.0]).repeat(dim // 3)  # 17 and 19: in the middle
+    ring = poisoned_ring(4, heads, dim, reference.FP8)
+    record(ring, torch.tensor([[2], [0]]), queries)
+    for entry, row in ((2, queries[0]), (0, queries[1])):
+        for head, given in enumerate(row.view(heads, dim).double().numpy()):
+            power = 1.0
+            while abs(given).max() > 448 * power:
+                power *= 2
+            while abs(given).max() <= 448 * power / 2:
+                power /= 2
+            assert 2.0 ** int(ring.exponents[entry, head]) == power
+            distance = abs(given[:, None] / power - numbers[None, :])
+            odd = (codes & 1)[None, :] * 1e-12  # the even one, where two are as near
+            nearest = numbers[(distance + odd).argmin(axis=1)]
+            assert (ring.queries[entry, head].double().numpy() == nearest).all()
 
 
 def test_rows_of_a_fused_projection(identical):

@@ -120,10 +120,11 @@ def test_head_dims(make, dim):
     check(pool, slots, torch.tensor([[0, 3], [2, 1]]), [16, 777], 57, BEST)
 
 
-@pytest.mark.parametrize("group", [1, 3, 5, 7, 12])
+@pytest.mark.parametrize("group", [1, 3, 5, 7, 12, 16])
 @pytest.mark.parametrize("num_jobs", [1, 3])
 def test_groups_and_jobs(make, group, num_jobs):
-    pool = make.pool(group, heads=3, units=num_jobs * group, ring_len=51)
+    heads = 3 if num_jobs == 1 else 1
+    pool = make.pool(group, heads=heads, units=num_jobs * group, ring_len=51)
     slots = make.windows(num_jobs, 48, slots=256, seed=group)
     units = torch.randperm(num_jobs * group).view(num_jobs, group)
     starts = [int(start) for start in torch.randint(0, 10_000, (num_jobs,))]
@@ -152,6 +153,15 @@ def test_a_window_of_a_thousand(make):
     pool = make.pool(11, heads=1, dim=64, slots=1024, units=1, ring_len=1010)
     slots = make.windows(1, 1000, slots=1024, seed=3)
     check(pool, slots, torch.tensor([[0]]), [123_456_789_012], 1010, SUM, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(("width", "causal"), [(2048, True), (4096, False)])
+def test_windows_of_thousands(make, width, causal):
+    """The newest queries only, which keeps the interpreter busy for seconds instead of minutes."""
+    pool = make.pool(12, heads=1, dim=16, slots=width, units=1, ring_len=width + 64)
+    slots = make.windows(1, width, slots=width, seed=3, page=16)
+    rule = AttentionRule(value_norm=True, causal=causal, last_queries=140)
+    check(pool, slots, torch.tensor([[0]]), [1_000_003], width + 64, rule, tolerance=1e-4)
 
 
 @pytest.mark.parametrize(

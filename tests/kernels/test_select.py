@@ -102,9 +102,10 @@ def test_any_scores(data):
 
 
 @pytest.mark.parametrize("chunks", [OFF, WIDE], ids=repr)
-def test_a_window_of_a_thousand(chunks):
+@pytest.mark.parametrize(("width", "kept"), [(1000, 496), (2048, 2047), (3000, 16), (4096, 2048)])
+def test_windows_of_thousands(width, kept, chunks):
     torch.manual_seed(4)
-    check(torch.rand(1, 1000), 496, chunks)
+    check(torch.rand(1, width), kept, chunks)
 
 
 @pytest.mark.parametrize("chunks", [OFF, WIDE], ids=repr)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kara_sglang.kernels.backend import TorchKernels
 from kara_sglang.kernels.record import FP8, Ring, plan, record, recorded
@@ -391,3 +393,79 @@ def test_what_is_read_is_a_copy() -> None:
         assert before.count_nonzero() == 8
         ring.queries.zero_()
         assert torch.equal(got, before)
+
+
+# -- CUDA graphs ---------------------------------------------------------------------------------------
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph is: the operations of one run, on the tensors of that run, without the Python
+    around them. :meth:`replay` does them again and leaves each result where it was the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.operations:
+            again = func(*args, **kwargs)
+            if again.data_ptr() != result.data_ptr():  # else a view, or written in place
+                result.copy_(again)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
+    """Recorders come and go between replays of one captured step; nobody else writes the ring."""
+    group, kv_heads, layers, batch = 3, 2, 2, 4
+    recorder = make(group=group, kv_heads=kv_heads, layers=layers, units=8, fp8=fp8)
+    flush(recorder)
+    tables = [recorder.units, recorder.rotating]
+    addresses = [t.data_ptr() for t in (*tables, *(ring.queries for ring in recorder.rings))]
+    # The graph's own inputs, which SGLang fills by copy before each replay.
+    rows, positions = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
+    queries = torch.zeros(layers, batch, kv_heads * group * 3)
+    with Tape() as graph:
+        for layer in range(layers):
+            recorder.record(KERNELS, layer, queries[layer], rows, positions)
+
+    generator = torch.Generator().manual_seed(0)
+    held: dict[int, Recorder] = {}
+    expected: dict[tuple[int, int], torch.Tensor] = {}  # (unit, place): (layers, kv_heads, dim)
+    for step in range(60):
+        row = 1 + step % 5
+        if row in held and step % 3 == 0:
+            recorder.release(held.pop(row))
+        elif row not in held and recorder.free_units >= (1 if row % 2 else group):
+            held[row] = recorder.acquire(row, 1 if row % 2 else group, since=0)
+        flush(recorder)
+        rows.copy_(torch.randperm(5, generator=generator)[:batch] + 1)
+        positions.copy_(torch.randint(0, 5000, (batch,), generator=generator))
+        queries.copy_(torch.randn(queries.shape, generator=generator))
+        graph.replay()
+        by_head = queries.view(layers, batch, kv_heads, group, 3)
+        for index, (who, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+            if who not in held:
+                continue
+            units = held[who].units
+            heads = range(group) if len(units) == group else [position % group]
+            for unit, head in zip(units, heads, strict=True):
+                place = (unit, position % recorder.ring_len)
+                expected[place] = stored(by_head[:, index, :, head], fp8).clone()
+    assert len(expected) > 100
+    for unit in range(recorder.num_units):
+        got = [
+            recorded(ring, 0, recorder.ring_len, torch.tensor([unit]), recorder.ring_len)
+            for ring in recorder.rings
+        ]
+        for place in range(recorder.ring_len):
+            truth = expected.get((unit, place), torch.zeros(layers, kv_heads, 3))
+            ours = torch.stack([layer[place, :, 0] for layer in got])
+            assert torch.equal(ours.float(), truth.float()), (unit, place)
+    now = [t.data_ptr() for t in (*tables, *(ring.queries for ring in recorder.rings))]
+    assert now == addresses
+    assert recorder.units is tables[0] and recorder.rotating is tables[1]
