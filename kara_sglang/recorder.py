@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from kara_sglang.kernels.backend import Kernels
-from kara_sglang.kernels.record import FP8, plan
+from kara_sglang.kernels.copies import to_device
+from kara_sglang.kernels.record import FP8, Ring, plan
 
 LAG = 64
 """Least value of ``QueryRecorder.lag``."""
@@ -60,7 +61,7 @@ class QueryRecorder:
     budget_bytes : int
         For all layers together.
     fp8 : bool
-        Store e4m3 instead of the model's dtype.
+        Store e4m3, with a power of two per entry and KV head, instead of the model's dtype.
     lag : int
         Tokens that a due window may wait for its pass before its first queries are overwritten.
     """
@@ -78,16 +79,12 @@ class QueryRecorder:
         self.lag = lag
         self.ring_len = window + delay + lag
         dtype = FP8 if fp8 else shape.dtype
-        entry_bytes = shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+        entry_bytes = shape.num_layers * shape.num_kv_heads * Ring.head_bytes(shape.head_dim, dtype)
         self.unit_bytes = entry_bytes * self.ring_len
         self.num_units = budget_bytes // self.unit_bytes
         self.trash = self.num_units * self.ring_len
         self.rings = [
-            torch.zeros(
-                (self.trash + 1, shape.num_kv_heads, shape.head_dim),
-                dtype=dtype,
-                device=shape.device,
-            )
+            Ring.zeros((self.trash + 1, shape.num_kv_heads, shape.head_dim), dtype, shape.device)
             for _ in range(shape.num_layers)
         ]
         self._free = list(range(self.num_units - 1, -1, -1))
@@ -176,9 +173,9 @@ class QueryRecorder:
         assert self._entries is not None
         kernels.record(self.rings[layer], self._entries, queries)
 
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a small host tensor to ``device`` without waiting for the device."""
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    def warm_up(self, kernels: Kernels) -> None:
+        """Record a row that nobody keeps, so that no decode step waits for a compiler."""
+        shape, device = self.shape, self.shape.device
+        entries = torch.full((1, shape.group), self.trash, dtype=torch.int64, device=device)
+        queries = torch.zeros((1, shape.num_q_heads * shape.head_dim), dtype=shape.dtype, device=device)
+        kernels.record(self.rings[0], entries, queries)
