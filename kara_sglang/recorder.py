@@ -83,14 +83,17 @@ class QueryRecorder:
         self.unit_bytes = entry_bytes * self.ring_len
         self.num_units = budget_bytes // self.unit_bytes
         self.trash = self.num_units * self.ring_len
-        self.rings = [
-            Ring.zeros((self.trash + 1, shape.num_kv_heads, shape.head_dim), dtype, shape.device)
-            for _ in range(shape.num_layers)
-        ]
+        # Whole sixteens of entries, so that every layer's part is aligned like the first.
+        entries = (self.trash // 16 + 1) * 16
+        self.ring = Ring.zeros(
+            (shape.num_layers, entries, shape.num_kv_heads, shape.head_dim), dtype, shape.device
+        )
+        self.rings = self.ring.layers()
         self._free = list(range(self.num_units - 1, -1, -1))
         self._active: dict[int, Recorder] = {}  # by row
         self._dirty: set[int] = set()
         self._entries: torch.Tensor | None = None
+        self._step: list[torch.Tensor] = []  # queries of a step's layers so far
 
     def allocate_tables(self, num_rows: int) -> None:
         """Make the device tables for ``num_rows`` rows of ``req_to_token``, before graph capture."""
@@ -170,8 +173,15 @@ class QueryRecorder:
             self._entries = plan(
                 positions, self.units[rows], self.rotating[rows], self.ring_len, self.trash
             )
+            self._step.clear()
         assert self._entries is not None
-        kernels.record(self.rings[layer], self._entries, queries)
+        if not kernels.records_steps:
+            kernels.record(self.rings[layer], self._entries, queries)
+            return
+        self._step.append(queries)
+        if layer == self.shape.num_layers - 1:
+            kernels.record(self.ring, self._entries, torch.stack(self._step))
+            self._step.clear()
 
     def warm_up(self, kernels: Kernels) -> None:
         """Record a row that nobody keeps, so that no decode step waits for a compiler."""

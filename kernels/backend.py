@@ -102,6 +102,9 @@ class Kernels(Protocol):
     name: str
     compiles: bool
     """Whether a first call waits for a compiler, so that a warm-up should make all kinds of calls."""
+    records_steps: bool
+    """Whether ``record`` takes a step's queries of all layers in one call instead of one per layer: for
+    kernels whose calls cost more than their work. A CUDA graph would have to keep all the queries."""
 
     def reserve(self, device: torch.device, largest: WindowShape) -> int:
         """Allocate all memory that passes need, for windows up to ``largest``. Returns the bytes.
@@ -136,6 +139,7 @@ class TorchKernels:
 
     name = "torch"
     compiles = False
+    records_steps = True
 
     def reserve(self, device: torch.device, largest: WindowShape) -> int:
         return 0

@@ -23,7 +23,7 @@ EXPONENTS = (-100, 119)
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """One layer's recorded queries.
+    """Recorded queries of one layer, or of all layers with one more dimension in front.
 
     e4m3 ends at 448, and some models' queries do not (those with biases in the projection and no norm
     behind it). So a ring in fp8 keeps an exponent per entry and KV head: the smallest power of two by
@@ -49,19 +49,25 @@ class Ring:
                 f"a ring of {self.queries.dtype} takes exponents if, and only if, it is {FP8}"
             )
         if self.exponents is not None and (
-            self.exponents.shape != self.queries.shape[:2] or self.exponents.dtype != torch.int8
+            self.exponents.shape != self.queries.shape[:-1] or self.exponents.dtype != torch.int8
         ):
-            raise ValueError(f"exponents must be int8 of shape {tuple(self.queries.shape[:2])}")
+            raise ValueError(f"exponents must be int8 of shape {tuple(self.queries.shape[:-1])}")
 
     @classmethod
     def zeros(
-        cls, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str = "cpu"
+        cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> Self:
-        """A ring of ``shape`` ``(num_entries, num_kv_heads, head_dim)``."""
+        """A ring of ``shape`` ``([num_layers,] num_entries, num_kv_heads, head_dim)``."""
         queries = torch.zeros(shape, dtype=dtype, device=device)
         if dtype != FP8:
             return cls(queries)
-        return cls(queries, torch.zeros(shape[:2], dtype=torch.int8, device=device))
+        return cls(queries, torch.zeros(shape[:-1], dtype=torch.int8, device=device))
+
+    def layers(self) -> list[Self]:
+        """A ring of all layers as one ring per layer, on the same memory."""
+        count = self.queries.shape[0]
+        exponents = [None] * count if self.exponents is None else list(self.exponents)
+        return [type(self)(q, e) for q, e in zip(self.queries, exponents, strict=True)]
 
     @staticmethod
     def head_bytes(head_dim: int, dtype: torch.dtype) -> int:
@@ -122,30 +128,30 @@ def plan(
 
 
 def record(ring: Ring, entries: torch.Tensor, queries: torch.Tensor) -> None:
-    """Store one step's queries of one layer.
+    """Store one step's queries of one layer, or of all.
 
     Parameters
     ----------
     ring : Ring
-        One layer's, written in place.
+        Written in place.
     entries : torch.Tensor
         What :func:`plan` returned, shape ``(batch, group)``.
     queries : torch.Tensor
         Post-RoPE queries, shape ``(batch, num_kv_heads * group * head_dim)`` or with the last
-        dimension already split; any float dtype.
+        dimension already split, any float dtype; layers in front where the ring has them.
     """
     batch, group = entries.shape
-    _, num_kv_heads, head_dim = ring.queries.shape
-    by_group = queries.view(batch, num_kv_heads, group, head_dim).transpose(1, 2)
-    rows = by_group.reshape(batch * group, num_kv_heads, head_dim)
+    *layers, _, num_kv_heads, head_dim = ring.queries.shape
+    by_group = queries.view(*layers, batch, num_kv_heads, group, head_dim).transpose(-3, -2)
+    rows = by_group.reshape(*layers, batch * group, num_kv_heads, head_dim)
     where = entries.flatten()
     if ring.exponents is None:
-        ring.queries.index_copy_(0, where, rows.to(ring.queries.dtype))
+        ring.queries.index_copy_(-3, where, rows.to(ring.queries.dtype))
         return
     rows, exponents = to_fp8(rows)
     # As bytes: index_copy_ does not know 8-bit floats.
-    ring.queries.view(torch.uint8).index_copy_(0, where, rows.view(torch.uint8))
-    ring.exponents.index_copy_(0, where, exponents)
+    ring.queries.view(torch.uint8).index_copy_(-3, where, rows.view(torch.uint8))
+    ring.exponents.index_copy_(-2, where, exponents)
 
 
 def recorded(ring: Ring, start: int, count: int, units: torch.Tensor, ring_len: int) -> torch.Tensor:

@@ -32,6 +32,7 @@ class TritonKernels:
 
     name = "triton"
     compiles = True
+    records_steps = False
 
     def __init__(self) -> None:
         self._tables: PoolTables | None = None

@@ -232,9 +232,11 @@ def test_a_row_without_recorder_leaves_the_ring_alone() -> None:
     flush(recorder)
     before = recorder.rings[0].queries.clone()
     rows, positions = torch.tensor([2, 4, 5]), torch.tensor([0, 1, 2])
-    recorder.record(KERNELS, 0, torch.ones(3, 12), rows, positions)
+    for layer in range(recorder.shape.num_layers):
+        recorder.record(KERNELS, layer, torch.ones(3, 12), rows, positions)
     assert torch.equal(recorder.rings[0].queries[: recorder.trash], before[: recorder.trash])
-    recorder.record(KERNELS, 0, torch.ones(1, 12), torch.tensor([1]), torch.tensor([0]))
+    for layer in range(recorder.shape.num_layers):
+        recorder.record(KERNELS, layer, torch.ones(1, 12), torch.tensor([1]), torch.tensor([0]))
     assert recorder.rings[0].queries.count_nonzero() > 0 and mine.units != gone.units
 
 
@@ -307,7 +309,7 @@ def test_covers(window: int, delay: int) -> None:
 
 
 def test_the_budget_is_never_exceeded() -> None:
-    """Rings and their trash entry stay within the bytes that were given, up to that one entry."""
+    """All units stay within the bytes that were given; up to 16 entries for trash lie beyond."""
     shape = AttentionShape(3, 8, 4, 16, torch.bfloat16, torch.device("cpu"))
     for budget in (0, 1, 10**5, 10**6, 3 * 10**6):
         for fp8 in (False, True):
@@ -315,7 +317,9 @@ def test_the_budget_is_never_exceeded() -> None:
             used = sum(ring.queries.nbytes for ring in recorder.rings)
             used += sum(ring.exponents.nbytes for ring in recorder.rings if fp8)
             entry = 3 * 4 * (16 + 1 if fp8 else 16 * 2)
-            assert used - entry <= budget < used - entry + recorder.unit_bytes
+            units = used - entry * (recorder.ring.queries.shape[1] - recorder.trash)
+            assert units <= budget < units + recorder.unit_bytes
+            assert units < used <= units + 16 * entry
             assert len(recorder.rings) == 3
 
 
@@ -469,3 +473,28 @@ def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
     now = [t.data_ptr() for t in (*tables, *(ring.queries for ring in recorder.rings))]
     assert now == addresses
     assert recorder.units is tables[0] and recorder.rotating is tables[1]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_step_in_one_call_is_its_layers_one_by_one(fp8: bool) -> None:
+    """Same bytes; and a step that broke off leaves nothing behind in the next one."""
+
+    class ByLayer(TorchKernels):
+        records_steps = False
+
+    recorders = [make(layers=3, units=4, fp8=fp8) for _ in range(2)]
+    for recorder in recorders:
+        recorder.acquire(1, 2, since=0)
+        flush(recorder)
+    generator = torch.Generator().manual_seed(1)
+    rows, positions = torch.tensor([1, 2]), torch.tensor([5, 9])
+    stale = torch.randn(2, 12, generator=generator)
+    recorders[0].record(KERNELS, 0, stale, rows, positions)
+    for layer in range(3):
+        queries = 500 * torch.randn(2, 12, generator=generator)
+        for recorder, kernels in zip(recorders, (KERNELS, ByLayer()), strict=True):
+            recorder.record(kernels, layer, queries, rows, positions)
+    for ours, theirs in zip(recorders[0].rings, recorders[1].rings, strict=True):
+        assert torch.equal(ours.queries.view(torch.uint8), theirs.queries.view(torch.uint8))
+        assert not fp8 or torch.equal(ours.exponents, theirs.exponents)
+        assert ours.queries.view(torch.uint8).count_nonzero() > 0
