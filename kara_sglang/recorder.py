@@ -91,6 +91,7 @@ class QueryRecorder:
         self.rings = self.ring.layers()
         self._free = list(range(self.num_units - 1, -1, -1))
         self._active: dict[int, Recorder] = {}  # by row
+        self._num_rotating = 0
         self._dirty: set[int] = set()
         self._entries: torch.Tensor | None = None
         self._step: list[torch.Tensor] = []  # queries of a step's layers so far
@@ -124,6 +125,7 @@ class QueryRecorder:
         units = tuple(self._free.pop() for _ in range(num_units))
         recorder = Recorder(row, units, since)
         self._active[row] = recorder
+        self._num_rotating += recorder.rotating
         self._dirty.add(row)
         return recorder
 
@@ -132,6 +134,7 @@ class QueryRecorder:
         if self._active.get(recorder.row) is not recorder:
             raise RuntimeError(f"kv-compress: recorder of row {recorder.row} released twice")
         del self._active[recorder.row]
+        self._num_rotating -= recorder.rotating
         self._dirty.add(recorder.row)
         self._free.extend(recorder.units)
 
@@ -170,8 +173,14 @@ class QueryRecorder:
         layer lost half their decode speed.
         """
         if layer == 0:
+            # A graph is replayed whoever rotates; a step outside of one need not ask.
+            asks = self._num_rotating or not kernels.records_steps
             self._entries = plan(
-                positions, self.units[rows], self.rotating[rows], self.ring_len, self.trash
+                positions,
+                self.units[rows],
+                self.rotating[rows] if asks else None,
+                self.ring_len,
+                self.trash,
             )
             self._step.clear()
         assert self._entries is not None

@@ -96,7 +96,7 @@ def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
 def plan(
     positions: torch.Tensor,
     units: torch.Tensor,
-    rotating: torch.Tensor,
+    rotating: torch.Tensor | None,
     ring_len: int,
     trash: int,
 ) -> torch.Tensor:
@@ -109,8 +109,8 @@ def plan(
     units : torch.Tensor
         Units of each row's recorder, shape ``(batch, group)``, int64; -1 for a row without one. A
         rotating recorder repeats its only unit.
-    rotating : torch.Tensor
-        Shape ``(batch,)``, bool.
+    rotating : torch.Tensor or None
+        Shape ``(batch,)``, bool; None where no recorder rotates.
     ring_len : int
         Tokens per unit.
     trash : int
@@ -121,8 +121,10 @@ def plan(
     torch.Tensor
         Ring entries, shape ``(batch, group)``, int64.
     """
-    group = torch.arange(units.shape[1], device=units.device)
-    idle = (units < 0) | (rotating[:, None] & (positions[:, None] % units.shape[1] != group))
+    idle = units < 0
+    if rotating is not None:
+        group = torch.arange(units.shape[1], device=units.device)
+        idle |= rotating[:, None] & (positions[:, None] % units.shape[1] != group)
     entry = units * ring_len + positions[:, None] % ring_len
     return torch.where(idle, trash, entry)
 
