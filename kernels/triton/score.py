@@ -310,7 +310,7 @@ def attention_scores(
         if not tensor.is_contiguous():
             raise ValueError("slots, scores, sums, units and starts must be contiguous")
     dot = dot_dtype(tables.key_dtype, tables.ring_dtype)
-    tile = tile_for(tables.head_dim, dot)
+    tile = tile_for(tables.head_dim, dot, rule.causal)
     shared = {
         "first_layer": layers.start,
         "num_jobs": num_jobs,
@@ -370,7 +370,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile_for(head_dim: int, dtype: torch.dtype) -> Tile:
+def tile_for(head_dim: int, dtype: torch.dtype, causal: bool) -> Tile:
     """Sizes that spill no register on sm_80, sm_90 and sm_100 (docs/kernels.md has the table).
 
     ``dtype`` is that of the dot product's operands, see :func:`dot_dtype`.
@@ -378,7 +378,7 @@ def tile_for(head_dim: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(32, 32, 4, 1) if head_dim <= 128 else Tile(32, 16, 4, 1)
     if head_dim <= 128:
-        return Tile(128, 64, 8, 3)
+        return Tile(128, 32 if causal else 64, 8, 3)
     return Tile(64, 64, 8, 2)
 
 

@@ -19,6 +19,12 @@ from kara_sglang.recorder import LAG, AttentionShape, QueryRecorder, Recorder
 KERNELS = TorchKernels()
 
 
+class ByLayer(TorchKernels):
+    """One call per layer, as in a CUDA graph."""
+
+    records_steps = False
+
+
 def make(
     *,
     group: int = 2,
@@ -435,7 +441,7 @@ def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
     queries = torch.zeros(layers, batch, kv_heads * group * 3)
     with Tape() as graph:
         for layer in range(layers):
-            recorder.record(KERNELS, layer, queries[layer], rows, positions)
+            recorder.record(ByLayer(), layer, queries[layer], rows, positions)
 
     generator = torch.Generator().manual_seed(0)
     held: dict[int, Recorder] = {}
@@ -478,10 +484,6 @@ def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_step_in_one_call_is_its_layers_one_by_one(fp8: bool) -> None:
     """Same bytes; and a step that broke off leaves nothing behind in the next one."""
-
-    class ByLayer(TorchKernels):
-        records_steps = False
-
     recorders = [make(layers=3, units=4, fp8=fp8) for _ in range(2)]
     for recorder in recorders:
         recorder.acquire(1, 2, since=0)

@@ -200,7 +200,7 @@ def test_a_profile_is_charged_to_the_plugin_below_its_hooks() -> None:
     profile = "\n".join(
         [
             f"main (/m.py:1);{loop};forward (/s/sglang/srt/layers/a.py:2) 90",
-            f"main (/m.py:1);{loop};before_attention (PACKAGE/runtime.py:3);plan (/kernels/record.py:4) 4",
+            f"main (/m.py:1);{loop};record (PACKAGE/runtime.py:3);plan (kernels/record.py:4) 4",
             f"main (/m.py:1);{loop};before_attention (PACKAGE/runtime.py:3);stack (/t/torch.py:4) 2",
             f"main (/m.py:1);{loop};wrapper (/s/sglang/srt/plugins/hook_registry.py:5) 1",
             f"main (/m.py:1);{loop};get_prefill_adder_class (PACKAGE/a.py:3);stock (/s/b.py:4) 3",
