@@ -14,6 +14,7 @@ def custom_params(
     selector: str | None = None,
     retain: float | None = None,
     seed: int | None = None,
+    prefix: str | None = None,
 ) -> dict[str, Any]:
     """The ``custom_params`` of one request to a server that runs with ``--kv-compress``.
 
@@ -30,14 +31,17 @@ def custom_params(
         Share of each window to keep, 0 < retain <= 1.
     seed : int, optional
         Of the ``random`` selector.
+    prefix : str, optional
+        ``exact``: reuse and leave uncompressed prefixes only. ``compressed`` says what a server with
+        ``--kv-compress-prefix-reuse compressed`` does anyway; others refuse it.
 
     Raises
     ------
     ValueError
         As the server would with HTTP 400; the message names the field.
     """
-    given = {"selector": selector, "retain": retain, "seed": seed}
+    given = {"selector": selector, "retain": retain, "seed": seed, "prefix": prefix}
     options = {name: value for name, value in given.items() if value is not None}
     params: dict[str, Any] = {KEY: options or True} if enabled else {KEY: False}
-    RequestOptions.parse(params, KaraConfig())
+    RequestOptions.parse(params, KaraConfig(prefix_reuse="compressed"))
     return params

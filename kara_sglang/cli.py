@@ -49,6 +49,12 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         "uncompressed until there is. Default: 2 if the selector needs queries, else 0.",
     )
     group.add_argument(
+        "--kv-compress-prefix-reuse",
+        metavar="{exact,compressed}",
+        help="What the prefix cache keeps of a compressed request: its exact prompt only, or its "
+        f"compressed output as well. Default: {default.prefix_reuse}.",
+    )
+    group.add_argument(
         "--kv-compress-trace",
         metavar="DIR",
         help="Write a file per request into this folder: its text and which tokens each window kept. "
@@ -88,7 +94,8 @@ def read_flags(namespace: argparse.Namespace) -> KaraConfig | None:
     """
     selector = getattr(namespace, "kv_compress", None)
     explicit: dict[str, Any] = {}
-    for key, kind in (("window", int), ("retain", float), ("query_mem_gb", float), ("trace", None)):
+    kinds = {"window": int, "retain": float, "query_mem_gb": float, "prefix_reuse": None, "trace": None}
+    for key, kind in kinds.items():
         text = getattr(namespace, f"kv_compress_{key}", None)
         if text is not None:
             explicit[key] = text if kind is None else _number(settings.flag_of(key), text, kind)
@@ -135,7 +142,7 @@ def _number(flag: str, text: Any, kind: type[int] | type[float]) -> int | float:
 def check_server_args(_result: None, record: Any) -> None:
     """AFTER ``ServerArgs.check_server_args``: the last stop before any process is started."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     try:
         plugin.set_launched(None)
@@ -146,7 +153,7 @@ def check_server_args(_result: None, record: Any) -> None:
         for refused in (
             refusals.of_version,
             plugin.hook_parent,
-            lambda: refusals.of_flags(resolved),
+            lambda: refusals.of_flags(resolved) + refusals.of_sharing(resolved, config),
             lambda: refusals.of_model_config(model_config_of(record)),
         ):
             if lines := refused():
@@ -154,6 +161,8 @@ def check_server_args(_result: None, record: Any) -> None:
         config.check_page_size(resolved.page_size)
         if config.trace is not None:
             prepare_folder(config.trace)
+        if config.prefix_reuse == "compressed":
+            declare_resolution(record, "kara_sglang", radix_cache_backend=refusals.CACHE_BACKEND)
         plugin.set_launched(config)
     except ValueError as error:
         if not getattr(record, _FROM_CLI, False):

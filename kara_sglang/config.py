@@ -48,6 +48,9 @@ class KaraConfig:
     query_mem_gb
         Memory of the ring that holds recorded queries, in GiB per rank. ``None``: 2 where the
         server's selector needs queries, else 0.
+    prefix_reuse
+        ``exact``: the prefix cache holds uncompressed KV only. ``compressed``: it keeps what a
+        compressed request leaves behind, too.
     delay
         Newest tokens left uncompressed behind the window; their queries vote too.
     score
@@ -91,6 +94,7 @@ class KaraConfig:
     window: int = 512
     retain: float = 0.5
     query_mem_gb: float | None = None
+    prefix_reuse: Literal["exact", "compressed"] = "exact"
     delay: int = 64
     score: Score = "l2_v"
     chunk_budget: float = 0.1
@@ -184,6 +188,7 @@ FLAGS = {
     "window": "--kv-compress-window",
     "retain": "--kv-compress-retain",
     "query_mem_gb": "--kv-compress-query-mem-gb",
+    "prefix_reuse": "--kv-compress-prefix-reuse",
     "trace": "--kv-compress-trace",
 }
 

@@ -27,8 +27,9 @@ from kara_sglang.metrics import Metrics
 from kara_sglang.options import RequestOptions
 from kara_sglang.policy import Candidate
 from kara_sglang.radix_integration import exact
+from kara_sglang.radix_integration.prefix import forget_match, prefix_of, removed
 from kara_sglang.recorder import QueryRecorder
-from kara_sglang.state import Geometry, RequestState
+from kara_sglang.state import STATE, Geometry, RequestState
 from kara_sglang.stats import Totals
 from kara_sglang.trace.tracer import Tracer
 
@@ -37,10 +38,6 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
-
-STATE = "kv_compress"
-"""Attribute of SGLang's ``Req`` that holds its :class:`RequestState`; None for a request that is not
-compressed, absent before its first decode step."""
 
 
 class Coordinator:
@@ -82,6 +79,9 @@ class Coordinator:
         self.tracer = Tracer(scheduler, config) if config.trace is not None else None
         self._selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
         self._arrivals = 0
+        if config.prefix_reuse == "compressed":
+            scheduler.tree_cache.settings_of = self.sharing_settings
+            scheduler.tree_cache.debug_checks = config.debug_checks
 
     def warm_up(self) -> None:
         """Run passes over slots that nobody holds yet, and record nothing, so that no request waits for
@@ -122,6 +122,8 @@ class Coordinator:
         state = None
         if skipped is None:
             selector = self._selectors[options.selector or self.config.selector]
+            prefix = prefix_of(req)
+            windows = list(prefix.windows) if prefix is not None else []
             state = RequestState(
                 selector=selector,
                 kept=self._kept(options),
@@ -129,6 +131,10 @@ class Coordinator:
                 base=exact.first_base(req.kv, self.geometry.page_size),
                 generation=self._generation(req),
                 order=self._arrivals,
+                removed=sum(window.freed for window in windows),
+                windows=windows,
+                reused=len(windows),
+                shares=prefix is not None and prefix.settings is not None,
             )
         else:
             self.totals.skip(skipped)
@@ -140,6 +146,20 @@ class Coordinator:
         if self._selectors[options.selector or self.config.selector].keeps_all:
             return self.config.window
         return self.config.kept(self.geometry.page_size, options.retain)
+
+    def sharing_settings(self, req: Req) -> bytes | None:
+        """What decides which tokens of this request's windows are kept; None: it uses and leaves exact
+        prefixes only. Requests share compressed prefixes where this is the same.
+
+        A seed that is made from the prompt is left out: who continues a text has a longer prompt.
+        """
+        options = self._options(req)
+        wanted = options.prefix or self.config.prefix_reuse
+        if not options.enabled or wanted != "compressed" or _skip_reason(req) is not None:
+            return None
+        name = options.selector or self.config.selector
+        seed = options.seed if self._selectors[name].seeded else None
+        return repr((self.config.to_json(), name, self._kept(options), seed)).encode()
 
     def reserve(self, req: Req, tokens: float) -> float:
         """KV slots that a running or waiting request takes for ``tokens`` still to come, at most."""
@@ -180,6 +200,7 @@ class Coordinator:
             exact.allow_insert(req, state)
         if hasattr(req, STATE):
             delattr(req, STATE)
+        forget_match(req)
 
     def row_freed(self, req: Req) -> None:
         """The request gives its row back (finished, aborted or retracted)."""
@@ -343,7 +364,8 @@ class Coordinator:
                 )
             )
             to_free.append((slots[state.kept :], state.base + state.kept))
-            exact.bar_insert(req, state)
+            if not state.shares:
+                exact.bar_insert(req, state)
             window = state.commit(geometry)
             req.kv.kv_committed_len -= window.freed
             req.kv.kv_allocated_len -= window.freed
@@ -445,13 +467,12 @@ class Coordinator:
 
     def held(self, leaving: Req | None = None) -> tuple[int, int]:
         """KV slots held by the running requests but ``leaving``, and their logical length in tokens."""
-        physical = removed = 0
+        physical = gone = 0
         for req in self.scheduler.running_batch.reqs:
             if req is not leaving and req.kv.holds_kv:
-                state = getattr(req, STATE, None)
                 physical += req.kv.kv_committed_len
-                removed += state.removed if state is not None else 0
-        return physical, physical + removed
+                gone += removed(req)
+        return physical, physical + gone
 
     def export(self, leaving: Req | None = None) -> None:
         """Bring the Prometheus metrics up to date, where they are on."""

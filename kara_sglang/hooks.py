@@ -12,6 +12,10 @@ import pkgutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kara_sglang.config import KaraConfig
 
 SGLANG_VERSION = "0.5.23"
 _ROOT = "sglang.srt."
@@ -213,7 +217,37 @@ CHILD_HOOKS = (
     ),
 )
 
-ALL_HOOKS = (*CLI_HOOKS, *PARENT_HOOKS, *CHILD_HOOKS)
+# Registered beside them where compressed prefixes are shared.
+SHARING_HOOKS = (
+    Hook(
+        "mem_cache.allocation.alloc_for_extend",
+        "before",
+        ("batch",),
+        "radix_integration.prefill:before_alloc_for_extend",
+        "turns a prefill's lengths from tokens into slots",
+    ),
+    Hook(
+        "mem_cache.allocation._prefix_kv_indices",
+        "around",
+        ("batch", "req"),
+        "radix_integration.prefill:around_prefix_kv_indices",
+        "reads a later chunk's prefix off its row in slots",
+    ),
+    Hook(
+        "managers.schedule_batch.ScheduleBatch.prepare_for_extend",
+        "after",
+        ("self",),
+        "radix_integration.prefill:after_prepare_for_extend",
+        "lets SGLang sum up a prefill's lengths in slots",
+    ),
+)
+
+ALL_HOOKS = (*CLI_HOOKS, *PARENT_HOOKS, *CHILD_HOOKS, *SHARING_HOOKS)
+
+
+def of_child(config: KaraConfig) -> tuple[Hook, ...]:
+    """The hooks of a scheduler process with these settings."""
+    return (*CHILD_HOOKS, *SHARING_HOOKS) if config.prefix_reuse == "compressed" else CHILD_HOOKS
 
 
 def digest(hooks: tuple[Hook, ...] = CHILD_HOOKS) -> int:

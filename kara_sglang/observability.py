@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from kara_sglang.coordinator import STATE, Coordinator
+from kara_sglang.coordinator import Coordinator
+from kara_sglang.radix_integration.prefix import prefix_of, removed
 from kara_sglang.runtime import runtime
-from kara_sglang.state import RequestState
+from kara_sglang.state import STATE, RequestState
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -16,23 +17,32 @@ if TYPE_CHECKING:
 def request_report(req: Req) -> dict[str, Any] | None:
     """``meta_info.kv_compress`` of a finished request; None while it runs.
 
-    Keys: ``windows`` compressed, ``tokens_removed`` per head, ``kv_slots_held`` at the end,
-    ``logical_length`` in tokens (prompt and output whose KV was computed), ``retained`` share of the
+    Keys: ``windows`` that it compressed, ``tokens_removed`` thereby per head, ``kv_slots_held`` at the
+    end, ``logical_length`` in tokens (prompt and output whose KV it had), ``retained`` share of the
     compressed tokens that is kept, 1.0 where no window was compressed.
+
+    Of a compressed prefix that it continued: ``reused_tokens`` are those of its ``cached_tokens`` that
+    lie at or behind the start of the prefix's first window (so clean spans between and behind windows
+    count, and the exact part in front does not), ``reused_slots`` the KV slots that hold them. Both are
+    0 where it reused exact KV only, and like ``cached_tokens`` they are counted before any retraction.
+    Without one, ``logical_length - kv_slots_held = tokens_removed + reused_tokens - reused_slots``.
     """
     if not req.finished():
         return None
     state: RequestState | None = getattr(req, STATE, None)
-    windows = state.windows if state is not None else []
-    removed = state.removed if state is not None else 0
+    windows = state.windows[state.reused :] if state is not None else []
+    own_removed = sum(window.freed for window in windows)
+    prefix = prefix_of(req)
     covered = sum(window.width for window in windows)
     held = req.kv.kv_committed_len
     return {
         "windows": len(windows),
-        "tokens_removed": removed,
+        "tokens_removed": own_removed,
         "kv_slots_held": held,
-        "logical_length": held + removed,
-        "retained": 1.0 - removed / covered if covered else 1.0,
+        "logical_length": held + removed(req),
+        "retained": 1.0 - own_removed / covered if covered else 1.0,
+        "reused_tokens": prefix.reused_tokens if prefix is not None else 0,
+        "reused_slots": prefix.reused_slots if prefix is not None else 0,
     }
 
 

@@ -1,19 +1,25 @@
 """Per-request options: ``custom_params = {"kv_compress": ...}`` of ``sampling_params``.
 
-``false`` opts the request out; an object changes the share, the selector or the seed for this request
-alone. Checked in the server's parent process, where an error becomes HTTP 400.
+``false`` opts the request out; an object changes the share, the selector, the seed or the use of
+compressed prefixes for this request alone. Checked in the server's parent process, where an error
+becomes HTTP 400.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from kara_sglang.config import KaraConfig, check_selector, checked, shown
 from kara_sglang.kernels.selectors import REGISTRY
 
 KEY = "kv_compress"
-_TYPES: dict[str, Any] = {"selector": str, "retain": float, "seed": int}
+_TYPES: dict[str, Any] = {
+    "selector": str,
+    "retain": float,
+    "seed": int,
+    "prefix": Literal["exact", "compressed"],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,7 @@ class RequestOptions:
     selector: str | None = None
     retain: float | None = None
     seed: int | None = None
+    prefix: str | None = None
 
     @classmethod
     def parse(cls, custom_params: Any, config: KaraConfig) -> RequestOptions:
@@ -62,6 +69,11 @@ class RequestOptions:
                 f"{KEY}.selector {selector!r} needs recorded queries, but this server keeps none "
                 "(--kv-compress-query-mem-gb is 0); choose "
                 + " or ".join(name for name, kind in REGISTRY.items() if not kind.needs_queries)
+            )
+        if fields.get("prefix") == "compressed" and config.prefix_reuse != "compressed":
+            raise ValueError(
+                f"{KEY}.prefix 'compressed' needs a server that shares compressed prefixes; start it "
+                "with --kv-compress-prefix-reuse compressed, or leave the field out"
             )
         return cls(**fields)
 

@@ -30,8 +30,13 @@ def register() -> None:
     # A child that schedules has imported its part of SGLang by now; others (the detokenizer) stay
     # light. Were this ever wrong, the parent would see that a scheduler is not hooked, and refuse.
     schedules = any(f"sglang.srt.managers.{name}" in sys.modules for name in _SCHEDULING)
-    if multiprocessing.parent_process() is not None and schedules and active() is not None:
-        hooks.register(hooks.CHILD_HOOKS)
+    config = active() if multiprocessing.parent_process() is not None and schedules else None
+    if config is not None:
+        hooks.register(hooks.of_child(config))
+        if config.prefix_reuse == "compressed":
+            from kara_sglang.radix_integration.compressed import register_backend
+
+            register_backend()
 
 
 def active() -> KaraConfig | None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from kara_sglang.config import KaraConfig
 
+CACHE_BACKEND = "kara"
+"""Name of our prefix cache in SGLang's registry; the launcher chooses it by itself."""
+
 # Other ways into a server, which do not pass ``check_server_args``.
 _ENTRIES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--use-ray", lambda c: c.use_ray),
@@ -46,7 +49,7 @@ _FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--enable-lmcache", lambda c: c.enable_lmcache),
     ("--enable-flexkv", lambda c: c.enable_flexkv),
     ("--enable-unified-cache-external-linker", lambda c: c.enable_unified_cache_external_linker),
-    ("--radix-cache-backend", lambda c: c.radix_cache_backend is not None),
+    ("--radix-cache-backend", lambda c: c.radix_cache_backend not in (None, CACHE_BACKEND)),
     ("--enable-unified-memory", lambda c: c.enable_unified_memory),
     ("--enable-page-major-kv-layout", lambda c: c.enable_page_major_kv_layout),
     (
@@ -67,6 +70,13 @@ _FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--enable-amd-monokernel", lambda c: c.enable_amd_monokernel),
     ("--elastic-ep-backend", lambda c: c.elastic_ep_backend is not None),
     ("--dllm-algorithm", lambda c: c.dllm_algorithm is not None),
+)
+
+# What sharing compressed prefixes does not go with, beyond that.
+_SHARING_FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+    ("--disable-radix-cache", lambda c: c.disable_radix_cache),
+    # The events would tell others about ids that are no tokens.
+    ("--kv-events-config", lambda c: c.kv_events_config is not None),
 )
 
 _ENVIRONMENT = ("SGLANG_RUST_SERVER", "SGLANG_USE_HND_KVCACHE")
@@ -101,16 +111,23 @@ def of_flags(resolved: Any) -> list[str]:
     return lines
 
 
+def of_sharing(resolved: Any, config: KaraConfig) -> list[str]:
+    """Refusals that concern compressed prefixes only, one line each."""
+    if config.prefix_reuse != "compressed":
+        return []
+    return _used(_SHARING_FLAGS, resolved, "--kv-compress-prefix-reuse compressed")
+
+
 def of_entry(record: Any) -> list[str]:
     """Refusals of ways to start a server that the raw flags decide, one line each."""
     return _used(_ENTRIES, record)
 
 
-def _used(table: tuple[tuple[str, Callable[[Any], bool]], ...], config: Any) -> list[str]:
+def _used(
+    table: tuple[tuple[str, Callable[[Any], bool]], ...], config: Any, ours: str = "--kv-compress"
+) -> list[str]:
     return [
-        f"{flag} does not work with --kv-compress; remove one of them"
-        for flag, used in table
-        if used(config)
+        f"{flag} does not work with {ours}; remove one of them" for flag, used in table if used(config)
     ]
 
 
@@ -183,6 +200,14 @@ def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
         for what, thing, kinds in expected
         if type(thing) not in kinds
     ]
+    if config.prefix_reuse == "compressed":
+        from kara_sglang.radix_integration.compressed import CompressedRadixCache
+
+        if type(scheduler.tree_cache) is not CompressedRadixCache:
+            lines.append(
+                f"SGLang chose the prefix cache {type(scheduler.tree_cache).__name__}, which "
+                "--kv-compress-prefix-reuse compressed does not support"
+            )
     pool = allocator.get_kvcache()
     if pool.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         lines.append(f"the KV cache is kept in {pool.dtype}, --kv-compress supports 16 and 32 bits")

@@ -18,6 +18,7 @@ from kara_sglang.config import KaraConfig
 from kara_sglang.coordinator import Coordinator
 from kara_sglang.kernels.backend import Kernels, WindowShape
 from kara_sglang.kernels.dispatch import pick
+from kara_sglang.radix_integration import prefill
 from kara_sglang.recorder import AttentionShape, QueryRecorder
 
 if TYPE_CHECKING:
@@ -144,10 +145,12 @@ def after_init_forward_batch(
 ) -> None:
     """AFTER ``ForwardBatch.init_new``: RoPE positions follow the logical length.
 
-    ``orig_seq_lens`` travels with the batch and the pass leaves it alone, so a later pass cannot race
-    the step that this belongs to.
+    In decode steps ``orig_seq_lens`` travels with the batch and the pass leaves it alone, so a later
+    pass cannot race the step that this belongs to.
     """
     if not batch.forward_mode.is_decode():
+        if batch.forward_mode.is_extend() and runtime.config.prefix_reuse == "compressed":
+            prefill.shift_positions(result, batch)
         return
     logical = batch.orig_seq_lens.to(torch.int64)
     result.positions = (logical - 1).clamp_(min=0)
@@ -158,9 +161,9 @@ def after_init_forward_batch(
 def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kwargs: Any) -> None:
     """AFTER ``Scheduler.__init__``: look at the real objects, then start."""
     runtime.starting = False
-    absent = hooks.missing(hooks.CHILD_HOOKS)
-    runtime.refused += [f"hook {path} is not in place; this SGLang does not fit" for path in absent]
     config = runtime.config
+    absent = hooks.missing(hooks.CHILD_HOOKS if config is None else hooks.of_child(config))
+    runtime.refused += [f"hook {path} is not in place; this SGLang does not fit" for path in absent]
     if config is not None:
         runtime.refused += refusals.of_scheduler(scheduler, config)
     if runtime.refused:
@@ -186,20 +189,27 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
     )
 
 
+def expected_word() -> int:
+    """What a scheduler says that runs the plugin with the settings in force."""
+    config = plugin.active()
+    assert config is not None
+    return hooks.digest(hooks.of_child(config))
+
+
 def after_get_init_info(result: dict[str, Any], _scheduler: Scheduler) -> None:
     """AFTER ``Scheduler.get_init_info``: the parent looks for this before it serves.
 
     A refusal travels to the parent the same way, so that the reason is the last thing it says.
     """
     ready = runtime.coordinator is not None
-    result[INIT_INFO_KEY] = hooks.digest() if ready else "; ".join(runtime.refused)
+    result[INIT_INFO_KEY] = expected_word() if ready else "; ".join(runtime.refused)
 
 
 def after_controller_init_info(result: dict[str, Any], controller: Any) -> None:
     """AFTER ``DataParallelController.get_init_info``: pass on what all its schedulers said."""
     said = [info.get(INIT_INFO_KEY) for info in controller._scheduler_init_infos]
     # Any scheduler that is not ready speaks for all of them.
-    result[INIT_INFO_KEY] = next((word for word in said if word != hooks.digest()), hooks.digest())
+    result[INIT_INFO_KEY] = next((word for word in said if word != expected_word()), expected_word())
 
 
 def before_update_running_batch(_scheduler: Scheduler, batch: ScheduleBatch) -> None:

@@ -23,11 +23,12 @@ def verify_sampling_params(_result: None, params: SamplingParams, *_args: Any) -
 
 def check_children(infos: list[dict[str, Any]], *_args: Any) -> None:
     """AFTER ``engine._wait_for_scheduler_ready`` (parent): every child must run the plugin."""
-    if plugin.launched() is None:
+    config = plugin.launched()
+    if config is None:
         return
     for info in infos:
         said = info.get(INIT_INFO_KEY)
-        if said != hooks.digest():
+        if said != hooks.digest(hooks.of_child(config)):
             why = said or (
                 "a scheduler process runs without the plugin; is kara-sglang installed in the "
                 "environment that SGLang's processes use?"

@@ -4,7 +4,7 @@ A request's row of ``req_to_token``, in KV indices (*physical* positions), as ha
 
     [0, protected)         owned by the prefix tree: never written, never freed by the pass
     [protected, start)     the request's own, uncompressed: the rest of the prompt, page alignment
-    [start, base)          kept tokens of the windows so far, R each, and gaps that stay uncompressed
+    [start, base)          kept tokens of its windows so far, R each, and gaps that stay uncompressed
     [base, base + W)       the next window; compressed when the row is ``due_at`` long
     [base + W, kv_len)     the newest tokens: never compressed before a whole window is behind them
 
@@ -23,6 +23,10 @@ from kara_sglang.recorder import Recorder
 
 if TYPE_CHECKING:
     from kara_sglang.trace.tracer import TracedWindow
+
+STATE = "kv_compress"
+"""Attribute of SGLang's ``Req`` that holds its :class:`RequestState`; None for a request that is not
+compressed, absent before its first decode step."""
 
 
 def ceil_align(value: int, page_size: int) -> int:
@@ -63,9 +67,11 @@ class RequestState:
     base: int  # KV index where the next window starts, page aligned
     generation: int = 0  # of the row, to notice a row that has a new owner
     removed: int = 0  # logical length - KV length
-    windows: list[Window] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)  # those of its prefix come first
+    reused: int = 0  # how many of them are its prefix's
     recorder: Recorder | None = None
-    insert_skipped: bool = False  # req.skip_radix_cache_insert before the first compaction
+    shares: bool = False  # its compressed row may enter the prefix tree
+    insert_skipped: bool | None = None  # req.skip_radix_cache_insert before it was barred from the tree
     order: int = 0  # age: smaller came first
     passed_over: int = 0  # tokens left uncompressed that do not make a whole window yet
     traced: list[TracedWindow] = field(default_factory=list)  # filled with --kv-compress-trace only

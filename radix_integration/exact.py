@@ -32,12 +32,12 @@ def first_base(kv: ReqKvInfo, page_size: int) -> int:
 
 def bar_insert(req: Req, state: RequestState) -> None:
     """Keep the request out of the prefix tree from its first compaction on."""
-    if not state.windows:
+    if state.insert_skipped is None:
         state.insert_skipped = req.skip_radix_cache_insert
     req.skip_radix_cache_insert = True
 
 
 def allow_insert(req: Req, state: RequestState) -> None:
     """Undo :func:`bar_insert` for a request whose KV will be computed anew."""
-    if state.windows:
+    if state.insert_skipped is not None:
         req.skip_radix_cache_insert = state.insert_skipped

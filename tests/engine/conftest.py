@@ -6,6 +6,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,28 @@ def kara(tiny_model: Path, logs: Path, traces: Path) -> Iterator[Server]:
     flags = ("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", *WINDOW)
     flags += ("--kv-compress-trace", str(traces))
     with launch(tiny_model, logs / "kara.log", *flags) as server:
+        yield server
+
+
+def launch_sharing(tiny_model: Path, logs: Path, page_size: int) -> AbstractContextManager[Server]:
+    """A server with compressed prefixes: small windows on a small pool, overlap scheduling on."""
+    flags = (
+        *("--skip-tokenizer-init", "--dtype", "float32", "--page-size", str(page_size)),
+        *("--max-total-tokens", "1536", "--chunked-prefill-size", "128"),
+        *("--kv-compress", "kara", "--kv-compress-window", "32", "--kv-compress-query-mem-gb", "0.05"),
+        *("--kv-compress-prefix-reuse", "compressed"),
+        *("--kv-compress-config", '{"delay": 8, "debug_checks": true}'),
+    )
+    # Requests are admitted as if they wrote 16 tokens, so that some must be retracted.
+    env = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
+    return launch(tiny_model, logs / f"compressed_{page_size}.log", *flags, env=env)
+
+
+@pytest.fixture(scope="session")
+def compressed(tiny_model: Path, logs: Path) -> Iterator[Server]:
+    """Compressed prefixes, page size 16."""
+    with launch_sharing(tiny_model, logs, 16) as server:
+        server.page = 16
         yield server
 
 

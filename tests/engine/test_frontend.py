@@ -27,7 +27,7 @@ EXAMPLES = ROOT / "frontend" / "examples"
 QUESTION = "You may copy the work in any medium, provided that you keep this notice. Why is that so? "
 
 # Servers on which reuse is tested, by fixture; what they promise is in their settings.
-REUSE_SERVERS = ["kara"]
+REUSE_SERVERS = ["kara", "compressed"]
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_four_steps_keep_their_ids(server: str, request, connect, tiny_tokenizer
     state = four_steps.run(QUESTION, backend=endpoint, temperature=0, use_thread=False)
     steps = endpoint.ledger.steps
     assert [step.name for step in steps] == [f"step {number}" for number in range(4)]
-    assert all(step.output_tokens == 100 and step.windows == 1 for step in steps)
+    assert all(step.output_tokens == 100 and step.windows >= 1 for step in steps)
     assert steps[0].cached_tokens == 0
     page_size = endpoint.get_server_info()["page_size"]
     for previous, step in pairwise(steps):

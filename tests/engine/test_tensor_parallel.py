@@ -14,11 +14,13 @@ from kara_sglang.trace.file import file_name, load, merge
 
 def test_engine_with_two_ranks(stock: Server, tiny_model: Path, logs: Path, tmp_path: Path) -> None:
     """Identity and opted-out requests give stock's tokens. With `debug_checks` the ranks compare which
-    windows they took at each pass, and a difference ends the engine."""
+    windows they took at each pass, and SGLang's checker compares each match and insertion of the prefix
+    cache; a difference ends the engine."""
     log = logs / "tp2.log"
     program = Path(__file__).parent / "tp2_engine.py"
     arguments = (str(program), str(tiny_model), str(tmp_path))
-    with run(arguments, log, {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}) as process:
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
+    with run(arguments, log, env) as process:
         process.wait(timeout=400)
     lines = [line for line in log.read_text().splitlines() if line.startswith("RESULT ")]
     assert lines, log.read_text()[-4000:]
@@ -32,6 +34,11 @@ def test_engine_with_two_ranks(stock: Server, tiny_model: Path, logs: Path, tmp_
     for index in (1, 3):
         assert result["answers"][index]["output_ids"] == expected[index]["output_ids"]
     assert all(len(answer["output_ids"]) == 300 for answer in result["answers"])
+    # 5 + 299 tokens: four windows of 64 from 16 on, then whole pages.
+    reused = result["follow_up"]["meta_info"]
+    assert reused["cached_tokens"] == 304
+    report = reused["kv_compress"]
+    assert (report["reused_tokens"], report["reused_slots"]) == (304 - 16, 304 - 16 - 128)
     assert "kv_compress.retain" in result["error"]
     for state in result["states"]:
         assert (state["windows"], state["slots_freed"]) == (12, 320)

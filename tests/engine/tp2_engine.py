@@ -13,7 +13,13 @@ def main(model: str, traces: str) -> None:
     import kara_sglang
 
     kara_sglang.configure(
-        "kara", window=64, delay=16, query_mem_gb=0.05, debug_checks=True, trace=traces
+        "kara",
+        window=64,
+        delay=16,
+        query_mem_gb=0.05,
+        prefix_reuse="compressed",
+        debug_checks=True,
+        trace=traces,
     )
     engine = sglang.Engine(
         model_path=model,
@@ -36,6 +42,10 @@ def main(model: str, traces: str) -> None:
             greedy if o is None else greedy | {"custom_params": {"kv_compress": o}} for o in options
         ],
     )
+    follow_up = engine.generate(
+        input_ids=prompts[0] + answers[0]["output_ids"] + [7],
+        sampling_params=greedy | {"max_new_tokens": 8},
+    )
     try:
         engine.generate(
             input_ids=prompts[0], sampling_params={"custom_params": {"kv_compress": {"retain": 7}}}
@@ -45,7 +55,8 @@ def main(model: str, traces: str) -> None:
         error = str(raised)
     states = [state["kv_compress"] for state in engine.get_server_info()["internal_states"]]
     engine.shutdown()
-    print("RESULT " + json.dumps({"answers": answers, "states": states, "error": error}))
+    result = {"answers": answers, "follow_up": follow_up, "states": states, "error": error}
+    print("RESULT " + json.dumps(result))
 
 
 if __name__ == "__main__":

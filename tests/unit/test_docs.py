@@ -27,6 +27,7 @@ def hook_table() -> str:
         ("every process that loads plugins", hooks.CLI_HOOKS),
         ("launcher, once compression is on", hooks.PARENT_HOOKS),
         ("children, once compression is on", hooks.CHILD_HOOKS),
+        ("children, with compressed prefixes", hooks.SHARING_HOOKS),
     )
     lines = ["| where | target | kind | what for |", "|---|---|---|---|"]
     lines += [

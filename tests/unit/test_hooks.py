@@ -15,7 +15,7 @@ import pytest
 
 from kara_sglang import hooks, plugin, serving
 from kara_sglang.config import KaraConfig
-from kara_sglang.hooks import ALL_HOOKS, CHILD_HOOKS, CLI_HOOKS, PARENT_HOOKS, Hook
+from kara_sglang.hooks import ALL_HOOKS, CHILD_HOOKS, CLI_HOOKS, PARENT_HOOKS, SHARING_HOOKS, Hook
 from kara_sglang.runtime import INIT_INFO_KEY
 
 
@@ -87,7 +87,7 @@ def test_the_table_is_well_formed() -> None:
     assert len(set(targets)) == len(targets)
     assert {one.kind for one in ALL_HOOKS} <= {"before", "after", "around"}
     assert all(one.why and "\n" not in one.why for one in ALL_HOOKS)
-    assert {*CLI_HOOKS, *PARENT_HOOKS, *CHILD_HOOKS} == set(ALL_HOOKS)
+    assert {*CLI_HOOKS, *PARENT_HOOKS, *CHILD_HOOKS, *SHARING_HOOKS} == set(ALL_HOOKS)
     assert hooks.problems() == []
 
 
@@ -232,6 +232,12 @@ def test_children_without_the_plugin_are_refused() -> None:
     for infos in ([{}], [good, {}], [{INIT_INFO_KEY: None}], [{INIT_INFO_KEY: hooks.digest() + 1}]):
         with pytest.raises(RuntimeError, match=r"^kv-compress: error: "):
             serving.check_children(infos)
+    # A child that shares compressed prefixes has more hooks.
+    plugin.set_launched(KaraConfig(prefix_reuse="compressed"))
+    with pytest.raises(RuntimeError, match=r"^kv-compress: error: "):
+        serving.check_children([good])
+    every = hooks.digest(hooks.of_child(KaraConfig(prefix_reuse="compressed")))
+    serving.check_children([{INIT_INFO_KEY: every}])
 
 
 def test_a_child_that_says_why_is_quoted() -> None:
@@ -245,19 +251,20 @@ def test_a_child_that_says_why_is_quoted() -> None:
 
 
 @pytest.mark.parametrize("child", [False, True])
-@pytest.mark.parametrize("on", [False, True])
+@pytest.mark.parametrize("on", [None, "exact", "compressed"])
 def test_run_time_hooks_only_where_they_are_needed(
-    child: bool, on: bool, registry: Any, monkeypatch: pytest.MonkeyPatch
+    child: bool, on: str | None, registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Children of a compressing server; nobody else pays for them."""
     import sglang.srt.managers.scheduler  # noqa: F401  # what a scheduler's process has imported
 
     if on:
-        plugin.activate(KaraConfig())
+        plugin.activate(KaraConfig(prefix_reuse=on))
     parent = object() if child else None
     monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: parent)
     plugin.register()
     expected = [*CLI_HOOKS, *(CHILD_HOOKS if child and on else ())]
+    expected += SHARING_HOOKS if child and on == "compressed" else ()
     assert sorted(path for path, entries in registry._hooks.items() if entries) == sorted(
         one.path for one in expected
     )

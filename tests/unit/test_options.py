@@ -48,7 +48,7 @@ def test_good_options(value: Any, expected: RequestOptions) -> None:
 @pytest.mark.parametrize(
     "value,message",
     [
-        (0, "kv_compress must be true, false or an object with selector, retain, seed, got 0"),
+        (0, "kv_compress must be true, false or an object with selector, retain, seed, prefix, got 0"),
         ("off", "kv_compress must be true, false or an object"),
         ([], "kv_compress must be true, false or an object"),
         ([{"retain": 0.5}], "kv_compress must be true, false or an object"),
@@ -76,6 +76,9 @@ def test_good_options(value: Any, expected: RequestOptions) -> None:
         ({"seed": 10**400}, "kv_compress.seed must be between"),
         ({"seed": 1.0}, "kv_compress.seed must be a whole number"),
         ({"seed": False}, "kv_compress.seed must be a whole number"),
+        ({"prefix": "none"}, "kv_compress.prefix must be one of exact, compressed"),
+        ({"prefix": True}, "kv_compress.prefix must be one of exact, compressed"),
+        ({"prefix": "compressed"}, "needs a server that shares compressed prefixes"),
     ],
 )
 def test_bad_options_name_the_field(value: Any, message: str) -> None:

@@ -95,6 +95,27 @@ def test_refused_flags(flag: str, changes: dict[str, Any], resolved: Resolved) -
     assert "\n" not in lines[0] and ("remove one of them" in lines[0] or "use one of" in lines[0])
 
 
+@pytest.mark.parametrize(
+    "flag,changes",
+    [
+        ("--disable-radix-cache", {"disable_radix_cache": True}),
+        ("--kv-events-config", {"kv_events_config": "{}"}),
+    ],
+)
+def test_flags_refused_with_compressed_prefixes_only(
+    flag: str, changes: dict[str, Any], resolved: Resolved
+) -> None:
+    shares, exact = KaraConfig(prefix_reuse="compressed"), KaraConfig()
+    [line] = refusals.of_sharing(resolved(**changes), shares)
+    assert line == (
+        f"{flag} does not work with --kv-compress-prefix-reuse compressed; remove one of them"
+    )
+    assert refusals.of_sharing(resolved(**changes), exact) == []
+    assert refusals.of_sharing(resolved(), shares) == refusals.of_flags(resolved(**changes)) == []
+    # The launcher's own choice, on a record that is checked again.
+    assert refusals.of_flags(resolved(radix_cache_backend=refusals.CACHE_BACKEND)) == []
+
+
 def test_every_entry_of_the_table_is_tried(resolved: Resolved) -> None:
     """And every field that it reads is one of the installed SGLang's, with another default."""
     tried = {flag for flag, _ in REFUSED}

@@ -1,0 +1,208 @@
+"""Prefix reuse, second stage: compressed rows in SGLang's own tree, under physical keys.
+
+The tree is stock: locks, LRU, splits, eviction, ``flush_cache`` and the leak checks know nothing of
+compression, because a compressed row is a row like any other whose key has one id per slot
+(:mod:`~kara_sglang.radix_integration.keys`). What differs is told here:
+
+* **match**: the request's tokens are looked up as they are, and under each layout that the index knows
+  for a beginning of them. The logically longest wins, exact KV wins ties. Only the winner is touched,
+  so a compressed copy of what is there exactly ages out.
+* **insert**: a row with windows is inserted under its physical key.
+* **lengths**: ``req.prefix_len`` stays logical, ``cache_protected_len`` and all else that counts slots
+  is physical (:mod:`~kara_sglang.radix_integration.prefill`).
+
+Who owns which part of the row of a request that continues on a compressed prefix, in KV indices::
+
+    [0, protected)        the tree: exact part, windows, clean spans; never written, never moved
+    [protected, base)     the request: the rest of its prompt, then kept tokens of its own windows
+    [base, kv_len)        the request; uncompressed
+
+When it ends, the tree takes over all whole pages; where it holds a part already, the request's copy is
+freed and its row points to the tree's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.environ import envs
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.registry import (
+    TreeCacheBuildContext,
+    create_unified_radix_cache,
+    get_radix_cache_factory,
+    register_radix_cache_backend,
+)
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from kara_sglang.radix_integration.keys import physical_key, seed_of
+from kara_sglang.radix_integration.layout import Layout, LayoutIndex
+from kara_sglang.radix_integration.prefix import PREFIX, Prefix, layout_of, prefix_of, removed
+from kara_sglang.refusals import CACHE_BACKEND
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+
+
+def register_backend() -> None:
+    """Make the cache known to SGLang's registry under :data:`CACHE_BACKEND`, once per process."""
+    if get_radix_cache_factory(CACHE_BACKEND) is None:
+        register_radix_cache_backend(CACHE_BACKEND, _create)
+
+
+def _create(context: TreeCacheBuildContext) -> CompressedRadixCache:
+    return create_unified_radix_cache(context, cache_class=CompressedRadixCache)
+
+
+class CompressedRadixCache(UnifiedRadixCache):
+    """SGLang's prefix cache, which takes in and finds compressed rows as well.
+
+    Attributes
+    ----------
+    settings_of : callable
+        ``Req`` -> the settings of its windows as bytes, None where it takes and leaves exact KV only.
+        Until the coordinator has set it, nobody takes part.
+    layouts : LayoutIndex
+    debug_checks : bool
+        Check the interval map of each row that is inserted.
+    """
+
+    def __init__(self, params: CacheInitParams) -> None:
+        self.settings_of: Callable[[Req], bytes | None] = lambda _req: None
+        self.layouts = LayoutIndex()
+        self.debug_checks = False
+        super().__init__(params)
+
+    def reset(self) -> None:
+        self.layouts.clear()
+        super().reset()
+
+    # -- match -------------------------------------------------------------------------------------
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """The longest cached prefix of the request's tokens.
+
+        Returns
+        -------
+        MatchResult
+            ``device_prefix_len`` in tokens, ``cache_protected_len`` in slots where they differ.
+        """
+        if params.req is None or self.disable:
+            return super().match_prefix(params)
+        prefix = self._prefix(params.req)
+        prefix.windows = ()
+        found = None
+        if prefix.settings is not None and not envs.SGLANG_RADIX_FORCE_MISS.get():
+            found = self._find(prefix.settings, params.key)
+        if found is None:
+            return super().match_prefix(params)
+        key, layout = found
+        result = super().match_prefix(dataclasses.replace(params, key=key))
+        slots = result.device_prefix_len
+        prefix.windows = layout.windows
+        return result._replace(
+            device_prefix_len=slots + layout.removed,
+            full_kv_hit_length=slots + layout.removed,
+            cache_protected_len=slots,
+        )
+
+    def _find(self, settings: bytes, key: RadixKey) -> tuple[RadixKey, Layout] | None:
+        """The physical key under which more of the text is cached than under its tokens.
+
+        Looks only (``match_full_device_prefix``), so that the loser of the comparison ages.
+        """
+        tokens = memoryview(key.raw_token_ids())
+        longest, _, _ = self.tree_core.match_full_device_prefix(key)
+        # The exact part of a compressed row is an exact prefix, so nothing can start behind it.
+        if longest == 0 or longest >= len(tokens) // self.page_size * self.page_size:
+            return None
+        seed = seed_of(settings, key.extra_key, key.cache_salt)
+        best = None
+        for layout in self.layouts.find(seed, tokens, longest):
+            layout = layout.within(len(tokens))
+            while layout.windows:
+                ids = physical_key(seed, tokens, layout.windows)
+                candidate = RadixKey(ids, key.extra_key, cache_salt=key.cache_salt)
+                slots, _, _ = self.tree_core.match_full_device_prefix(candidate)
+                reached = layout.tokens(slots)
+                shorter = layout.within(reached)
+                if reached > longest:
+                    longest = reached
+                    cut = layout.slots(reached)
+                    best = RadixKey(ids[:cut], key.extra_key, cache_salt=key.cache_salt), shorter
+                if len(shorter.windows) == len(layout.windows):
+                    break
+                # This text leaves the layout at a window; another may go on there, uncompressed.
+                layout = shorter
+        if best is not None:
+            self.layouts.add(seed, tokens, best[1])
+        return best
+
+    def _prefix(self, req: Req) -> Prefix:
+        prefix = prefix_of(req)
+        if prefix is None:
+            prefix = Prefix(self.settings_of(req))
+            setattr(req, PREFIX, prefix)
+        return prefix
+
+    # -- insert ------------------------------------------------------------------------------------
+
+    def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs) -> None:
+        """Insert the row, under its physical key where it has compressed windows.
+
+        Parameters
+        ----------
+        req : Req
+        up_to : int
+            Tokens at the end of a prefill, slots at the end of the request, as SGLang's callers
+            (``mem_cache/common.py``) have them.
+        """
+        layout = layout_of(req)
+        if not layout.windows or self.disable:
+            super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+            return
+        text, prompt = req.full_untruncated_fill_ids, req.origin_input_ids
+        seed = seed_of(self._prefix(req).settings, req.extra_key, req.cache_salt)
+        tokens = memoryview(text)
+        ids = physical_key(seed, tokens, layout.windows)
+        slots = up_to if req.finished() else layout.slots(up_to)
+        if self.debug_checks:
+            layout.check(self.page_size)
+            self._check_lengths(req, ids, slots, layout)
+        # All that SGLang does from here on is about slots, and for that these are the row's ids.
+        req.full_untruncated_fill_ids = ids
+        req.origin_input_ids = ids[: layout.slots(len(prompt))]
+        try:
+            super().checkpoint_into_tree(req, up_to=slots, **kwargs)
+        finally:
+            req.full_untruncated_fill_ids, req.origin_input_ids = text, prompt
+        self.layouts.add(seed, tokens, layout)
+
+    def _check_lengths(self, req: Req, ids: array, slots: int, layout: Layout) -> None:
+        if not req.kv.cache_protected_len <= slots <= min(len(ids), req.kv.kv_committed_len):
+            raise RuntimeError(
+                f"kv-compress: request {req.rid} would put {slots} slots into the prefix tree; it "
+                f"holds {req.kv.kv_committed_len}, of which the tree owns "
+                f"{req.kv.cache_protected_len}, for {len(ids) + layout.removed} tokens"
+            )
+
+    # -- lengths -----------------------------------------------------------------------------------
+
+    def prefix_device_indices(self, req: Req) -> torch.Tensor:
+        """KV indices of the request's matched prefix, shape ``(prefix_len - removed,)``, int64."""
+        gone = removed(req)
+        if not gone:
+            return super().prefix_device_indices(req)
+        path = self.path_device_indices(req.last_node)
+        slots = req.prefix_len - gone
+        if len(path) < slots:
+            raise RuntimeError(
+                f"kv-compress: request {req.rid} matched {slots} slots, the path holds {len(path)}"
+            )
+        return path[:slots]

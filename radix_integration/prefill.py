@@ -1,0 +1,86 @@
+"""Prefill behind a compressed prefix: where tokens become slots.
+
+``req.prefix_len``, ``extend_end`` and ``extend_len`` count tokens: SGLang slices the text with them,
+cuts chunks, fills its budgets and reports ``cached_tokens``. A prefill batch's ``prefix_lens`` and
+``seq_lens`` count slots from the moment on at which SGLang allocates: all that reads them afterwards is
+the page table, attention, and the request's KV lengths. ``extend_lens`` is the same in both. Positions
+are the one thing behind the allocation that counts tokens; the offset comes from the host, because
+``orig_seq_lens`` of a chunk in the middle says where the prompt ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kara_sglang.kernels.copies import to_device
+from kara_sglang.radix_integration.prefix import prefix_of, removed
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+def before_alloc_for_extend(batch: ScheduleBatch) -> None:
+    """BEFORE ``allocation.alloc_for_extend``: the batch's lengths become those of its rows."""
+    gone = _removed(batch)
+    if gone is None:
+        return
+    for req in batch.reqs:
+        _count_reuse(req)
+    batch.prefix_lens = [
+        length - less for length, less in zip(batch.prefix_lens, gone.tolist(), strict=True)
+    ]
+    # Rebound, never written in place, like everywhere.
+    batch.seq_lens_cpu = batch.seq_lens_cpu - gone
+    batch.seq_lens = batch.seq_lens - to_device(gone, batch.seq_lens.device)
+
+
+def after_prepare_for_extend(_result: None, batch: ScheduleBatch) -> None:
+    """AFTER ``ScheduleBatch.prepare_for_extend``, which sums up the lengths that it began with."""
+    if _removed(batch) is not None:
+        batch.seq_lens_sum = None  # SGLang sums up anew
+
+
+def around_prefix_kv_indices(
+    original: Callable[..., torch.Tensor], batch: ScheduleBatch, req: Req
+) -> torch.Tensor:
+    """AROUND ``allocation._prefix_kv_indices``: the prefix of a later chunk, read off the row.
+
+    A first chunk's comes from the tree (``CompressedRadixCache.prefix_device_indices``).
+    """
+    gone = removed(req)
+    if not gone or not req.kv.holds_kv:
+        return original(batch, req)
+    row = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+    return row[: req.prefix_len - gone].to(torch.int64)
+
+
+def shift_positions(result: ForwardBatch, batch: ScheduleBatch) -> None:
+    """Give the tokens of a prefill their true positions."""
+    gone = _removed(batch)
+    if gone is None:
+        return
+    offsets = torch.repeat_interleave(gone, torch.tensor(batch.extend_lens))
+    offsets = to_device(offsets, result.positions.device)
+    result.positions = result.positions + offsets
+    if result.mrope_positions is not None:
+        result.mrope_positions = result.mrope_positions + offsets[None]
+
+
+def _removed(batch: ScheduleBatch) -> torch.Tensor | None:
+    """Tokens that each row lacks, int64 on the host; None where none lacks any."""
+    gone: list[Any] = [removed(req) for req in batch.reqs]
+    return torch.tensor(gone, dtype=torch.int64) if any(gone) else None
+
+
+def _count_reuse(req: Req) -> None:
+    """For the request's report: once, with its first chunk, as SGLang counts ``cached_tokens``."""
+    prefix = prefix_of(req)
+    if prefix is None or not prefix.windows or req.kv.holds_kv or req.retracted_stain:
+        return
+    first = prefix.windows[0]
+    prefix.reused_tokens = req.prefix_len - first.logical_start
+    prefix.reused_slots = req.prefix_len - removed(req) - first.kv_start

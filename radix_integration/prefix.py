@@ -1,0 +1,55 @@
+"""What a request has found in the prefix tree, and what its row holds because of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kara_sglang.radix_integration.layout import Layout
+from kara_sglang.state import STATE, Window
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+    from kara_sglang.state import RequestState
+
+PREFIX = "kv_compress_prefix"
+"""Attribute of SGLang's ``Req`` that holds its :class:`Prefix`, from its first match on."""
+
+
+@dataclass(slots=True)
+class Prefix:
+    """One request's part in compressed prefixes."""
+
+    settings: bytes | None  # of its windows; None: it takes and leaves exact KV only
+    windows: tuple[Window, ...] = ()  # in the prefix that it matched last
+    reused_tokens: int = 0  # of its cached tokens: those from the first reused window on
+    reused_slots: int = 0  # that hold them
+
+
+def prefix_of(req: Req) -> Prefix | None:
+    """The request's part in compressed prefixes; None where it never looked for one."""
+    return getattr(req, PREFIX, None)
+
+
+def layout_of(req: Req) -> Layout:
+    """The compressed windows in the request's row: matched ones, then its own."""
+    state: RequestState | None = getattr(req, STATE, None)
+    if state is not None:
+        # A window of which all is kept is exact.
+        return Layout(tuple(window for window in state.windows if window.freed))
+    prefix = prefix_of(req)
+    return Layout(prefix.windows if prefix is not None else ())
+
+
+def removed(req: Req) -> int:
+    """Logical length minus KV length of the request's row."""
+    state: RequestState | None = getattr(req, STATE, None)
+    return state.removed if state is not None else layout_of(req).removed
+
+
+def forget_match(req: Req) -> None:
+    """The request was retracted: its row is gone, and the next match decides anew."""
+    prefix = prefix_of(req)
+    if prefix is not None:
+        prefix.windows = ()

@@ -1,0 +1,608 @@
+"""Compressed prefixes in SGLang's real tree and allocators, against a dictionary of token tuples.
+
+The dictionary knows every cached prefix by what it stands for: who may use it, its tokens, and how they
+are cut into single pages and windows. It knows nothing of trees, physical keys, hashes or the index.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.managers.schedule_batch import ReqKvInfo
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.common import match_kv_cache
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+
+from kara_sglang.radix_integration.compressed import CompressedRadixCache
+from kara_sglang.radix_integration.keys import FIRST_ID, physical_key, seed_of
+from kara_sglang.radix_integration.layout import Layout, LayoutIndex
+from kara_sglang.radix_integration.prefix import forget_match, layout_of, prefix_of
+from kara_sglang.state import STATE, Window, ceil_align
+
+ROW = 200
+POOL = 1200
+ROWS = 4
+# One request's settings -> window and kept tokens, in pages. None: exact KV only.
+SETTINGS = {b"half": (2, 1), b"quarter": (4, 1), b"half of four": (4, 2)}
+
+Who = tuple[str | None, str | None]  # extra_key, cache_salt
+EVERYONE: list[Who] = [(None, None), (None, None), ("lora", None), (None, "salt")]
+Tokens = tuple[int, ...]
+Cuts = tuple[tuple[int, int, int], ...]  # windows: start, width, kept
+Chain = tuple[Who, Tokens, Cuts, bytes | None]  # settings: None without windows
+
+
+class Request:
+    """What the cache reads and writes of SGLang's ``Req``."""
+
+    def __init__(self, rid: int, who: Who, settings: bytes | None, tokens: list[int]) -> None:
+        self.rid = f"r{rid}"
+        self.extra_key, self.cache_salt = who
+        self.settings = settings
+        self.origin_input_ids = array("q", tokens)
+        self.full_untruncated_fill_ids = array("q", tokens)
+        self.kv = ReqKvInfo()
+        self.done = False
+        self.prefix_len = 0
+        self.lock: Any = None
+        self.last_node: Any = None
+        self.priority = self.session = self.session_id = self.kv_rotation_base = None
+        self.slots: list[int] = []  # of its row, kept beside it
+
+    def finished(self) -> bool:
+        return self.done
+
+    def _compute_max_prefix_len(self, input_len: int) -> int:
+        return max(0, input_len - 1)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(self.full_untruncated_fill_ids)
+
+    @property
+    def who(self) -> Who:
+        return self.extra_key, self.cache_salt
+
+
+@dataclass
+class Model:
+    """Cached prefixes: who, tokens, windows, their settings -> slots of the last page or window."""
+
+    page: int
+    known: dict[Chain, list[int]] = field(default_factory=dict)
+    # Windows and settings of what is cached for some tokens.
+    cuts: dict[tuple[Who, Tokens], set[tuple[Cuts, bytes | None]]] = field(default_factory=dict)
+
+    def chains(self, req: Request, windows: tuple[Window, ...], length: int) -> Iterator[Chain]:
+        """All prefixes of a text's first ``length`` tokens that end at a page's or window's border."""
+        starts = {window.logical_start: window for window in windows}
+        at, cuts = 0, ()
+        while True:
+            window = starts.get(at)
+            if window is not None:
+                cuts = (*cuts, (at, window.width, window.kept))
+            at += window.width if window is not None else self.page
+            if at > length:
+                return
+            yield req.who, req.tokens[:at], cuts, req.settings if cuts else None
+
+    def front(self, chain: Chain) -> Chain:
+        """The chain without its last page or window."""
+        who, tokens, cuts, settings = chain
+        start = len(tokens) - self.page
+        if cuts and cuts[-1][0] + cuts[-1][1] == len(tokens):
+            start, cuts = cuts[-1][0], cuts[:-1]
+        return who, tokens[:start], cuts, settings if cuts else None
+
+    def slots(self, chain: Chain) -> list[int]:
+        """Slots of a whole chain, in order; KeyError where a part of it is not cached."""
+        parts = []
+        while chain[1]:
+            parts.append(self.known[chain])
+            chain = self.front(chain)
+        return [slot for part in reversed(parts) for slot in part]
+
+    def insert(self, chains: Iterable[Chain], slots: list[int]) -> list[int]:
+        """Put a row in; returns the slots that its text has in the cache now."""
+        at, now = 0, []
+        for chain in chains:
+            _, tokens, cuts, settings = chain
+            is_window = cuts and cuts[-1][0] + cuts[-1][1] == len(tokens)
+            end = at + (cuts[-1][2] if is_window else self.page)
+            now += self.known.setdefault(chain, slots[at:end])
+            self.cuts.setdefault(chain[:2], set()).add((cuts, settings))
+            at = end
+        return now
+
+    def longest(self, req: Request, limit: int) -> list[Chain]:
+        """What covers most of the request's first tokens; the exact one alone where there is one."""
+        for end in range(limit // self.page * self.page, 0, -self.page):
+            key = req.who, req.tokens[:end]
+            found = self.cuts.get(key, ())
+            usable = [one for one in found if one[1] is None or one[1] == req.settings]
+            if exact := [one for one in usable if one[1] is None]:
+                usable = exact
+            if usable:
+                return [(*key, *one) for one in usable]
+        return []
+
+    def evict(self, gone: set[int]) -> None:
+        """Forget what was freed: whole pages and whole windows."""
+        for chain, slots in list(self.known.items()):
+            if gone & set(slots):
+                assert gone >= set(slots), "half a part was evicted"
+                del self.known[chain]
+                self.cuts[chain[:2]].remove(chain[2:])
+
+    def check(self) -> None:
+        """Nothing was evicted in front of something that stays."""
+        for chain in self.known:
+            front = self.front(chain)
+            assert front in self.known or not front[1], "a front part was evicted"
+
+    def clear(self) -> None:
+        self.known.clear()
+        self.cuts.clear()
+
+    def all_slots(self) -> list[int]:
+        return [slot for slots in self.known.values() for slot in slots]
+
+
+class World:
+    """Requests that come, grow, are compressed, share, and go, on a small pool."""
+
+    def __init__(self, page: int, seed: int, capacity: int = 10_000, per_text: int = 1000) -> None:
+        self.random = Random(seed)
+        self.page = page
+        rows = ReqToTokenPool(size=ROWS, max_context_len=ROW, device="cpu", enable_memory_saver=False)
+        kind = (torch.float32, "cpu", SimpleNamespace(), False)
+        self.allocator = (
+            TokenToKVPoolAllocator(POOL, *kind)
+            if page == 1
+            else PagedTokenToKVPoolAllocator(POOL, page, *kind)
+        )
+        self.cache = CompressedRadixCache(
+            CacheInitParams(
+                disable=False,
+                req_to_token_pool=rows,
+                token_to_kv_pool_allocator=self.allocator,
+                page_size=page,
+                tree_components=(ComponentType.FULL,),
+            )
+        )
+        self.cache.settings_of = lambda req: req.settings
+        self.cache.layouts = LayoutIndex(capacity, per_text)
+        self.cache.debug_checks = True
+        self.complete = capacity > 1000  # the index forgets nothing
+        self.model = Model(page)
+        self.rows = rows.req_to_token
+        self.free_rows = list(range(1, ROWS + 1))
+        self.live: list[Request] = []
+        self.texts: list[tuple[Who, tuple[int, ...], bytes | None]] = []
+        self.arrived = 0
+        self.seen: Counter[str] = Counter()
+
+    # -- what happens ------------------------------------------------------------------------------
+
+    def text(self) -> tuple[Who, list[int], bytes | None]:
+        """A text that continues, forks from, or has nothing to do with an earlier one."""
+        random = self.random
+        fresh = [random.randrange(3) for _ in range(random.randrange(1, 6 * self.page + 2))]
+        if not self.texts or random.random() < 0.1:
+            return random.choice(EVERYONE), fresh, random.choice([*SETTINGS, None])
+        who, old, settings = random.choice(self.texts[-20:])
+        if random.random() < 0.1:
+            who = random.choice(EVERYONE)
+        if random.random() < 0.3:
+            settings = random.choice([*SETTINGS, None])
+        cut = len(old) if random.random() < 0.5 else random.randrange(len(old) + 1)
+        return who, [*old[:cut], *fresh][: ROW // 2], settings
+
+    def arrive(self) -> None:
+        who, tokens, settings = self.text()
+        self.arrived += 1
+        req = Request(self.arrived, who, settings, tokens)
+        self.match(req)
+        if self.random.random() < 0.3 or not self.free_rows:
+            return  # it only looked
+        self.prefill(req)
+
+    def match(self, req: Request) -> None:
+        """As ``Req.init_next_round_input`` does; compares reach, order of preference and slots."""
+        limit = len(req.tokens) - 1
+        result = match_kv_cache(req, self.cache, req.full_untruncated_fill_ids, max_prefix_len=limit)
+        if result.cache_protected_len is None:
+            req.kv.cache_protected_len = req.prefix_len
+        layout = layout_of(req)
+        assert req.prefix_len - layout.removed == req.kv.cache_protected_len
+        layout.check(self.page)
+        slots = self.cache.prefix_device_indices(req).tolist() if req.prefix_len else []
+        cuts = tuple((one.logical_start, one.width, one.kept) for one in layout.windows)
+        found: Chain = (req.who, req.tokens[: req.prefix_len], cuts, req.settings if cuts else None)
+        assert slots == self.model.slots(found)
+        best = self.model.longest(req, limit)
+        if self.complete or not cuts:
+            assert found in best or not self.complete or found[1] == () == tuple(best)
+        if best and best[0][1] == found[1]:
+            assert found in best, "exact KV must win a tie"
+        if req.settings is None:
+            assert not cuts
+        self.seen["compressed" if layout.windows else "exact" if slots else "miss"] += 1
+        req.slots = slots
+
+    def prefill(self, req: Request) -> None:
+        req.lock = self.cache.lock(req.last_node)
+        layout = layout_of(req)
+        length = len(req.tokens) - layout.removed
+        if not self.grow(req, length):
+            self.cache.unlock(req.lock)
+            req.lock = None
+            return
+        req.kv.req_pool_idx = self.free_rows.pop()
+        self.write_row(req)
+        req.kv.kv_committed_len = req.kv.kv_allocated_len = length
+        self.live.append(req)
+        self.checkpoint(req, len(req.tokens))
+        state = SimpleNamespace(
+            windows=list(layout.windows),
+            removed=layout.removed,
+            base=ceil_align(max(length, req.kv.cache_protected_len), self.page),
+        )
+        setattr(req, STATE, state)
+
+    def grow(self, req: Request, length: int) -> bool:
+        """Give the row slots for ``length`` entries; False where the pool is too small."""
+        while len(req.slots) < length:
+            if self.allocator.available_size() < self.page:
+                self.evict(self.page)
+            if self.allocator.available_size() < self.page:
+                assert self.cache.evictable_size() == 0
+                protected = req.kv.cache_protected_len
+                if own := req.slots[protected:]:
+                    self.allocator.free_segment(torch.tensor(own), start_pos=protected)
+                    req.slots = req.slots[:protected]
+                return False
+            req.slots += self.allocator.alloc(self.page).tolist()
+        return True
+
+    def write_row(self, req: Request) -> None:
+        self.rows[req.kv.req_pool_idx, : len(req.slots)] = torch.tensor(req.slots, dtype=torch.int32)
+
+    def decode(self, req: Request, count: int) -> None:
+        held = req.kv.kv_committed_len
+        if len(req.tokens) + count > ROW:
+            return
+        before = list(req.slots)
+        if not self.grow(req, held + count):
+            req.slots = []
+            self.release(req, checkpoint=False, own=before)
+            return
+        self.write_row(req)
+        req.full_untruncated_fill_ids.extend(self.random.randrange(3) for _ in range(count))
+        req.kv.kv_committed_len = req.kv.kv_allocated_len = held + count
+
+    def compress(self, req: Request, gap: int) -> None:
+        """A pass over one window, ``gap`` pages behind the base."""
+        if req.settings is None:
+            return
+        state = getattr(req, STATE)
+        width, kept = (self.page * pages for pages in SETTINGS[req.settings])
+        base = state.base + self.page * gap
+        if req.kv.kv_committed_len < base + width:
+            return
+        state.windows.append(Window(base + state.removed, base, width, kept))
+        state.removed += width - kept
+        state.base = base + kept
+        freed = req.slots[base + kept : base + width]
+        self.allocator.free_segment(torch.tensor(freed), start_pos=base + kept)
+        req.slots[base + kept : base + width] = []
+        self.write_row(req)
+        req.kv.kv_committed_len -= width - kept
+        req.kv.kv_allocated_len -= width - kept
+        self.seen["window"] += 1
+
+    def checkpoint(self, req: Request, up_to: int) -> None:
+        layout = layout_of(req)
+        before = (req.tokens, tuple(req.origin_input_ids))
+        length = layout.tokens(up_to) if req.done else up_to
+        expected = self.model.insert(self.model.chains(req, layout.windows, length), req.slots)
+        self.cache.checkpoint(req, up_to=up_to)
+        assert (req.tokens, tuple(req.origin_input_ids)) == before
+        assert req.kv.cache_protected_len == len(expected)
+        assert self.rows[req.kv.req_pool_idx, : len(expected)].tolist() == expected
+        req.slots[: len(expected)] = expected
+
+    def release(self, req: Request, *, checkpoint: bool, own: list[int] | None = None) -> None:
+        """``mem_cache/common.py``, ``release_kv_cache``."""
+        kv = req.kv
+        if own is not None:  # growing failed half-way and gave its slots back
+            self.free_rows.append(kv.req_pool_idx)
+        elif checkpoint:
+            req.done = True
+            self.checkpoint(req, kv.kv_committed_len)
+        if own is None:
+            self.cache.free_kv_row(kv, [(kv.cache_protected_len, kv.kv_committed_len)])
+            self.free_rows.append(kv.req_pool_idx)
+        self.cache.unlock(req.lock)
+        self.live.remove(req)
+        if checkpoint:
+            self.texts.append((req.who, req.tokens, req.settings))
+        forget_match(req)
+
+    def evict(self, count: int) -> None:
+        before = set(self.model.all_slots())
+        evictable = self.cache.evictable_size()
+        free = self.allocator.available_size()
+        locked = {slot for req in self.live for slot in req.slots[: req.kv.cache_protected_len]}
+        self.cache.evict(EvictParams(num_tokens=count))
+        freed = self.allocator.available_size() - free
+        assert freed >= min(count, evictable)
+        left = set(self.cache.all_values_flatten().tolist())
+        gone = before - left
+        assert len(gone) == freed and not gone & locked
+        self.model.evict(gone)
+
+    def flush(self) -> None:
+        for req in list(self.live):
+            self.release(req, checkpoint=self.random.random() < 0.5)
+        self.cache.reset()
+        self.allocator.clear()
+        self.model.clear()
+        assert self.allocator.available_size() == POOL and self.cache.layouts.num_windows == 0
+
+    # -- what must hold ----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """The pool's arithmetic, and that the tree holds the dictionary's slots and no other."""
+        held = sum(
+            ceil_align(req.kv.kv_allocated_len, self.page) - req.kv.cache_protected_len
+            for req in self.live
+        )
+        cached = self.cache.evictable_size() + self.cache.protected_size()
+        assert self.allocator.available_size() + cached + held == POOL
+        self.model.check()
+        slots = self.model.all_slots()
+        assert len(slots) == cached == len(set(slots))
+        assert set(slots) == set(self.cache.all_values_flatten().tolist())
+        own = [slot for req in self.live for slot in req.slots[req.kv.cache_protected_len :]]
+        assert len(own) == len(set(own)) and not set(own) & set(slots)
+
+    def step(self) -> None:
+        random = self.random
+        dice = random.random()
+        if dice < 0.35:
+            self.arrive()
+        elif dice < 0.85 and self.live:
+            req = random.choice(self.live)
+            self.decode(req, random.randrange(1, 5 * self.page + 2))
+            if req in self.live and random.random() < 0.7:
+                self.compress(req, gap=random.choice([0, 0, 0, 0, 1]))
+        elif dice < 0.97 and self.live:
+            self.release(random.choice(self.live), checkpoint=random.random() < 0.8)
+        elif dice < 0.9995:
+            self.evict(random.randrange(1, 8 * self.page))
+        else:
+            self.flush()
+
+
+@pytest.mark.parametrize("page", [1, 4])
+@pytest.mark.parametrize("block", range(2))
+def test_tree_and_index_are_the_dictionary(page: int, block: int) -> None:
+    """Matches reach as far as any cached prefix does, with the slots that were put there for those
+    tokens; exact KV wins ties; nothing locked is evicted; the pool's arithmetic holds."""
+    world = World(page, seed=1000 * page + block)
+    for count in range(5000):
+        world.step()
+        if count % 10 == 0:
+            world.check()
+    world.flush()
+    assert world.seen["compressed"] > 100 and world.seen["exact"] > 100 and world.seen["window"] > 100
+
+
+def test_a_forgetful_index_costs_misses_only() -> None:
+    """Eight windows, one layout for a text: whatever is matched is right all the same."""
+    world = World(page=4, seed=7, capacity=8, per_text=1)
+    for _ in range(5000):
+        world.step()
+        assert world.cache.layouts.num_windows <= 8
+    world.check()
+    world.flush()
+    assert world.seen["compressed"] > 20
+
+
+# -- single cases, on the same world -------------------------------------------------------------------
+
+SHARED = [index % 7 for index in range(24)]  # six pages
+
+
+def finished(
+    world: World, tokens: list[int], windows: int, settings: bytes | None = b"half"
+) -> Request:
+    """A request whose answer of ``len(tokens) - 9`` tokens is compressed from page 3 on, and done."""
+    req = Request(len(world.texts), (None, None), settings, tokens[:9])
+    world.match(req)
+    world.prefill(req)
+    req.full_untruncated_fill_ids.extend(tokens[len(req.tokens) :])
+    assert world.grow(req, len(tokens) - layout_of(req).removed)
+    world.write_row(req)
+    req.kv.kv_committed_len = req.kv.kv_allocated_len = len(tokens) - layout_of(req).removed
+    for _ in range(windows):
+        world.compress(req, gap=0)
+    world.release(req, checkpoint=True)
+    world.check()
+    return req
+
+
+def looked_up(world: World, tokens: list[int], settings: bytes | None = b"half") -> tuple[int, int]:
+    """Tokens and slots of the cached prefix that a new request with ``tokens`` finds."""
+    req = Request(99, (None, None), settings, tokens)
+    world.match(req)
+    return req.prefix_len, len(req.slots)
+
+
+def test_where_a_text_leaves_a_window_decides_what_is_reused() -> None:
+    """W of two pages at 12, R of one: 24 tokens are 3 + 1 + 1 pages of slots."""
+    world = World(page=4, seed=0)
+    finished(world, SHARED, windows=1)
+    assert looked_up(world, [*SHARED, 1]) == (24, 20)
+    assert looked_up(world, [*SHARED[:23], 6, 1]) == (20, 16)  # in the page behind the window
+    assert looked_up(world, [*SHARED[:20], 6, 6]) == (20, 16)  # right behind it
+    assert looked_up(world, [*SHARED[:19], 6, 6]) == (12, 12)  # inside: up to its start
+    assert looked_up(world, [*SHARED[:13], 6, 6]) == (12, 12)
+    assert looked_up(world, [*SHARED[:11], 6, 6]) == (8, 8)  # in the exact part
+    assert looked_up(world, SHARED) == (20, 16)  # the last token is never taken from the cache
+    assert looked_up(world, SHARED[:20]) == (12, 12)  # so a window that ends with the text is not
+    assert looked_up(world, [*SHARED, 1], b"quarter") == (12, 12)  # others' windows
+    assert looked_up(world, [*SHARED, 1], None) == (12, 12)  # opted out
+
+
+def test_exact_wins_and_the_compressed_copy_ages_out() -> None:
+    """Matching what is there twice touches the exact copy alone; LRU then takes the other."""
+    world = World(page=4, seed=0)
+    finished(world, SHARED, windows=1)
+    finished(world, SHARED, windows=0, settings=None)
+    assert looked_up(world, [*SHARED, 1]) == (24, 24)
+    assert POOL - world.allocator.available_size() == 24 + 8  # the window and the page behind it
+    world.evict(8)
+    assert world.cache.evictable_size() == 24
+    assert looked_up(world, [*SHARED, 1]) == (24, 24)
+    world.evict(8)  # the exact answer, which is one node
+    assert looked_up(world, [*SHARED, 1]) == (12, 12)
+
+
+def test_twins_share_one_copy() -> None:
+    """A second request with the same tokens and settings leaves nothing of its own behind."""
+    world = World(page=4, seed=0)
+    finished(world, SHARED, windows=1)
+    free = world.allocator.available_size()
+    finished(world, SHARED, windows=1)
+    assert world.allocator.available_size() == free
+
+
+def test_a_window_behind_a_reused_one() -> None:
+    """A continued text is compressed further on, and a third request continues that."""
+    world = World(page=4, seed=0)
+    finished(world, SHARED, windows=1)
+    req = Request(50, (None, None), b"half", [*SHARED, 1, 2, 3])
+    world.match(req)
+    world.prefill(req)
+    assert (req.prefix_len, req.kv.cache_protected_len, req.kv.kv_committed_len) == (24, 20, 23)
+    req.full_untruncated_fill_ids.extend([1] * 12)
+    assert world.grow(req, 35)
+    world.write_row(req)
+    req.kv.kv_committed_len = req.kv.kv_allocated_len = 35
+    world.compress(req, gap=0)
+    assert layout_of(req).windows[1] == Window(logical_start=28, kv_start=24, width=8, kept=4)
+    world.release(req, checkpoint=True)
+    world.check()
+    assert looked_up(world, [*req.tokens, 5]) == (36, 28)
+    assert prefix_of(req).windows == ()
+
+
+# -- the interval map and the keys ---------------------------------------------------------------------
+
+
+def test_the_interval_map_against_a_list() -> None:
+    """Every token and slot of random layouts, counted one by one."""
+    random = Random(3)
+    for _ in range(200):
+        page = random.choice([1, 4])
+        windows, at, removed = [], 0, 0
+        for _ in range(random.randrange(4)):
+            at += page * random.randrange(3)
+            width = page * random.randrange(2, 5)
+            kept = page * random.randrange(1, width // page)
+            windows.append(Window(at, at - removed, width, kept))
+            at += width
+            removed += width - kept
+        layout = Layout(tuple(windows))
+        layout.check(page)
+        total = at + 3 * page
+        # The token at whose border each slot border lies; None inside a window.
+        border: list[int | None] = [0]
+        token = 0
+        while token < total:
+            window = next((one for one in windows if one.logical_start == token), None)
+            if window is None:
+                token += 1
+                border.append(token)
+            else:
+                token += window.width
+                border += [None] * (window.kept - 1) + [token]
+        starts = {one.kv_start: one for one in windows}
+        last = 0
+        for slots, tokens in enumerate(border):
+            last = slots if tokens is not None else last
+            assert layout.tokens(slots) == border[last]
+            if tokens is not None:
+                assert layout.slots(tokens) == slots
+            assert last in starts or tokens is not None
+        assert layout.removed == total - len(border) + 1
+        for tokens in range(total):
+            inside = [one for one in windows if 0 < tokens - one.logical_start < one.width]
+            if inside:
+                assert layout.slots(tokens) == inside[0].kv_start
+            whole = [one for one in windows if one.logical_start + one.width <= tokens]
+            assert layout.within(tokens).windows == tuple(whole)
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        Window(8, 8, 8, 8),  # nothing was removed
+        Window(8, 8, 8, 0),
+        Window(9, 9, 8, 4),
+        Window(8, 8, 6, 4),
+        Window(8, 4, 8, 4),  # its slots do not follow from the windows before
+    ],
+)
+def test_a_broken_map_is_noticed(window: Window) -> None:
+    with pytest.raises(RuntimeError, match=r"^kv-compress: "):
+        Layout((window,)).check(4)
+    with pytest.raises(RuntimeError, match="does not continue"):
+        Layout((Window(8, 8, 8, 4), Window(12, 8, 8, 4))).check(4)
+
+
+def test_keys_are_tokens_and_ids_that_no_token_has() -> None:
+    """One id per slot; the ids of a window say everything up to its end and nothing behind it."""
+    tokens = list(range(100, 140))
+    windows = (Window(8, 8, 8, 4), Window(20, 16, 8, 4))
+    seed = seed_of(b"settings", "lora", "salt")
+
+    def key(ids: list[int] = tokens, start: bytes = seed, cut: tuple = windows) -> list[int]:
+        return physical_key(start, memoryview(array("q", ids)), cut).tolist()
+
+    one = key()
+    assert len(one) == 40 - 8
+    assert one[:8] == tokens[:8] and one[12:16] == tokens[16:20] and one[20:] == tokens[28:]
+    drawn = one[8:12] + one[16:20]
+    assert all(FIRST_ID <= ident < 2**61 for ident in drawn) and len(set(drawn)) == 8
+    # The same in every process and on every rank.
+    assert one[8] == 1811099797475662172
+    for position, first_changed in ((3, 8), (15, 8), (17, 13), (27, 16), (30, 22)):
+        other = key([*tokens[:position], 7, *tokens[position + 1 :]])
+        differs = [index for index in range(32) if other[index] != one[index]]
+        assert {8, 9, 10, 11} <= set(differs) or position > 15
+        assert {16, 17, 18, 19} <= set(differs) or position > 27
+        assert min(index for index in differs if index >= 8) == first_changed
+    for start in (
+        seed_of(b"other", "lora", "salt"),
+        seed_of(b"settings", None, "salt"),
+        seed_of(b"settings", "lora", None),
+        seed_of(b"settings", "salt", "lora"),
+    ):
+        assert not set(key(start=start)[8:12]) & set(drawn)
+    assert key(cut=(Window(8, 8, 8, 5), Window(20, 17, 8, 4)))[8:12] != one[8:12]
+    assert seed_of(b"x", None, "") == seed_of(b"x", None, None)
