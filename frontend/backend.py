@@ -388,7 +388,7 @@ class KaraEndpoint(RuntimeEndpoint):
 
 
 def _checked(options: Options | None) -> Options | None:
-    RequestOptions.parse({KEY: options}, KaraConfig())
+    RequestOptions.parse({KEY: options}, KaraConfig(prefix_reuse="compressed"))
     return options
 
 

@@ -22,12 +22,13 @@ from kara_sglang.admission import Forecast
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
+from kara_sglang.kernels.copies import to_device
 from kara_sglang.metrics import Metrics
 from kara_sglang.options import RequestOptions
 from kara_sglang.policy import Candidate
 from kara_sglang.radix_integration import exact
 from kara_sglang.radix_integration.prefix import forget_match, prefix_of, removed
-from kara_sglang.recorder import QueryRecorder, to_device
+from kara_sglang.recorder import QueryRecorder
 from kara_sglang.state import STATE, Geometry, RequestState
 from kara_sglang.stats import Totals
 from kara_sglang.trace.tracer import Tracer
@@ -83,26 +84,33 @@ class Coordinator:
             scheduler.tree_cache.debug_checks = config.debug_checks
 
     def warm_up(self) -> None:
-        """Run a pass over slots that nobody holds yet, for each size of recorder, so that no request
-        waits for a compiler."""
+        """Run passes over slots that nobody holds yet, and record nothing, so that no request waits for
+        a compiler: all selectors that a request may name, with each size of recorder."""
         start, width = self.geometry.page_size, self.geometry.window
-        selector = self._selectors[self.config.selector]
         device = self.scheduler.req_to_token_pool.req_to_token.device
-        sizes = {1, self.recorder.shape.group} if selector.needs_queries else {0}
-        for size in sorted(sizes):
-            units = torch.arange(size, device=device)
-            job = WindowJob(
-                slots=torch.arange(start, start + width, dtype=torch.int32, device=device),
-                kept=self.config.kept(self.geometry.page_size),
-                selector=selector,
-                seed=0,
-                query_start=0,
-                query_count=width + self.geometry.delay,
-                units=units.clamp(max=self.recorder.num_units - 1) if size else None,
-            )
+        if self.recorder is not None:
             with self._forward_stream():
-                _keep_until_read(job)
-                self.kernels.compress(self._pool(), [job])
+                self.recorder.warm_up(self.kernels)
+        for name, selector in self._selectors.items():
+            if name != self.config.selector and not self.kernels.compiles:
+                continue
+            sizes = {0}
+            if selector.needs_queries:
+                sizes = {1, self.recorder.shape.group} if self.recorder is not None else set()
+            for size in sorted(sizes):
+                units = torch.arange(size, device=device)
+                job = WindowJob(
+                    slots=torch.arange(start, start + width, dtype=torch.int32, device=device),
+                    kept=self.config.kept(self.geometry.page_size),
+                    selector=selector,
+                    seed=0,
+                    query_start=0,
+                    query_count=width + self.geometry.delay,
+                    units=units.clamp(max=self.recorder.num_units - 1) if size else None,
+                )
+                with self._forward_stream():
+                    _keep_until_read(job)
+                    self.kernels.compress(self._pool(), [job])
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -368,7 +376,8 @@ class Coordinator:
         with self._forward_stream():
             for job in jobs:
                 _keep_until_read(job)
-            kept = self.kernels.compress(self._pool(), jobs)
+            shown = self.config.debug_checks or self.tracer is not None
+            kept = self.kernels.compress(self._pool(), jobs, positions=shown)
             if self.config.debug_checks:
                 _check_kept(kept, jobs, geometry.page_size)
             if self.tracer is not None:

@@ -122,7 +122,7 @@ CHILD_HOOKS = (
         "after",
         ("self",),
         "runtime:after_load_model",
-        "allocates the query ring before the KV pool is sized",
+        "allocates the query ring and a pass's scratch before the KV pool is sized",
     ),
     Hook(
         "model_executor.model_runner.ModelRunner.init_cuda_graphs",

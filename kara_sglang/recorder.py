@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from kara_sglang.kernels.backend import Kernels
-from kara_sglang.kernels.record import FP8, plan
+from kara_sglang.kernels.copies import to_device
+from kara_sglang.kernels.record import FP8, Ring, plan
 
 LAG = 64
 """Least value of ``QueryRecorder.lag``."""
@@ -60,7 +61,7 @@ class QueryRecorder:
     budget_bytes : int
         For all layers together.
     fp8 : bool
-        Store e4m3 instead of the model's dtype.
+        Store e4m3, with a power of two per entry and KV head, instead of the model's dtype.
     lag : int
         Tokens that a due window may wait for its pass before its first queries are overwritten.
     """
@@ -78,22 +79,22 @@ class QueryRecorder:
         self.lag = lag
         self.ring_len = window + delay + lag
         dtype = FP8 if fp8 else shape.dtype
-        entry_bytes = shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+        entry_bytes = shape.num_layers * shape.num_kv_heads * Ring.head_bytes(shape.head_dim, dtype)
         self.unit_bytes = entry_bytes * self.ring_len
         self.num_units = budget_bytes // self.unit_bytes
         self.trash = self.num_units * self.ring_len
-        self.rings = [
-            torch.zeros(
-                (self.trash + 1, shape.num_kv_heads, shape.head_dim),
-                dtype=dtype,
-                device=shape.device,
-            )
-            for _ in range(shape.num_layers)
-        ]
+        # Whole sixteens of entries, so that every layer's part is aligned like the first.
+        entries = (self.trash // 16 + 1) * 16
+        self.ring = Ring.zeros(
+            (shape.num_layers, entries, shape.num_kv_heads, shape.head_dim), dtype, shape.device
+        )
+        self.rings = self.ring.layers()
         self._free = list(range(self.num_units - 1, -1, -1))
         self._active: dict[int, Recorder] = {}  # by row
+        self._num_rotating = 0
         self._dirty: set[int] = set()
         self._entries: torch.Tensor | None = None
+        self._step: list[torch.Tensor] = []  # queries of a step's layers so far
 
     def allocate_tables(self, num_rows: int) -> None:
         """Make the device tables for ``num_rows`` rows of ``req_to_token``, before graph capture."""
@@ -124,6 +125,7 @@ class QueryRecorder:
         units = tuple(self._free.pop() for _ in range(num_units))
         recorder = Recorder(row, units, since)
         self._active[row] = recorder
+        self._num_rotating += recorder.rotating
         self._dirty.add(row)
         return recorder
 
@@ -132,6 +134,7 @@ class QueryRecorder:
         if self._active.get(recorder.row) is not recorder:
             raise RuntimeError(f"kv-compress: recorder of row {recorder.row} released twice")
         del self._active[recorder.row]
+        self._num_rotating -= recorder.rotating
         self._dirty.add(recorder.row)
         self._free.extend(recorder.units)
 
@@ -170,15 +173,28 @@ class QueryRecorder:
         layer lost half their decode speed.
         """
         if layer == 0:
+            # A graph is replayed whoever rotates; a step outside of one need not ask.
+            asks = self._num_rotating or not kernels.records_steps
             self._entries = plan(
-                positions, self.units[rows], self.rotating[rows], self.ring_len, self.trash
+                positions,
+                self.units[rows],
+                self.rotating[rows] if asks else None,
+                self.ring_len,
+                self.trash,
             )
+            self._step.clear()
         assert self._entries is not None
-        kernels.record(self.rings[layer], self._entries, queries)
+        if not kernels.records_steps:
+            kernels.record(self.rings[layer], self._entries, queries)
+            return
+        self._step.append(queries)
+        if layer == self.shape.num_layers - 1:
+            kernels.record(self.ring, self._entries, torch.stack(self._step))
+            self._step.clear()
 
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a small host tensor to ``device`` without waiting for the device."""
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    def warm_up(self, kernels: Kernels) -> None:
+        """Record a row that nobody keeps, so that no decode step waits for a compiler."""
+        shape, device = self.shape, self.shape.device
+        entries = torch.full((1, shape.group), self.trash, dtype=torch.int64, device=device)
+        queries = torch.zeros((1, shape.num_q_heads * shape.head_dim), dtype=shape.dtype, device=device)
+        kernels.record(self.rings[0], entries, queries)

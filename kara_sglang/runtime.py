@@ -16,7 +16,7 @@ import torch
 from kara_sglang import hooks, plugin, policy, refusals
 from kara_sglang.config import KaraConfig
 from kara_sglang.coordinator import Coordinator
-from kara_sglang.kernels.backend import Kernels
+from kara_sglang.kernels.backend import Kernels, WindowShape
 from kara_sglang.kernels.dispatch import pick
 from kara_sglang.radix_integration import prefill
 from kara_sglang.recorder import AttentionShape, QueryRecorder
@@ -50,7 +50,7 @@ runtime = Runtime()
 
 
 def after_load_model(_result: Any, runner: ModelRunner) -> None:
-    """AFTER ``ModelRunner.load_model``: allocate the ring before SGLang sizes the KV pool."""
+    """AFTER ``ModelRunner.load_model``: allocate ring and scratch before SGLang sizes the KV pool."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     layers = sorted(
@@ -66,9 +66,18 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     runtime.config = config
     runtime.kernels, runtime.kernels_why = pick(device)
     runtime.scales = [float(layer.scaling) for layer in layers]
+    first = layers[0]
+    group = first.tp_q_head_num // first.tp_k_head_num
+    largest = WindowShape(
+        num_kv_heads=first.tp_k_head_num,
+        width=config.window,
+        kept=config.window,
+        units=group if config.query_bytes else 0,
+        query_count=config.window + config.delay,
+    )
+    runtime.kernels.reserve(device, largest)
     if not config.query_bytes:
         return
-    first = layers[0]
     shape = AttentionShape(
         num_layers=len(layers),
         num_q_heads=first.tp_q_head_num,

@@ -26,16 +26,17 @@ class LayerPool:
     keys, values
         One tensor per layer, shape ``(num_slots, num_kv_heads, head_dim)``.
     rings
-        One tensor per layer, shape ``(num_entries, num_kv_heads, head_dim)``; empty without recorder.
+        One per layer; empty without recorder.
     ring_len
         Tokens per ring unit.
     scales
-        Softmax scale of each layer.
+        Softmax scale of each layer; with fp8 keys times their ``k_scale``, because logits are linear in
+        it. A ``v_scale`` multiplies all scores of a layer alike and may be left out.
     """
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
-    rings: list[torch.Tensor]
+    rings: list[record.Ring]
     ring_len: int
     scales: list[float]
 
@@ -70,21 +71,66 @@ class WindowJob:
     units: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class WindowShape:
+    """What decides how much memory one window of one layer takes.
+
+    Attributes
+    ----------
+    num_kv_heads
+        Of the rank.
+    width
+        W, tokens of the window.
+    kept
+        R.
+    units
+        Ring units of its recorder: the GQA group's size, 1 when rotating, 0 without queries.
+    query_count
+        Recorded tokens, W + delay.
+    """
+
+    num_kv_heads: int
+    width: int
+    kept: int
+    units: int
+    query_count: int
+
+
 class Kernels(Protocol):
     """What the plugin asks of a set of kernels. All calls run on the current stream, unsynchronised."""
 
     name: str
+    compiles: bool
+    """Whether a first call waits for a compiler, so that a warm-up should make all kinds of calls."""
+    records_steps: bool
+    """Whether ``record`` takes a step's queries of all layers in one call instead of one per layer: for
+    kernels whose calls cost more than their work. A CUDA graph would have to keep all the queries."""
 
-    def record(self, ring: torch.Tensor, entries: torch.Tensor, queries: torch.Tensor) -> None:
+    def reserve(self, device: torch.device, largest: WindowShape) -> int:
+        """Allocate all memory that passes need, for windows up to ``largest``. Returns the bytes.
+
+        To be called before the KV pool is sized, so that the sizing accounts for it.
+        """
+
+    def record(self, ring: record.Ring, entries: torch.Tensor, queries: torch.Tensor) -> None:
         """As :func:`kara_sglang.kernels.record.record`; may run inside a CUDA graph."""
 
-    def compress(self, pool: LayerPool, jobs: list[WindowJob]) -> list[torch.Tensor]:
+    def compress(
+        self, pool: LayerPool, jobs: list[WindowJob], *, positions: bool = False
+    ) -> list[torch.Tensor] | None:
         """Leave each job's kept tokens in the first R of its slots, in every layer and head.
+
+        Parameters
+        ----------
+        pool : LayerPool
+        jobs : list of WindowJob
+        positions : bool
+            Whether the caller wants to know what was kept, which costs memory.
 
         Returns
         -------
-        list of torch.Tensor
-            Per job the kept positions, shape ``(num_layers, num_kv_heads, R)``.
+        list of torch.Tensor or None
+            Where asked for: per job the kept positions, shape ``(num_layers, num_kv_heads, R)``, int64.
         """
 
 
@@ -92,31 +138,46 @@ class TorchKernels:
     """The reference: plain torch, one window and one layer at a time."""
 
     name = "torch"
+    compiles = False
+    records_steps = True
 
-    def record(self, ring: torch.Tensor, entries: torch.Tensor, queries: torch.Tensor) -> None:
+    def reserve(self, device: torch.device, largest: WindowShape) -> int:
+        return 0
+
+    def record(self, ring: record.Ring, entries: torch.Tensor, queries: torch.Tensor) -> None:
         record.record(ring, entries, queries)
 
-    def compress(self, pool: LayerPool, jobs: list[WindowJob]) -> list[torch.Tensor]:
-        return [
-            torch.stack([self._compress_layer(pool, job, i) for i in range(len(pool.keys))])
-            for job in jobs
-        ]
+    def compress(
+        self, pool: LayerPool, jobs: list[WindowJob], *, positions: bool = False
+    ) -> list[torch.Tensor] | None:
+        found = []
+        for job in jobs:
+            kept = [self._compress_layer(pool, job, layer) for layer in range(len(pool.keys))]
+            if positions:
+                found.append(torch.stack(kept))
+        return found if positions else None
 
     def _compress_layer(self, pool: LayerPool, job: WindowJob, layer: int) -> torch.Tensor:
         slots = job.slots.long()
-        queries = None
-        if job.units is not None:
-            queries = record.recorded(
-                pool.rings[layer], job.query_start, job.query_count, job.units, pool.ring_len
-            )
-        scores = job.selector.score(
-            queries,
-            pool.keys[layer][slots],
-            pool.values[layer][slots],
-            scale=pool.scales[layer],
-            seed=job.seed + layer,
-        )
+        scores = reference_scores(pool, job, layer)
         kept = select(scores, job.kept, job.selector.chunks)
         compact(pool.keys[layer], slots, kept)
         compact(pool.values[layer], slots, kept)
         return kept
+
+
+def reference_scores(pool: LayerPool, job: WindowJob, layer: int) -> torch.Tensor:
+    """The selector's own arithmetic on one window of one layer: ``(num_kv_heads, W)``, float32."""
+    slots = job.slots.long()
+    queries = None
+    if job.units is not None:
+        queries = record.recorded(
+            pool.rings[layer], job.query_start, job.query_count, job.units, pool.ring_len
+        )
+    return job.selector.score(
+        queries,
+        pool.keys[layer][slots],
+        pool.values[layer][slots],
+        scale=pool.scales[layer],
+        seed=job.seed + layer,
+    )

@@ -9,16 +9,94 @@ compacted, and the delay's queries are still there when the next window begins.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 
 FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(FP8).max
+_FP8_MAX_BITS = 0x43E00000  # 448.0 as a float32
+EXPONENTS = (-100, 119)
+"""Smallest and largest exponent that is stored; within them no product over- or underflows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """Recorded queries of one layer, or of all layers with one more dimension in front.
+
+    e4m3 ends at 448, and some models' queries do not (those with biases in the projection and no norm
+    behind it). So a ring in fp8 keeps an exponent per entry and KV head: the smallest power of two by
+    which a head's numbers must be divided to fit. It is exact, needs no calibration, and costs one byte
+    beside ``head_dim`` bytes.
+
+    Attributes
+    ----------
+    queries
+        Shape ``(num_entries, num_kv_heads, head_dim)``.
+    exponents
+        Shape ``(num_entries, num_kv_heads)``, int8: a query is ``queries * 2**exponents``. None where
+        ``queries`` are no e4m3.
+    """
+
+    queries: torch.Tensor
+    exponents: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        is_fp8 = self.queries.dtype == FP8
+        if is_fp8 != (self.exponents is not None):
+            raise ValueError(
+                f"a ring of {self.queries.dtype} takes exponents if, and only if, it is {FP8}"
+            )
+        if self.exponents is not None and (
+            self.exponents.shape != self.queries.shape[:-1] or self.exponents.dtype != torch.int8
+        ):
+            raise ValueError(f"exponents must be int8 of shape {tuple(self.queries.shape[:-1])}")
+
+    @classmethod
+    def zeros(
+        cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Self:
+        """A ring of ``shape`` ``([num_layers,] num_entries, num_kv_heads, head_dim)``."""
+        queries = torch.zeros(shape, dtype=dtype, device=device)
+        if dtype != FP8:
+            return cls(queries)
+        return cls(queries, torch.zeros(shape[:-1], dtype=torch.int8, device=device))
+
+    def layers(self) -> list[Self]:
+        """A ring of all layers as one ring per layer, on the same memory."""
+        count = self.queries.shape[0]
+        exponents = [None] * count if self.exponents is None else list(self.exponents)
+        return [type(self)(q, e) for q, e in zip(self.queries, exponents, strict=True)]
+
+    @staticmethod
+    def head_bytes(head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of one head of one entry."""
+        return head_dim * dtype.itemsize + (1 if dtype == FP8 else 0)
+
+
+def to_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rows`` of shape ``(..., head_dim)`` as e4m3 and exponents ``(...)``, int8, see :class:`Ring`.
+
+    An infinity becomes the largest number that can be stored; NaN stays.
+    """
+    rows = rows.float()
+    largest = rows.abs().contiguous().view(torch.int32).amax(dim=-1)  # as integers: in the same order
+    exponents = -((_FP8_MAX_BITS - largest) >> 23)  # log2(largest / 448), rounded up
+    exponents = exponents.clamp(*EXPONENTS)
+    rows = (rows * power_of_two(-exponents)[..., None]).clamp(-_FP8_MAX, _FP8_MAX)
+    return rows.to(FP8), exponents.to(torch.int8)
+
+
+def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """``2.0 ** exponents``, float32 and exact, for integers from -126 to 127."""
+    return ((exponents.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
 def plan(
     positions: torch.Tensor,
     units: torch.Tensor,
-    rotating: torch.Tensor,
+    rotating: torch.Tensor | None,
     ring_len: int,
     trash: int,
 ) -> torch.Tensor:
@@ -31,8 +109,8 @@ def plan(
     units : torch.Tensor
         Units of each row's recorder, shape ``(batch, group)``, int64; -1 for a row without one. A
         rotating recorder repeats its only unit.
-    rotating : torch.Tensor
-        Shape ``(batch,)``, bool.
+    rotating : torch.Tensor or None
+        Shape ``(batch,)``, bool; None where no recorder rotates.
     ring_len : int
         Tokens per unit.
     trash : int
@@ -43,47 +121,48 @@ def plan(
     torch.Tensor
         Ring entries, shape ``(batch, group)``, int64.
     """
-    group = torch.arange(units.shape[1], device=units.device)
-    idle = (units < 0) | (rotating[:, None] & (positions[:, None] % units.shape[1] != group))
+    idle = units < 0
+    if rotating is not None:
+        group = torch.arange(units.shape[1], device=units.device)
+        idle |= rotating[:, None] & (positions[:, None] % units.shape[1] != group)
     entry = units * ring_len + positions[:, None] % ring_len
     return torch.where(idle, trash, entry)
 
 
-def record(ring: torch.Tensor, entries: torch.Tensor, queries: torch.Tensor) -> None:
-    """Store one step's queries of one layer.
+def record(ring: Ring, entries: torch.Tensor, queries: torch.Tensor) -> None:
+    """Store one step's queries of one layer, or of all.
 
     Parameters
     ----------
-    ring : torch.Tensor
-        One layer's ring, shape ``(num_entries, num_kv_heads, head_dim)``, written in place.
+    ring : Ring
+        Written in place.
     entries : torch.Tensor
         What :func:`plan` returned, shape ``(batch, group)``.
     queries : torch.Tensor
         Post-RoPE queries, shape ``(batch, num_kv_heads * group * head_dim)`` or with the last
-        dimension already split; any float dtype.
+        dimension already split, any float dtype; layers in front where the ring has them.
     """
     batch, group = entries.shape
-    _, num_kv_heads, head_dim = ring.shape
-    by_group = queries.view(batch, num_kv_heads, group, head_dim).transpose(1, 2)
-    rows = by_group.reshape(batch * group, num_kv_heads, head_dim)
-    if ring.dtype == FP8:
-        # e4m3 has no infinity: what lies beyond its range would become NaN.
-        rows = rows.clamp(-_FP8_MAX, _FP8_MAX)
-    rows = rows.to(ring.dtype)
-    if ring.dtype == FP8:  # which index_copy_ does not know
-        ring, rows = ring.view(torch.uint8), rows.view(torch.uint8)
-    ring.index_copy_(0, entries.flatten(), rows)
+    *layers, _, num_kv_heads, head_dim = ring.queries.shape
+    by_group = queries.view(*layers, batch, num_kv_heads, group, head_dim).transpose(-3, -2)
+    rows = by_group.reshape(*layers, batch * group, num_kv_heads, head_dim)
+    where = entries.flatten()
+    if ring.exponents is None:
+        ring.queries.index_copy_(-3, where, rows.to(ring.queries.dtype))
+        return
+    rows, exponents = to_fp8(rows)
+    # As bytes: index_copy_ does not know 8-bit floats.
+    ring.queries.view(torch.uint8).index_copy_(-3, where, rows.view(torch.uint8))
+    ring.exponents.index_copy_(-2, where, exponents)
 
 
-def recorded(
-    ring: torch.Tensor, start: int, count: int, units: torch.Tensor, ring_len: int
-) -> torch.Tensor:
+def recorded(ring: Ring, start: int, count: int, units: torch.Tensor, ring_len: int) -> torch.Tensor:
     """Read ``count`` tokens' queries from logical position ``start`` on.
 
     Parameters
     ----------
-    ring : torch.Tensor
-        One layer's ring, shape ``(num_entries, num_kv_heads, head_dim)``.
+    ring : Ring
+        One layer's.
     start, count : int
         Tokens, with ``count <= ring_len``.
     units : torch.Tensor
@@ -94,10 +173,15 @@ def recorded(
     Returns
     -------
     torch.Tensor
-        Shape ``(count, num_kv_heads, group or 1, head_dim)``, the ring's dtype.
+        Shape ``(count, num_kv_heads, group or 1, head_dim)``; the ring's dtype, float32 for fp8.
     """
-    offsets = torch.arange(start, start + count, device=ring.device) % ring_len
+    if count > ring_len:
+        raise ValueError(f"{count} queries asked of a ring that holds {ring_len} tokens")
+    offsets = torch.arange(start, start + count, device=ring.queries.device) % ring_len
     entries = units[None, :] * ring_len + offsets[:, None]
-    raw = ring.view(torch.uint8) if ring.dtype == FP8 else ring
-    rows = raw[entries]  # (count, group or 1, num_kv_heads, head_dim)
-    return rows.view(ring.dtype).transpose(1, 2)
+    if ring.exponents is None:
+        rows = ring.queries[entries]  # (count, group or 1, num_kv_heads, head_dim)
+    else:
+        rows = ring.queries.view(torch.uint8)[entries].view(FP8).float()
+        rows *= power_of_two(ring.exponents[entries])[..., None]
+    return rows.transpose(1, 2)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kara_sglang.kernels.copies import to_device
 from kara_sglang.radix_integration.prefix import prefix_of, removed
-from kara_sglang.recorder import to_device
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch

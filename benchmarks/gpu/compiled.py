@@ -5,7 +5,12 @@ Triton's wheel brings ptxas and cuobjdump, so neither a GPU nor CUDA is needed::
     python -m kara_sglang.benchmarks.gpu.compiled
 
 prints the table of docs/kernels.md: registers per thread, spilled bytes per thread, and shared memory
-per program. What is compiled is what the server would launch: a whole pass and a recording step run
+per program. Another release of Triton is tried without touching the environment::
+
+    pip install --target /tmp/triton-3.8 --no-deps triton==3.8.0
+    PYTHONPATH=/tmp/triton-3.8 python -m kara_sglang.benchmarks.gpu.compiled
+
+What is compiled is what the server would launch: a whole pass and a recording step run
 on tensors of the model's shapes, and the launches are caught on their way.
 """
 
@@ -31,8 +36,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
-from kara_sglang.kernels.backend import LayerPool, WindowJob
-from kara_sglang.kernels.record import FP8
+from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
+from kara_sglang.kernels.record import FP8, Ring
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
@@ -43,10 +48,11 @@ OTHER_SHAPES = (
     Model("head_dim 64", 1, 32, 8, 64, 0),
     Model("head_dim 80", 1, 32, 32, 80, 0),
     Model("head_dim 96", 1, 32, 32, 96, 0),
+    Model("head_dim 128", 1, 32, 8, 128, 0),
     Model("head_dim 192", 1, 32, 8, 192, 0),
     Model("head_dim 256", 1, 16, 8, 256, 0),
 )
-_KERNELS = (
+KERNELS = (
     (record, "record_kernel"),
     (score, "log_sum_exp_kernel"),
     (score, "column_sum_kernel"),
@@ -64,20 +70,7 @@ class Launch:
 
     def compile(self, architecture: int) -> Compiled:
         """Compile for ``sm_<architecture>``, specialised as a launch would be."""
-        signature, constants, attributes = {}, {}, {}
-        for index, parameter in enumerate(self.kernel.params):
-            value = self.arguments[parameter.name]
-            if parameter.is_constexpr:
-                signature[parameter.name] = "constexpr"
-                constants[parameter.name] = value
-                continue
-            signature[parameter.name] = mangle_type(value)
-            divisible = isinstance(value, torch.Tensor) or value % 16 == 0
-            if divisible and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        options = {
-            name: self.arguments[name] for name in ("num_warps", "num_stages") if name in self.arguments
-        }
+        signature, constants, attributes, options = self._specialised()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a default of Triton's that changes with its next release
             built = triton.compile(
@@ -86,6 +79,29 @@ class Launch:
                 options=options,
             )
         return Compiled.of(self.kernel.__name__, architecture, built)
+
+    @property
+    def key(self) -> str:
+        """Equal for launches that share one compilation."""
+        return f"{self.kernel.__name__} {self._specialised()}"
+
+    def _specialised(self) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any], dict[str, int]]:
+        """Types, constants, divisibility and options of the arguments, as a launch would see them."""
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name] = "constexpr"
+                constants[parameter.name] = value
+                continue
+            signature[parameter.name] = mangle_type(value)
+            number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            if number % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        options = {
+            name: self.arguments[name] for name in ("num_warps", "num_stages") if name in self.arguments
+        }
+        return signature, constants, attributes, options
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +126,11 @@ class Compiled:
     spilled: int
     shared: int
     ptx: str
+
+    @property
+    def cell(self) -> str:
+        """As in the table of docs/kernels.md."""
+        return f"{self.registers} / {self.spilled} / {self.shared / 1024:.1f}"
 
     @classmethod
     def of(cls, kernel: str, architecture: int, built: Any) -> Compiled:
@@ -141,6 +162,7 @@ def launches(
     delay: int = 64,
     rotating: bool = False,
     causal: bool = False,
+    chunks: bool = True,
     key_dtype: torch.dtype = torch.bfloat16,
     ring_dtype: torch.dtype = FP8,
 ) -> list[Launch]:
@@ -151,7 +173,7 @@ def launches(
     pool = LayerPool(
         keys=[torch.empty(window, heads, dim, dtype=key_dtype)],
         values=[torch.empty(window, heads, dim, dtype=key_dtype)],
-        rings=[torch.empty(num_units * ring_len + 1, heads, dim, dtype=ring_dtype)],
+        rings=[Ring.zeros((num_units * ring_len + 1, heads, dim), ring_dtype)],
         ring_len=ring_len,
         scales=[dim**-0.5],
     )
@@ -159,7 +181,7 @@ def launches(
         slots=torch.arange(window, dtype=torch.int32),
         kept=retained,
         selector=KaraSelector(
-            chunks=ChunkRule(budget=0.1),
+            chunks=ChunkRule(budget=0.1 if chunks else 0.0),
             rule=AttentionRule(squared=not causal, value_norm=True, causal=causal),
         ),
         seed=0,
@@ -170,22 +192,25 @@ def launches(
     batch = 64
     queries = torch.empty(batch, model.query_heads * dim, dtype=torch.bfloat16)
     entries = torch.zeros(batch, model.group, dtype=torch.int64)
-    with _caught() as caught:
+    with caught() as found:
         kernels = TritonKernels()
+        kernels.reserve(
+            torch.device("cpu"), WindowShape(heads, window, window, num_units, window + delay)
+        )
         kernels.record(pool.rings[0], entries, queries)
         kernels.compress(pool, [job])
-    return caught
+    return found
 
 
 @contextlib.contextmanager
-def _caught() -> Iterator[list[Launch]]:
+def caught() -> Iterator[list[Launch]]:
     """Collects launches in place of making them."""
-    caught: list[Launch] = []
-    originals = [(module, name, getattr(module, name)) for module, name in _KERNELS]
+    found: list[Launch] = []
+    originals = [(module, name, getattr(module, name)) for module, name in KERNELS]
     try:
         for module, name, kernel in originals:
-            setattr(module, name, _Catcher(kernel, caught))
-        yield caught
+            setattr(module, name, _Catcher(kernel, found))
+        yield found
     finally:
         for module, name, kernel in originals:
             setattr(module, name, kernel)
@@ -194,15 +219,15 @@ def _caught() -> Iterator[list[Launch]]:
 class _Catcher:
     """Stands in for a kernel: ``catcher[grid](*args, **kwargs)`` notes the call."""
 
-    def __init__(self, kernel: JITFunction[Any], caught: list[Launch]) -> None:
-        self._kernel, self._caught = kernel, caught
+    def __init__(self, kernel: JITFunction[Any], found: list[Launch]) -> None:
+        self._kernel, self._found = kernel, found
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return functools.partial(self._launch)
 
     def _launch(self, *args: Any, **kwargs: Any) -> None:
         positional = dict(zip(inspect.signature(self._kernel.fn).parameters, args, strict=False))
-        self._caught.append(Launch(self._kernel, positional | kwargs))
+        self._found.append(Launch(self._kernel, positional | kwargs))
 
 
 def main() -> None:
@@ -216,18 +241,25 @@ def main() -> None:
         (f"{first.name}, fp8 keys", launches(first, key_dtype=FP8)[1:3]),
         (f"{first.name}, rotating", launches(first, rotating=True)[1:3]),
         (f"{first.name}, causal", launches(first, causal=True)[1:3]),
+        *(
+            (f"head_dim {model.head_dim}, fp16 keys, bf16 ring", found[1:3])
+            for model in OTHER_SHAPES
+            if model.head_dim in (128, 256)
+            for found in [launches(model, key_dtype=torch.float16, ring_dtype=torch.bfloat16)]
+        ),
+        (f"{first.name}, no chunks", launches(first, chunks=False)[3:4]),
         *((f"W = {width}", launches(first, window=width)[3:4]) for width in (1024, 2048, 4096)),
     ]
     rows: dict[tuple[str, ...], list[str]] = {}  # shapes with equal results share a row
     for name, found in cases:
         for launch in found:
             results = [launch.compile(arch) for arch in architectures]
-            cells = [f"{r.registers} / {r.spilled} / {r.shared / 1024:.1f}" for r in results]
+            cells = [result.cell for result in results]
             rows.setdefault((results[0].kernel, *cells), []).append(name)
     print(f"triton {triton.__version__}; registers / spilled bytes / shared KiB\n")
     print("| kernel |", " | ".join(f"sm_{arch}" for arch in architectures), "| shapes |")
     print("|---|" + "---|" * len(architectures) + "---|")
-    for _, kernel in _KERNELS:
+    for _, kernel in KERNELS:
         for (name, *cells), shapes in rows.items():
             if name == kernel:
                 print(f"| `{name}` |", " | ".join(cells), f"| {'; '.join(shapes)} |")

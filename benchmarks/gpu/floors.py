@@ -80,7 +80,7 @@ class Gpu:
 
 # NVIDIA's datasheets of the SXM parts: memory bandwidth and dense bf16 rate. An SM makes 4096 dense
 # bf16 operations per clock and 16 exponentials (CUDA C++ Programming Guide, arithmetic throughput,
-# compute capability 9.0), so the second rate is the first one's 256th.
+# compute capability 9.0), so for these two the second rate is the first one's 256th.
 DATASHEET = (
     Gpu("H100 SXM", 3.35e12, 989e12, 989e12 / 256),
     Gpu("H200 SXM", 4.8e12, 989e12, 989e12 / 256),
@@ -90,14 +90,16 @@ DATASHEET = (
 def record(model: Model, settings: Settings) -> Work:
     """One decode step of one recording request: queries read, and written to the ring."""
     heads = model.kv_heads if settings.rotating else model.query_heads
-    return Work(bytes=model.layers * heads * model.head_dim * (2 + settings.query_bytes))
+    exponent = 1 if settings.query_bytes == 1 else 0
+    numbers = model.head_dim * (2 + settings.query_bytes)
+    return Work(bytes=model.layers * heads * (numbers + exponent))
 
 
 def score(model: Model, settings: Settings) -> Work:
     """Both passes over queries and keys, the norms of the values, and the scores."""
     rows, width, dim = settings.voters(model), settings.window, model.head_dim
     queries, keys = rows * dim * settings.query_bytes, width * dim * 2
-    sums, scores = rows * 4, width * 4
+    sums, scores = rows * 2 * 4, width * 4
     per_pass = Work(bytes=queries + keys + sums, flops=2 * rows * width * dim, exps=rows * width)
     per_head = per_pass * 2 + Work(bytes=keys + scores)
     return per_head * (model.layers * model.kv_heads)
@@ -106,13 +108,13 @@ def score(model: Model, settings: Settings) -> Work:
 def select(model: Model, settings: Settings) -> Work:
     """Scores read, positions written; the rest stays in registers."""
     heads = model.layers * model.kv_heads
-    return Work(bytes=heads * (4 * settings.window + 8 * settings.kept))
+    return Work(bytes=heads * (4 * settings.window + 4 * settings.kept))
 
 
 def compact(model: Model, settings: Settings) -> Work:
     """Kept rows of K and V read and written, where every one of them moves; positions and slots."""
     rows = 2 * model.layers * model.kv_heads * settings.kept
-    return Work(bytes=rows * (2 * 2 * model.head_dim + 8 + 2 * 4))
+    return Work(bytes=rows * (2 * 2 * model.head_dim + 4 + 2 * 4))
 
 
 def passes(model: Model, settings: Settings) -> Work:

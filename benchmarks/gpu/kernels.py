@@ -14,7 +14,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import platform
+import shutil
 import statistics
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,9 @@ from kara_sglang.benchmarks.gpu import floors
 from kara_sglang.benchmarks.gpu.floors import DATASHEET, Gpu, Settings, Work
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.kernels import record as reference_record
-from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob
+from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob, WindowShape
 from kara_sglang.kernels.compact import compact as reference_compact
+from kara_sglang.kernels.record import FP8, Ring, to_fp8
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.score import attention_scores as reference_scores
 from kara_sglang.kernels.select import ChunkRule
@@ -43,12 +47,29 @@ DEVICE = torch.device("cuda")
 RULE = AttentionRule(squared=True, value_norm=True)
 CHUNKS = ChunkRule(budget=0.1)
 PAGE = 16
+OTHER_CASES = (
+    (Model("head_dim 64", 1, 12, 4, 64, 0), torch.float16, 1),
+    (Model("head_dim 80", 1, 4, 4, 80, 0), torch.bfloat16, 1),
+    (Model("head_dim 96", 1, 14, 2, 96, 0), torch.bfloat16, 2),
+    (Model("head_dim 128", 1, 32, 2, 128, 0), FP8, 1),
+    (Model("head_dim 128", 1, 8, 2, 128, 0), torch.float16, 2),
+    (Model("head_dim 192", 1, 6, 2, 192, 0), torch.bfloat16, 1),
+    (Model("head_dim 256", 1, 16, 8, 256, 0), FP8, 2),
+)
+"""Model shapes, dtype of K and V, bytes of a recorded number: checked, not timed."""
 
 
 class Case:
     """One model's pool, ring and windows, filled with random numbers."""
 
-    def __init__(self, model: Model, settings: Settings, num_jobs: int, layers: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        settings: Settings,
+        num_jobs: int,
+        layers: int,
+        key_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         self.model = dataclasses.replace(model, layers=layers)
         self.settings = settings
         self.num_jobs = num_jobs
@@ -57,15 +78,15 @@ class Case:
         units = 1 if settings.rotating else model.group
         slots = num_jobs * width * 2  # half of the pool belongs to others
         entries = num_jobs * units * ring_len + 1
-        ring_dtype = reference_record.FP8 if settings.query_bytes == 1 else torch.bfloat16
+        ring_dtype = FP8 if settings.query_bytes == 1 else torch.bfloat16
 
         def normal(rows: int) -> torch.Tensor:
             return torch.randn(rows, heads, dim, device=DEVICE, dtype=torch.bfloat16)
 
         self.pool = LayerPool(
-            keys=[normal(slots) for _ in range(layers)],
-            values=[normal(slots) for _ in range(layers)],
-            rings=[normal(entries).to(ring_dtype) for _ in range(layers)],
+            keys=[normal(slots).to(key_dtype) for _ in range(layers)],
+            values=[normal(slots).to(key_dtype) for _ in range(layers)],
+            rings=[ring_of(normal(entries), ring_dtype) for _ in range(layers)],
             ring_len=ring_len,
             scales=[dim**-0.5] * layers,
         )
@@ -77,9 +98,9 @@ class Case:
         self.tables = PoolTables.of(self.pool)
         self.voters = Voters(self.units, torch.tensor(self.starts, device=DEVICE), 0, ring_len)
         self.scores = torch.empty(layers, num_jobs, heads, width, device=DEVICE)
-        self.sums = torch.empty(layers * num_jobs * heads * self.voters.rows, device=DEVICE)
+        self.sums = torch.empty(2 * layers * num_jobs * heads * self.voters.rows, device=DEVICE)
         self.kept = torch.empty(
-            layers, num_jobs, heads, settings.kept, dtype=torch.int64, device=DEVICE
+            layers, num_jobs, heads, settings.kept, dtype=torch.int32, device=DEVICE
         )
         batch = 64
         group = model.group
@@ -110,15 +131,23 @@ class Case:
         select(self.scores, self.settings.kept, CHUNKS, self.kept)
 
     def compact(self) -> None:
-        for table, row_bytes in self.tables.moves:
-            compact(
-                table,
-                self.slots,
-                self.kept,
+        compact(self.tables, range(self.model.layers), self.slots, self.kept)
+
+    def kernels(self) -> TritonKernels:
+        """The server's kernels, with the scratch that it would reserve."""
+        settings = self.settings
+        kernels = TritonKernels()
+        kernels.reserve(
+            DEVICE,
+            WindowShape(
                 num_kv_heads=self.model.kv_heads,
-                row_bytes=row_bytes,
-                alignment=self.tables.alignment,
-            )
+                width=settings.window,
+                kept=settings.window,
+                units=self.units.shape[1],
+                query_count=settings.window + settings.delay,
+            ),
+        )
+        return kernels
 
     def jobs(self) -> list[WindowJob]:
         return [
@@ -145,24 +174,24 @@ def check(case: Case) -> dict[str, Any]:
         that a whole pass and the reference's agree on; near ties may fall either way.
     """
     pool, settings = case.pool, case.settings
-    rings = [ring.view(torch.uint8).clone() for ring in pool.rings]
+    rings = [Ring(*(part.clone() for part in parts(ring))) for ring in pool.rings]
     case.record()
-    for ours, ring in zip(pool.rings, rings, strict=True):
-        theirs = ring.view(ours.dtype)
+    for ours, theirs in zip(pool.rings, rings, strict=True):
         reference_record.record(theirs, case.entries, case.queries)
-        require(torch.equal(ours[:-1].view(torch.uint8), theirs[:-1].view(torch.uint8)), "record")
+        for mine, other in zip(parts(ours), parts(theirs), strict=True):
+            require(torch.equal(mine[:-1].view(torch.uint8), other[:-1].view(torch.uint8)), "record")
 
     case.scores.fill_(float("nan"))
     case.score()
     expected = torch.empty_like(case.scores)
-    for layer, ring in enumerate(pool.rings):
+    for layer, ring in enumerate(rings):
         for job, slots in enumerate(case.slots.long()):
             expected[layer, job] = reference_scores(
                 reference_record.recorded(
                     ring, case.starts[job], case.voters.count, case.units[job], pool.ring_len
                 ),
-                pool.keys[layer][slots],
-                pool.values[layer][slots],
+                pool.keys[layer].float()[slots],
+                pool.values[layer].float()[slots],
                 scale=pool.scales[layer],
                 rule=RULE,
             )
@@ -170,28 +199,62 @@ def check(case: Case) -> dict[str, Any]:
     require(error < 1e-3, f"score: relative error {error}")
 
     # Before anything has moved: a compacted window holds tokens twice, and equal scores are a toss-up.
-    theirs = torch.stack(TorchKernels().compress(copied(pool), case.jobs()))
-    ours = torch.stack(TritonKernels().compress(copied(pool), case.jobs()))
+    widened = copied(pool, torch.float32)
+    theirs = torch.stack(TorchKernels().compress(widened, case.jobs(), positions=True))
+    ours = torch.stack(case.kernels().compress(copied(pool), case.jobs(), positions=True))
     same = (ours[..., None] == theirs[..., None, :]).any(-1).float().mean().item()
     require(same > 0.99, f"a pass: {same:.4f} of the positions agree")
 
     case.kept.fill_(-1)
     case.select()
-    require(torch.equal(case.kept, reference_select(case.scores, settings.kept, CHUNKS)), "select")
+    expected = reference_select(case.scores, settings.kept, CHUNKS)
+    require(torch.equal(case.kept.long(), expected), "select")
 
     copies = [buffer.clone() for buffer in (*pool.keys, *pool.values)]
     case.compact()
     for index, (ours, theirs) in enumerate(zip((*pool.keys, *pool.values), copies, strict=True)):
         for job in range(case.num_jobs):
-            reference_compact(theirs, case.slots[job], case.kept[index % case.model.layers, job])
+            kept = case.kept[index % case.model.layers, job].long()
+            # As bytes, because torch indexes no 8-bit floats on every device.
+            reference_compact(theirs.view(torch.uint8), case.slots[job], kept)
         require(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), "compact")
 
+    check_replay(case)
     return {"score_error": error, "same_choice": same}
 
 
-def copied(pool: LayerPool) -> LayerPool:
-    """A pool of its own with the same ring."""
-    keys, values = ([buffer.clone() for buffer in side] for side in (pool.keys, pool.values))
+def check_replay(case: Case) -> None:
+    """A captured recording step follows its inputs when they are refreshed by copy, as SGLang's do."""
+    pool = case.pool
+    replay = captured(case.record)
+    rows = torch.randperm(len(case.queries), device=DEVICE)
+    case.queries.copy_(torch.randn_like(case.queries) * 1000)
+    case.entries.copy_(case.entries[rows])
+    expected = [Ring(*(part.clone() for part in parts(ring))) for ring in pool.rings]
+    replay()
+    for ours, theirs in zip(pool.rings, expected, strict=True):
+        reference_record.record(theirs, case.entries, case.queries)
+        for mine, other in zip(parts(ours), parts(theirs), strict=True):
+            same = torch.equal(mine[:-1].view(torch.uint8), other[:-1].view(torch.uint8))
+            require(same, "record in a replayed graph")
+
+
+def ring_of(queries: torch.Tensor, dtype: torch.dtype) -> Ring:
+    """A ring that holds ``queries``."""
+    return Ring(*to_fp8(queries)) if dtype == FP8 else Ring(queries.to(dtype))
+
+
+def parts(ring: Ring) -> list[torch.Tensor]:
+    """The tensors of a ring."""
+    return [part for part in (ring.queries, ring.exponents) if part is not None]
+
+
+def copied(pool: LayerPool, dtype: torch.dtype | None = None) -> LayerPool:
+    """A pool of its own with the same ring, K and V as ``dtype``."""
+    keys, values = (
+        [buffer.to(dtype or buffer.dtype, copy=True) for buffer in side]
+        for side in (pool.keys, pool.values)
+    )
     return dataclasses.replace(pool, keys=keys, values=values)
 
 
@@ -200,8 +263,8 @@ def require(condition: bool, what: str) -> None:
         raise AssertionError(f"wrong result: {what}")
 
 
-def seconds(call: Callable[[], None], repeats: int = 20) -> float:
-    """Median time of one call, from CUDA events around graph replays."""
+def captured(call: Callable[[], None]) -> Callable[[], None]:
+    """``call`` as a CUDA graph; returns what replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -211,7 +274,12 @@ def seconds(call: Callable[[], None], repeats: int = 20) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return timed(graph.replay, repeats)
+    return graph.replay
+
+
+def seconds(call: Callable[[], None], repeats: int = 20) -> float:
+    """Median time of one call, from CUDA events around graph replays."""
+    return timed(captured(call), repeats)
 
 
 def timed(call: Callable[[], Any], repeats: int = 20) -> float:
@@ -235,7 +303,58 @@ def measured_ceilings() -> Gpu:
     a, b = torch.randn(2, 8192, 8192, device=DEVICE, dtype=torch.bfloat16)
     out = torch.empty_like(a)
     rate = 2 * 8192**3 / seconds(lambda: torch.mm(a, b, out=out))
-    return Gpu(torch.cuda.get_device_name(), bandwidth, rate, rate / 256)
+    properties = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
+    return Gpu(torch.cuda.get_device_name(), bandwidth, rate, exp_rate(properties))
+
+
+def exp_rate(properties: dict[str, int]) -> float:
+    """Exponentials per second: 16 per SM and clock (CUDA C++ Programming Guide, arithmetic throughput;
+    the same from compute capability 8.0 to 10.0), at the GPU's highest clock.
+
+    ``properties`` are Triton's, with the clock in kHz.
+    """
+    return 16 * properties["multiprocessor_count"] * properties["sm_clock_rate"] * 1e3
+
+
+def versions() -> dict[str, str | None]:
+    """Of everything that decides how fast it is."""
+    driver = None
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
+    return {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "driver": driver,
+        "python": platform.python_version(),
+    }
+
+
+def goals(settings: Settings, gpu: Gpu, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was aimed at beside what was measured by :func:`measure`."""
+    found = {
+        "compact, share of the measured copy bandwidth": (
+            0.8,
+            results["compact"]["bytes_per_s"] / gpu.bandwidth,
+        ),
+        "pass, share of decode at batch 64, at most": (0.01, results["pass"]["share_of_decode_floor"]),
+    }
+    if settings.window == 1024:
+        rate = results["score"]["flop_per_s"] / gpu.flop_rate
+        found["score, share of the measured matrix rate"] = (0.5, rate)
+    return {
+        name: {"goal": goal, "got": got, "met": got <= goal if "at most" in name else got >= goal}
+        for name, (goal, got) in found.items()
+    }
+
+
+def write(report: dict[str, Any], path: Path | None) -> None:
+    """Replace the file at once, so that it is whole whatever happens to this process."""
+    if path is not None:
+        partial = path.with_name(path.name + ".part")
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+        partial.replace(path)
 
 
 def measure(case: Case, gpu: Gpu) -> dict[str, Any]:
@@ -248,9 +367,15 @@ def measure(case: Case, gpu: Gpu) -> dict[str, Any]:
             work = dataclasses.replace(work, bytes=round(work.bytes * moving))
         took = seconds(getattr(case, name))
         floor = gpu.floor(work)
-        results[name] = {"us": took * 1e6, "floor_us": floor * 1e6, "of_floor": floor / took}
+        results[name] = {
+            "us": took * 1e6,
+            "floor_us": floor * 1e6,
+            "of_floor": floor / took,
+            "bytes_per_s": work.bytes / took,
+            "flop_per_s": work.flops / took,
+        }
         print(f"  {name:8} {took * 1e6:9.1f} us, floor {floor * 1e6:9.1f} us, {floor / took:6.1%}")
-    kernels, jobs = TritonKernels(), case.jobs()
+    kernels, jobs = case.kernels(), case.jobs()
     kernels.compress(case.pool, jobs)
     took = timed(lambda: kernels.compress(case.pool, jobs))
     step = gpu.floor(floors.decode_step(case.model, 64, 4096))
@@ -281,10 +406,18 @@ def main() -> None:
     report: dict[str, Any] = {
         "gpu": dataclasses.asdict(gpu),
         "datasheet": [dataclasses.asdict(known) for known in DATASHEET],
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "versions": versions(),
         "seed": torch.initial_seed(),
+        "checks": [],
         "runs": [],
     }
+    for model, key_dtype, query_bytes in OTHER_CASES:
+        settings = Settings(window=176, kept=80, delay=29, query_bytes=query_bytes)
+        checks = check(Case(model, settings, 3, layers=2, key_dtype=key_dtype))
+        name = f"{model.name}, {key_dtype}, queries of {query_bytes} bytes"
+        print(f"{name}: correct: {checks}")
+        report["checks"].append({"case": name, **checks})
+        write(report, arguments.output)
     for model in (model for model in MODELS if model.name in arguments.models):
         for window in arguments.windows:
             for rotating in (False, True):
@@ -295,19 +428,20 @@ def main() -> None:
                 case = Case(model, settings, arguments.jobs, layers=model.layers)
                 case.score()
                 case.select()
+                measured = measure(case, gpu)
                 report["runs"].append(
                     {
                         "model": model.name,
                         "settings": dataclasses.asdict(settings),
                         "jobs": arguments.jobs,
                         "checks": checks,
-                        "kernels": measure(case, gpu),
+                        "kernels": measured,
+                        "goals": goals(settings, gpu, measured),
                     }
                 )
+                write(report, arguments.output)  # what is done stays, should the next case crash
                 del case
                 torch.cuda.empty_cache()
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

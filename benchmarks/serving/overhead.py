@@ -36,15 +36,20 @@ _PACKAGE = str(Path(kara_sglang.__file__).parent)
 _FRAME = re.compile(r"^(?P<function>.+) \((?P<file>[^:()]*)(:\d+)?\)$")
 
 
+ARITHMETIC = "arithmetic of recording"
+
+
 def ours(stack: list[tuple[str, str]], around: set[str]) -> str | None:
     """The function that a sample is charged to, where it is the plugin's; outermost frame first.
 
     Everything below a hook is ours, also where it calls torch or SGLang. Not ours is what an AROUND
-    hook wraps, and what SGLang does between its own wrapper and the wrapped function is.
+    hook wraps, and what SGLang does between its own wrapper and the wrapped function is. What a kernel
+    does is arithmetic: on a GPU it is part of the captured graph.
     """
     for function, file in stack:
         if file.startswith(_PACKAGE) and function not in around:
-            return function
+            inner = any(name.endswith("kernels/record.py") for _, name in stack)
+            return ARITHMETIC if inner else function
     if stack and stack[-1][1].endswith("plugins/hook_registry.py"):
         return "hook_registry"
     return None
@@ -84,7 +89,8 @@ def main() -> int:
     )
     parser.add_argument("--requests", type=int, default=4, help="running at once; default: 4")
     parser.add_argument("--seconds", type=int, default=20, help="of sampling; default: 20")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--profile", type=Path, help="keep py-spy's samples here, for flamegraph tools")
     options = parser.parse_args()
     if shutil.which("py-spy", path=str(Path(sys.executable).parent)) is None:
         parser.error("py-spy is needed: pip install py-spy")
@@ -110,6 +116,8 @@ def main() -> int:
             profile, info = _profile(server, options.requests, options.seconds, folder)
         finally:
             server.stop()
+    if options.profile:
+        options.profile.write_text(profile)
     if info["recorders_in_use"] != options.requests or info["passes"]:
         print(f"not what was to be measured: {info}", file=sys.stderr)
         return 1
@@ -118,6 +126,7 @@ def main() -> int:
     answer = {
         "machine": machine(),
         "requests": options.requests,
+        "python_share_of_decode": part - charged[ARITHMETIC] / samples,
         "share_of_decode": part,
         "samples": samples,
         "by_function": {function: count / samples for function, count in charged.most_common()},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
+from kara_sglang.kernels.copies import to_device
 from kara_sglang.kernels.score import AttentionRule, attention_scores
 from kara_sglang.kernels.select import ChunkRule
 
@@ -69,6 +70,27 @@ class Selector:
             ``(num_kv_heads, W)``, float32.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class BlindSelector(Selector):
+    """A selector that looks at positions and the seed only, never at a tensor of the model."""
+
+    def draw(self, num_kv_heads: int, width: int, seed: int) -> torch.Tensor:
+        """Scores of one window of one layer, ``(num_kv_heads, width)``, float32, on the host."""
+        raise NotImplementedError
+
+    def score(
+        self,
+        queries: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scale: float,
+        seed: int,
+    ) -> torch.Tensor:
+        width, num_kv_heads, _ = keys.shape
+        return to_device(self.draw(num_kv_heads, width, seed), keys.device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,27 +7,14 @@ from typing import ClassVar
 
 import torch
 
-from kara_sglang.kernels.selectors.base import Selector
+from kara_sglang.kernels.selectors.base import BlindSelector
 
 
 @dataclass(frozen=True, slots=True)
-class RandomSelector(Selector):
+class RandomSelector(BlindSelector):
     """Uniform scores from a generator on the CPU, so that every device draws the same ones."""
 
     seeded: ClassVar[bool] = True
 
-    def score(
-        self,
-        queries: torch.Tensor | None,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        scale: float,
-        seed: int,
-    ) -> torch.Tensor:
-        width, num_kv_heads, _ = keys.shape
-        generator = torch.Generator().manual_seed(seed)
-        scores = torch.rand(num_kv_heads, width, generator=generator)
-        if keys.is_cuda:  # from pageable memory the copy would wait for the stream
-            scores = scores.pin_memory()
-        return scores.to(keys.device, non_blocking=True)
+    def draw(self, num_kv_heads: int, width: int, seed: int) -> torch.Tensor:
+        return torch.rand(num_kv_heads, width, generator=torch.Generator().manual_seed(seed))

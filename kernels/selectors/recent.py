@@ -6,22 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kara_sglang.kernels.selectors.base import Selector
+from kara_sglang.kernels.selectors.base import BlindSelector
 
 
 @dataclass(frozen=True, slots=True)
-class RecentSelector(Selector):
+class RecentSelector(BlindSelector):
     """A token's score is its position."""
 
-    def score(
-        self,
-        queries: torch.Tensor | None,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        scale: float,
-        seed: int,
-    ) -> torch.Tensor:
-        width, num_kv_heads, _ = keys.shape
-        by_age = torch.arange(width, dtype=torch.float32, device=keys.device)
-        return by_age.expand(num_kv_heads, width)
+    def draw(self, num_kv_heads: int, width: int, seed: int) -> torch.Tensor:
+        return torch.arange(width, dtype=torch.float32).repeat(num_kv_heads, 1)

@@ -2,141 +2,184 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Iterator
 
 import torch
 
-from kara_sglang.kernels import record as reference_record
-from kara_sglang.kernels.backend import LayerPool, WindowJob
-from kara_sglang.kernels.selectors.base import AttentionSelector
+from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape, reference_scores
+from kara_sglang.kernels.copies import fill, to_device
+from kara_sglang.kernels.record import Ring
+from kara_sglang.kernels.selectors.base import AttentionSelector, BlindSelector
 from kara_sglang.kernels.triton.compact import compact
-from kara_sglang.kernels.triton.pool import PoolTables, to_device
+from kara_sglang.kernels.triton.pool import PoolTables
 from kara_sglang.kernels.triton.record import record
 from kara_sglang.kernels.triton.score import Voters, attention_scores
 from kara_sglang.kernels.triton.select import select
 
 SCRATCH_BYTES = 32 << 20
-"""Bound of log-sum-exps and scores; layers are taken in groups that fit, at least one at a time."""
+"""Memory of a pass beside the pool, unless one window of one layer takes more."""
+_ALIGNMENT = 16  # bytes; also what Triton specialises pointers by, so that all passes look alike to it
 
 
 class TritonKernels:
-    """Four launches for all windows that share their settings: two score, one selects, one moves.
+    """Four launches for a group of windows and layers: two score, one selects, one moves.
 
-    Nothing synchronises and nothing is copied from the device. The scratch is allocated by the first
-    pass and kept, so run one pass over an empty pool at start: it compiles the kernels, too. All calls
-    of an instance must be made on the same stream.
+    Windows with equal settings form a group, as many of them and of the layers as fit the scratch, and
+    whatever a group needs lies in the scratch. Nothing synchronises and nothing is copied from the
+    device. All calls of an instance must be made on the same stream.
     """
 
     name = "triton"
+    compiles = True
+    records_steps = False
 
     def __init__(self) -> None:
         self._tables: PoolTables | None = None
         self._scratch: torch.Tensor | None = None
 
-    def record(self, ring: torch.Tensor, entries: torch.Tensor, queries: torch.Tensor) -> None:
+    def reserve(self, device: torch.device, largest: WindowShape) -> int:
+        size = max(SCRATCH_BYTES, _bytes(largest, 1, 1))
+        self._scratch = torch.empty(size, dtype=torch.uint8, device=device)
+        return size
+
+    def record(self, ring: Ring, entries: torch.Tensor, queries: torch.Tensor) -> None:
         record(ring, entries, queries)
 
-    def compress(self, pool: LayerPool, jobs: list[WindowJob]) -> list[torch.Tensor]:
+    def compress(
+        self, pool: LayerPool, jobs: list[WindowJob], *, positions: bool = False
+    ) -> list[torch.Tensor] | None:
         if self._tables is None or not self._tables.matches(pool):
             self._tables = PoolTables.of(pool)
         tables = self._tables
         groups: dict[Hashable, list[int]] = {}
         for index, job in enumerate(jobs):
             num_units = 0 if job.units is None else len(job.units)
-            settings = (len(job.slots), job.kept, job.selector, num_units, job.query_count)
-            groups.setdefault(settings, []).append(index)
+            shape = WindowShape(
+                tables.num_kv_heads, len(job.slots), job.kept, num_units, job.query_count
+            )
+            groups.setdefault((job.selector, shape), []).append(index)
 
-        kept_of: dict[int, torch.Tensor] = {}
-        for members in groups.values():
-            batch = [jobs[index] for index in members]
-            slots = torch.stack([job.slots for job in batch])
-            kept = self._choose(tables, pool, batch, slots)
-            for table, row_bytes in tables.moves:
-                compact(
-                    table,
+        found: list[torch.Tensor] = []
+        if positions:
+            heads = (tables.num_layers, tables.num_kv_heads)
+            device = pool.keys[0].device
+            found = [torch.empty((*heads, j.kept), dtype=torch.int64, device=device) for j in jobs]
+        for (_, shape), members in groups.items():
+            num_jobs, num_layers = self._fitting(shape, len(members), tables.num_layers)
+            for first in range(0, len(members), num_jobs):
+                part = members[first : first + num_jobs]
+                for layers, kept in self._compress_alike(
+                    pool, [jobs[index] for index in part], shape, num_layers
+                ):
+                    for place, index in enumerate(part if positions else []):
+                        found[index][layers.start : layers.stop] = kept[:, place]
+        return found if positions else None
+
+    def _fitting(self, shape: WindowShape, num_jobs: int, num_layers: int) -> tuple[int, int]:
+        """How many windows and how many layers to take at once."""
+        if self._scratch is None:
+            raise RuntimeError("kv-compress: a pass without scratch memory; call reserve() first")
+        size = self._scratch.numel()
+        if _bytes(shape, 1, 1) > size:
+            raise RuntimeError(
+                f"kv-compress: a window of {shape} takes {_bytes(shape, 1, 1)} bytes of scratch, "
+                f"{size} were reserved"
+            )
+        # Padding only becomes less in larger groups, so these bounds are safe.
+        num_jobs = min(num_jobs, size // _bytes(shape, 1, 1))
+        without_layers = _bytes(shape, num_jobs, 0)
+        per_layer = _bytes(shape, num_jobs, 1) - without_layers
+        return num_jobs, min(num_layers, (size - without_layers) // per_layer)
+
+    def _compress_alike(
+        self, pool: LayerPool, jobs: list[WindowJob], shape: WindowShape, num_layers: int
+    ) -> Iterator[tuple[range, torch.Tensor]]:
+        """Compress windows with equal settings, so many layers at a time.
+
+        Yields
+        ------
+        tuple of range and torch.Tensor
+            Layers, and the positions kept in them, ``(len(layers), num_jobs, num_kv_heads, R)``, int32,
+            which are valid until the next ones are asked for.
+        """
+        tables, scratch = self._tables, self._scratch
+        assert tables is not None and scratch is not None
+        selector = jobs[0].selector
+        for first in range(0, tables.num_layers, num_layers):
+            layers = range(first, min(first + num_layers, tables.num_layers))
+            slots, units, starts, sums, scores, kept = _carve(scratch, shape, len(jobs), len(layers))
+            if first == 0:  # where these three lie does not depend on the number of layers
+                torch.cat([job.slots for job in jobs], out=slots.view(-1))
+                fill(starts, torch.tensor([job.query_start for job in jobs]))
+                if shape.units:
+                    torch.cat([job.units for job in jobs if job.units is not None], out=units.view(-1))
+            if isinstance(selector, AttentionSelector):
+                if not shape.units:
+                    raise ValueError(f"{type(selector).__name__} needs recorded queries")
+                skipped = max(0, shape.query_count - (selector.rule.last_queries or shape.query_count))
+                attention_scores(
+                    tables,
+                    layers,
                     slots,
-                    kept,
-                    num_kv_heads=tables.num_kv_heads,
-                    row_bytes=row_bytes,
-                    alignment=tables.alignment,
+                    Voters(units, starts, skipped, shape.query_count - skipped),
+                    ring_len=pool.ring_len,
+                    rule=selector.rule,
+                    sums=sums,
+                    out=scores,
                 )
-            kept_of |= {index: kept[:, place] for place, index in enumerate(members)}
-        return [kept_of[index] for index in range(len(jobs))]
-
-    def _choose(
-        self, tables: PoolTables, pool: LayerPool, jobs: list[WindowJob], slots: torch.Tensor
-    ) -> torch.Tensor:
-        """Positions to keep, ``(num_layers, num_jobs, num_kv_heads, R)``, int64; settings are equal."""
-        selector, kept = jobs[0].selector, jobs[0].kept
-        shape = (tables.num_layers, len(jobs), tables.num_kv_heads)
-        chosen = torch.empty((*shape, kept), dtype=torch.int64, device=slots.device)
-        if not isinstance(selector, AttentionSelector):
-            scores = torch.stack(
-                [
-                    torch.stack([_reference_scores(pool, job, layer) for job in jobs])
-                    for layer in range(tables.num_layers)
-                ]
-            )
-            select(scores, kept, selector.chunks, chosen)
-            return chosen
-
-        voters = _voters(jobs, selector)
-        width = slots.shape[1]
-        per_layer = shape[1] * shape[2]
-        step = max(1, SCRATCH_BYTES // (4 * per_layer * (voters.rows + width)))
-        for first in range(0, tables.num_layers, step):
-            layers = range(first, min(first + step, tables.num_layers))
-            heads = len(layers) * per_layer
-            scratch = self._floats(heads * (voters.rows + width), slots.device)
-            scores = scratch[: heads * width].view(len(layers), *shape[1:], width)
-            attention_scores(
-                tables,
-                layers,
-                slots,
-                voters,
-                ring_len=pool.ring_len,
-                rule=selector.rule,
-                sums=scratch[heads * width :],
-                out=scores,
-            )
-            select(scores, kept, selector.chunks, chosen[first : layers.stop])
-        return chosen
-
-    def _floats(self, count: int, device: torch.device) -> torch.Tensor:
-        """The first ``count`` float32 of the scratch."""
-        if self._scratch is None or self._scratch.numel() < count:
-            count_kept = max(count, SCRATCH_BYTES // 4)
-            self._scratch = torch.empty(count_kept, dtype=torch.float32, device=device)
-        return self._scratch[:count]
+            elif isinstance(selector, BlindSelector):
+                _draw(selector, jobs, layers, scores)
+            else:  # arithmetic of its own, for one window of one layer at a time
+                for layer in layers:
+                    for place, job in enumerate(jobs):
+                        scores[layer - first, place] = reference_scores(pool, job, layer)
+            select(scores, shape.kept, selector.chunks, kept)
+            compact(tables, layers, slots, kept)
+            yield layers, kept
 
 
-def _voters(jobs: list[WindowJob], selector: AttentionSelector) -> Voters:
-    units = [job.units for job in jobs if job.units is not None]
-    if len(units) < len(jobs):
-        raise ValueError(f"{type(selector).__name__} needs recorded queries")
-    stacked = torch.stack(units)
-    count = jobs[0].query_count
-    first = max(0, count - (selector.rule.last_queries or count))
-    return Voters(
-        units=stacked,
-        starts=to_device([job.query_start for job in jobs], torch.int64, stacked.device),
-        first=first,
-        count=count - first,
+def _draw(selector: BlindSelector, jobs: list[WindowJob], layers: range, scores: torch.Tensor) -> None:
+    """Fill ``scores``, ``(len(layers), num_jobs, num_kv_heads, W)``, by one copy from the host."""
+    heads, width = scores.shape[2:]
+    if selector.seeded:
+        drawn = [[selector.draw(heads, width, job.seed + layer) for job in jobs] for layer in layers]
+        fill(scores, torch.stack([torch.stack(of_layer) for of_layer in drawn]))
+    else:
+        scores.copy_(to_device(selector.draw(heads, width, 0), scores.device).expand_as(scores))
+
+
+def _regions(
+    shape: WindowShape, num_jobs: int, num_layers: int
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shapes and dtypes of slots, units, starts, what lies between the scores' two passes, scores and
+    positions."""
+    heads = num_layers, num_jobs, shape.num_kv_heads
+    return (
+        ((num_jobs, shape.width), torch.int32),
+        ((num_jobs, shape.units), torch.int64),
+        ((num_jobs,), torch.int64),
+        ((2 * math.prod(heads) * shape.units * shape.query_count,), torch.float32),
+        ((*heads, shape.width), torch.float32),
+        ((*heads, shape.kept), torch.int32),
     )
 
 
-def _reference_scores(pool: LayerPool, job: WindowJob, layer: int) -> torch.Tensor:
-    """Scores of a selector that brings its own arithmetic, shape ``(num_kv_heads, W)``, float32."""
-    slots = job.slots.long()
-    queries = None
-    if job.units is not None:
-        queries = reference_record.recorded(
-            pool.rings[layer], job.query_start, job.query_count, job.units, pool.ring_len
-        )
-    return job.selector.score(
-        queries,
-        pool.keys[layer][slots],
-        pool.values[layer][slots],
-        scale=pool.scales[layer],
-        seed=job.seed + layer,
-    )
+def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+def _bytes(shape: WindowShape, num_jobs: int, num_layers: int) -> int:
+    """Scratch that a group of windows and layers takes."""
+    return sum(_padded(*region) for region in _regions(shape, num_jobs, num_layers))
+
+
+def _carve(
+    scratch: torch.Tensor, shape: WindowShape, num_jobs: int, num_layers: int
+) -> Iterator[torch.Tensor]:
+    """The group's tensors, one behind the other in the scratch."""
+    start = 0
+    for dimensions, dtype in _regions(shape, num_jobs, num_layers):
+        size = math.prod(dimensions) * dtype.itemsize
+        yield scratch[start : start + size].view(dtype).view(dimensions)
+        start += _padded(dimensions, dtype)

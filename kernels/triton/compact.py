@@ -21,14 +21,20 @@ import torch
 import triton
 import triton.language as tl
 
+from kara_sglang.kernels.triton.pool import PoolTables
+
 _BLOCK_BYTES = 16384  # in flight per program: 128 bytes for each of 128 threads
 
 
-@triton.jit(do_not_specialize=["num_layers", "num_jobs", "width", "num_kept"])
+@triton.jit(
+    do_not_specialize=["all_layers", "first_layer", "num_layers", "num_jobs", "width", "num_kept"]
+)
 def compact_kernel(
     table,
     slots,
     kept,
+    all_layers,
+    first_layer,
     num_layers,
     num_jobs,
     width,
@@ -45,9 +51,11 @@ def compact_kernel(
     head = program % HEADS
     job = program // HEADS % num_jobs
     tensor = program // (HEADS * num_jobs)
-    layer = tensor % num_layers  # the table lists the keys of all layers, then the values
+    layer = tensor % num_layers  # of those that are moved now
+    # The table lists all layers once, or all layers' keys and then all layers' values.
+    place = tensor // num_layers * all_layers + first_layer + layer
 
-    base = tl.multiple_of(tl.load(table + tensor).to(tl.pointer_type(WORD)), ALIGN) + head * WORDS
+    base = tl.multiple_of(tl.load(table + place).to(tl.pointer_type(WORD)), ALIGN) + head * WORDS
     slots += job * width
     kept += ((layer * num_jobs + job) * HEADS + head).to(tl.int64) * num_kept
     word = tl.arange(0, BLOCK_WORDS)[None, :]
@@ -63,55 +71,58 @@ def compact_kernel(
         tl.store(base + to[:, None] * (HEADS * WORDS) + word, rows, mask=mask)
 
 
-def compact(
-    table: torch.Tensor,
-    slots: torch.Tensor,
-    kept: torch.Tensor,
-    *,
-    num_kv_heads: int,
-    row_bytes: int,
-    alignment: int,
-) -> None:
-    """Move the kept rows of all layers and windows to their windows' first R slots, in place.
+def compact(tables: PoolTables, layers: range, slots: torch.Tensor, kept: torch.Tensor) -> None:
+    """Move the kept rows of K and V to their windows' first R slots, in place.
 
     Parameters
     ----------
-    table : torch.Tensor
-        Addresses of buffers of shape ``(num_slots, num_kv_heads, head_dim)``, contiguous:
-        shape ``(T,)``, int64. T is a multiple of the number of layers; entry t belongs to layer
-        ``t % num_layers``.
+    tables : PoolTables
+    layers : range
+        Layers to move in, consecutive.
     slots : torch.Tensor
-        The windows' slots in token order, shape ``(num_jobs, W)``, integer, no slot twice.
+        The windows' slots in token order, shape ``(num_jobs, W)``, integer, contiguous, no slot twice.
     kept : torch.Tensor
-        Positions to keep, shape ``(num_layers, num_jobs, num_kv_heads, R)``, int64, contiguous,
+        Positions to keep, shape ``(len(layers), num_jobs, num_kv_heads, R)``, int32, contiguous,
         strictly ascending along R, in [0, W).
-    num_kv_heads : int
-    row_bytes : int
-        Bytes of one head of one slot.
-    alignment : int
-        Bytes (a power of two, at most 16) that divide every address in ``table``.
+
+    Raises
+    ------
+    ValueError
+        Where shapes do not fit or a tensor has gaps.
     """
-    num_layers, num_jobs, _, num_kept = kept.shape
-    word = _word(row_bytes, alignment)
-    words = row_bytes // (word.primitive_bitwidth // 8)
-    block_words = triton.next_power_of_2(words)
-    block = max(1, _BLOCK_BYTES // (block_words * word.primitive_bitwidth // 8))
-    compact_kernel[(table.numel() * num_jobs * num_kv_heads,)](
-        table,
-        slots,
-        kept,
-        num_layers,
-        num_jobs,
-        slots.shape[1],
-        num_kept,
-        HEADS=num_kv_heads,
-        WORDS=words,
-        WORD=word,
-        ALIGN=alignment,
-        BLOCK=min(block, triton.next_power_of_2(num_kept)),
-        BLOCK_WORDS=block_words,
-        num_warps=4,
-    )
+    num_jobs, width = slots.shape
+    num_kept = kept.shape[-1]
+    if kept.shape != (len(layers), num_jobs, tables.num_kv_heads, num_kept) or num_kept > width:
+        raise ValueError(
+            f"positions of shape {tuple(kept.shape)} for {len(layers)} layers, {num_jobs} windows of "
+            f"{width} slots and {tables.num_kv_heads} KV heads"
+        )
+    if kept.dtype != torch.int32 or not kept.is_contiguous() or not slots.is_contiguous():
+        raise ValueError("positions must be int32, positions and slots contiguous")
+    for table, row_bytes in tables.moves:
+        word = _word(row_bytes, tables.alignment)
+        words = row_bytes // (word.primitive_bitwidth // 8)
+        block_words = triton.next_power_of_2(words)
+        sides = table.numel() // tables.num_layers
+        compact_kernel[(sides * kept.numel() // num_kept,)](
+            table,
+            slots,
+            kept,
+            tables.num_layers,
+            layers.start,
+            len(layers),
+            num_jobs,
+            width,
+            num_kept,
+            HEADS=tables.num_kv_heads,
+            WORDS=words,
+            WORD=word,
+            ALIGN=tables.alignment,
+            # Whatever R is, so that no request's own R needs a compiler.
+            BLOCK=max(1, _BLOCK_BYTES // (block_words * word.primitive_bitwidth // 8)),
+            BLOCK_WORDS=block_words,
+            num_warps=4,
+        )
 
 
 def _word(row_bytes: int, alignment: int) -> tl.dtype:

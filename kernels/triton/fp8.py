@@ -30,6 +30,23 @@ def load_float(pointers, mask, STORED: tl.constexpr):
 
 
 @triton.jit
+def power_of_two(exponent):
+    """``2.0 ** exponent``, float32 and exact, for int32 from -126 to 127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponents_of(rows, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
+    """By which power of two each row of ``rows`` (float32) must be divided to fit e4m3; int32.
+
+    As :func:`kara_sglang.kernels.record.to_fp8` has it.
+    """
+    largest = tl.max(rows.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # integers: NaN comes last
+    exponent = -((0x43E00000 - largest) >> 23)  # log2(largest / 448), rounded up
+    return tl.minimum(tl.maximum(exponent, LOWEST), HIGHEST)
+
+
+@triton.jit
 def to_e4m3(value):
     """The uint8 of ``value`` (float32) in e4m3: nearest, ties to even, clamped to +-448; NaN stays.
 

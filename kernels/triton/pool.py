@@ -9,6 +9,7 @@ from typing import Self
 import torch
 
 from kara_sglang.kernels.backend import LayerPool
+from kara_sglang.kernels.copies import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +18,14 @@ class PoolTables:
 
     Attributes
     ----------
-    keys, values, rings
+    keys, values, rings, exponents
         Address of each layer's buffer, shape ``(num_layers,)``, int64. ``rings`` is None without a
-        recorder.
+        recorder, ``exponents`` where the ring is no fp8.
     scales
         Softmax scale of each layer, shape ``(num_layers,)``, float32.
     moves
-        What :func:`kara_sglang.kernels.triton.compact.compact` is called with: pairs of a table and
-        the bytes of one head of one slot. One pair where K and V have the same shape.
+        What a compaction moves: pairs of a table, which lists all layers once or twice, and the bytes
+        of one head of one slot. One pair where K and V have the same shape.
     num_layers, num_kv_heads, head_dim, value_dim
         Of the pool.
     key_dtype, ring_dtype
@@ -38,6 +39,7 @@ class PoolTables:
     keys: torch.Tensor
     values: torch.Tensor
     rings: torch.Tensor | None
+    exponents: torch.Tensor | None
     scales: torch.Tensor
     moves: tuple[tuple[torch.Tensor, int], ...]
     num_layers: int
@@ -58,7 +60,19 @@ class PoolTables:
         ValueError
             Where layers differ in shape or dtype, K and V in dtype, or a buffer has gaps.
         """
-        for name, buffers in (("K", pool.keys), ("V", pool.values), ("ring", pool.rings)):
+        rings = [ring.queries for ring in pool.rings]
+        exponents = [ring.exponents for ring in pool.rings if ring.exponents is not None]
+        if not pool.keys:
+            raise ValueError("a pool without layers")
+        for name, per_layer in (("V", pool.values), ("scale", pool.scales), ("ring", rings)):
+            if len(per_layer) != len(pool.keys) and (per_layer or name != "ring"):
+                raise ValueError(f"{len(pool.keys)} layers of K, {len(per_layer)} of {name}")
+        for name, buffers in (
+            ("K", pool.keys),
+            ("V", pool.values),
+            ("ring", rings),
+            ("exponent", exponents),
+        ):
             for buffer in buffers:
                 if buffer.shape != buffers[0].shape or buffer.dtype != buffers[0].dtype:
                     raise ValueError(f"the {name} buffers of the layers differ in shape or dtype")
@@ -66,19 +80,24 @@ class PoolTables:
                     raise ValueError(f"a {name} buffer is not contiguous")
         if pool.keys[0].dtype != pool.values[0].dtype:
             raise ValueError("K and V differ in dtype")
+        if pool.keys[0].shape[:2] != pool.values[0].shape[:2]:
+            raise ValueError("K and V differ in slots or heads")
+        if rings and rings[0].shape[1:] != pool.keys[0].shape[1:]:
+            raise ValueError("the ring's heads are not those of K")
         keys, values = _addresses(pool.keys), _addresses(pool.values)
         _, num_kv_heads, head_dim = pool.keys[0].shape
         value_dim = pool.values[0].shape[2]
         key_bytes = head_dim * pool.keys[0].itemsize
         value_bytes = value_dim * pool.values[0].itemsize
         device = pool.keys[0].device
-        both = to_device([*keys, *values], torch.int64, device)
+        both = table([*keys, *values], device)
         key_table, value_table = both.chunk(2)
         return cls(
             keys=key_table,
             values=value_table,
-            rings=to_device(_addresses(pool.rings), torch.int64, device) if pool.rings else None,
-            scales=to_device(pool.scales, torch.float32, device),
+            rings=table(_addresses(rings), device) if rings else None,
+            exponents=table(_addresses(exponents), device) if exponents else None,
+            scales=to_device(torch.tensor(pool.scales, dtype=torch.float32), device),
             moves=((both, key_bytes),)
             if key_bytes == value_bytes
             else ((key_table, key_bytes), (value_table, value_bytes)),
@@ -87,8 +106,8 @@ class PoolTables:
             head_dim=head_dim,
             value_dim=value_dim,
             key_dtype=pool.keys[0].dtype,
-            ring_dtype=pool.rings[0].dtype if pool.rings else pool.keys[0].dtype,
-            alignment=math.gcd(16, *keys, *values, *_addresses(pool.rings)),
+            ring_dtype=rings[0].dtype if rings else pool.keys[0].dtype,
+            alignment=math.gcd(16, *keys, *values, *_addresses(rings)),
             source=_source(pool),
         )
 
@@ -97,12 +116,9 @@ class PoolTables:
         return self.source == _source(pool)
 
 
-def to_device(
-    numbers: list[int] | list[float], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """``numbers`` on ``device``, through pinned memory so that the host does not wait."""
-    host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+def table(addresses: list[int], device: torch.device) -> torch.Tensor:
+    """``addresses`` on ``device``, shape ``(len(addresses),)``, int64."""
+    return to_device(torch.tensor(addresses, dtype=torch.int64), device)
 
 
 def _addresses(buffers: list[torch.Tensor]) -> list[int]:
@@ -110,5 +126,8 @@ def _addresses(buffers: list[torch.Tensor]) -> list[int]:
 
 
 def _source(pool: LayerPool) -> tuple[object, ...]:
-    addresses = (*_addresses(pool.keys), *_addresses(pool.values), *_addresses(pool.rings))
-    return (*addresses, pool.keys[0].shape, pool.keys[0].dtype, *pool.scales)
+    """All that the tables depend on: a buffer may be freed and another made at its address."""
+    rings = [ring.queries for ring in pool.rings]
+    exponents = [ring.exponents for ring in pool.rings if ring.exponents is not None]
+    buffers = (*pool.keys, *pool.values, *rings, *exponents)
+    return (*((b.data_ptr(), b.shape, b.stride(), b.dtype) for b in buffers), *pool.scales)

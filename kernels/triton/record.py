@@ -6,13 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kara_sglang.kernels.record import FP8
-from kara_sglang.kernels.triton.fp8 import to_e4m3
+from kara_sglang.kernels.record import EXPONENTS, Ring
+from kara_sglang.kernels.triton.fp8 import exponents_of, power_of_two, to_e4m3
 
 
 @triton.jit(do_not_specialize=["trash"])
 def record_kernel(
     ring,
+    exponents,
     entries,
     queries,
     trash,
@@ -21,6 +22,8 @@ def record_kernel(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     TO_E4M3: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
@@ -34,34 +37,50 @@ def record_kernel(
     dim = tl.arange(0, BLOCK_DIM)[None, :]
     mask = (head < HEADS) & (dim < DIM)
     query_head = head * GROUP + program % GROUP
-    value = tl.load(queries + row * row_stride + query_head * DIM + dim, mask=mask)
+    value = tl.load(queries + row * row_stride + query_head * DIM + dim, mask=mask, other=0.0)
     if TO_E4M3:
-        value = to_e4m3(value.to(tl.float32))
+        value = value.to(tl.float32)
+        exponent = exponents_of(value, LOWEST, HIGHEST)
+        value = to_e4m3(value * power_of_two(-exponent)[:, None])
+        kv_head = tl.arange(0, BLOCK_HEADS)
+        tl.store(exponents + entry * HEADS + kv_head, exponent.to(tl.int8), mask=kv_head < HEADS)
     tl.store(ring + entry * (HEADS * DIM) + head * DIM + dim, value, mask=mask)
 
 
-def record(ring: torch.Tensor, entries: torch.Tensor, queries: torch.Tensor) -> None:
+def record(ring: Ring, entries: torch.Tensor, queries: torch.Tensor) -> None:
     """As :func:`kara_sglang.kernels.record.record`, but nothing is written for idle rows.
 
     Parameters
     ----------
-    ring : torch.Tensor
-        Shape ``(num_entries, num_kv_heads, head_dim)``, contiguous, written in place. The last entry
-        is the trash: a row that points there is skipped.
+    ring : Ring
+        Contiguous, written in place. The last entry is the trash: a row that points there is skipped.
     entries : torch.Tensor
         Shape ``(batch, group)``, int64, contiguous.
     queries : torch.Tensor
         Shape ``(batch, num_kv_heads * group * head_dim)`` or with the last dimension already split;
         rows may be apart, as in a fused QKV output.
+
+    Raises
+    ------
+    ValueError
+        Where a tensor does not lie in memory as said above.
     """
     batch, group = entries.shape
-    num_entries, num_kv_heads, head_dim = ring.shape
+    num_entries, num_kv_heads, head_dim = ring.queries.shape
     if batch == 0:
         return
+    if not ring.queries.is_contiguous() or not entries.is_contiguous():
+        raise ValueError("ring and entries must be contiguous")
     queries = queries.view(batch, -1)
-    is_fp8 = ring.dtype == FP8
+    if queries.shape[1] != num_kv_heads * group * head_dim or queries.stride(1) != 1:
+        raise ValueError(
+            f"queries of a row must be {num_kv_heads * group * head_dim} numbers without gaps, got "
+            f"shape {tuple(queries.shape)} with strides {queries.stride()}"
+        )
+    is_fp8 = ring.exponents is not None
     record_kernel[(batch * group,)](
-        ring.view(torch.uint8) if is_fp8 else ring,
+        ring.queries.view(torch.uint8) if is_fp8 else ring.queries,
+        ring.exponents,
         entries,
         queries,
         num_entries - 1,
@@ -70,6 +89,8 @@ def record(ring: torch.Tensor, entries: torch.Tensor, queries: torch.Tensor) -> 
         HEADS=num_kv_heads,
         DIM=head_dim,
         TO_E4M3=is_fp8,
+        LOWEST=EXPONENTS[0],
+        HIGHEST=EXPONENTS[1],
         BLOCK_HEADS=triton.next_power_of_2(num_kv_heads),
         BLOCK_DIM=triton.next_power_of_2(head_dim),
         num_warps=4,

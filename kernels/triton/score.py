@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from kara_sglang.kernels.score import AttentionRule, share_heads
-from kara_sglang.kernels.triton.fp8 import load_float
+from kara_sglang.kernels.triton.fp8 import load_float, power_of_two
 from kara_sglang.kernels.triton.pool import PoolTables
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -30,10 +30,27 @@ _NUMBERS = ("first_layer", "num_jobs", "width", "first_query", "num_rows", "ring
 def _layer(table, layer, STORED: tl.constexpr, ALIGN: tl.constexpr):
     """A layer's buffer as a pointer; 8-bit floats as uint8."""
     address = tl.load(table + layer)
-    if STORED.primitive_bitwidth == 8:
+    if STORED.is_fp8():
         return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), ALIGN)
     else:
         return tl.multiple_of(address.to(tl.pointer_type(STORED)), ALIGN)
+
+
+@triton.jit
+def _task(blocks, num_jobs, first_layer, HEADS: tl.constexpr):
+    """What a program works on: its (layer, window, head) as one number and one by one."""
+    index = tl.program_id(0) // blocks
+    return index, first_layer + index // (HEADS * num_jobs), index // HEADS % num_jobs, index % HEADS
+
+
+@triton.jit
+def _query_scale(exponents, query_head, is_row, scale, RING: tl.constexpr):
+    """By what the logits of each row are multiplied; an fp8 query has an exponent of its own."""
+    if tl.float8e4nv == RING:
+        exponent = tl.load(exponents + query_head, mask=is_row, other=0)
+        return power_of_two(exponent.to(tl.int32)) * scale
+    else:
+        return tl.zeros(query_head.shape, tl.float32) + scale
 
 
 @triton.jit
@@ -51,6 +68,7 @@ def _query_head(
 def log_sum_exp_kernel(
     sums,
     rings,
+    exponents,
     keys,
     scales,
     slots,
@@ -77,12 +95,10 @@ def log_sum_exp_kernel(
     """One program per (layer, window, head, block of queries); sums are base-2 logarithms.
 
     A row is one recorded query: row r is head ``r % UNITS`` of token ``first_query + r // UNITS``.
+    Behind the sums of a head's rows lies by what each row's logits were multiplied.
     """
     blocks = tl.cdiv(num_rows, BLOCK_Q)
-    index = tl.program_id(0) // blocks
-    head = index % HEADS
-    job = index // HEADS % num_jobs
-    layer = first_layer + index // (HEADS * num_jobs)
+    index, layer, job, head = _task(blocks, num_jobs, first_layer, HEADS)
     ring = _layer(rings, layer, RING, ALIGN)
     key_buffer = _layer(keys, layer, KEY, ALIGN)
     scale = tl.load(scales + layer) * _LOG2_E
@@ -100,6 +116,9 @@ def log_sum_exp_kernel(
         is_row[:, None] & (dim[None, :] < DIM),
         RING,
     ).to(DOT)
+    if tl.float8e4nv == RING:
+        exponents = _layer(exponents, layer, tl.int8, 1)
+    query_scale = _query_scale(exponents, query_head, is_row, scale, RING)
 
     largest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
@@ -113,7 +132,7 @@ def log_sum_exp_kernel(
             inside[None, :] & (dim[:, None] < DIM),
             KEY,
         ).to(DOT)
-        logits = tl.dot(query, key, input_precision="ieee") * scale
+        logits = tl.dot(query, key, input_precision="tf32") * query_scale[:, None]
         visible = inside[None, :]
         if CAUSAL:
             visible = visible & (position[None, :] <= token[:, None])
@@ -122,7 +141,9 @@ def log_sum_exp_kernel(
         shrink = tl.exp2(largest - new_largest)
         total = total * shrink + tl.sum(tl.exp2(logits - new_largest[:, None]), axis=1)
         largest = new_largest
-    tl.store(sums + index.to(tl.int64) * num_rows + row, largest + tl.log2(total), mask=is_row)
+    sums += index.to(tl.int64) * (2 * num_rows)
+    tl.store(sums + row, largest + tl.log2(total), mask=is_row)
+    tl.store(sums + num_rows + row, query_scale, mask=is_row)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -132,7 +153,6 @@ def column_sum_kernel(
     rings,
     keys,
     values,
-    scales,
     slots,
     units,
     starts,
@@ -160,14 +180,10 @@ def column_sum_kernel(
 ):
     """One program per (layer, window, head, block of keys); rows as in the first kernel."""
     blocks = tl.cdiv(width, BLOCK_K)
-    index = tl.program_id(0) // blocks
-    head = index % HEADS
-    job = index // HEADS % num_jobs
-    layer = first_layer + index // (HEADS * num_jobs)
+    index, layer, job, head = _task(blocks, num_jobs, first_layer, HEADS)
     ring = _layer(rings, layer, RING, ALIGN)
-    scale = tl.load(scales + layer) * _LOG2_E
     start = tl.load(starts + job) % ring_len
-    sums += index.to(tl.int64) * num_rows
+    sums += index.to(tl.int64) * (2 * num_rows)
 
     dim = tl.arange(0, BLOCK_D)
     position = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -194,7 +210,8 @@ def column_sum_kernel(
             RING,
         ).to(DOT)
         log_sum = tl.load(sums + row, mask=is_row, other=float("inf"))  # inf: no probability
-        logits = tl.dot(key, query, input_precision="ieee") * scale
+        query_scale = tl.load(sums + num_rows + row, mask=is_row, other=0.0)
+        logits = tl.dot(key, query, input_precision="tf32") * query_scale[None, :]
         probability = tl.exp2(logits - log_sum[None, :])
         if CAUSAL:
             probability = tl.where(position[:, None] <= token[None, :], probability, 0.0)
@@ -265,13 +282,35 @@ def attention_scores(
         Tokens per ring unit.
     rule : AttentionRule
     sums : torch.Tensor
-        Scratch of ``len(layers) * num_jobs * num_kv_heads * voters.rows`` float32.
+        Scratch of ``2 * len(layers) * num_jobs * num_kv_heads * voters.rows`` float32.
     out : torch.Tensor
         Scores, shape ``(len(layers), num_jobs, num_kv_heads, W)``, float32, contiguous.
+
+    Raises
+    ------
+    ValueError
+        Where there is no ring, it holds fewer tokens than asked for, shapes do not fit, or a tensor has
+        gaps.
     """
     num_jobs, width = slots.shape
     head_rows = len(layers) * num_jobs * tables.num_kv_heads
-    tile = tile_for(tables.head_dim, tables.key_dtype)
+    if tables.rings is None:
+        raise ValueError("scores need recorded queries, and the pool has no ring")
+    if voters.first + voters.count > ring_len:
+        raise ValueError(
+            f"{voters.first + voters.count} queries asked of a ring that holds {ring_len} tokens"
+        )
+    if out.shape != (len(layers), num_jobs, tables.num_kv_heads, width):
+        raise ValueError(f"scores of shape {tuple(out.shape)} for {len(layers)} layers")
+    if sums.numel() < 2 * head_rows * voters.rows or sums.dtype != torch.float32:
+        raise ValueError(f"{sums.numel()} sums for {head_rows * voters.rows} queries")
+    if voters.units.shape[0] != num_jobs or voters.starts.shape != (num_jobs,):
+        raise ValueError(f"units and starts of {len(voters.units)} recorders for {num_jobs} windows")
+    for tensor in (slots, out, sums, voters.units, voters.starts):
+        if not tensor.is_contiguous():
+            raise ValueError("slots, scores, sums, units and starts must be contiguous")
+    dot = dot_dtype(tables.key_dtype, tables.ring_dtype)
+    tile = tile_for(tables.head_dim, dot, rule.causal)
     shared = {
         "first_layer": layers.start,
         "num_jobs": num_jobs,
@@ -284,16 +323,24 @@ def attention_scores(
         "DIM": tables.head_dim,
         "RING": _stored(tables.ring_dtype),
         "KEY": _stored(tables.key_dtype),
-        "DOT": _stored(dot_dtype(tables.key_dtype, tables.ring_dtype)),
+        "DOT": _stored(dot),
         "ALIGN": tables.alignment,
         "CAUSAL": rule.causal,
         "BLOCK_D": triton.next_power_of_2(tables.head_dim),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-    where = (tables.scales, slots, voters.units, voters.starts)
+    windows = (slots, voters.units, voters.starts)
     log_sum_exp_kernel[(head_rows * triton.cdiv(voters.rows, tile.outer),)](
-        sums, tables.rings, tables.keys, *where, BLOCK_Q=tile.outer, BLOCK_K=tile.inner, **shared
+        sums,
+        tables.rings,
+        tables.exponents,
+        tables.keys,
+        tables.scales,
+        *windows,
+        BLOCK_Q=tile.outer,
+        BLOCK_K=tile.inner,
+        **shared,
     )
     column_sum_kernel[(head_rows * triton.cdiv(width, tile.outer),)](
         out,
@@ -301,7 +348,7 @@ def attention_scores(
         tables.rings,
         tables.keys,
         tables.values,
-        *where,
+        *windows,
         VALUE_DIM=tables.value_dim,
         SQUARED=rule.squared,
         VALUE_NORM=rule.value_norm,
@@ -323,17 +370,24 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile_for(head_dim: int, dtype: torch.dtype) -> Tile:
-    """Sizes that spill no register on sm_80, sm_90 and sm_100 (docs/kernels.md has the table)."""
+def tile_for(head_dim: int, dtype: torch.dtype, causal: bool) -> Tile:
+    """Sizes that spill no register on sm_80, sm_90 and sm_100 (docs/kernels.md has the table).
+
+    ``dtype`` is that of the dot product's operands, see :func:`dot_dtype`.
+    """
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
+        return Tile(32, 32, 4, 1) if head_dim <= 128 else Tile(32, 16, 4, 1)
     if head_dim <= 128:
-        return Tile(128, 64, 8, 3)
+        return Tile(128, 32 if causal else 64, 8, 3)
     return Tile(64, 64, 8, 2)
 
 
 def dot_dtype(*stored: torch.dtype) -> torch.dtype:
-    """The narrowest type that holds all ``stored`` types exactly and has a matrix instruction."""
+    """The narrowest type that holds all ``stored`` types exactly and has a matrix instruction.
+
+    float32 operands are multiplied as TF32, which holds float16 and bfloat16 exactly; numbers that are
+    stored in float32 are rounded to its 10 bits.
+    """
     wide = [dtype for dtype in stored if dtype.itemsize > 1]
     return functools.reduce(torch.promote_types, wide, wide[0]) if wide else torch.float16
 

@@ -122,7 +122,7 @@ def select_kernel(
         chosen = inside & _comes_before(order, position, cut, end)
 
     index = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-    tl.store(out + row * num_kept + index, position.to(tl.int64), mask=chosen)
+    tl.store(out + row * num_kept + index, position, mask=chosen)
 
 
 def select(scores: torch.Tensor, kept: int, chunks: ChunkRule, out: torch.Tensor) -> None:
@@ -136,23 +136,34 @@ def select(scores: torch.Tensor, kept: int, chunks: ChunkRule, out: torch.Tensor
         R, with 1 <= R <= W.
     chunks : ChunkRule
     out : torch.Tensor
-        Shape ``(..., R)``, int64, contiguous, written whole.
+        Shape ``(..., R)``, int32, contiguous, written whole.
+
+    Raises
+    ------
+    ValueError
+        Where R is impossible, shapes or dtypes do not fit, or a tensor has gaps.
     """
     width = scores.shape[-1]
     if not 1 <= kept <= width:
         raise ValueError(f"cannot keep {kept} of {width} tokens")
-    extra = chunks.extra(kept)
+    if out.shape != (*scores.shape[:-1], kept):
+        raise ValueError(f"positions of shape {tuple(out.shape)} for {kept} of {tuple(scores.shape)}")
+    if out.dtype != torch.int32 or scores.dtype != torch.float32:
+        raise ValueError(f"scores must be float32 and positions int32, not {scores.dtype}, {out.dtype}")
+    if not out.is_contiguous() or not scores.is_contiguous():
+        raise ValueError("scores and positions must be contiguous")
     block = triton.next_power_of_2(width)
     select_kernel[(scores.numel() // width,)](
         out,
         scores,
         width,
         kept,
-        extra,
+        chunks.extra(kept),
         chunks.best(width),
         chunks.width,
-        CHUNKS=extra > 0,
+        # Not "extra > 0": an R too small for any gap would need another compilation.
+        CHUNKS=chunks.budget > 0,
         BLOCK=block,
         SHIFT=block.bit_length() - 1,
-        num_warps=min(max(block // 128, 4), 16),
+        num_warps=min(max(block // 256, 1), 4),  # more would spill registers (docs/kernels.md)
     )

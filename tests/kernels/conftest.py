@@ -30,7 +30,9 @@ from triton.runtime.interpreter import (
 from triton.runtime.jit import JITFunction
 
 import kara_sglang.kernels.triton as package
-from kara_sglang.kernels.backend import LayerPool
+from kara_sglang.kernels.backend import LayerPool, WindowShape
+from kara_sglang.kernels.record import FP8, Ring, to_fp8
+from kara_sglang.kernels.triton import TritonKernels
 
 KERNEL_MODULES = [
     importlib.import_module(f"{package.__name__}.{module.name}")
@@ -111,10 +113,11 @@ def _new_pool(
         else:
             keys.append(normal(slots, heads, dim).to(dtype))
             values.append(normal(slots, heads, value_dim).to(dtype))
+    queries = [normal(units * ring_len + 1, heads, dim) for _ in range(layers)]
     return LayerPool(
         keys=keys,
         values=values,
-        rings=[normal(units * ring_len + 1, heads, dim).to(ring_dtype) for _ in range(layers)],
+        rings=[Ring(*to_fp8(q)) if ring_dtype == FP8 else Ring(q.to(ring_dtype)) for q in queries],
         ring_len=ring_len,
         scales=[dim**-0.5 * (1 + 0.1 * layer) for layer in range(layers)],
     )
@@ -144,10 +147,17 @@ def _same_numbers_in_every_run() -> None:
     torch.manual_seed(0)
 
 
+def _new_kernels(width: int = 128, query_count: int = 160) -> TritonKernels:
+    """Triton's kernels with scratch for any window of a few heads."""
+    kernels = TritonKernels()
+    kernels.reserve(torch.device("cpu"), WindowShape(4, width, width, 12, query_count))
+    return kernels
+
+
 @pytest.fixture(scope="session")
 def make() -> SimpleNamespace:
-    """Makers of test data: ``make.pool``, ``make.copy`` and ``make.windows``."""
-    return SimpleNamespace(pool=_new_pool, copy=_copy_pool, windows=_windows)
+    """Makers of test data: ``make.pool``, ``make.copy``, ``make.windows`` and ``make.kernels``."""
+    return SimpleNamespace(pool=_new_pool, copy=_copy_pool, windows=_windows, kernels=_new_kernels)
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -72,15 +72,7 @@ def test_without_the_barrier_inside_a_block_it_is_wrong():
 
 def run(pool: LayerPool, slots: torch.Tensor, kept: torch.Tensor) -> None:
     tables = PoolTables.of(pool)
-    for table, row_bytes in tables.moves:
-        compact(
-            table,
-            slots,
-            kept,
-            num_kv_heads=tables.num_kv_heads,
-            row_bytes=row_bytes,
-            alignment=tables.alignment,
-        )
+    compact(tables, range(tables.num_layers), slots, kept.int())
 
 
 def choose(shape: tuple[int, ...], width: int, kept: int) -> torch.Tensor:
@@ -162,11 +154,43 @@ def test_no_access_is_misaligned(row_bytes, alignment, word):
     assert module._word(row_bytes, alignment) == word
 
 
-def test_a_window_of_a_thousand(identical, make):
+def test_what_does_not_fit_is_refused(make):
+    tables = PoolTables.of(make.pool(3, dim=8, slots=64))
+    slots = make.windows(1, 48, slots=64, seed=1)
+    kept = torch.arange(20, dtype=torch.int32).repeat(1, 1, 2, 1)
+    for message, wrong in (
+        ("for 1 layers, 1 windows of 48 slots and 2 KV heads", (slots, kept[:, :, :1])),
+        ("for 1 layers, 2 windows", (slots.repeat(2, 1), kept)),
+        ("of 10 slots", (slots[:, :10].contiguous(), kept)),
+        ("must be int32", (slots, kept.long())),
+        ("must be int32, positions and slots contiguous", (slots, kept.repeat(1, 1, 1, 2)[..., ::2])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compact(tables, range(1), *wrong)
+
+
+@pytest.mark.parametrize(("width", "kept"), [(1000, 504), (2048, 2032), (4096, 2048)])
+def test_windows_of_thousands(identical, make, width, kept):
     torch.manual_seed(6)
-    pool = make.pool(3, heads=1, dim=64, slots=1024, dtype=torch.bfloat16)
-    slots = make.windows(1, 1000, slots=1024, seed=4)
-    check(identical, make, pool, slots, choose((1, 1, 1), 1000, 504))
+    pool = make.pool(3, heads=1, dim=64, slots=width + 24, dtype=torch.bfloat16)
+    slots = make.windows(1, width, slots=width + 24, seed=4)
+    check(identical, make, pool, slots, choose((1, 1, 1), width, kept))
+
+
+def test_every_number_is_where_it_belongs(make):
+    """One by one, without the reference: head h of slot j holds what position kept[h, j] held."""
+    pool = make.pool(3, layers=2, heads=3, dim=5, slots=64, dtype=torch.bfloat16)
+    slots, kept = make.windows(2, 24, slots=64, seed=9), choose((2, 2, 3), 24, 11)
+    before = [buffer.double().numpy() for buffer in (*pool.keys, *pool.values)]
+    expected = [buffer.copy() for buffer in before]
+    for index, buffer in enumerate(expected):
+        for job, window in enumerate(slots.tolist()):
+            for head, positions in enumerate(kept[index % 2, job].tolist()):
+                for place, position in enumerate(positions):
+                    buffer[window[place], head] = before[index][window[position], head]
+    run(pool, slots, kept)
+    for ours, theirs in zip((*pool.keys, *pool.values), expected, strict=True):
+        assert (ours.double().numpy() == theirs).all()
 
 
 @settings(max_examples=40, deadline=None)

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from sglang.kernels.ops.attention.kv_indices import create_flashinfer_kv_indices_triton
+from triton.runtime.interpreter import InterpretedFunction
 
 from kara_sglang.kernels.backend import Kernels, LayerPool, TorchKernels, WindowJob
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors import REGISTRY
-from kara_sglang.kernels.triton import TritonKernels
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -43,6 +44,20 @@ def as_sglang_does(req_to_token: torch.Tensor, seq_lens: torch.Tensor) -> PageTa
     indptr[1:] = torch.cumsum(seq_lens, dim=0)
     indices = torch.cat([row[:length] for row, length in zip(req_to_token, seq_lens, strict=True)])
     return PageTable(indptr, indices.int(), torch.ones(len(seq_lens), dtype=torch.int32), 1)
+
+
+def by_sglangs_kernel(req_to_token: torch.Tensor, seq_lens: torch.Tensor) -> PageTable:
+    """SGLang's own kernel, as ``call_begin_forward`` launches it; the table's rows in another order."""
+    rows = torch.tensor([2, 0, 1])
+    shuffled = torch.empty_like(req_to_token)
+    shuffled[rows] = req_to_token
+    indptr = torch.zeros(len(seq_lens) + 1, dtype=torch.int32)
+    indptr[1:] = torch.cumsum(seq_lens, dim=0)
+    indices = torch.full((int(indptr[-1]),), -7, dtype=torch.int32)
+    InterpretedFunction(create_flashinfer_kv_indices_triton.fn)[(len(seq_lens),)](
+        shuffled, rows, seq_lens, indptr, None, indices, shuffled.stride(0)
+    )
+    return PageTable(indptr, indices, torch.ones(len(seq_lens), dtype=torch.int32), 1)
 
 
 def with_real_pages(req_to_token: torch.Tensor, seq_lens: torch.Tensor, page: int) -> PageTable:
@@ -85,9 +100,10 @@ def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> 
     return torch.einsum("hgn,hnd->hgd", logits.softmax(-1), values.double()).flatten(0, 1)
 
 
-@pytest.mark.parametrize("kernels", [TorchKernels(), TritonKernels()], ids=lambda k: k.name)
+@pytest.mark.parametrize("name", ["torch", "triton"])
 @pytest.mark.parametrize("page", [1, 16, 64])
-def test_attention_over_the_spliced_row(make, page: int, kernels: Kernels):
+def test_attention_over_the_spliced_row(make, page: int, name: str):
+    kernels: Kernels = TorchKernels() if name == "torch" else make.kernels()
     width, kept = (128, 64) if page == 64 else (48, 16)
     base = torch.tensor([2, 0, 1]) * max(page, 16)  # prompts, in whole pages
     tail = torch.tensor([DELAY, DELAY + page, 2 * page + 3])
@@ -112,7 +128,8 @@ def test_attention_over_the_spliced_row(make, page: int, kernels: Kernels):
         )
         for i in range(3)
     ]
-    positions = kernels.compress(pool, jobs)
+    positions = kernels.compress(pool, jobs, positions=True)
+    assert positions is not None
     freed = torch.cat([job.slots[kept:] for job in jobs]).long()
     pool.keys[0][freed] = float("nan")  # somebody else's by now
     pool.values[0][freed] = float("nan")
@@ -129,8 +146,10 @@ def test_attention_over_the_spliced_row(make, page: int, kernels: Kernels):
             for i, p in enumerate(positions)
         ]
     )
-    tables = [as_sglang_does(req_to_token, new_lens), with_real_pages(req_to_token, new_lens, page)]
-    for table in tables:
+    plain = as_sglang_does(req_to_token, new_lens)
+    theirs = by_sglangs_kernel(req_to_token, new_lens)
+    assert torch.equal(theirs.indices, plain.indices)
+    for table in (theirs, plain, with_real_pages(req_to_token, new_lens, page)):
         got = paged_decode(queries, pool.keys[0], pool.values[0], table)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 
-from kara_sglang.benchmarks.gpu import floors, kernels
+from kara_sglang.benchmarks.gpu import floors, kernels, paged_decode
 from kara_sglang.benchmarks.gpu.floors import Gpu, Settings, Work
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
+from kara_sglang.kernels.record import FP8
+from kara_sglang.kernels.triton import backend
 
 TINY = Model("tiny", 2, 6, 2, 32, 0.001)
 
@@ -16,14 +23,108 @@ TINY = Model("tiny", 2, 6, 2, 32, 0.001)
 @pytest.mark.parametrize("rotating", [False, True])
 def test_its_checks_pass_on_right_kernels_and_fail_on_wrong_ones(monkeypatch, rotating):
     monkeypatch.setattr(kernels, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(kernels, "captured", lambda call: call)
     settings = Settings(window=48, kept=16, delay=9, rotating=rotating)
     found = kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=2))
     assert found["score_error"] < 1e-4
     assert found["same_choice"] == 1.0
 
-    monkeypatch.setattr(kernels, "compact", lambda *args, **kwargs: None)
-    with pytest.raises(AssertionError, match="wrong result: compact"):
-        kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=2))
+    if rotating:
+        monkeypatch.setattr(kernels, "captured", lambda call: lambda: None)
+        with pytest.raises(AssertionError, match="wrong result: record in a replayed graph"):
+            kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=1))
+    else:
+        monkeypatch.setattr(kernels, "compact", lambda *args, **kwargs: None)
+        with pytest.raises(AssertionError, match="wrong result: compact"):
+            kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=1))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_its_checks_take_other_types(monkeypatch):
+    monkeypatch.setattr(kernels, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(kernels, "captured", lambda call: call)
+    settings = Settings(window=48, kept=16, delay=9, query_bytes=2)
+    kernels.check(kernels.Case(TINY, settings, num_jobs=1, layers=1, key_dtype=FP8))
+
+
+def test_what_it_leaves_when_a_case_crashes(monkeypatch, tmp_path):
+    """The report is written after each case: one is measured, the second crashes."""
+    taken = iter([{name: {} for name in ("record", "select")} | MEASURED])
+    monkeypatch.setattr(kernels, "Case", lambda *args, **kwargs: MagicMock())
+    monkeypatch.setattr(kernels, "check", lambda case: {"score_error": 0.0})
+    monkeypatch.setattr(kernels, "measured_ceilings", lambda: Gpu("it", 1e12, 1e15, 4e12))
+    monkeypatch.setattr(kernels, "measure", lambda case, gpu: next(taken))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    output = tmp_path / "new" / "kernels.json"
+    monkeypatch.setattr("sys.argv", ["kernels.py", "--windows", "1024", "--output", str(output)])
+    with pytest.raises(StopIteration):
+        kernels.main()
+    report = json.loads(output.read_text())
+    assert len(report["checks"]) == len(kernels.OTHER_CASES)
+    assert set(report["versions"]) == {"torch", "triton", "cuda", "driver", "python"}
+    (run,) = report["runs"]
+    met = {name.split(",")[0]: goal["met"] for name, goal in run["goals"].items()}
+    assert met == {"compact": True, "pass": True, "score": False}
+    assert list(output.parent.iterdir()) == [output]
+
+
+MEASURED = {
+    "compact": {"bytes_per_s": 0.81e12},
+    "score": {"flop_per_s": 0.49e15},
+    "pass": {"share_of_decode_floor": 0.009},
+}
+
+
+def test_exponentials_are_counted_per_sm_and_clock():
+    """An H100 SXM: 132 SMs at 1.98 GHz at most."""
+    rate = kernels.exp_rate({"multiprocessor_count": 132, "sm_clock_rate": 1_980_000})
+    assert rate == pytest.approx(4.18e12, rel=1e-3)
+
+
+class PlainFlashInfer:
+    """FlashInfer's paged decode by its definition; as many arguments of it as the script passes."""
+
+    __version__ = "plain"
+
+    def __init__(self, workspace, layout) -> None:
+        assert layout == "NHD"
+
+    def plan(self, indptr, indices, last, qo_heads, kv_heads, dim, page, *, q_data_type, kv_data_type):
+        self.table = indptr, indices.long(), last, page
+
+    def run(self, queries, paged):
+        indptr, indices, last, page = self.table
+        out = torch.empty(queries.shape)
+        for i, query in enumerate(queries.float()):
+            pages = indices[indptr[i] : indptr[i + 1]]
+            length = (len(pages) - 1) * page + int(last[i])
+            k, v = (b[pages].flatten(0, 1)[:length].float().transpose(0, 1) for b in paged)
+            logits = query.view(len(k), -1, query.shape[1]) @ k.transpose(1, 2)
+            out[i] = ((logits * query.shape[1] ** -0.5).softmax(-1) @ v).flatten(0, 1)
+        return out
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("page", [1, 16])
+def test_the_check_with_flashinfer(monkeypatch, make, page):
+    monkeypatch.setattr(paged_decode, "DEVICE", torch.device("cpu"))
+    for name, value in {"HEADS": 2, "GROUP": 2, "DIM": 16, "SLOTS": 512}.items():
+        monkeypatch.setattr(paged_decode, name, value)
+    library = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=PlainFlashInfer)
+    kernels = make.kernels()
+    assert paged_decode.check(library, kernels, page, width=48, kept=16) < 1e-3
+    monkeypatch.setattr(backend, "compact", lambda *args: None)
+    assert paged_decode.check(library, kernels, page, width=48, kept=16) > 0.02
+
+
+def test_without_flashinfer_or_gpu_it_says_so(monkeypatch):
+    with pytest.raises(SystemExit, match="no CUDA GPU here, nothing was checked"):
+        paged_decode.main()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    with pytest.raises(SystemExit, match="flashinfer cannot be imported"):
+        paged_decode.main()
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):
@@ -46,6 +147,6 @@ def test_counts_of_one_window_by_hand():
     queries = 576 * 4
     assert floors.score(model, settings).flops == 36 * 8 * 2 * (2 * queries * 512 * 128)
     assert floors.score(model, settings).exps == 36 * 8 * 2 * (queries * 512)
-    assert floors.compact(model, settings).bytes == 36 * 8 * 2 * 256 * (2 * 256 + 8 + 8)
-    assert floors.record(model, settings).bytes == 36 * 32 * 128 * (2 + 1)
+    assert floors.compact(model, settings).bytes == 36 * 8 * 2 * 256 * (2 * 256 + 4 + 8)
+    assert floors.record(model, settings).bytes == 36 * 32 * (128 * (2 + 1) + 1)
     assert model.kv_bytes == 147_456

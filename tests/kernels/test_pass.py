@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
-from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob
+from kara_sglang.benchmarks.gpu.compiled import caught
+from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob, WindowShape
+from kara_sglang.kernels.record import FP8, Ring
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.select import ChunkRule
-from kara_sglang.kernels.selectors import REGISTRY
+from kara_sglang.kernels.selectors import REGISTRY, Selector
 from kara_sglang.kernels.triton import TritonKernels, backend
+from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.pool import PoolTables
+from kara_sglang.recorder import AttentionShape, QueryRecorder
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -22,6 +27,15 @@ WIDTH, DELAY, GROUP = 48, 9, 3
 RING_LEN = WIDTH + DELAY + 6  # the ring holds more than one window's queries
 BEST = AttentionRule(squared=True, value_norm=True)
 KARA = REGISTRY["kara"](chunks=ChunkRule(budget=0.2, quantile=0.5), rule=BEST)
+
+
+class Norm(Selector):
+    """One that is not in the registry: arithmetic of its own on K and V."""
+
+    def score(self, queries, keys, values, *, scale, seed):
+        return (keys.norm(dim=-1) * scale + values.norm(dim=-1)).T.contiguous()
+
+
 SELECTORS = {
     "kara": KARA,
     "causal": REGISTRY["causal"](rule=dataclasses.replace(BEST, causal=True)),
@@ -29,6 +43,7 @@ SELECTORS = {
     "recent": REGISTRY["recent"](),
     "random": REGISTRY["random"](),
     "identity": REGISTRY["identity"](),
+    "norm": Norm(),
 }
 
 
@@ -57,8 +72,8 @@ def jobs_for(make, settings: list[tuple[str, int, int]]) -> list[WindowJob]:
 
 def check(identical, make, kernels: TritonKernels, pool: LayerPool, jobs: list[WindowJob]) -> None:
     expected_pool = make.copy(pool)
-    expected = TorchKernels().compress(expected_pool, jobs)
-    kept = kernels.compress(pool, jobs)
+    expected = TorchKernels().compress(expected_pool, jobs, positions=True)
+    kept = kernels.compress(pool, jobs, positions=True)
     assert len(kept) == len(expected)
     for ours, theirs in zip(kept, expected, strict=True):
         assert ours.dtype == theirs.dtype
@@ -69,12 +84,12 @@ def check(identical, make, kernels: TritonKernels, pool: LayerPool, jobs: list[W
         assert identical(ours, theirs)
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", REGISTRY)
 def test_every_selector(identical, make, pool, name):
     kept = WIDTH if REGISTRY[name].keeps_all else 16
     before = make.copy(pool)
     units = GROUP if REGISTRY[name].needs_queries else 0
-    check(identical, make, TritonKernels(), pool, jobs_for(make, [(name, kept, units)]))
+    check(identical, make, make.kernels(), pool, jobs_for(make, [(name, kept, units)]))
     same = all(identical(a, b) for a, b in zip(pool.keys, before.keys, strict=True))
     assert same == (name == "identity")
 
@@ -90,20 +105,142 @@ def test_jobs_of_all_kinds_in_one_call(identical, make, pool):
         ("kara", 16, GROUP),
         ("identity", WIDTH, 0),
     ]
-    check(identical, make, TritonKernels(), pool, jobs_for(make, settings))
+    check(identical, make, make.kernels(), pool, jobs_for(make, settings))
 
 
-def test_layers_are_taken_in_groups_that_fit_the_scratch(identical, make, pool, monkeypatch):
-    per_layer = 4 * 2 * (GROUP * (WIDTH + DELAY) + WIDTH)
-    monkeypatch.setattr(backend, "SCRATCH_BYTES", 2 * per_layer)
+@pytest.mark.parametrize(
+    ("fits", "expected"),
+    [
+        ((1, 1), [(1, 1)] * 15),
+        ((2, 1), [(2, 1)] * 3 + [(2, 1)] * 3 + [(1, 1)] * 3),
+        ((5, 2), [(5, 2), (5, 1)]),
+        ((5, 3), [(5, 3)]),
+    ],
+)
+def test_windows_and_layers_are_taken_in_groups_that_fit_the_scratch(
+    identical, make, monkeypatch, fits, expected
+):
+    """Five windows of three layers, with scratch for ``fits``: windows and layers."""
+    pool = make.pool(1, layers=3, heads=1, dim=16, slots=512, units=20, ring_len=RING_LEN)
+    shape = WindowShape(1, WIDTH, 16, 1, WIDTH + DELAY)
+    monkeypatch.setattr(backend, "SCRATCH_BYTES", 0)
     kernels = TritonKernels()
-    check(identical, make, kernels, pool, jobs_for(make, [("kara", 16, GROUP)]))
-    assert kernels._scratch.numel() * 4 == 2 * per_layer
+    kernels.reserve(torch.device("cpu"), shape)
+    jobs, layers = fits
+    size = max(backend._bytes(shape, 1, 1) * jobs, backend._bytes(shape, jobs, 1) * layers)
+    kernels._scratch = torch.empty(size, dtype=torch.uint8)
+    taken = []
+
+    def noted(tables, layers, slots, kept):
+        taken.append((len(slots), len(layers)))
+        compact(tables, layers, slots, kept)
+
+    monkeypatch.setattr(backend, "compact", noted)
+    check(identical, make, kernels, pool, jobs_for(make, [("snapkv", 16, 1)] * 5))
+    assert taken == expected
+
+
+def test_groups_of_selectors_that_bring_their_own_scores(identical, make, pool, monkeypatch):
+    """Drawn on the host or computed by torch: the numbers of the right layer and window each."""
+    monkeypatch.setattr(backend, "SCRATCH_BYTES", 0)
+    kernels = TritonKernels()
+    kernels.reserve(torch.device("cpu"), WindowShape(2, WIDTH, WIDTH, GROUP, WIDTH + DELAY))
+    names = ["random", "recent", "norm", "random", "norm", "random", "norm", "identity", "random"]
+    jobs = jobs_for(make, [(name, WIDTH if name == "identity" else 16, 0) for name in names])
+    check(identical, make, kernels, pool, jobs)
+
+
+def test_a_window_that_does_not_fit_is_refused(make, pool):
+    jobs = jobs_for(make, [("kara", 16, GROUP)])
+    with pytest.raises(RuntimeError, match=r"without scratch memory; call reserve\(\) first"):
+        TritonKernels().compress(pool, jobs)
+    kernels = TritonKernels()
+    kernels._scratch = torch.empty(1000, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="takes 3488 bytes of scratch, 1000 were reserved"):
+        kernels.compress(pool, jobs)
+
+
+def test_positions_are_returned_only_where_asked_for(make, pool):
+    for kernels in (make.kernels(), TorchKernels()):
+        jobs = jobs_for(make, [("recent", 16, 0)])
+        assert kernels.compress(pool, jobs) is None
+        (kept,) = kernels.compress(pool, jobs, positions=True)
+        assert kept.shape == (3, 2, 16)
+        assert kept.dtype == torch.int64
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = {
+            t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if is_tensor(t)
+        }
+        result = func(*args, **kwargs)
+        for tensor in tree_flatten(result)[0]:
+            if is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in before:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return result
+
+
+def is_tensor(thing: object) -> bool:
+    return isinstance(thing, torch.Tensor)
+
+
+@pytest.mark.parametrize("name", ["kara", "snapkv", "recent", "identity"])
+def test_a_pass_allocates_nothing_that_grows(make, name):
+    """80 layers of 64 windows of 512 tokens, far more than the scratch: each launch reads and writes
+    tensors that lie in the memory that was reserved, or in the pool's tables."""
+    width, heads, num_layers, num_jobs = 512, 8, 80, 64
+    delay = 64
+    needs_queries = SELECTORS[name].needs_queries
+    keys = torch.zeros(4, heads, 16, dtype=torch.bfloat16)  # never read: launches are only noted
+    ring = Ring.zeros((2, heads, 16), FP8)
+    pool = LayerPool(
+        keys=[keys] * num_layers,
+        values=[keys] * num_layers,
+        rings=[ring] * num_layers,
+        ring_len=width + delay,
+        scales=[0.1] * num_layers,
+    )
+    slots, units = torch.zeros(width, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+    kept = width if SELECTORS[name].keeps_all else 256
+    job = WindowJob(slots, kept, SELECTORS[name], 0, 0, width + delay, units if needs_queries else None)
+    kernels = TritonKernels()
+    reserved = kernels.reserve(torch.device("cpu"), WindowShape(heads, width, width, 4, width + delay))
+    assert reserved == 32 << 20
+    start = kernels._scratch.data_ptr()
+    with caught() as launches:
+        kernels.compress(pool, [job])
+        launches.clear()
+        with Allocations() as made:
+            kernels.compress(pool, [job] * num_jobs)
+    # The host's list of positions; scores that are the same for all windows and layers.
+    assert made.largest <= (8 * num_jobs if needs_queries else 4 * heads * width)
+    assert kernels._scratch.data_ptr() == start
+    tables = {t.data_ptr() for t in tree_flatten(vars_of(kernels._tables))[0] if is_tensor(t)}
+    written = set()
+    for launch in launches:
+        for argument, tensor in launch.arguments.items():
+            if is_tensor(tensor) and tensor.data_ptr() not in tables:
+                assert start <= tensor.data_ptr() <= start + reserved - tensor.nbytes, argument
+                written.add(argument)
+    assert written >= {"slots", "scores", "kept", "out"}
+    assert len(launches) >= 4
+
+
+def vars_of(tables: PoolTables) -> list[Any]:
+    return [getattr(tables, field.name) for field in dataclasses.fields(tables)]
 
 
 def test_two_passes_and_another_pool(identical, make, pool):
     """What an instance remembers of a pool is not used for the next one."""
-    kernels = TritonKernels()
+    kernels = make.kernels()
     jobs = jobs_for(make, [("kara", 16, GROUP), ("kara", 16, GROUP)])
     check(identical, make, kernels, pool, jobs[:1])
     check(identical, make, kernels, pool, jobs[1:])
@@ -111,13 +248,13 @@ def test_two_passes_and_another_pool(identical, make, pool):
     check(identical, make, kernels, other, jobs[:1])
 
 
-def test_no_jobs(pool):
-    assert TritonKernels().compress(pool, []) == []
+def test_no_jobs(make, pool):
+    assert make.kernels().compress(pool, [], positions=True) == []
 
 
 def test_a_window_without_queries_is_refused(make, pool):
     with pytest.raises(ValueError, match="KaraSelector needs recorded queries"):
-        TritonKernels().compress(pool, jobs_for(make, [("kara", 16, 0)]))
+        make.kernels().compress(pool, jobs_for(make, [("kara", 16, 0)]))
 
 
 def test_scores_that_are_no_numbers_do_not_leave_the_window(make, pool):
@@ -125,7 +262,7 @@ def test_scores_that_are_no_numbers_do_not_leave_the_window(make, pool):
     jobs = jobs_for(make, [("kara", 16, GROUP)])
     pool.keys[0][jobs[0].slots[:7].long()] = float("nan")
     before = make.copy(pool)
-    (kept,) = TritonKernels().compress(pool, jobs)
+    (kept,) = make.kernels().compress(pool, jobs, positions=True)
     assert kept.min() >= 0
     assert kept.max() < WIDTH
     assert (kept.diff(dim=-1) > 0).all()
@@ -137,11 +274,38 @@ def test_scores_that_are_no_numbers_do_not_leave_the_window(make, pool):
 
 def test_buffers_that_cannot_be_walked_are_refused(make, pool):
     other = make.pool(1, heads=2, dim=16, slots=512)
-    with pytest.raises(ValueError, match="differ in shape"):
-        PoolTables.of(LayerPool([*pool.keys, *other.keys], pool.values, [], 1, pool.scales))
-    strided = [key[:, :, ::2] for key in pool.keys]
-    with pytest.raises(ValueError, match="not contiguous"):
-        PoolTables.of(LayerPool(strided, pool.values, [], 1, pool.scales))
+    wide = make.pool(1, layers=3, heads=4, dim=32, slots=512)
+    keys, values, scales = pool.keys, pool.values, pool.scales
+    strided = [key[:, :, ::2] for key in keys]
+    for message, wrong in (
+        ("differ in shape", LayerPool([*keys[:2], *other.keys], values, [], 1, scales)),
+        ("not contiguous", LayerPool(strided, values, [], 1, scales)),
+        ("3 layers of K, 2 of V", LayerPool(keys, values[:2], [], 1, scales)),
+        ("3 layers of K, 2 of ring", LayerPool(keys, values, pool.rings[:2], 1, scales)),
+        ("3 layers of K, 1 of scale", LayerPool(keys, values, [], 1, scales[:1])),
+        ("K and V differ in dtype", LayerPool(keys, [v.bfloat16() for v in values], [], 1, scales)),
+        ("K and V differ in slots or heads", LayerPool(keys, wide.values, [], 1, scales)),
+        ("the ring's heads are not those of K", LayerPool(keys, values, wide.rings, 1, scales)),
+        ("without layers", LayerPool([], [], [], 1, [])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PoolTables.of(wrong)
+
+
+def test_tables_fit_one_pool_only(make, pool):
+    """A buffer may be freed and another made at its address: shapes and types count, too."""
+    tables = PoolTables.of(pool)
+    assert tables.matches(pool)
+    for changed in (
+        {"keys": [key.view(torch.int32) for key in pool.keys]},
+        {"values": [value.view(1024, 2, 16) for value in pool.values]},
+        {"values": [value.view(torch.int32) for value in pool.values]},
+        {"rings": [Ring(ring.queries.view(torch.int32)) for ring in pool.rings]},
+        {"rings": [Ring(ring.queries[:-1]) for ring in pool.rings]},
+        {"rings": []},
+        {"scales": [1.0] * 3},
+    ):
+        assert not tables.matches(dataclasses.replace(pool, **changed)), changed
 
 
 class Synchronising(TorchDispatchMode):
@@ -172,8 +336,75 @@ def test_no_operation_of_a_pass_waits_for_the_device(make, pool):
     with Synchronising() as control:
         x[x > 0].sum().item()
     assert len(control.seen) == 2
-    kernels = TritonKernels()
+    kernels = make.kernels()
     jobs = jobs_for(make, [("kara", 16, GROUP), ("recent", 16, 0), ("random", 16, 0)])
     with Synchronising() as mode:
         kernels.compress(pool, jobs)
+    assert mode.seen == []
+
+
+class Uploads(TorchDispatchMode):
+    """Notes copies from the host to a device: from pageable memory, or waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.good = 0
+        self.pinned: list[torch.Tensor] = []  # kept alive, so that no address is used again
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: self.pin(tensor))
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.pinned.append(tensor.clone())
+        return self.pinned[-1]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        result = func(*args, **kwargs)
+        source = {"_to_copy": args[:1], "copy_": args[1:2]}.get(name, ())
+        if source and source[0].device.type == "cpu" and result.device.type != "cpu":
+            waits = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,)))
+            # A view of it that is not contiguous goes through pageable memory, too.
+            is_pinned = any(source[0].data_ptr() == tensor.data_ptr() for tensor in self.pinned)
+            if waits or not is_pinned or not source[0].is_contiguous():
+                self.seen.append(f"{func} of {tuple(source[0].shape)}")
+            self.good += 1
+        return result
+
+
+def test_nothing_is_uploaded_from_pageable_memory(make, monkeypatch):
+    """The device is ``meta``, and launches are only noted."""
+    device = torch.device("meta")
+    made = make.pool(1, layers=3, heads=2, dim=32, slots=512, units=20, ring_len=RING_LEN)
+    pool = LayerPool(
+        keys=[key.to(device) for key in made.keys],
+        values=[value.to(device) for value in made.values],
+        rings=[Ring(ring.queries.to(device)) for ring in made.rings],
+        ring_len=RING_LEN,
+        scales=made.scales,
+    )
+    wanted = [("kara", 16, GROUP), ("kara", 32, 1), ("recent", 16, 0), ("random", 16, 0)]
+    jobs = [
+        dataclasses.replace(
+            job,
+            slots=job.slots.to(device),
+            units=None if job.units is None else job.units.to(device),
+        )
+        for job in jobs_for(make, wanted)
+    ]
+    kernels = TritonKernels()
+    kernels.reserve(device, WindowShape(2, WIDTH, WIDTH, GROUP, WIDTH + DELAY))
+    shape = AttentionShape(3, 2 * GROUP, 2, 32, torch.float32, device)
+    recorder = QueryRecorder(shape, WIDTH, DELAY, 10**6, fp8=True)
+    recorder.allocate_tables(8)
+    with Uploads(monkeypatch) as control:
+        torch.ones(3).to(device)
+        torch.empty(3, device=device).copy_(torch.ones(3).pin_memory())
+        torch.empty(3, device=device).copy_(torch.ones(3), non_blocking=True)
+    assert len(control.seen) == control.good == 3
+    with Uploads(monkeypatch) as mode, caught():
+        kernels.compress(pool, jobs)
+        recorder.units_of(recorder.acquire(3, GROUP, since=0))
+        recorder.flush()
+    assert mode.good >= 8
     assert mode.seen == []

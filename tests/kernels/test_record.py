@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 from kara_sglang.kernels import record as reference
+from kara_sglang.kernels.record import Ring
 from kara_sglang.kernels.triton import fp8
 from kara_sglang.kernels.triton.record import record
 
@@ -16,12 +18,20 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 POISON = 0xA5
 
 
-def poisoned_ring(entries: int, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-    raw = torch.full((entries, heads, dim * dtype.itemsize), POISON, dtype=torch.uint8)
-    return raw.view(dtype)
+def poisoned_ring(entries: int, heads: int, dim: int, dtype: torch.dtype) -> Ring:
+    ring = Ring.zeros((entries, heads, dim), dtype)
+    for raw in bytes_of(ring):
+        raw.fill_(POISON)
+    return ring
 
 
-@pytest.mark.parametrize("group", [1, 3, 5, 7, 12])
+def bytes_of(ring: Ring) -> list[torch.Tensor]:
+    """Everything that a ring holds."""
+    parts = [ring.queries] if ring.exponents is None else [ring.queries, ring.exponents]
+    return [part.view(torch.uint8) for part in parts]
+
+
+@pytest.mark.parametrize("group", [1, 3, 5, 7, 12, 16])
 @pytest.mark.parametrize(
     ("ring_dtype", "query_dtype"),
     [
@@ -48,14 +58,38 @@ def test_bytes_are_the_references(identical, group, ring_dtype, query_dtype):
     entries = reference.plan(positions, units, rotating, ring_len, trash)
     queries = torch.randn(batch, heads * group * dim).mul(200).to(query_dtype)
 
-    ours = poisoned_ring(trash + 1, heads, dim, ring_dtype)
-    theirs = ours.clone()
+    ours, theirs = (poisoned_ring(trash + 1, heads, dim, ring_dtype) for _ in range(2))
     record(ours, entries, queries)
     reference.record(theirs, entries, queries)
 
-    assert identical(ours[:-1], theirs[:-1])
-    assert (ours[-1].view(torch.uint8) == POISON).all(), "an idle row was stored"
-    assert (theirs[-1].view(torch.uint8) != POISON).any(), "the test has no idle row"
+    for mine, other in zip(bytes_of(ours), bytes_of(theirs), strict=True):
+        assert identical(mine[:-1], other[:-1])
+        assert (mine[-1] == POISON).all(), "an idle row was stored"
+        assert (other[-1] != POISON).any(), "the test has no idle row"
+
+
+def test_every_query_is_stored_as_the_nearest_number():
+    """From the definition, float64: of all 253 numbers of e4m3, times the smallest power of two that
+    brings a head's largest query into their range, the nearest, and of two the even one."""
+    codes = np.array([code for code in range(256) if code & 0x7F != 0x7F], dtype=np.uint8)
+    numbers = torch.from_numpy(codes).view(torch.float8_e4m3fn).double().numpy()
+    heads, dim = 3, 24
+    queries = torch.randn(2, heads * dim) * torch.tensor([2000.0, 1.0, 1e-3]).repeat_interleave(dim)
+    queries[1, :dim] = torch.tensor([448.0, 17.0, 19.0]).repeat(dim // 3)  # 17 and 19: in the middle
+    ring = poisoned_ring(4, heads, dim, reference.FP8)
+    record(ring, torch.tensor([[2], [0]]), queries)
+    for entry, row in ((2, queries[0]), (0, queries[1])):
+        for head, given in enumerate(row.view(heads, dim).double().numpy()):
+            power = 1.0
+            while abs(given).max() > 448 * power:
+                power *= 2
+            while abs(given).max() <= 448 * power / 2:
+                power /= 2
+            assert 2.0 ** int(ring.exponents[entry, head]) == power
+            distance = abs(given[:, None] / power - numbers[None, :])
+            odd = (codes & 1)[None, :] * 1e-12  # the even one, where two are as near
+            nearest = numbers[(distance + odd).argmin(axis=1)]
+            assert (ring.queries[entry, head].double().numpy() == nearest).all()
 
 
 def test_rows_of_a_fused_projection(identical):
@@ -64,17 +98,26 @@ def test_rows_of_a_fused_projection(identical):
     qkv = torch.randn(batch, heads * (group + 2) * dim)
     queries = qkv[:, : heads * group * dim]
     entries = torch.randperm(40)[: batch * group].view(batch, group)
-    ours = poisoned_ring(41, heads, dim, torch.float32)
-    theirs = ours.clone()
+    ours, theirs = (poisoned_ring(41, heads, dim, torch.float32) for _ in range(2))
     record(ours, entries, queries)
     reference.record(theirs, entries, queries)
-    assert identical(ours, theirs)
+    assert identical(ours.queries, theirs.queries)
+
+
+def test_rows_that_are_not_what_they_should_be_are_refused():
+    ring, entries = Ring.zeros((9, 2, 4), torch.float32), torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"must be 16 numbers without gaps, got shape \(3, 12\)"):
+        record(ring, entries, torch.zeros(3, 12))
+    with pytest.raises(ValueError, match="without gaps"):
+        record(ring, entries, torch.zeros(3, 32)[:, ::2])
+    with pytest.raises(ValueError, match="ring and entries must be contiguous"):
+        record(ring, torch.zeros(2, 3, dtype=torch.int64).T, torch.zeros(3, 16))
 
 
 def test_an_empty_batch_is_nothing():
-    ring = torch.zeros(3, 1, 16)
+    ring = Ring.zeros((3, 1, 16), torch.float32)
     record(ring, torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 32))
-    assert not ring.any()
+    assert not ring.queries.any()
 
 
 @triton.jit

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kara_sglang.kernels import record as ring
+from kara_sglang.kernels import record
 from kara_sglang.kernels.backend import LayerPool
+from kara_sglang.kernels.record import Ring
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.score import attention_scores as reference_scores
 from kara_sglang.kernels.triton.pool import PoolTables
@@ -36,7 +37,7 @@ def triton_scores(
     voters = Voters(units, torch.tensor(starts), first, count - first)
     shape = (tables.num_layers, slots.shape[0], tables.num_kv_heads)
     out = torch.full((*shape, slots.shape[1]), float("nan"))
-    sums = torch.full((math.prod(shape) * voters.rows,), float("nan"))
+    sums = torch.full((2 * math.prod(shape) * voters.rows,), float("nan"))
     attention_scores(
         tables,
         range(tables.num_layers),
@@ -48,6 +49,14 @@ def triton_scores(
         out=out,
     )
     return out
+
+
+def stored_queries(pool: LayerPool) -> list[torch.Tensor]:
+    """The numbers that the rings stand for, float64."""
+    powers = (
+        1.0 if r.exponents is None else 2.0 ** r.exponents.double()[..., None] for r in pool.rings
+    )
+    return [r.queries.double() * power for r, power in zip(pool.rings, powers, strict=True)]
 
 
 def brute_force(
@@ -63,7 +72,7 @@ def brute_force(
     num_jobs, width = slots.shape
     out = np.zeros((len(pool.keys), num_jobs, num_heads, width))
     for layer, (keys, values, queries) in enumerate(
-        zip(pool.keys, pool.values, pool.rings, strict=True)
+        zip(pool.keys, pool.values, stored_queries(pool), strict=True)
     ):
         keys, values, queries = (x.double().numpy() for x in (keys, values, queries))
         for job in range(num_jobs):
@@ -91,7 +100,7 @@ def check(pool, slots, units, starts, count, rule, tolerance=2e-5):
     np.testing.assert_allclose(ours, expected, rtol=tolerance, atol=1e-7)
     for layer in range(len(pool.keys)):
         for job, window in enumerate(slots.long()):
-            queries = ring.recorded(pool.rings[layer], starts[job], count, units[job], pool.ring_len)
+            queries = record.recorded(pool.rings[layer], starts[job], count, units[job], pool.ring_len)
             theirs = reference_scores(
                 queries,
                 pool.keys[layer].float()[window],
@@ -111,10 +120,11 @@ def test_head_dims(make, dim):
     check(pool, slots, torch.tensor([[0, 3], [2, 1]]), [16, 777], 57, BEST)
 
 
-@pytest.mark.parametrize("group", [1, 3, 5, 7, 12])
+@pytest.mark.parametrize("group", [1, 3, 5, 7, 12, 16])
 @pytest.mark.parametrize("num_jobs", [1, 3])
 def test_groups_and_jobs(make, group, num_jobs):
-    pool = make.pool(group, heads=3, units=num_jobs * group, ring_len=51)
+    heads = 3 if num_jobs == 1 else 1
+    pool = make.pool(group, heads=heads, units=num_jobs * group, ring_len=51)
     slots = make.windows(num_jobs, 48, slots=256, seed=group)
     units = torch.randperm(num_jobs * group).view(num_jobs, group)
     starts = [int(start) for start in torch.randint(0, 10_000, (num_jobs,))]
@@ -156,6 +166,15 @@ def test_a_window_of_a_thousand(make):
     check(pool, slots, torch.tensor([[0]]), [123_456_789_012], 1010, SUM, tolerance=1e-4)
 
 
+@pytest.mark.parametrize(("width", "causal"), [(2048, True), (4096, False)])
+def test_windows_of_thousands(make, width, causal):
+    """The newest queries only, which keeps the interpreter busy for seconds instead of minutes."""
+    pool = make.pool(12, heads=1, dim=16, slots=width, units=1, ring_len=width + 64)
+    slots = make.windows(1, width, slots=width, seed=3, page=16)
+    rule = AttentionRule(value_norm=True, causal=causal, last_queries=140)
+    check(pool, slots, torch.tensor([[0]]), [1_000_003], width + 64, rule, tolerance=1e-4)
+
+
 @pytest.mark.parametrize(
     ("key_dtype", "ring_dtype", "expected"),
     [
@@ -175,6 +194,69 @@ def test_types(make, key_dtype, ring_dtype, expected):
     pool = make.pool(5, dtype=key_dtype, ring_dtype=ring_dtype)
     slots = make.windows(2, 48, slots=256, seed=1)
     check(pool, slots, torch.tensor([[0, 3], [2, 1]]), [16, 777], 57, BEST)
+
+
+@pytest.mark.parametrize("key_dtype", [torch.bfloat16, FP8], ids=str)
+def test_queries_far_beyond_what_fp8_can_hold(make, key_dtype):
+    """Heads whose largest number is 2000, 20 and 0.002 in one fp8 ring, as in models with biases in q:
+    the scores are those of the queries before they were stored, up to fp8's own rounding."""
+    pool = make.pool(5, heads=3, dtype=key_dtype, units=1, ring_len=50)
+    queries = torch.randn(51, 3, 64)
+    queries *= (torch.tensor([2000, 20, 0.002]) / queries.abs().amax(-1).amax(0))[:, None]
+    # Small keys, so that the softmax of the largest head is no single one.
+    keys = [(key.float() * torch.tensor([0.002, 0.2, 16])[:, None]).to(key_dtype) for key in pool.keys]
+    ring = Ring.zeros((51, 3, 64), FP8)
+    record.record(ring, torch.arange(51)[:, None], queries.view(51, -1))
+    assert ring.exponents.amax(dim=0).tolist() == [3, -4, -17]
+    stored = dataclasses.replace(pool, keys=keys, rings=[ring])
+    slots, units = make.windows(1, 48, slots=256, seed=1), torch.tensor([[0]])
+    check(stored, slots, units, [0], 50, BEST)
+
+    def error(kept: Ring) -> float:
+        others = dataclasses.replace(stored, rings=[kept])
+        exact = dataclasses.replace(stored, rings=[Ring(queries)])
+        ours, true = (brute_force(p, slots, units, [0], 50, SUM) for p in (others, exact))
+        return abs(ours / true - 1).max()
+
+    assert error(ring) < 0.03 < 0.1 < error(Ring(queries.clamp(-448, 448)))
+
+
+@pytest.mark.parametrize("key_dtype", [FP8, E5M2], ids=str)
+def test_a_scale_of_the_keys_folds_into_that_of_the_layer(make, key_dtype):
+    """fp8 keys with k_scale: what is stored is K / k_scale, and the layer's scale takes k_scale."""
+    pool = make.pool(5, layers=2, dtype=key_dtype, ring_dtype=FP8)
+    k_scales = [0.03, 7.5]
+    scaled = dataclasses.replace(
+        pool, scales=[scale * k for scale, k in zip(pool.scales, k_scales, strict=True)]
+    )
+    true = dataclasses.replace(
+        pool, keys=[key.double() * k for key, k in zip(pool.keys, k_scales, strict=True)]
+    )
+    slots, units = make.windows(2, 48, slots=256, seed=1), torch.tensor([[0, 3], [2, 1]])
+    expected = brute_force(true, slots, units, [16, 777], 57, BEST)
+    ours = triton_scores(scaled, slots, units, [16, 777], 57, BEST).double().numpy()
+    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-7)
+    plain = triton_scores(pool, slots, units, [16, 777], 57, BEST).double().numpy()
+    assert abs(plain / expected - 1).max() > 0.1
+
+
+def test_what_does_not_fit_is_refused(make):
+    pool = make.pool(5)
+    slots, units = make.windows(1, 48, slots=256, seed=1), torch.tensor([[0, 3]])
+    with pytest.raises(ValueError, match="65 queries asked of a ring that holds 64 tokens"):
+        triton_scores(pool, slots, units, [16], 65, SUM)
+    with pytest.raises(ValueError, match="units and starts of 1 recorders for 2 windows"):
+        triton_scores(pool, slots.repeat(2, 1), units, [16], 48, SUM)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        triton_scores(pool, slots[:, ::2], units, [16], 48, SUM)
+    with pytest.raises(ValueError, match="the pool has no ring"):
+        triton_scores(dataclasses.replace(pool, rings=[]), slots, units, [16], 48, SUM)
+    integers = dataclasses.replace(pool, keys=[key.int() for key in pool.keys], values=pool.keys)
+    with pytest.raises(ValueError, match="K and V differ in dtype"):
+        triton_scores(integers, slots, units, [16], 48, SUM)
+    raw = [key.view(torch.uint8)[..., :64].contiguous() for key in pool.keys]
+    with pytest.raises(ValueError, match="must be viewed as its own type"):
+        triton_scores(dataclasses.replace(pool, keys=raw, values=raw), slots, units, [16], 48, SUM)
 
 
 def test_values_of_another_width(make):
@@ -200,11 +282,11 @@ def test_only_the_windows_own_slots_and_queries_are_read(make):
     clean = triton_scores(pool, *arguments)
     used = torch.zeros(256, dtype=torch.bool)
     used[slots.flatten().long()] = True
-    recorded = torch.zeros(len(pool.rings[0]), dtype=torch.bool)
+    recorded = torch.zeros(len(pool.rings[0].queries), dtype=torch.bool)
     for job in range(2):
         places = torch.arange(starts[job], starts[job] + count) % 64
         recorded[units[job, 0] * 64 + places] = True
     for buffer in (*pool.keys, *pool.values):
         buffer[~used] = float("nan")
-    pool.rings[0][~recorded] = float("nan")
+    pool.rings[0].queries[~recorded] = float("nan")
     assert torch.equal(triton_scores(pool, *arguments), clean)

@@ -23,9 +23,9 @@ GREEDY = ChunkRule(budget=1.0, width=64, quantile=0.0)
 
 
 def triton_select(scores: torch.Tensor, kept: int, chunks: ChunkRule) -> torch.Tensor:
-    out = torch.full((*scores.shape[:-1], kept), -7)
+    out = torch.full((*scores.shape[:-1], kept), -7, dtype=torch.int32)
     select(scores, kept, chunks, out)
-    return out
+    return out.long()
 
 
 def plain(scores: list[float], kept: int, chunks: ChunkRule) -> list[int]:
@@ -102,9 +102,10 @@ def test_any_scores(data):
 
 
 @pytest.mark.parametrize("chunks", [OFF, WIDE], ids=repr)
-def test_a_window_of_a_thousand(chunks):
+@pytest.mark.parametrize(("width", "kept"), [(1000, 496), (2048, 2047), (3000, 16), (4096, 2048)])
+def test_windows_of_thousands(width, kept, chunks):
     torch.manual_seed(4)
-    check(torch.rand(1, 1000), 496, chunks)
+    check(torch.rand(1, width), kept, chunks)
 
 
 @pytest.mark.parametrize("chunks", [OFF, WIDE], ids=repr)
@@ -123,6 +124,18 @@ def test_leading_dimensions_are_rows():
     chosen = triton_select(scores, 16, OFF)
     assert chosen.shape == (2, 3, 1, 16)
     assert torch.equal(chosen, reference(scores, 16, OFF))
+
+
+def test_what_does_not_fit_is_refused():
+    scores, out = torch.rand(2, 48), torch.zeros(2, 16, dtype=torch.int32)
+    for message, wrong in (
+        ("float32 and positions int32", (scores, 16, OFF, out.long())),
+        ("float32 and positions int32", (scores.double(), 16, OFF, out)),
+        ("for 8 of", (scores, 8, OFF, out)),
+        ("must be contiguous", (scores.repeat(1, 2)[:, ::2], 16, OFF, out)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            select(*wrong)
 
 
 @pytest.mark.parametrize("kept", [0, 49])

@@ -29,7 +29,7 @@ LLAMA = {
     "max_position_embeddings": 4096,
 }
 # By default a ring entry is one fp8 byte per element of one query head for each KV head.
-UNIT_BYTES = 3 * 2 * 32 * (512 + 64 + LAG)
+UNIT_BYTES = 3 * 2 * (32 + 1) * (512 + 64 + LAG)
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_the_ring_is_the_recorders_own():
             return 8
 
     ring = doctor.recorder_of(Model, KaraConfig())
-    assert ring.unit_bytes == 36 * 8 * 128 * ring.ring_len
+    assert ring.unit_bytes == 36 * 8 * (128 + 1) * ring.ring_len
     assert ring.shape.group == 4
     twice = doctor.recorder_of(Model, KaraConfig(query_dtype="model"))
-    assert twice.unit_bytes == 2 * ring.unit_bytes
+    assert twice.unit_bytes == 36 * 8 * 128 * 2 * ring.ring_len

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kara_sglang.kernels.backend import TorchKernels
-from kara_sglang.kernels.record import FP8, plan, record, recorded
+from kara_sglang.kernels.record import FP8, Ring, plan, record, recorded
 from kara_sglang.recorder import LAG, AttentionShape, QueryRecorder, Recorder
 
 KERNELS = TorchKernels()
+
+
+class ByLayer(TorchKernels):
+    """One call per layer, as in a CUDA graph."""
+
+    records_steps = False
 
 
 def make(
@@ -31,7 +39,7 @@ def make(
 ) -> QueryRecorder:
     """A recorder with room for exactly ``units`` units."""
     shape = AttentionShape(layers, group * kv_heads, kv_heads, 3, dtype, torch.device("cpu"))
-    entry = layers * kv_heads * 3 * (1 if fp8 else dtype.itemsize)
+    entry = layers * kv_heads * (3 + 1 if fp8 else 3 * dtype.itemsize)
     budget = units * entry * (window + delay + LAG)
     made = QueryRecorder(shape, window, delay, budget + entry, fp8)
     assert made.num_units == made.free_units == units
@@ -40,8 +48,12 @@ def make(
 
 
 def stored(queries: torch.Tensor, fp8: bool) -> torch.Tensor:
-    """What the ring may remember of ``queries``."""
-    return queries.float().clamp(-448, 448).to(FP8) if fp8 else queries
+    """What the ring may remember of ``queries``: e4m3 times the smallest power of two that fits."""
+    if not fp8:
+        return queries
+    largest = queries.double().abs().amax(dim=-1, keepdim=True)
+    power = 2.0 ** torch.where(largest > 0, largest / 448, 1.0).log2().ceil()
+    return ((queries.double() / power).float().to(FP8).double() * power).float()
 
 
 def flush(recorder: QueryRecorder) -> None:
@@ -224,12 +236,14 @@ def test_a_row_without_recorder_leaves_the_ring_alone() -> None:
     flush(recorder)
     recorder.release(gone)
     flush(recorder)
-    before = recorder.rings[0].clone()
+    before = recorder.rings[0].queries.clone()
     rows, positions = torch.tensor([2, 4, 5]), torch.tensor([0, 1, 2])
-    recorder.record(KERNELS, 0, torch.ones(3, 12), rows, positions)
-    assert torch.equal(recorder.rings[0][: recorder.trash], before[: recorder.trash])
-    recorder.record(KERNELS, 0, torch.ones(1, 12), torch.tensor([1]), torch.tensor([0]))
-    assert recorder.rings[0].count_nonzero() > 0 and mine.units != gone.units
+    for layer in range(recorder.shape.num_layers):
+        recorder.record(KERNELS, layer, torch.ones(3, 12), rows, positions)
+    assert torch.equal(recorder.rings[0].queries[: recorder.trash], before[: recorder.trash])
+    for layer in range(recorder.shape.num_layers):
+        recorder.record(KERNELS, layer, torch.ones(1, 12), torch.tensor([1]), torch.tensor([0]))
+    assert recorder.rings[0].queries.count_nonzero() > 0 and mine.units != gone.units
 
 
 def test_a_reused_row_writes_into_its_own_units_only() -> None:
@@ -301,59 +315,188 @@ def test_covers(window: int, delay: int) -> None:
 
 
 def test_the_budget_is_never_exceeded() -> None:
-    """Rings and their trash entry stay within the bytes that were given, up to that one entry."""
+    """All units stay within the bytes that were given; up to 16 entries for trash lie beyond."""
     shape = AttentionShape(3, 8, 4, 16, torch.bfloat16, torch.device("cpu"))
     for budget in (0, 1, 10**5, 10**6, 3 * 10**6):
         for fp8 in (False, True):
             recorder = QueryRecorder(shape, 64, 16, budget, fp8)
-            used = sum(ring.numel() * ring.itemsize for ring in recorder.rings)
-            entry = 3 * 4 * 16 * (1 if fp8 else 2)
-            assert used - entry <= budget < used - entry + recorder.unit_bytes
+            used = sum(ring.queries.nbytes for ring in recorder.rings)
+            used += sum(ring.exponents.nbytes for ring in recorder.rings if fp8)
+            entry = 3 * 4 * (16 + 1 if fp8 else 16 * 2)
+            units = used - entry * (recorder.ring.queries.shape[1] - recorder.trash)
+            assert units <= budget < units + recorder.unit_bytes
+            assert units < used <= units + 16 * entry
             assert len(recorder.rings) == 3
+
+
+def test_fp8_keeps_queries_of_any_size() -> None:
+    """Each head has a power of two of its own: 2000 is as exact as 2, beside it and in other heads."""
+    ring = Ring.zeros((3, 4, 6), FP8)
+    rows = torch.tensor([2000.0, -1999.0, 448.0, 3.0, -0.03, 1.7])
+    queries = torch.stack([rows, rows / 1000, rows * 1e30, torch.zeros(6)]).view(1, -1)
+    record(ring, torch.tensor([[1]]), queries)
+    got = recorded(ring, 1, 1, torch.tensor([0]), 3)[0, :, 0]
+    assert ring.exponents[1].tolist() == [3, -7, 102, -100]
+    for ours, head in zip(got, queries.view(4, 6), strict=True):
+        # Three bits behind the point, and the smallest number that a head's scale leaves.
+        assert ((ours - head).abs() <= head.abs() / 16 + head.abs().max() * 2.0**-18).all()
+    assert torch.equal(got, stored(queries.view(4, 6), fp8=True))
+    assert ring.queries[[0, 2]].float().count_nonzero() == 0
+    assert ring.exponents[[0, 2]].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_fp8_clamps_instead_of_making_nan(dtype: torch.dtype) -> None:
-    """e4m3 has no infinity; queries beyond 448 become its largest number."""
-    ring = torch.zeros(3, 1, 6).to(FP8)
+    """e4m3 has no infinity: one becomes the largest number that there is, and a NaN stays alone."""
+    ring = Ring.zeros((2, 3, 2), FP8)
     huge = torch.finfo(dtype).max
-    queries = torch.tensor([[-huge, torch.inf, 448.0, 449.0, -0.03, 1.7]], dtype=dtype)
-    record(ring, torch.tensor([[1]]), queries)
-    got = ring[1, 0].float()
-    assert got[:4].tolist() == [-448.0, 448.0, 448.0, 448.0]
-    assert torch.equal(got[4:], queries[0, 4:].float().to(FP8).float())
-    assert ring[0].float().count_nonzero() == 0 and ring[2].float().count_nonzero() == 0
+    queries = torch.tensor([[-huge, 1.0, torch.inf, huge, torch.nan, huge]], dtype=dtype)
+    record(ring, torch.tensor([[0]]), queries)
+    finite, infinite, broken = recorded(ring, 0, 1, torch.tensor([0]), 2)[0, :, 0]
+    assert finite[0] == pytest.approx(max(-huge, -448 * 2.0**119), rel=1 / 16)
+    assert infinite[0] == 448 * 2.0**119 and infinite[1].isfinite()
+    assert broken[0].isnan() and broken[1].isfinite()
+
+
+def test_a_ring_is_checked() -> None:
+    with pytest.raises(ValueError, match="takes exponents if, and only if"):
+        Ring(torch.zeros(3, 1, 4).to(FP8))
+    with pytest.raises(ValueError, match="exponents must be int8 of shape"):
+        Ring(torch.zeros(3, 1, 4).to(FP8), torch.zeros(3, 2, dtype=torch.int8))
+    with pytest.raises(ValueError, match="5 queries asked of a ring that holds 4 tokens"):
+        recorded(Ring.zeros((9, 1, 4), torch.float32), 0, 5, torch.tensor([0]), 4)
 
 
 @pytest.mark.parametrize("ring_dtype", [torch.float32, torch.float16, torch.bfloat16, FP8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_queries_of_any_float_dtype_are_accepted(ring_dtype: torch.dtype, dtype: torch.dtype) -> None:
     """Some models keep RoPE's result in float32 while the ring has the model's dtype."""
-    ring = torch.zeros(3, 2, 4).to(ring_dtype)
+    ring = Ring.zeros((3, 2, 4), ring_dtype)
     queries = torch.arange(8.0).reshape(1, 8).to(dtype)
     record(ring, torch.tensor([[2]]), queries)
-    assert ring[2].float().flatten().tolist() == list(range(8))
+    got = recorded(ring, 2, 1, torch.tensor([0]), 3)
+    assert got.float().flatten().tolist() == list(range(8))
 
 
 def test_queries_may_be_a_slice_of_a_wider_projection() -> None:
     """q is a view into qkv in models without RoPE or with in-place RoPE; heads may be split already."""
     qkv = torch.randn(3, 40)
     entries = torch.tensor([[0, 1], [2, 3], [4, 5]])
-    flat, split = torch.zeros(7, 2, 4), torch.zeros(7, 2, 4)
+    flat, split = (Ring.zeros((7, 2, 4), torch.float32) for _ in range(2))
     record(flat, entries, qkv[:, 8:24])
     record(split, entries, qkv[:, 8:24].view(3, 4, 4))
-    assert torch.equal(flat, split)
+    assert torch.equal(flat.queries, split.queries)
     for token in range(3):
         for head in range(4):  # heads of one GQA group follow each other
             unit, kv_head = head % 2, head // 2
             expected = qkv[token, 8 + 4 * head : 12 + 4 * head]
-            assert torch.equal(flat[2 * token + unit, kv_head], expected)
+            assert torch.equal(flat.queries[2 * token + unit, kv_head], expected)
 
 
 def test_what_is_read_is_a_copy() -> None:
     """The ring is overwritten by the next step while scores are still computed from it."""
-    ring = torch.randn(5, 1, 2)
-    got = recorded(ring, 0, 4, torch.tensor([0]), 4)
-    before = got.clone()
-    ring.zero_()
-    assert torch.equal(got, before)
+    for dtype in (torch.float32, FP8):
+        ring = Ring.zeros((5, 1, 2), dtype)
+        record(ring, torch.arange(5)[:, None], torch.randn(5, 2))
+        got = recorded(ring, 0, 4, torch.tensor([0]), 4)
+        before = got.clone()
+        assert before.count_nonzero() == 8
+        ring.queries.zero_()
+        assert torch.equal(got, before)
+
+
+# -- CUDA graphs ---------------------------------------------------------------------------------------
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph is: the operations of one run, on the tensors of that run, without the Python
+    around them. :meth:`replay` does them again and leaves each result where it was the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.operations:
+            again = func(*args, **kwargs)
+            if again.data_ptr() != result.data_ptr():  # else a view, or written in place
+                result.copy_(again)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
+    """Recorders come and go between replays of one captured step; nobody else writes the ring."""
+    group, kv_heads, layers, batch = 3, 2, 2, 4
+    recorder = make(group=group, kv_heads=kv_heads, layers=layers, units=8, fp8=fp8)
+    flush(recorder)
+    tables = [recorder.units, recorder.rotating]
+    addresses = [t.data_ptr() for t in (*tables, *(ring.queries for ring in recorder.rings))]
+    # The graph's own inputs, which SGLang fills by copy before each replay.
+    rows, positions = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
+    queries = torch.zeros(layers, batch, kv_heads * group * 3)
+    with Tape() as graph:
+        for layer in range(layers):
+            recorder.record(ByLayer(), layer, queries[layer], rows, positions)
+
+    generator = torch.Generator().manual_seed(0)
+    held: dict[int, Recorder] = {}
+    expected: dict[tuple[int, int], torch.Tensor] = {}  # (unit, place): (layers, kv_heads, dim)
+    for step in range(60):
+        row = 1 + step % 5
+        if row in held and step % 3 == 0:
+            recorder.release(held.pop(row))
+        elif row not in held and recorder.free_units >= (1 if row % 2 else group):
+            held[row] = recorder.acquire(row, 1 if row % 2 else group, since=0)
+        flush(recorder)
+        rows.copy_(torch.randperm(5, generator=generator)[:batch] + 1)
+        positions.copy_(torch.randint(0, 5000, (batch,), generator=generator))
+        queries.copy_(torch.randn(queries.shape, generator=generator))
+        graph.replay()
+        by_head = queries.view(layers, batch, kv_heads, group, 3)
+        for index, (who, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+            if who not in held:
+                continue
+            units = held[who].units
+            heads = range(group) if len(units) == group else [position % group]
+            for unit, head in zip(units, heads, strict=True):
+                place = (unit, position % recorder.ring_len)
+                expected[place] = stored(by_head[:, index, :, head], fp8).clone()
+    assert len(expected) > 100
+    for unit in range(recorder.num_units):
+        got = [
+            recorded(ring, 0, recorder.ring_len, torch.tensor([unit]), recorder.ring_len)
+            for ring in recorder.rings
+        ]
+        for place in range(recorder.ring_len):
+            truth = expected.get((unit, place), torch.zeros(layers, kv_heads, 3))
+            ours = torch.stack([layer[place, :, 0] for layer in got])
+            assert torch.equal(ours.float(), truth.float()), (unit, place)
+    now = [t.data_ptr() for t in (*tables, *(ring.queries for ring in recorder.rings))]
+    assert now == addresses
+    assert recorder.units is tables[0] and recorder.rotating is tables[1]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_step_in_one_call_is_its_layers_one_by_one(fp8: bool) -> None:
+    """Same bytes; and a step that broke off leaves nothing behind in the next one."""
+    recorders = [make(layers=3, units=4, fp8=fp8) for _ in range(2)]
+    for recorder in recorders:
+        recorder.acquire(1, 2, since=0)
+        flush(recorder)
+    generator = torch.Generator().manual_seed(1)
+    rows, positions = torch.tensor([1, 2]), torch.tensor([5, 9])
+    stale = torch.randn(2, 12, generator=generator)
+    recorders[0].record(KERNELS, 0, stale, rows, positions)
+    for layer in range(3):
+        queries = 500 * torch.randn(2, 12, generator=generator)
+        for recorder, kernels in zip(recorders, (KERNELS, ByLayer()), strict=True):
+            recorder.record(kernels, layer, queries, rows, positions)
+    for ours, theirs in zip(recorders[0].rings, recorders[1].rings, strict=True):
+        assert torch.equal(ours.queries.view(torch.uint8), theirs.queries.view(torch.uint8))
+        assert not fp8 or torch.equal(ours.exponents, theirs.exponents)
+        assert ours.queries.view(torch.uint8).count_nonzero() > 0

@@ -200,7 +200,8 @@ def test_a_profile_is_charged_to_the_plugin_below_its_hooks() -> None:
     profile = "\n".join(
         [
             f"main (/m.py:1);{loop};forward (/s/sglang/srt/layers/a.py:2) 90",
-            f"main (/m.py:1);{loop};before_attention (PACKAGE/runtime.py:3);plan (/k/record.py:4) 6",
+            f"main (/m.py:1);{loop};record (PACKAGE/runtime.py:3);plan (kernels/record.py:4) 4",
+            f"main (/m.py:1);{loop};before_attention (PACKAGE/runtime.py:3);stack (/t/torch.py:4) 2",
             f"main (/m.py:1);{loop};wrapper (/s/sglang/srt/plugins/hook_registry.py:5) 1",
             f"main (/m.py:1);{loop};get_prefill_adder_class (PACKAGE/a.py:3);stock (/s/b.py:4) 3",
             "main (/m.py:1);recv (/s/zmq.py:2) 500",
@@ -212,4 +213,4 @@ def test_a_profile_is_charged_to_the_plugin_below_its_hooks() -> None:
         profile.replace("PACKAGE", overhead._PACKAGE), {"get_prefill_adder_class"}
     )
     assert total == 100 and part == pytest.approx(0.07)
-    assert charged == {"before_attention": 6, "hook_registry": 1}
+    assert charged == {"arithmetic of recording": 4, "before_attention": 2, "hook_registry": 1}

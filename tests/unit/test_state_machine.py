@@ -201,10 +201,14 @@ class WatchedKernels(TorchKernels):
         self.world = world
         self.real = real
 
-    def compress(self, pool: LayerPool, jobs: list[WindowJob]) -> list[torch.Tensor]:
+    def compress(
+        self, pool: LayerPool, jobs: list[WindowJob], *, positions: bool = False
+    ) -> list[torch.Tensor] | None:
         self.world.assert_on_forward_stream()
         if self.real:
-            return super().compress(pool, jobs)
+            return super().compress(pool, jobs, positions=positions)
+        if not positions:
+            return None
         return [torch.arange(job.kept).expand(LAYERS, KV_HEADS, job.kept) for job in jobs]
 
 
@@ -276,7 +280,7 @@ class World:
             device = torch.device("cpu")
             shape = AttentionShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, DIM, torch.float32, device)
             fp8 = config.query_dtype == "fp8"
-            unit = LAYERS * KV_HEADS * DIM * (1 if fp8 else 4)
+            unit = LAYERS * KV_HEADS * (DIM + 1 if fp8 else 4 * DIM)
             unit *= config.window + config.delay + LAG
             self.recorder = WatchedRecorder(
                 shape, config.window, config.delay, setting.units * unit, fp8
@@ -642,7 +646,8 @@ class World:
             turns = [position % GROUP for position in range(start, start + count)]
             queries = queries[torch.arange(count), :, turns][:, :, None]
         if self.config.query_dtype == "fp8":
-            queries = queries.clamp(-448, 448).to(FP8)
+            power = 2.0 ** (queries.double().abs().amax(dim=-1, keepdim=True) / 448).log2().ceil()
+            queries = ((queries / power).float().to(FP8).double() * power).float()
         return queries
 
     def selector_name(self, req: Request) -> str:
@@ -1131,7 +1136,7 @@ def test_debug_checks_notice_a_bad_selection(kept: list[int]) -> None:
     world, _ = one_request(selector="recent", debug_checks=True)
     advance(world, 8 + 2)
     bad = torch.tensor(kept).expand(LAYERS, KV_HEADS, -1)
-    world.coordinator.kernels.compress = lambda pool, jobs: [bad]
+    world.coordinator.kernels.compress = lambda pool, jobs, positions: [bad]
     with pytest.raises(RuntimeError, match="selection must be 4 strictly ascending positions"):
         world.coordinator.before_decode(world.batch)
 

@@ -1,0 +1,121 @@
+"""FlashInfer itself over the page table that a pass leaves, on a GPU.
+
+    python -m kara_sglang.benchmarks.gpu.paged_decode
+
+Needs torch, triton, this package and ``flashinfer``, no SGLang. For page sizes 1, 16 and 64 a pass
+compresses one window of each of three requests, their rows are spliced as the server does, and
+FlashInfer's paged decode must give the attention over the prompt, the retained tokens of each head, and
+the tokens behind the window. ``tests/kernels/test_flashinfer.py`` checks the same on a CPU, with
+FlashInfer's semantics written out.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob, WindowShape
+from kara_sglang.kernels.record import FP8, Ring, to_fp8
+from kara_sglang.kernels.score import AttentionRule
+from kara_sglang.kernels.select import ChunkRule
+from kara_sglang.kernels.selectors.kara import KaraSelector
+from kara_sglang.kernels.triton import TritonKernels
+
+DEVICE = torch.device("cuda")
+HEADS, GROUP, DIM, DELAY, SLOTS = 4, 4, 128, 16, 4096
+SELECTOR = KaraSelector(chunks=ChunkRule(budget=0.1), rule=AttentionRule(squared=True, value_norm=True))
+
+
+def check(flashinfer: Any, kernels: Kernels, page: int, width: int, kept: int) -> float:
+    """One pass over three requests; the largest difference of FlashInfer's output, which is of size 1.
+
+    ``flashinfer`` is the module.
+    """
+    units, ring_len = 3 * GROUP, width + DELAY
+    keys, values = (
+        torch.randn(SLOTS, HEADS, DIM, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)
+    )
+    ring = Ring(*to_fp8(torch.randn(units * ring_len + 1, HEADS, DIM, device=DEVICE)))
+    assert ring.queries.dtype == FP8
+    base = [2 * max(page, 16), 0, max(page, 16)]
+    tails = [DELAY, DELAY + page, 2 * page + DELAY + 3]
+    lengths = [b + width + t for b, t in zip(base, tails, strict=True)]
+    pages = torch.randperm(SLOTS // page, device=DEVICE)
+    longest = -(-max(lengths) // page)
+    rows = pages[: 3 * longest].view(3, longest, 1) * page + torch.arange(page, device=DEVICE)
+    rows = rows.view(3, -1).int()
+
+    before = keys.float(), values.float()
+    pool = LayerPool([keys], [values], [ring], ring_len, [DIM**-0.5])
+    jobs = [
+        WindowJob(
+            slots=rows[i, base[i] : base[i] + width].clone(),
+            kept=kept,
+            selector=SELECTOR,
+            seed=0,
+            query_start=base[i],
+            query_count=ring_len,
+            units=torch.arange(GROUP, device=DEVICE) + GROUP * i,
+        )
+        for i in range(3)
+    ]
+    positions = kernels.compress(pool, jobs, positions=True)
+    assert positions is not None
+
+    queries = torch.randn(3, HEADS * GROUP, DIM, device=DEVICE, dtype=torch.bfloat16)
+    expected, indices, indptr, last_page_len = [], [], [0], []
+    for i, row in enumerate(rows):
+        own = row[: lengths[i]].long()
+        head_tokens = [
+            torch.cat([own[: base[i]], jobs[i].slots[chosen].long(), own[base[i] + width :]])
+            for chosen in positions[i][0]
+        ]
+        k, v = (torch.stack([b[t, h] for h, t in enumerate(head_tokens)]) for b in before)
+        grouped = queries[i].float().view(HEADS, GROUP, DIM)
+        weights = (grouped @ k.transpose(1, 2) * DIM**-0.5).softmax(-1)
+        expected.append((weights @ v).flatten(0, 1))
+        spliced = torch.cat([own[: base[i] + kept], own[base[i] + width :]])
+        indices.append(spliced[::page] // page)
+        indptr.append(indptr[-1] + len(indices[-1]))
+        last_page_len.append((len(spliced) - 1) % page + 1)
+        freed = jobs[i].slots[kept:].long()
+        keys[freed], values[freed] = float("nan"), float("nan")  # somebody else's by now
+
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=DEVICE)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
+    wrapper.plan(
+        torch.tensor(indptr, dtype=torch.int32, device=DEVICE),
+        torch.cat(indices).int(),
+        torch.tensor(last_page_len, dtype=torch.int32, device=DEVICE),
+        HEADS * GROUP,
+        HEADS,
+        DIM,
+        page,
+        q_data_type=torch.bfloat16,
+        kv_data_type=torch.bfloat16,
+    )
+    paged = tuple(buffer.view(-1, page, HEADS, DIM) for buffer in (keys, values))
+    got = wrapper.run(queries, paged)
+    return (got.float() - torch.stack(expected)).abs().max().item()
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("paged_decode.py: no CUDA GPU here, nothing was checked")
+    try:
+        flashinfer = importlib.import_module("flashinfer")
+    except ImportError as error:
+        raise SystemExit(f"paged_decode.py: flashinfer cannot be imported ({error})") from error
+    kernels = TritonKernels()
+    kernels.reserve(DEVICE, WindowShape(HEADS, 512, 512, GROUP, 512 + DELAY))
+    for page in (1, 16, 64):
+        error = check(flashinfer, kernels, page, width=512, kept=256)
+        print(f"flashinfer {flashinfer.__version__}, pages of {page}: largest difference {error:.5f}")
+        if not error < 0.02:  # NaN fails, too
+            raise SystemExit("paged_decode.py: FlashInfer does not see the retained tokens")
+
+
+if __name__ == "__main__":
+    main()

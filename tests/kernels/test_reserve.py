@@ -1,0 +1,42 @@
+"""The hook behind ``ModelRunner.load_model`` takes all memory of a pass before the KV pool is sized."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.layers.radix_attention import RadixAttention
+
+from kara_sglang import plugin, runtime
+from kara_sglang.config import KaraConfig
+from kara_sglang.kernels.selectors import REGISTRY
+from kara_sglang.kernels.triton import TritonKernels, backend
+
+HEADS, GROUP, DIM = 2, 16, 16
+
+
+@pytest.mark.parametrize("query_mem_gb", [0.01, 0])
+def test_whatever_a_request_asks_for_fits(monkeypatch, query_mem_gb):
+    """Also where one window of one layer takes more than the usual scratch."""
+    selector = "kara" if query_mem_gb else "random"
+    config = KaraConfig(selector=selector, window=256, delay=16, query_mem_gb=query_mem_gb)
+    fresh = runtime.Runtime()
+    monkeypatch.setattr(runtime, "runtime", fresh)
+    monkeypatch.setattr(plugin, "active", lambda: config)
+    monkeypatch.setattr(runtime, "pick", lambda device: (TritonKernels(), "a test"))
+    monkeypatch.setattr(backend, "SCRATCH_BYTES", 0)
+    layers = [RadixAttention(HEADS * GROUP, DIM, 0.25, HEADS, layer_id=i) for i in range(2)]
+    model = SimpleNamespace(modules=lambda: layers)
+    runtime.after_load_model(None, SimpleNamespace(model=model, device="cpu", dtype=torch.bfloat16))
+    assert fresh.refused == []
+    assert isinstance(fresh.kernels, TritonKernels)
+    for kind in REGISTRY.values():
+        if kind.needs_queries and not query_mem_gb:
+            continue
+        for units in (1, GROUP) if kind.needs_queries else (0,):
+            shape = backend.WindowShape(HEADS, 256, 256, units, 256 + 16)
+            assert fresh.kernels._fitting(shape, 1, 2)[0] == 1
+    too_wide = backend.WindowShape(HEADS, 1024, 256, GROUP if query_mem_gb else 0, 1024)
+    with pytest.raises(RuntimeError, match="bytes of scratch"):
+        fresh.kernels._fitting(too_wide, 1, 2)

@@ -1,0 +1,89 @@
+"""After the warm-up no request can make a decode step or a pass wait for the compiler.
+
+Launches are noted instead of made; what Triton would compile for them is their key (types, constants,
+divisibility, options).
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kara_sglang.benchmarks.gpu.compiled import KERNELS, caught
+from kara_sglang.config import KaraConfig
+from kara_sglang.coordinator import Coordinator
+from kara_sglang.kernels import selectors
+from kara_sglang.kernels.backend import WindowJob, WindowShape
+from kara_sglang.kernels.triton import TritonKernels
+from kara_sglang.recorder import AttentionShape, QueryRecorder
+
+LAYERS, HEADS, GROUP, DIM, PAGE = 3, 2, 3, 64, 16
+CPU = torch.device("cpu")
+
+
+def coordinator_of(config: KaraConfig) -> Coordinator:
+    """The real one, over as much of a scheduler as it looks at."""
+    width = config.window
+    buffers = [torch.zeros(2 * width, HEADS, DIM, dtype=torch.bfloat16) for _ in range(2 * LAYERS)]
+    pool = SimpleNamespace(k_buffer=buffers[:LAYERS], v_buffer=buffers[LAYERS:])
+    scheduler = SimpleNamespace(
+        page_size=PAGE,
+        metrics_collector_context=SimpleNamespace(current_scheduler_metrics_enabled=False),
+        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
+        enable_overlap=False,
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(4, 8, dtype=torch.int32)),
+    )
+    kernels = TritonKernels()
+    kernels.reserve(CPU, WindowShape(HEADS, width, width, GROUP, width + config.delay))
+    recorder = None
+    if config.query_bytes:
+        shape = AttentionShape(LAYERS, HEADS * GROUP, HEADS, DIM, torch.bfloat16, CPU)
+        fp8 = config.query_dtype == "fp8"
+        recorder = QueryRecorder(shape, width, config.delay, 4 << 20, fp8)
+    return Coordinator(scheduler, config, recorder, kernels, [0.125] * LAYERS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"query_dtype": "model", "score": "sum", "chunk_budget": 0.0}, {"selector": "recent"}],
+    ids=str,
+)
+def test_no_request_needs_a_compiler(settings):
+    config = KaraConfig(window=128, delay=16, **settings)
+    coordinator = coordinator_of(config)
+    recorder, kernels = coordinator.recorder, coordinator.kernels
+    with caught() as launches:
+        coordinator.warm_up()
+    warm = {launch.key for launch in launches}
+    names = {launch.kernel.__name__ for launch in launches}
+    assert names == {name for _, name in KERNELS} - (
+        set() if recorder is not None else {"record_kernel", "log_sum_exp_kernel", "column_sum_kernel"}
+    )
+
+    jobs = [
+        WindowJob(
+            slots=torch.arange(128, dtype=torch.int32),
+            kept=kept,
+            selector=selector,
+            seed=kept,
+            query_start=1000 + kept,
+            query_count=128 + 16,
+            units=torch.arange(units) if units else None,
+        )
+        for selector in (selectors.build(name, config) for name in selectors.REGISTRY)
+        for kept in (1, 3, 16, 48, 112, 128)  # with a page of 1 a request may ask for any R
+        for units in ((1, GROUP) if selector.needs_queries else (0,))
+        if recorder is not None or not selector.needs_queries
+    ]
+    with caught() as launches:
+        kernels.compress(coordinator._pool(), jobs)
+        for job in jobs:
+            kernels.compress(coordinator._pool(), [job] * 17)
+        for batch in (1, 2, 17, 64) if recorder is not None else ():
+            entries = torch.zeros(batch, GROUP, dtype=torch.int64)
+            queries = torch.zeros(batch, HEADS * GROUP * DIM, dtype=torch.bfloat16)
+            kernels.record(recorder.rings[1], entries, queries)
+    assert len(launches) > 2 * len(jobs)
+    assert {launch.key for launch in launches} - warm == set()
