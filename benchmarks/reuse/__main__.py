@@ -55,9 +55,9 @@ class Sizes:
     prompt: int = 64
     more: int = 16
     answer: int = 256
-    chain: int = 1024
-    forks: int = 24
-    fork_answer: int = 512
+    chain: int = 2048
+    forks: int = 18
+    fork_answer: int = 1024
     repetitions: int = 3
 
     @property
