@@ -44,6 +44,9 @@ class Variant:
         A query does not vote for keys closer than so many tokens.
     pool
         The score is averaged over so many neighbours, an odd number (SnapKV's pooling).
+    drop
+        Instead of the probability's power times V's: the squared change of the attention's output
+        when the key is dropped, ``(p / (1 - p))^2 |v - o|^2``.
     """
 
     power: float = 2.0
@@ -54,6 +57,7 @@ class Variant:
     layer: int = 0
     apart: int = 0
     pool: int = 1
+    drop: int = 0
 
     @property
     def name(self) -> str:
@@ -109,10 +113,11 @@ class VariantSelector(Selector):
             if rule.apart:
                 near = (own[:, None] - places).abs() < rule.apart
                 logits.masked_fill_(near, float("-inf"))
-            votes = torch.softmax(logits, dim=-1).nan_to_num_(0.0) ** rule.power
+            votes = torch.softmax(logits, dim=-1).nan_to_num_(0.0)
+            votes = _change(votes, values[:, head].float()) if rule.drop else votes**rule.power
             votes[:, width:] *= rule.later
             scores[head] = votes.sum(dim=(0, 1))
-        if rule.value:
+        if rule.value and not rule.drop:
             scores *= values.float().norm(dim=-1).T ** rule.value
         if rule.pool > 1:
             scores = torch.nn.functional.avg_pool1d(
@@ -124,6 +129,17 @@ class VariantSelector(Selector):
         if rule.newest:
             scores[:, width - rule.newest :] = float("inf")
         return scores
+
+
+def _change(probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Squared change of each output when a key is dropped and the others are renormalised.
+
+    ``probabilities`` has shape ``(group, queries, keys)``, ``values`` ``(keys, head_dim)``.
+    """
+    outputs = probabilities @ values
+    apart = values.square().sum(-1) - 2 * outputs @ values.T + outputs.square().sum(-1, keepdim=True)
+    odds = probabilities / (1 - probabilities).clamp_min(1e-6)
+    return odds.square() * apart.clamp_min(0)
 
 
 def register(names: list[str]) -> None:

@@ -13,8 +13,10 @@ import torch
 
 from kara_sglang.benchmarks.quality import (
     campaign,
+    coder_model,
     estimates,
     instrument,
+    reasoning,
     report,
     rows,
     tasks,
@@ -468,3 +470,70 @@ def test_tables_are_put_between_their_marks(small_part, tmp_path: Path):
     assert "old" not in new.split("between")[0] and "old" in new.split("between")[1]
     assert new.startswith("above\n") and "| kara | 0.5 | 0.4000 ± 0.2000 |" in new
     assert report.put_into(new, result) == new
+
+
+# -- reasoning -------------------------------------------------------------------------------------
+
+
+def test_problems_are_read_in_the_forms_of_gsm8k_and_math(tmp_path: Path):
+    (first, *rest) = reasoning.load(texts.DATA / "gsm8k.jsonl", 3)
+    assert first.question.startswith("Janet") and first.answer == "18" and len(rest) == 2
+    path = tmp_path / "math.jsonl"
+    path.write_text(
+        json.dumps({"problem": "p", "answer": "\\frac{1}{2}"})
+        + "\n"
+        + json.dumps({"Question": "q", "Answer": "#### 1,234"})
+        + "\n"
+    )
+    assert [p.answer for p in reasoning.load(path, None)] == ["\\frac{1}{2}", "1234"]
+    path.write_text('{"text": "?"}\n')
+    with pytest.raises(reasoning.Failed, match="line 1: no question"):
+        reasoning.load(path, None)
+
+
+def test_answers_are_graded_by_value():
+    pytest.importorskip("math_verify", reason="pip install 'math-verify[antlr4_13_2]'")
+    right = reasoning.grader()
+    assert right("18", "So she makes 9 * 2 = \\boxed{18} dollars.")
+    assert right("18", "The final answer is \\boxed{18.0}")
+    assert not right("18", "9 * 2 = 18, minus 1 is \\boxed{17}")
+    assert right("\\frac{1}{2}", "which is \\boxed{0.5}")
+    assert right("1234", "\\boxed{1,234}")
+    assert not right("18", "I do not know.")
+
+
+def test_accuracy_is_paired_over_the_problems():
+    def answer(right: bool, tokens: int, windows: int, cut: bool = False) -> dict:
+        return {
+            "right": right,
+            "tokens": tokens,
+            "cut": cut,
+            "seconds": 2.0,
+            "kv_compress": {"windows": windows} if windows else None,
+        }
+
+    answers = {
+        "full": {n: answer(n < 6, 100, 0) for n in range(8)},
+        "kara": {n: answer(n < 5, 150, 1, cut=n == 7) for n in range(8)},
+    }
+    full, kara = reasoning.figures(answers, 0.25)
+    assert (full["accuracy"], full["retain"]) == (0.75, 1.0)
+    assert kara["accuracy_over_full"] == pytest.approx(-0.125)
+    assert kara["accuracy_over_full_se"] == pytest.approx(0.125)
+    assert kara["accuracy_low"] < kara["accuracy"] < kara["accuracy_high"]
+    assert (kara["output_tokens"], kara["truncated"], kara["windows"]) == (150, 0.125, 1)
+    assert "| kara | 0.25 | 0.625 (" in reasoning.table([full, kara])
+
+
+@pytest.mark.parametrize(
+    ("gguf", "name"),
+    [
+        ("blk.3.attn_q.bias", "model.layers.3.self_attn.q_proj.bias"),
+        ("blk.0.ffn_down.weight", "model.layers.0.mlp.down_proj.weight"),
+        ("output.weight", "lm_head.weight"),
+    ],
+)
+def test_names_of_the_coder_models_tensors(gguf: str, name: str):
+    assert coder_model.transformers_name(gguf) == name
+    with pytest.raises(ValueError, match="unknown tensor"):
+        coder_model.transformers_name("blk.0.attn_x.weight")
