@@ -16,6 +16,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
 from kara_sglang.benchmarks.quality import campaign, report, rows, texts
-from kara_sglang.benchmarks.quality.engine import CPU_ARGUMENTS, EngineFailed
+from kara_sglang.benchmarks.quality.engine import EngineFailed, engine_arguments
 from kara_sglang.benchmarks.quality.script import write_json
 from kara_sglang.embedded_model import EmbeddedModelMissing, embedded_model_path
 
@@ -64,21 +65,22 @@ def main(arguments: list[str]) -> int:
         parts = [part for part in parts if part.name == options.part]
     try:
         model = options.model or str(embedded_model_path())
-        result = measure(options, parts, model)
+        for result in measure(options, parts, model):
+            write_json(options.out, result)
+            options.out.with_suffix(".md").write_text(report.markdown(result))
+            if options.plot:
+                report.plot(result, options.plot)
     except (EmbeddedModelMissing, EngineFailed) as error:
         print(f"quality: {error}", file=sys.stderr)
         return 1
-    write_json(options.out, result)
-    document = options.out.with_suffix(".md")
-    document.write_text(report.markdown(result))
-    if options.plot:
-        report.plot(result, options.plot)
-    print(f"figures in {options.out}, tables in {document}")
+    print(f"figures in {options.out}, tables in {options.out.with_suffix('.md')}")
     return 0
 
 
-def measure(options: argparse.Namespace, parts: list[rows.Part], model: str) -> dict[str, Any]:
-    """Fill the run folder's cells and reduce them."""
+def measure(
+    options: argparse.Namespace, parts: list[rows.Part], model: str
+) -> Iterator[dict[str, Any]]:
+    """Fill the run folder's cells and reduce them; yields all figures so far after each part."""
     from transformers import AutoTokenizer
 
     folder = (options.folder or options.out.with_suffix(".run")).resolve()
@@ -88,37 +90,35 @@ def measure(options: argparse.Namespace, parts: list[rows.Part], model: str) -> 
     jobs = options.jobs or (min(2, len(os.sched_getaffinity(0))) if on_cpu else 1)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    started = time.monotonic()
+    meta = {
+        "command": "python -m kara_sglang.benchmarks.quality " + shlex.join(_shown(options)),
+        "model": Path(model).name,
+        "split": options.split,
+        "machine": machine(),
+        "kara_sglang": __version__,
+        "sglang": importlib.metadata.version("sglang"),
+        "torch": importlib.metadata.version("torch"),
+        "python": platform.python_version(),
+        "dtype": engine_arguments().get("dtype", "model"),
+    }
     results: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
     for part in parts:
+        started = time.monotonic()
         if options.texts:
             part.texts = min(options.texts, part.texts or options.texts)
         scripts = campaign.scripts_of(part, tokenizer, options.split)
         for script in scripts:
             script.save(folder)
-        page_size = CPU_ARGUMENTS["page_size"]
-        stages = campaign.orders(part, scripts, folder, model, jobs, page_size)
+        stages = campaign.orders(part, scripts, folder, model, jobs)
         total = len(part.rows) * len(scripts)
         left = sum(len(order.requests) for stage in stages for order in stage)
         with tqdm(total=total, initial=total - left, desc=part.name, unit="cell") as bar:
             campaign.carry_out(stages, folder, part.name, threads, bar.update)
         results += report.figures(part, scripts, folder)
         found = found or report.goals(part, scripts, folder)
-    seconds = _spent(folder, time.monotonic() - started)
-    meta = {
-        "command": "python -m kara_sglang.benchmarks.quality " + shlex.join(_shown(options)),
-        "model": Path(model).name,
-        "split": options.split,
-        "machine": machine(),
-        "seconds": seconds,
-        "kara_sglang": __version__,
-        "sglang": importlib.metadata.version("sglang"),
-        "torch": importlib.metadata.version("torch"),
-        "python": platform.python_version(),
-        "dtype": "float32",
-    }
-    return {"meta": meta, "results": results, "goals": found}
+        seconds = _spent(folder, time.monotonic() - started)
+        yield {"meta": meta | {"seconds": seconds}, "results": results, "goals": found}
 
 
 def _shown(options: argparse.Namespace) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from kara_sglang import cpu_engine
 from kara_sglang.benchmarks.quality import engine, instrument, tasks, texts
-from kara_sglang.benchmarks.quality.engine import EngineFailed, Order
+from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed, Order
 from kara_sglang.benchmarks.quality.rows import Part, Row
 from kara_sglang.benchmarks.quality.script import Script, cell_path, reference_path
 from kara_sglang.config import KaraConfig
@@ -71,7 +71,7 @@ def query_memory(model: str, settings: dict[str, Any]) -> float:
 
 
 def orders(
-    part: Part, scripts: list[Script], folder: Path, model: str, shards: int, page_size: int
+    part: Part, scripts: list[Script], folder: Path, model: str, shards: int
 ) -> list[list[Order]]:
     """What is left to do: a list of stages, each of them orders that can run side by side."""
     stages = []
@@ -81,10 +81,10 @@ def orders(
         todo = [
             (row, script) for script in scripts for row in members if not is_done(folder, row, script)
         ]
-        arguments: dict[str, Any] = {"max_running_requests": RUNNING, "dtype": "float32"}
+        arguments: dict[str, Any] = {"max_running_requests": RUNNING}
         if cpu_engine.is_installed():
             longest = max(len(script.prompt) + len(script.forced) for script in scripts)
-            arguments["max_total_tokens"] = RUNNING * (longest + 2 * page_size)
+            arguments["max_total_tokens"] = RUNNING * (longest + 2 * PAGE_SIZE)
         stage = []
         for shard in range(shards):
             mine = {script.name for script in scripts[shard::shards]}
@@ -95,7 +95,7 @@ def orders(
                     row.options,
                     0
                     if row.selector is None
-                    else tasks.windows_done(script, config.window, config.delay, page_size),
+                    else tasks.windows_done(script, config.window, config.delay, PAGE_SIZE),
                 )
                 for row, script in todo
                 if script.name in mine

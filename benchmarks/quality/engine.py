@@ -31,15 +31,25 @@ from kara_sglang.benchmarks.quality.script import (
     write_json,
 )
 
+PAGE_SIZE = 16
 # What SGLang 0.5.23 can run without a GPU.
 CPU_ARGUMENTS: dict[str, Any] = {
     "device": "cpu",
     "attention_backend": "torch_native",
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
-    "page_size": 16,
     "sleep_on_idle": True,
 }
+
+
+def engine_arguments() -> dict[str, Any]:
+    """Arguments of ``sglang.Engine`` that this machine calls for.
+
+    On a CPU distributions are float32; a GPU's attention takes the model's own dtype only, and the row
+    ``identity`` shows what its rounding does.
+    """
+    base: dict[str, Any] = {"page_size": PAGE_SIZE}
+    return base | CPU_ARGUMENTS | {"dtype": "float32"} if cpu_engine.is_installed() else base
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +147,13 @@ def carry_out(folder: Path, name: str) -> None:
     variants.register(order.variants())  # requests are checked here, in the parent
     settings = dict(order.settings)
     kara_sglang.configure(settings.pop("selector"), **settings)
-    base = CPU_ARGUMENTS if cpu_engine.is_installed() else {}
     started = time.monotonic()
     engine = sglang.Engine(
         model_path=order.model,
         # A prompt that is found in the prefix cache is computed in another batch shape: other bits.
         disable_radix_cache=True,
         skip_tokenizer_init=True,
-        **(base | order.engine),
+        **(engine_arguments() | order.engine),
     )
     print(f"engine ready after {time.monotonic() - started:.0f} s", flush=True)
     try:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
 from kara_sglang.benchmarks.quality import coder_model
-from kara_sglang.benchmarks.quality.engine import CPU_ARGUMENTS, stop
+from kara_sglang.benchmarks.quality.engine import CPU_ARGUMENTS, PAGE_SIZE, stop
 from kara_sglang.benchmarks.quality.estimates import mean, share_interval
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.script import write_json
@@ -99,7 +99,7 @@ def server(model: str, settings: list[str], log: Path, context: int) -> Iterator
     flags = ["--model-path", model, "--port", str(port), "--context-length", str(context)]
     environment = dict(os.environ)
     if cpu_engine.is_installed():
-        for name, value in CPU_ARGUMENTS.items():
+        for name, value in (CPU_ARGUMENTS | {"page_size": PAGE_SIZE}).items():
             flag = "--" + name.replace("_", "-")
             flags += [flag] if value is True else [flag, str(value)]
         flags += ["--max-total-tokens", str(8 * context)]

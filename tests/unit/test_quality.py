@@ -383,7 +383,7 @@ def fill(folder: Path, part: Part, scripts: list[Script], kl: dict[str, float]) 
 def test_orders_hold_what_is_missing(small_part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     part, scripts = small_part
     monkeypatch.setattr(campaign, "query_memory", lambda *_: 1.0)
-    stages = campaign.orders(part, scripts, tmp_path, "model", 2, 16)
+    stages = campaign.orders(part, scripts, tmp_path, "model", 2)
     assert [len(stage) for stage in stages] == [2, 2]
     assert sum(len(order.requests) for stage in stages for order in stage) == 6 * 4
     kara = next(r for r in stages[0][0].requests if r[0] == "kara@0.5")
@@ -392,13 +392,13 @@ def test_orders_hold_what_is_missing(small_part, tmp_path: Path, monkeypatch: py
     assert stages[1][0].settings["preset"] == "paper" and paper[3] == 2
     fill(tmp_path, part, scripts, dict.fromkeys((r.name for r in part.rows), 0.2))
     # The full cache's cells lack their references, so only those of the text scripts are missing.
-    (stage,) = campaign.orders(part, scripts, tmp_path, "model", 2, 16)
+    (stage,) = campaign.orders(part, scripts, tmp_path, "model", 2)
     assert sorted(r[:2] for order in stage for r in order.requests) == [("full", "ta"), ("full", "tb")]
     for script in scripts:
         path = reference_path(tmp_path, script.name)
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    assert campaign.orders(part, scripts, tmp_path, "model", 2, 16) == []
+    assert campaign.orders(part, scripts, tmp_path, "model", 2) == []
 
 
 # -- figures and tables ----------------------------------------------------------------------------
