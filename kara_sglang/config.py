@@ -23,7 +23,7 @@ ENV = "SGLANG_KV_COMPRESS"
 
 NONE = "none"
 
-Score = Literal["sum", "sum_v", "l2", "l2_v"]
+Score = Literal["sum", "sum_v", "l2", "l2_v", "l2_v4"]
 SELECTORS: tuple[str, ...] = tuple(REGISTRY)
 
 # The paper's own choices (arXiv 2607.01237, section 4): everything that this project added is off.
@@ -52,7 +52,7 @@ class KaraConfig:
         Newest tokens left uncompressed behind the window; their queries vote too.
     score
         ``sum`` of the attention that a key collects (the paper's), ``l2``: sum of its squares; with
-        ``_v`` times the norm of the value.
+        ``_v`` times the norm of the value, with ``_v4`` times its fourth power.
     chunk_budget
         alpha: share of R that Token2Chunk may spend on filling gaps; 0 switches it off.
     chunk_width

@@ -160,7 +160,7 @@ def launches(
         kept=retained,
         selector=KaraSelector(
             chunks=ChunkRule(budget=0.1),
-            rule=AttentionRule(squared=not causal, value_norm=True, causal=causal),
+            rule=AttentionRule(squared=not causal, value_norm=1, causal=causal),
         ),
         seed=0,
         query_start=0,

@@ -105,6 +105,7 @@ def main() -> int:
     parser.add_argument("--split", choices=texts.SPLITS, default="development")
     parser.add_argument("--texts", type=int)
     parser.add_argument("--seeds", type=int, default=1, help="scripts with facts per text")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     from transformers import AutoTokenizer
@@ -115,8 +116,12 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(model)
     scripts = scripts_of(tokenizer, options.split, options.texts, options.window, options.seeds)
     with torch.no_grad():
-        found = sweep(Replay(model), scripts, names, options.window, options.retain)
-    settings = {key: getattr(options, key) for key in ("window", "retain", "split", "texts", "seeds")}
+        found = sweep(
+            Replay(model, getattr(torch, options.dtype)), scripts, names, options.window, options.retain
+        )
+    settings = {
+        key: getattr(options, key) for key in ("window", "retain", "split", "texts", "seeds", "dtype")
+    }
     write_json(options.out, {"meta": settings | {"model": Path(model).name}, "rows": found})
     print(json.dumps(settings))
     print(table(found, "kara"))
