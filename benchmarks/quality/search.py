@@ -5,6 +5,7 @@
 
 Rows are ``paper`` (the paper's preset), ``kara`` (the defaults), any other selector, or a point of the
 space of ``variants.py``. Development texts by default: look at the held-out ones once, at the end.
+``--show sweep.json`` prints the table of a finished search again.
 """
 
 from __future__ import annotations
@@ -106,8 +107,13 @@ def main() -> int:
     parser.add_argument("--texts", type=int)
     parser.add_argument("--seeds", type=int, default=1, help="scripts with facts per text")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--out", type=Path, required=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="JSON file, with one value per row and text")
+    where.add_argument("--show", type=Path, help="print the table of such a file")
     options = parser.parse_args()
+    if options.show:
+        print(table(json.loads(options.show.read_text())["rows"], "kara"))
+        return 0
     from transformers import AutoTokenizer
 
     names = list(dict.fromkeys(["paper", "kara", *options.rows]))
