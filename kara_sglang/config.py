@@ -29,7 +29,13 @@ SELECTORS: tuple[str, ...] = tuple(REGISTRY)
 # The paper's own choices (arXiv 2607.01237, section 4): everything that this project added is off.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {"score": "sum", "delay": 0, "query_heads": "all", "query_dtype": "model"},
+    "paper": {
+        "score": "sum",
+        "chunk_budget": 0.1,
+        "delay": 0,
+        "query_heads": "all",
+        "query_dtype": "model",
+    },
 }
 
 
@@ -87,8 +93,8 @@ class KaraConfig:
     retain: float = 0.5
     query_mem_gb: float | None = None
     delay: int = 64
-    score: Score = "l2_v"
-    chunk_budget: float = 0.1
+    score: Score = "l2_v4"
+    chunk_budget: float = 0.0
     chunk_width: int = 8
     chunk_quantile: float = 0.8
     last_queries: int = 32

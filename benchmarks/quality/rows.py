@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
@@ -79,11 +79,16 @@ class Part:
 SELECTORS = ("kara", "causal", "snapkv", "recent", "random")
 QUICK = ("kara", "random", "recent", "snapkv")
 
+PRODUCT = Variant(value=4, chunks=0)
+"""The variant that is the product's default; a test holds them together."""
+
 ABLATIONS = {
-    "without Token2Chunk": Variant(chunks=0),
-    "sum instead of squares": Variant(power=1),
-    "without the norm of V": Variant(value=0),
-    "one index set per layer": Variant(layer=1),
+    "with Token2Chunk": replace(PRODUCT, chunks=0.1),
+    "sum instead of squares": replace(PRODUCT, power=1),
+    "norm of V once": replace(PRODUCT, value=1),
+    "without the norm of V": replace(PRODUCT, value=0),
+    "one index set per layer": replace(PRODUCT, layer=1),
+    "without the delay's votes": replace(PRODUCT, later=0),
 }
 
 
@@ -109,7 +114,7 @@ def _ablations(window: int, retains: tuple[float, ...]) -> list[Row]:
     for retain in retains:
         rows += [row(name, v.name, retain) for name, v in ABLATIONS.items()]
     for retain in retains:
-        newest = Variant(newest=min(SETTLE, window // 8))
+        newest = replace(PRODUCT, newest=min(SETTLE, window // 8))
         rows.append(row("without delay", "kara", retain, delay=0))
         rows.append(row("newest kept, without delay", newest.name, retain, delay=0))
     rows += [row("rotating query heads", "kara", r, query_heads="rotating") for r in retains]

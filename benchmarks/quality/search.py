@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,19 @@ def table(found: dict[str, dict[str, list[float]]], against: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def put_into(document: str, folder: Path) -> str:
+    """``document`` with every table between ``<!-- search:NAME -->`` marks rendered from ``folder``."""
+
+    def fill(match: re.Match[str]) -> str:
+        rows = json.loads((folder / f"{match[1]}.json").read_text())["rows"]
+        mark = f"search:{match[1]} -->"
+        return f"<!-- {mark}\n{table(rows, 'kara')}<!-- end of {mark}"
+
+    return re.sub(
+        r"<!-- search:(\S+) -->\n.*?<!-- end of search:\1 -->", fill, document, flags=re.DOTALL
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("rows", nargs="*", help="selectors and variants, beside paper and kara")
@@ -110,9 +124,14 @@ def main() -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, help="JSON file, with one value per row and text")
     where.add_argument("--show", type=Path, help="print the table of such a file")
+    where.add_argument("--into", type=Path, help="render the tables of a document anew")
     options = parser.parse_args()
     if options.show:
         print(table(json.loads(options.show.read_text())["rows"], "kara"))
+        return 0
+    if options.into:
+        folder = Path(__file__).parents[1] / "results" / "quality"
+        options.into.write_text(put_into(options.into.read_text(), folder))
         return 0
     from transformers import AutoTokenizer
 

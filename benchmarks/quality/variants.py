@@ -24,7 +24,7 @@ PREFIX = "kara:"
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One point of the space.
+    """One point of the space. What a name leaves out is ``score`` l2_v and a ``chunk_budget`` of 0.1.
 
     Attributes
     ----------

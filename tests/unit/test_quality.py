@@ -19,6 +19,7 @@ from kara_sglang.benchmarks.quality import (
     reasoning,
     report,
     rows,
+    search,
     tasks,
     texts,
 )
@@ -284,7 +285,12 @@ def test_variants_have_names_that_can_be_read_back():
 
 @pytest.mark.parametrize(
     ("score", "variant"),
-    [("l2_v", Variant()), ("sum", Variant(power=1, value=0)), ("sum_v", Variant(power=1))],
+    [
+        ("l2_v", Variant()),
+        ("sum", Variant(power=1, value=0)),
+        ("sum_v", Variant(power=1)),
+        (KaraConfig().score, rows.PRODUCT),
+    ],
 )
 def test_a_variant_without_changes_is_the_product_selector(score: str, variant: Variant):
     generator = torch.Generator().manual_seed(0)
@@ -294,6 +300,10 @@ def test_a_variant_without_changes_is_the_product_selector(score: str, variant: 
     expected = product.score(queries, keys, values, scale=0.25, seed=0)
     got = VariantSelector(variant=variant).score(queries, keys, values, scale=0.25, seed=0)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_ablations_start_from_the_default():
+    assert rows.PRODUCT.chunks == KaraConfig().chunk_budget
 
 
 def test_what_variants_change():
@@ -470,6 +480,18 @@ def test_tables_are_put_between_their_marks(small_part, tmp_path: Path):
     assert "old" not in new.split("between")[0] and "old" in new.split("between")[1]
     assert new.startswith("above\n") and "| kara | 0.5 | 0.4000 ± 0.2000 |" in new
     assert report.put_into(new, result) == new
+
+
+def test_the_documents_tables_are_the_committed_results():
+    """Rendered by ``search --into`` and ``report --into``; a figure edited by hand is found here."""
+    root = texts.DATA.parents[2]
+    document = (root / "docs" / "quality.md").read_text()
+    results = root / "benchmarks" / "results" / "quality"
+    assert "<!-- search:held-out-128 -->\n| row |" in document
+    assert search.put_into(document, results) == document
+    full = results / "full.json"
+    if full.is_file():
+        assert report.put_into(document, json.loads(full.read_text())) == document
 
 
 # -- reasoning -------------------------------------------------------------------------------------
