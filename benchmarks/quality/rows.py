@@ -86,6 +86,7 @@ ABLATIONS = {
     "with Token2Chunk": replace(PRODUCT, chunks=0.1),
     "sum instead of squares": replace(PRODUCT, power=1),
     "norm of V once": replace(PRODUCT, value=1),
+    "norm of V cubed": replace(PRODUCT, value=3),
     "without the norm of V": replace(PRODUCT, value=0),
     "one index set per layer": replace(PRODUCT, layer=1),
     "without the delay's votes": replace(PRODUCT, later=0),
