@@ -17,6 +17,11 @@ class Estimate(NamedTuple):
     error: float
 
 
+def known(error: float) -> float | None:
+    """A standard error for JSON, which has no nan: None where there was one observation only."""
+    return None if math.isnan(error) else error
+
+
 def mean(values: Sequence[float]) -> Estimate:
     """Mean over texts, with the standard error of the mean."""
     if not values:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from kara_sglang import __version__, cpu_engine
 from kara_sglang.benchmarks.quality import coder_model
 from kara_sglang.benchmarks.quality.engine import CPU_ARGUMENTS, PAGE_SIZE, stop
-from kara_sglang.benchmarks.quality.estimates import mean, share_interval
+from kara_sglang.benchmarks.quality.estimates import known, mean, share_interval
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.script import write_json
 from kara_sglang.benchmarks.quality.texts import DATA
@@ -182,9 +182,9 @@ def figures(answers: dict[str, dict[int, dict[str, Any]]], retain: float) -> lis
                 "accuracy_low": low,
                 "accuracy_high": high,
                 "accuracy_over_full": against.value,
-                "accuracy_over_full_se": against.error,
+                "accuracy_over_full_se": known(against.error),
                 "output_tokens": tokens.value,
-                "output_tokens_se": tokens.error,
+                "output_tokens_se": known(tokens.error),
                 "truncated": mean([float(given[n]["cut"]) for n in full]).value,
                 "seconds": mean([given[n]["seconds"] for n in full]).value,
                 "windows": mean([float(w) for w in windows]).value,
@@ -200,11 +200,12 @@ def table(records: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for r in records:
+        over, error = f"{r['accuracy_over_full']:+.3f}", r["accuracy_over_full_se"]
+        over += "" if error is None else f" ± {error:.3f}"
         lines.append(
             f"| {r['row']} | {r['retain']:g} | {r['accuracy']:.3f} ({r['accuracy_low']:.3f} to "
-            f"{r['accuracy_high']:.3f}) | {r['accuracy_over_full']:+.3f} ± "
-            f"{r['accuracy_over_full_se']:.3f} | {r['output_tokens']:.0f} | {r['truncated']:.3f} | "
-            f"{r['seconds']:.1f} |"
+            f"{r['accuracy_high']:.3f}) | {over} | {r['output_tokens']:.0f} | "
+            f"{r['truncated']:.3f} | {r['seconds']:.1f} |"
         )
     return "\n".join(lines) + "\n"
 

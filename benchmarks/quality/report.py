@@ -15,7 +15,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kara_sglang.benchmarks.quality.estimates import Estimate, Observation, mean, observe, ranks, ratio
+from kara_sglang.benchmarks.quality.estimates import (
+    Estimate,
+    Observation,
+    known,
+    mean,
+    observe,
+    ranks,
+    ratio,
+)
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.rows import Part
 from kara_sglang.benchmarks.quality.script import Cell, Script
@@ -67,7 +75,7 @@ def figures(part: Part, scripts: list[Script], folder: Path) -> list[dict[str, A
             )
         for name, estimate in values.items():
             record[name] = estimate.value
-            record[f"{name}_se"] = None if math.isnan(estimate.error) else estimate.error
+            record[f"{name}_se"] = known(estimate.error)
         records.append(record)
     return records
 
@@ -87,9 +95,9 @@ def goals(part: Part, scripts: list[Script], folder: Path) -> dict[str, Any]:
         more = mean(better)
         out[f"{retain:g}"] = {
             "kl_text_over_paper": kl.value,
-            "kl_text_over_paper_se": None if math.isnan(kl.error) else kl.error,
+            "kl_text_over_paper_se": known(kl.error),
             "recall_over_paper": more.value,
-            "recall_over_paper_se": None if math.isnan(more.error) else more.error,
+            "recall_over_paper_se": known(more.error),
         }
     names = ("kara", "paper", *BASELINES)
     totals = dict.fromkeys(names, 0.0)

@@ -416,7 +416,7 @@ def test_orders_hold_what_is_missing(small_part, tmp_path: Path, monkeypatch: py
 
 def test_means_have_standard_errors():
     assert estimates.mean([1.0, 2.0, 3.0, 6.0]) == pytest.approx((3.0, math.sqrt(14 / 3 / 4)))
-    assert math.isnan(estimates.mean([1.0]).error)
+    assert math.isnan(estimates.mean([1.0]).error) and estimates.known(math.nan) is None
     with pytest.raises(ValueError):
         estimates.mean([])
 
