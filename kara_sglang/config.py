@@ -23,13 +23,19 @@ ENV = "SGLANG_KV_COMPRESS"
 
 NONE = "none"
 
-Score = Literal["sum", "sum_v", "l2", "l2_v"]
+Score = Literal["sum", "sum_v", "l2", "l2_v", "l2_v4"]
 SELECTORS: tuple[str, ...] = tuple(REGISTRY)
 
 # The paper's own choices (arXiv 2607.01237, section 4): everything that this project added is off.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {"score": "sum", "delay": 0, "query_heads": "all", "query_dtype": "model"},
+    "paper": {
+        "score": "sum",
+        "chunk_budget": 0.1,
+        "delay": 0,
+        "query_heads": "all",
+        "query_dtype": "model",
+    },
 }
 
 
@@ -55,7 +61,7 @@ class KaraConfig:
         Newest tokens left uncompressed behind the window; their queries vote too.
     score
         ``sum`` of the attention that a key collects (the paper's), ``l2``: sum of its squares; with
-        ``_v`` times the norm of the value.
+        ``_v`` times the norm of the value, with ``_v4`` times its fourth power.
     chunk_budget
         alpha: share of R that Token2Chunk may spend on filling gaps; 0 switches it off.
     chunk_width
@@ -96,8 +102,8 @@ class KaraConfig:
     query_mem_gb: float | None = None
     prefix_reuse: Literal["exact", "compressed"] = "exact"
     delay: int = 64
-    score: Score = "l2_v"
-    chunk_budget: float = 0.1
+    score: Score = "l2_v4"
+    chunk_budget: float = 0.0
     chunk_width: int = 8
     chunk_quantile: float = 0.8
     last_queries: int = 32

@@ -24,7 +24,7 @@ class AttentionRule:
     squared
         Sum the squares of the probabilities instead of the probabilities (the paper's).
     value_norm
-        Multiply by the Euclidean norm of the key's value.
+        Multiply by the Euclidean norm of the key's value to this power; 0: not at all.
     causal
         Query i sees keys j <= i only (a query behind the window sees them all).
     last_queries
@@ -35,7 +35,7 @@ class AttentionRule:
     """
 
     squared: bool = False
-    value_norm: bool = False
+    value_norm: int = 0
     causal: bool = False
     last_queries: int | None = None
     per_layer: bool = False
@@ -96,7 +96,7 @@ def attention_scores(
                 probabilities.square_()
             scores[heads] += probabilities.sum(dim=1)
     if rule.value_norm:
-        scores *= values.float().norm(dim=-1).T
+        scores *= values.float().norm(dim=-1).T ** rule.value_norm
     return share_heads(scores) if rule.per_layer else scores
 
 

@@ -182,7 +182,7 @@ def launches(
         kept=retained,
         selector=KaraSelector(
             chunks=ChunkRule(budget=0.1 if chunks else 0.0),
-            rule=AttentionRule(squared=not causal, value_norm=True, causal=causal),
+            rule=AttentionRule(squared=not causal, value_norm=1, causal=causal),
         ),
         seed=0,
         query_start=0,

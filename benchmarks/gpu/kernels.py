@@ -44,7 +44,7 @@ from kara_sglang.kernels.triton.score import Voters, attention_scores
 from kara_sglang.kernels.triton.select import select
 
 DEVICE = torch.device("cuda")
-RULE = AttentionRule(squared=True, value_norm=True)
+RULE = AttentionRule(squared=True, value_norm=1)
 CHUNKS = ChunkRule(budget=0.1)
 PAGE = 16
 OTHER_CASES = (

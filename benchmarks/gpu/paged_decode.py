@@ -25,7 +25,7 @@ from kara_sglang.kernels.triton import TritonKernels
 
 DEVICE = torch.device("cuda")
 HEADS, GROUP, DIM, DELAY, SLOTS = 4, 4, 128, 16, 4096
-SELECTOR = KaraSelector(chunks=ChunkRule(budget=0.1), rule=AttentionRule(squared=True, value_norm=True))
+SELECTOR = KaraSelector(chunks=ChunkRule(budget=0.1), rule=AttentionRule(squared=True, value_norm=1))
 
 
 def check(flashinfer: Any, kernels: Kernels, page: int, width: int, kept: int) -> float:

@@ -21,9 +21,15 @@ class KaraSelector(AttentionSelector):
     def from_config(cls, config: KaraConfig) -> Self:
         return cls(
             chunks=ChunkRule(config.chunk_budget, config.chunk_width, config.chunk_quantile),
-            rule=AttentionRule(
-                squared=config.score.startswith("l2"),
-                value_norm=config.score.endswith("_v"),
-                per_layer=config.granularity == "layer",
-            ),
+            rule=_rule(config),
         )
+
+
+def _rule(config: KaraConfig) -> AttentionRule:
+    """``sum`` or ``l2``, then ``_v`` and the power of V's norm, 1 where none is written."""
+    votes, times, power = config.score.partition("_v")
+    return AttentionRule(
+        squared=votes == "l2",
+        value_norm=int(power or 1) if times else 0,
+        per_layer=config.granularity == "layer",
+    )

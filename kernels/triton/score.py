@@ -227,7 +227,8 @@ def column_sum_kernel(
             mask = inside[:, None] & (value_dim < VALUE_DIM)
             value = load_float(value_head + value_dim, mask, KEY).to(tl.float32)
             squares += tl.sum(value * value, axis=1)
-        score *= tl.sqrt(squares)
+        for _ in tl.static_range(VALUE_NORM):
+            score *= tl.sqrt(squares)
     tl.store(scores + index.to(tl.int64) * width + position, score, mask=inside)
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 HEADS, GROUP, DIM, DELAY = 2, 3, 16, 5
 SLOTS = 2048
 KARA = REGISTRY["kara"](
-    chunks=ChunkRule(budget=0.2, quantile=0.5), rule=AttentionRule(squared=True, value_norm=True)
+    chunks=ChunkRule(budget=0.2, quantile=0.5), rule=AttentionRule(squared=True, value_norm=1)
 )
 
 

@@ -20,7 +20,7 @@ from kara_sglang.kernels.triton.score import Voters, attention_scores, dot_dtype
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 FP8, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-SUM, BEST = AttentionRule(), AttentionRule(squared=True, value_norm=True)
+SUM, BEST = AttentionRule(), AttentionRule(squared=True, value_norm=4)
 
 
 def triton_scores(
@@ -90,7 +90,9 @@ def brute_force(
                         weights /= weights.sum()
                         out[layer, job, head, :visible] += weights**2 if rule.squared else weights
                 if rule.value_norm:
-                    out[layer, job, head] *= np.linalg.norm(values[window, head], axis=-1)
+                    out[layer, job, head] *= (
+                        np.linalg.norm(values[window, head], axis=-1) ** rule.value_norm
+                    )
     return out
 
 
@@ -145,7 +147,7 @@ def test_rules_over_several_blocks(make, causal, last, count):
     """W = 176 is two and three quarters blocks of 64 keys; 205 queries include a delay's."""
     pool = make.pool(3, layers=2, heads=1, dim=64, slots=256, units=2, ring_len=205)
     slots = make.windows(1, 176, slots=256, seed=5, page=16)
-    rule = AttentionRule(squared=count == 205, value_norm=True, causal=causal, last_queries=last)
+    rule = AttentionRule(squared=count == 205, value_norm=1, causal=causal, last_queries=last)
     check(pool, slots, torch.tensor([[1, 0]]), [100], count, rule)
 
 
@@ -171,7 +173,7 @@ def test_windows_of_thousands(make, width, causal):
     """The newest queries only, which keeps the interpreter busy for seconds instead of minutes."""
     pool = make.pool(12, heads=1, dim=16, slots=width, units=1, ring_len=width + 64)
     slots = make.windows(1, width, slots=width, seed=3, page=16)
-    rule = AttentionRule(value_norm=True, causal=causal, last_queries=140)
+    rule = AttentionRule(value_norm=1, causal=causal, last_queries=140)
     check(pool, slots, torch.tensor([[0]]), [1_000_003], width + 64, rule, tolerance=1e-4)
 
 

@@ -28,7 +28,7 @@ def brute_force(
     scale: float,
     *,
     squared: bool,
-    value_norm: bool,
+    value_norm: int,
     causal: bool,
     last_queries: int | None,
 ) -> torch.Tensor:
@@ -55,14 +55,14 @@ def brute_force(
                     collected[head][j] += share * share if squared else share
         if value_norm:
             for j in range(len(k)):
-                collected[head][j] *= math.sqrt(sum(x * x for x in v[j][head]))
+                collected[head][j] *= math.sqrt(sum(x * x for x in v[j][head])) ** value_norm
     return torch.tensor(collected, dtype=torch.float64)
 
 
 rules = st.fixed_dictionaries(
     {
         "squared": st.booleans(),
-        "value_norm": st.booleans(),
+        "value_norm": st.integers(0, 4),
         "causal": st.booleans(),
         "last_queries": st.none() | st.integers(1, 24),
     }
@@ -98,9 +98,9 @@ def ones(num_queries: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torc
 
 @settings(max_examples=100)
 @given(windows(), rules)
-@example(ones(1, 1), {"squared": False, "value_norm": False, "causal": True, "last_queries": 1})
-@example(ones(7, 3), {"squared": True, "value_norm": True, "causal": True, "last_queries": 6})
-@example(ones(7, 3), {"squared": False, "value_norm": False, "causal": True, "last_queries": 2})
+@example(ones(1, 1), {"squared": False, "value_norm": 0, "causal": True, "last_queries": 1})
+@example(ones(7, 3), {"squared": True, "value_norm": 1, "causal": True, "last_queries": 6})
+@example(ones(7, 3), {"squared": False, "value_norm": 0, "causal": True, "last_queries": 2})
 def test_scores_equal_brute_force(window, rule) -> None:
     """Every rule on every shape, with ties and logits up to thousands."""
     queries, keys, values, scale = window
@@ -111,7 +111,7 @@ def test_scores_equal_brute_force(window, rule) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("score_name", ["sum", "sum_v", "l2", "l2_v"])
+@pytest.mark.parametrize("score_name", ["sum", "sum_v", "l2", "l2_v", "l2_v4"])
 def test_scores_of_ordinary_numbers(dtype: torch.dtype, score_name: str) -> None:
     """A realistic head dimension and delay; the inputs' own rounding is no excuse."""
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ def test_scores_of_ordinary_numbers(dtype: torch.dtype, score_name: str) -> None
     queries, keys, values = (tensor.to(dtype) for tensor in (queries, keys, values))
     rule = {
         "squared": score_name.startswith("l2"),
-        "value_norm": score_name.endswith("_v"),
+        "value_norm": {"sum": 0, "l2": 0, "l2_v4": 4}.get(score_name, 1),
         "causal": False,
         "last_queries": None,
     }
@@ -133,7 +133,7 @@ def test_dtypes_may_differ() -> None:
     torch.manual_seed(1)
     queries = torch.randn(6, 2, 2, 8).to(torch.float8_e4m3fn)
     keys, values = torch.randn(5, 2, 8).bfloat16(), torch.randn(5, 2, 8).half()
-    rule = {"squared": True, "value_norm": True, "causal": False, "last_queries": None}
+    rule = {"squared": True, "value_norm": 1, "causal": False, "last_queries": None}
     got = attention_scores(queries, keys, values, scale=0.3, rule=AttentionRule(**rule))
     expected = brute_force(queries, keys, values, 0.3, **rule)
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
@@ -169,7 +169,7 @@ def test_bounded_scratch_changes_nothing(
     """KV heads are taken in groups that fit SCRATCH_BYTES, also where the last group is smaller."""
     torch.manual_seed(4)
     queries, keys, values = torch.randn(20, 5, 2, 8), torch.randn(16, 5, 8), torch.randn(16, 5, 8)
-    rule = AttentionRule(squared=True, value_norm=True, causal=causal)
+    rule = AttentionRule(squared=True, value_norm=1, causal=causal)
     whole = attention_scores(queries, keys, values, scale=0.35, rule=rule)
 
     sizes = []

@@ -152,14 +152,16 @@ def test_recent_and_identity_keep_what_they_say() -> None:
     assert [name for name in REGISTRY if REGISTRY[name].keeps_all] == ["identity"]
 
 
-@pytest.mark.parametrize("score", ["sum", "sum_v", "l2", "l2_v"])
+@pytest.mark.parametrize("score", ["sum", "sum_v", "l2", "l2_v", "l2_v4"])
 def test_settings_reach_the_rules(score: str) -> None:
     """kara and causal differ in the mask alone; snapkv is plain attention without chunks."""
     config = KaraConfig(
         score=score, chunk_budget=0.3, chunk_width=5, chunk_quantile=0.6, last_queries=9
     )
     kara, causal, snapkv = (build(name, config) for name in ("kara", "causal", "snapkv"))
-    rule = AttentionRule(squared="l2" in score, value_norm="_v" in score)
+    rule = AttentionRule(
+        squared="l2" in score, value_norm={"sum": 0, "l2": 0, "l2_v4": 4}.get(score, 1)
+    )
     assert (kara.rule, kara.chunks) == (rule, ChunkRule(0.3, 5, 0.6))
     assert causal.rule == AttentionRule(rule.squared, rule.value_norm, causal=True)
     assert causal.chunks == kara.chunks

@@ -780,7 +780,7 @@ def random_setting(random: Random, real: bool) -> Setting:
         retain=random.choice([0.01, 0.25, 0.5, 0.5, 0.7, 1.0]),
         query_mem_gb=random.choice([None, 1.0]),
         delay=random.choice([0, 0, 1, 5, 16, 40]),
-        score=random.choice(["sum", "sum_v", "l2", "l2_v"]),
+        score=random.choice(["sum", "sum_v", "l2", "l2_v", "l2_v4"]),
         chunk_budget=random.choice([0.0, 0.1, 0.5]),
         chunk_quantile=random.choice([0.0, 0.5]),
         last_queries=random.choice([1, 8]),

@@ -1,0 +1,152 @@
+"""Fills the cells of a run folder: which servers to start, what each of them serves, and progress."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from kara_sglang import cpu_engine
+from kara_sglang.benchmarks.quality import engine, instrument, tasks, texts
+from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed, Order
+from kara_sglang.benchmarks.quality.rows import Part, Row
+from kara_sglang.benchmarks.quality.script import Script, cell_path, reference_path
+from kara_sglang.config import KaraConfig
+
+RUNNING = 16
+"""Requests that one engine runs at once; on a CPU more are no faster, and their KV takes memory."""
+
+
+def scripts_of(part: Part, tokenizer: Any, split: str) -> list[Script]:
+    """The scripts of a part: one of each kind per text."""
+    encode = tasks.encoder(tokenizer)
+    scripts = []
+    for number, text in enumerate(texts.load(split, part.texts)):
+        scripts.append(tasks.text_script(encode, text, part.text))
+        scripts.append(tasks.recall_script(encode, text, part.recall, seed=number))
+    return scripts
+
+
+def is_done(folder: Path, row: Row, script: Script) -> bool:
+    """Whether the cell need not be measured again."""
+    if not cell_path(folder, row.key, script.name).is_file():
+        return False
+    needs_reference = row.name == instrument.REFERENCE_ROW and script.compared()
+    return not needs_reference or reference_path(folder, script.name).is_file()
+
+
+def servers(rows: list[Row]) -> list[list[Row]]:
+    """Rows by server; the server of the reference comes first."""
+    by_settings: dict[str, list[Row]] = {}
+    for row in rows:
+        by_settings.setdefault(json.dumps(row.settings, sort_keys=True), []).append(row)
+    return sorted(
+        by_settings.values(),
+        key=lambda members: all(row.name != instrument.REFERENCE_ROW for row in members),
+    )
+
+
+def query_memory(model: str, settings: dict[str, Any]) -> float:
+    """GiB that let every running request record all its heads, so that no row depends on the load."""
+    import torch
+    from transformers import AutoConfig
+
+    from kara_sglang.doctor import recorder_of
+
+    config = AutoConfig.from_pretrained(model)
+    heads = config.num_attention_heads
+    shape = SimpleNamespace(
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        get_total_num_kv_heads=lambda: config.num_key_value_heads,
+        dtype=torch.float32,
+    )
+    ring = recorder_of(shape, KaraConfig.from_settings(settings))
+    return (RUNNING + 1) * ring.shape.group * ring.unit_bytes / 2**30
+
+
+def orders(
+    part: Part, scripts: list[Script], folder: Path, model: str, shards: int
+) -> list[list[Order]]:
+    """What is left to do: a list of stages, each of them orders that can run side by side."""
+    stages = []
+    for members in servers(part.rows):
+        settings = {"selector": "kara"} | members[0].settings
+        config = KaraConfig.from_settings(settings)
+        todo = [
+            (row, script) for script in scripts for row in members if not is_done(folder, row, script)
+        ]
+        arguments: dict[str, Any] = {"max_running_requests": RUNNING}
+        if cpu_engine.is_installed():
+            longest = max(len(script.prompt) + len(script.forced) for script in scripts)
+            arguments["max_total_tokens"] = RUNNING * (longest + 2 * PAGE_SIZE)
+        stage = []
+        for shard in range(shards):
+            mine = {script.name for script in scripts[shard::shards]}
+            requests = [
+                (
+                    row.key,
+                    script.name,
+                    row.options,
+                    0
+                    if row.selector is None
+                    else tasks.windows_done(script, config.window, config.delay, PAGE_SIZE),
+                )
+                for row, script in todo
+                if script.name in mine
+            ]
+            if requests:
+                memory = {"query_mem_gb": query_memory(model, settings)}
+                stage.append(Order(model, settings | memory, arguments, requests))
+        if stage:
+            stages.append(stage)
+    return stages
+
+
+def carry_out(
+    stages: list[list[Order]],
+    folder: Path,
+    name: str,
+    threads: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Run the stages one after the other, the orders of each side by side.
+
+    ``progress`` is told how many cells are new since it was last told.
+
+    Raises
+    ------
+    EngineFailed
+        With the end of the log of the engine that failed.
+    """
+    for number, stage in enumerate(stages):
+        cells = [cell_path(folder, row, script) for o in stage for row, script, _, _ in o.requests]
+        for path in cells:
+            path.unlink(missing_ok=True)
+        with contextlib.ExitStack() as stack:
+            running = {}
+            for shard, order in enumerate(stage):
+                title = f"{name}-{number}-{shard}"
+                running[title] = stack.enter_context(engine.start(order, folder, title, threads))
+            seen = 0
+            while running:
+                time.sleep(0.5)
+                if (done := sum(path.is_file() for path in cells)) > seen:
+                    progress(done - seen)
+                    seen = done
+                for title, process in list(running.items()):
+                    if process.poll() is not None:
+                        del running[title]
+                        if process.returncode:
+                            log = (folder / "logs" / f"{title}.log").read_text(errors="replace")
+                            raise EngineFailed(
+                                f"engine {title} failed; its log ends with\n{log[-3000:]}"
+                            )
+            progress(sum(path.is_file() for path in cells) - seen)
+        if missing := [path for path in cells if not path.is_file()]:
+            raise EngineFailed(f"{len(missing)} cells were not written, the first is {missing[0]}")

@@ -1,0 +1,244 @@
+"""From cells to figures: JSON, tables in Markdown, plots.
+
+    python -m kara_sglang.benchmarks.quality.report RESULT.json [--plot FILE.png] [--into DOC.md]
+
+renders the tables of a result, draws its plot, and puts the tables into a document between the lines
+``<!-- quality:NAME -->`` and ``<!-- end of quality:NAME -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from kara_sglang.benchmarks.quality.estimates import (
+    Estimate,
+    Observation,
+    known,
+    mean,
+    observe,
+    ranks,
+    ratio,
+)
+from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
+from kara_sglang.benchmarks.quality.rows import Part
+from kara_sglang.benchmarks.quality.script import Cell, Script
+
+BASELINES = ("random", "recent", "snapkv")
+
+
+def collect(part: Part, scripts: list[Script], folder: Path) -> dict[str, list[Observation]]:
+    """Observations per row, one per script, in the scripts' order."""
+    return {
+        row.key: [observe(script, Cell.load(folder, row.key, script.name)) for script in scripts]
+        for row in part.rows
+    }
+
+
+def figures(part: Part, scripts: list[Script], folder: Path) -> list[dict[str, Any]]:
+    """One record per row; ``*_se`` is the standard error over texts."""
+    seen = collect(part, scripts, folder)
+    full = seen[REFERENCE_ROW]
+    records = []
+    for row in part.rows:
+        mine = seen[row.key]
+        text = [(o, f) for o, f in zip(mine, full, strict=True) if o.nll is not None]
+        facts = [(o, f) for o, f in zip(mine, full, strict=True) if o.recall is not None]
+        nll = mean([o.nll for o, _ in text])
+        record: dict[str, Any] = {
+            "part": part.name,
+            "group": row.group,
+            "row": row.name,
+            "retain": row.retain,
+            "settings": row.settings,
+            "texts": len(text),
+            "facts": sum(len(s.probes) for s in scripts if s.probes[0].back is not None),
+        }
+        values = {
+            # The reference differs from itself by nothing; its cells hold no KL.
+            "kl_text": mean([o.kl or 0.0 for o, _ in text]),
+            "perplexity": Estimate(math.exp(nll.value), math.exp(nll.value) * nll.error),
+            "nll_over_full": mean([o.nll - f.nll for o, f in text]),
+            "recall": mean([o.recall for o, _ in facts]),
+            "recall_below_full": mean([f.recall - o.recall for o, f in facts]),
+            "recall_logprob": mean([o.recall_logprob for o, _ in facts]),
+            "slots": mean([o.slots for o, _ in text]),
+        }
+        for back in sorted(facts[0][0].by_back):
+            values[f"recall_back_{back}"] = mean([o.by_back[back] for o, _ in facts])
+            values[f"recall_back_{back}_below_full"] = mean(
+                [f.by_back[back] - o.by_back[back] for o, f in facts]
+            )
+        for name, estimate in values.items():
+            record[name] = estimate.value
+            record[f"{name}_se"] = known(estimate.error)
+        records.append(record)
+    return records
+
+
+def goals(part: Part, scripts: list[Script], folder: Path) -> dict[str, Any]:
+    """What the project wants of ``kara``, as measured; empty where rows are missing."""
+    rows = {(row.name, row.retain): row for row in part.rows}
+    if not {"paper", "kara", *BASELINES} <= {name for name, _ in rows}:
+        return {}
+    seen = collect(part, scripts, folder)
+    out: dict[str, Any] = {}
+    shares = sorted({retain for name, retain in rows if name == "kara"}, reverse=True)
+    for retain in shares:
+        ours, paper = (seen[rows[name, retain].key] for name in ("kara", "paper"))
+        kl = ratio([o.kl for o in ours if o.kl is not None], [o.kl for o in paper if o.kl is not None])
+        better = [a.recall - b.recall for a, b in zip(ours, paper, strict=True) if a.recall is not None]
+        more = mean(better)
+        out[f"{retain:g}"] = {
+            "kl_text_over_paper": kl.value,
+            "kl_text_over_paper_se": known(kl.error),
+            "recall_over_paper": more.value,
+            "recall_over_paper_se": known(more.error),
+        }
+    names = ("kara", "paper", *BASELINES)
+    totals = dict.fromkeys(names, 0.0)
+    contests = 0
+    for retain in shares:
+        observations = {name: seen[rows[name, retain].key] for name in names}
+        for i, _ in enumerate(scripts):
+            here = {name: observations[name][i] for name in names}
+            if here["kara"].kl is not None:
+                scores = {name: float(o.kl) for name, o in here.items() if o.kl is not None}
+            else:
+                scores = {n: -o.recall_logprob for n, o in here.items() if o.recall_logprob is not None}
+            contests += 1
+            for name, rank in ranks(scores).items():
+                totals[name] += rank
+    out["mean_rank"] = {name: total / contests for name, total in totals.items()}
+    return out
+
+
+def table(records: list[dict[str, Any]], part: str, group: str) -> str:
+    """A Markdown table of a group's rows, the reference above them."""
+    chosen = [
+        r for r in records if r["part"] == part and (r["group"] == group or r["row"] == REFERENCE_ROW)
+    ]
+    lines = [
+        "| row | retain | KL on text (nats) | perplexity | recall | log p of answers | KV held |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in chosen:
+        kl = "0" if r["row"] == REFERENCE_ROW else _with_error(r, "kl_text", 4)
+        lines.append(
+            f"| {r['row']} | {r['retain']:g} | {kl} | {_with_error(r, 'perplexity', 2)} | "
+            f"{_with_error(r, 'recall', 3)} | {_with_error(r, 'recall_logprob', 2)} | "
+            f"{r['slots']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _with_error(record: dict[str, Any], name: str, digits: int) -> str:
+    error = record[f"{name}_se"]
+    text = f"{record[name]:.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The whole result as a document."""
+    meta = result["meta"]
+    lines = [
+        "# Quality of compressed answers",
+        "",
+        f"`{meta['command']}`, {meta['model']}, {meta['split']} texts, SGLang {meta['sglang']}, "
+        f"kara-sglang {meta['kara_sglang']}, {meta['machine']}, {meta['seconds'] / 60:.0f} minutes.",
+        "",
+    ]
+    groups = dict.fromkeys((r["part"], r["group"]) for r in result["results"])
+    for part, group in groups:
+        lines += [f"## {part}: {group}", "", table(result["results"], part, group)]
+    if result["goals"]:
+        lines += ["## Goals", "", goal_table(result["goals"])]
+    return "\n".join(lines)
+
+
+def goal_table(found: dict[str, Any]) -> str:
+    """KL and recall of ``kara`` against the paper's preset, and the mean ranks."""
+    lines = ["| retain | KL of kara / paper | recall of kara - paper |", "|---|---|---|"]
+    for retain, values in found.items():
+        if retain != "mean_rank":
+            kl = _with_error(values, "kl_text_over_paper", 2)
+            lines.append(f"| {retain} | {kl} | {_with_error(values, 'recall_over_paper', 3)} |")
+    lines += ["", "| selector | mean rank |", "|---|---|"]
+    by_rank = sorted(found["mean_rank"].items(), key=lambda pair: pair[1])
+    lines += [f"| {name} | {rank:.2f} |" for name, rank in by_rank]
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """KL and recall over the share retained, a line per selector."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit(
+            "--plot needs matplotlib; pip install 'kara-sglang[quality]' or pip install matplotlib"
+        ) from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    first = result["results"][0]["part"]
+    records = [r for r in result["results"] if r["part"] == first and r["group"] == "selectors"]
+    names = [
+        n for n in dict.fromkeys(r["row"] for r in records) if n not in (REFERENCE_ROW, "identity")
+    ]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in names:
+        mine = sorted((r for r in records if r["row"] == name), key=lambda r: r["retain"])
+        shares = [r["retain"] for r in mine]
+        style = {"marker": "o", "linewidth": 2.5 if name == "kara" else 1.2, "capsize": 3}
+        for axes, key in ((left, "kl_text"), (right, "recall")):
+            errors = [r[f"{key}_se"] or 0 for r in mine]
+            axes.errorbar(shares, [r[key] for r in mine], errors, label=name, **style)
+    whole = next(r for r in records if r["row"] == REFERENCE_ROW)
+    right.axhline(whole["recall"], color="black", linestyle=":", label="full cache")
+    left.set(yscale="log", xlabel="share retained", ylabel="KL to the full cache on text (nats)")
+    right.set(ylim=(0, 1), xlabel="share retained", ylabel="facts recalled")
+    right.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def put_into(document: str, result: dict[str, Any]) -> str:
+    """``document`` with every marked table rendered anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        part, _, group = match[1].partition("/")
+        if part == "goals":
+            body = goal_table(result["goals"])
+        elif any(r["part"] == part and r["group"] == group for r in result["results"]):
+            body = table(result["results"], part, group)
+        else:
+            return match[0]
+        return f"<!-- quality:{match[1]} -->\n{body}<!-- end of quality:{match[1]} -->"
+
+    pattern = re.compile(r"<!-- quality:(\S+) -->\n.*?<!-- end of quality:\1 -->", re.DOTALL)
+    return pattern.sub(fill, document)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Render the tables and plots of a result.")
+    parser.add_argument("result", type=Path, help="what kara_sglang.benchmarks.quality --out wrote")
+    parser.add_argument("--plot", type=Path, help="draw KL and recall into this file")
+    parser.add_argument("--into", type=Path, help="a Markdown document with marked tables")
+    arguments = parser.parse_args()
+    result = json.loads(arguments.result.read_text())
+    if arguments.plot:
+        plot(result, arguments.plot)
+    if arguments.into:
+        arguments.into.write_text(put_into(arguments.into.read_text(), result))
+    if not arguments.plot and not arguments.into:
+        print(markdown(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

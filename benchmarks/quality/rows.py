@@ -1,0 +1,150 @@
+"""The rows of the tables: what is compared with what, and which rows can share a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
+from kara_sglang.benchmarks.quality.tasks import SETTLE, Layout
+from kara_sglang.benchmarks.quality.variants import Variant
+from kara_sglang.config import KaraConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way to compress.
+
+    Attributes
+    ----------
+    name
+        As in the tables.
+    group
+        The table that it belongs to.
+    selector
+        Of the request; None: not compressed at all.
+    retain
+        Share that is kept; 1 for rows that keep all.
+    settings
+        The server's settings, for :func:`kara_sglang.configure`.
+    """
+
+    name: str
+    group: str
+    selector: str | None
+    retain: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Unique, and fit for a file's name."""
+        if self.name == REFERENCE_ROW:
+            return self.name
+        return f"{self.name.replace(':', '_').replace(' ', '-')}@{self.retain:g}"
+
+    @property
+    def options(self) -> Any:
+        """The request's ``kv_compress``."""
+        if self.selector is None:
+            return False
+        return {"selector": self.selector, "retain": self.retain}
+
+    @property
+    def delay(self) -> int:
+        """Tokens that the server leaves uncompressed behind a window."""
+        return KaraConfig.from_settings(self.settings).delay
+
+
+@dataclass(slots=True)
+class Part:
+    """Rows that perform the same scripts.
+
+    Attributes
+    ----------
+    rows
+        Begin with the reference.
+    text, recall
+        Layouts of the two kinds of scripts.
+    texts
+        How many documents; None: all.
+    """
+
+    name: str
+    rows: list[Row]
+    text: Layout
+    recall: Layout
+    texts: int | None
+
+
+SELECTORS = ("kara", "causal", "snapkv", "recent", "random")
+QUICK = ("kara", "random", "recent", "snapkv")
+
+PRODUCT = Variant(value=4, chunks=0)
+"""The variant that is the product's default; a test holds them together."""
+
+ABLATIONS = {
+    "with Token2Chunk": replace(PRODUCT, chunks=0.1),
+    "sum instead of squares": replace(PRODUCT, power=1),
+    "norm of V once": replace(PRODUCT, value=1),
+    "norm of V cubed": replace(PRODUCT, value=3),
+    "without the norm of V": replace(PRODUCT, value=0),
+    "one index set per layer": replace(PRODUCT, layer=1),
+    "without the delay's votes": replace(PRODUCT, later=0),
+}
+
+
+def _server(window: int, **settings: Any) -> dict[str, Any]:
+    return {"window": window} | settings
+
+
+def _full(window: int) -> Row:
+    return Row(REFERENCE_ROW, "selectors", None, 1.0, _server(window))
+
+
+def _selectors(names: tuple[str, ...], window: int, retains: tuple[float, ...]) -> list[Row]:
+    rows = [Row(name, "selectors", name, r, _server(window)) for r in retains for name in names]
+    paper = _server(window, preset="paper")
+    return rows + [Row("paper", "selectors", "kara", retain, paper) for retain in retains]
+
+
+def _ablations(window: int, retains: tuple[float, ...]) -> list[Row]:
+    def row(name: str, selector: str, retain: float, **settings: Any) -> Row:
+        return Row(name, "ablations", selector, retain, _server(window, **settings))
+
+    rows = []
+    for retain in retains:
+        rows += [row(name, v.name, retain) for name, v in ABLATIONS.items()]
+    for retain in retains:
+        newest = replace(PRODUCT, newest=min(SETTLE, window // 8))
+        rows.append(row("without delay", "kara", retain, delay=0))
+        rows.append(row("newest kept, without delay", newest.name, retain, delay=0))
+    rows += [row("rotating query heads", "kara", r, query_heads="rotating") for r in retains]
+    rows += [row("queries in full precision", "kara", r, query_dtype="model") for r in retains]
+    return rows
+
+
+def quick() -> list[Part]:
+    """Minutes on two cores: the main rows at two shares, a small window, few texts."""
+    window = 128
+    rows = [_full(window), *_selectors(QUICK, window, (0.5, 0.25))]
+    text = Layout(window, 1, tail=window, stride=2)
+    recall = Layout(window, 2, facts=3)
+    return [Part("quick", rows, text, recall, 8)]
+
+
+def full() -> list[Part]:
+    """Everything that the documents report."""
+    window, retains = 256, (0.75, 0.5, 0.3, 0.2)
+    identity = Row("identity", "selectors", "identity", 1.0, _server(window))
+    main = [_full(window), identity, *_selectors(SELECTORS, window, retains)]
+    main += _ablations(window, (0.5, 0.3))
+    text = Layout(window, 1, tail=window, stride=2)
+    parts = [Part("main", main, text, Layout(window, 3, facts=4), None)]
+
+    wide = 1024
+    sweep = [_full(wide)]
+    for size in (wide, 512, 256, 128):
+        sweep += [Row(f"window {size}", "windows", "kara", r, _server(size)) for r in (0.5, 0.25)]
+    text = Layout(wide, 1, tail=256, stride=2)
+    parts.append(Part("windows", sweep, text, Layout(wide, 1, facts=8), 8))
+    return parts

@@ -1,0 +1,157 @@
+"""Compares selectors on texts without a server, by replay: for the search, not for the report.
+
+    python -m kara_sglang.benchmarks.quality.search --window 128 --retain 0.5 --out sweep.json \\
+        kara:chunks=0 kara:value=2
+
+Rows are ``paper`` (the paper's preset), ``kara`` (the defaults), any other selector, or a point of the
+space of ``variants.py``. Development texts by default: look at the held-out ones once, at the end.
+``--show sweep.json`` prints the table of a finished search again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kara_sglang.benchmarks.quality import tasks, texts, variants
+from kara_sglang.benchmarks.quality.estimates import Estimate, mean, observe
+from kara_sglang.benchmarks.quality.replay import Plan, Replay
+from kara_sglang.benchmarks.quality.script import Script, write_json
+from kara_sglang.benchmarks.quality.tasks import Layout
+from kara_sglang.config import KaraConfig
+from kara_sglang.embedded_model import embedded_model_path
+from kara_sglang.kernels import selectors
+
+
+def plan_of(name: str, window: int, retain: float) -> Plan:
+    """What a server with default settings (``paper``: with that preset) would do for a request."""
+    preset = "paper" if name == "paper" else "default"
+    config = KaraConfig.from_settings({"window": window, "retain": retain, "preset": preset})
+    selector = selectors.build("kara" if name == "paper" else name, config)
+    return Plan(selector, window, config.kept(16), config.delay, 16, fp8=config.query_dtype == "fp8")
+
+
+def scripts_of(tokenizer: Any, split: str, limit: int | None, window: int, seeds: int) -> list[Script]:
+    """Per text: one script of running text and ``seeds`` scripts with facts."""
+    encode = tasks.encoder(tokenizer)
+    facts = max(2, min(4, window // 42))
+    scripts = []
+    for text in texts.load(split, limit):
+        scripts.append(tasks.text_script(encode, text, Layout(window, 1, tail=window, stride=2)))
+        for seed in range(seeds):
+            layout = Layout(window, 2, facts=facts)
+            scripts.append(tasks.recall_script(encode, text, layout, 100 + seed))
+    return scripts
+
+
+def sweep(
+    replay: Replay, scripts: list[Script], names: list[str], window: int, retain: float
+) -> dict[str, dict[str, list[float]]]:
+    """Per row: KL, recall and log-probability of answers, each a list with one value per text."""
+    plans = {name: plan_of(name, window, retain) for name in names}
+    raw: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in ("full", *names)}
+    for script in tqdm(scripts, unit="script"):
+        cells = {"full": replay.full(script)}
+        cells |= {name: replay.run(script, plan) for name, plan in plans.items()}
+        replay.forget()
+        for name, cell in cells.items():
+            seen = observe(script, cell)
+            per_text = raw[name].setdefault(script.source, {"kl": [], "recall": [], "logprob": []})
+            if seen.nll is not None:
+                per_text["kl"].append(seen.kl or 0.0)
+            else:
+                per_text["recall"].append(seen.recall or 0.0)
+                per_text["logprob"].append(seen.recall_logprob or 0.0)
+    return {
+        name: {
+            key: [math.fsum(values[key]) / len(values[key]) for values in by_text.values()]
+            for key in ("kl", "recall", "logprob")
+        }
+        for name, by_text in raw.items()
+    }
+
+
+def table(found: dict[str, dict[str, list[float]]], against: str) -> str:
+    """Means, and paired differences from the row ``against``, with standard errors over texts."""
+    lines = [
+        f"| row | KL | recall | log p of answers | KL / {against} | log p - {against} |",
+        "|---|---|---|---|---|---|",
+    ]
+    base = found[against]
+    for name, values in found.items():
+        log_ratio = mean(
+            [math.log(a / b) if a and b else 0.0 for a, b in zip(values["kl"], base["kl"], strict=True)]
+        )
+        relative = Estimate(math.exp(log_ratio.value), math.exp(log_ratio.value) * log_ratio.error)
+        more = mean([a - b for a, b in zip(values["logprob"], base["logprob"], strict=True)])
+        cells = [mean(values["kl"]), mean(values["recall"]), mean(values["logprob"]), relative, more]
+        digits = (4, 3, 3, 2, 3)
+        shown = [f"{e.value:.{d}f} ± {e.error:.{d}f}" for e, d in zip(cells, digits, strict=True)]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def put_into(document: str, folder: Path) -> str:
+    """``document`` with every table between ``<!-- search:NAME -->`` marks rendered from ``folder``."""
+
+    def fill(match: re.Match[str]) -> str:
+        rows = json.loads((folder / f"{match[1]}.json").read_text())["rows"]
+        mark = f"search:{match[1]} -->"
+        return f"<!-- {mark}\n{table(rows, 'kara')}<!-- end of {mark}"
+
+    return re.sub(
+        r"<!-- search:(\S+) -->\n.*?<!-- end of search:\1 -->", fill, document, flags=re.DOTALL
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("rows", nargs="*", help="selectors and variants, beside paper and kara")
+    parser.add_argument("--model", help="model folder; by default the embedded one")
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--retain", type=float, default=0.5)
+    parser.add_argument("--split", choices=texts.SPLITS, default="development")
+    parser.add_argument("--texts", type=int)
+    parser.add_argument("--seeds", type=int, default=1, help="scripts with facts per text")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="JSON file, with one value per row and text")
+    where.add_argument("--show", type=Path, help="print the table of such a file")
+    where.add_argument("--into", type=Path, help="render the tables of a document anew")
+    options = parser.parse_args()
+    if options.show:
+        print(table(json.loads(options.show.read_text())["rows"], "kara"))
+        return 0
+    if options.into:
+        folder = Path(__file__).parents[1] / "results" / "quality"
+        options.into.write_text(put_into(options.into.read_text(), folder))
+        return 0
+    from transformers import AutoTokenizer
+
+    names = list(dict.fromkeys(["paper", "kara", *options.rows]))
+    variants.register(names)
+    model = options.model or str(embedded_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    scripts = scripts_of(tokenizer, options.split, options.texts, options.window, options.seeds)
+    with torch.no_grad():
+        found = sweep(
+            Replay(model, getattr(torch, options.dtype)), scripts, names, options.window, options.retain
+        )
+    settings = {
+        key: getattr(options, key) for key in ("window", "retain", "split", "texts", "seeds", "dtype")
+    }
+    write_json(options.out, {"meta": settings | {"model": Path(model).name}, "rows": found})
+    print(json.dumps(settings))
+    print(table(found, "kara"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,157 @@
+"""Selectors that exist for comparison only: ablations of ``kara`` and points of the search.
+
+They are named like settings, ``kara:score=sum:chunks=0``, and are put into the selectors' registry of
+the instrument's own processes, so that one server runs them all side by side by request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+
+from kara_sglang.kernels.select import ChunkRule
+from kara_sglang.kernels.selectors import REGISTRY
+from kara_sglang.kernels.selectors.base import Selector
+
+if TYPE_CHECKING:
+    from kara_sglang.config import KaraConfig
+
+PREFIX = "kara:"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One point of the space. What a name leaves out is ``score`` l2_v and a ``chunk_budget`` of 0.1.
+
+    Attributes
+    ----------
+    power
+        A key's score is the sum of its probabilities to this power; 1 is the paper's.
+    value
+        The score is multiplied by the norm of V to this power.
+    chunks
+        alpha of Token2Chunk.
+    later
+        Weight of the delay's queries against the window's own.
+    newest
+        Newest tokens of the window that are kept whatever their score.
+    layer
+        One index set for all KV heads of a layer.
+    apart
+        A query does not vote for keys closer than so many tokens.
+    pool
+        The score is averaged over so many neighbours, an odd number (SnapKV's pooling).
+    drop
+        Instead of the probability's power times V's: the squared change of the attention's output
+        when the key is dropped, ``(p / (1 - p))^2 |v - o|^2``.
+    """
+
+    power: float = 2.0
+    value: float = 1.0
+    chunks: float = 0.1
+    later: float = 1.0
+    newest: int = 0
+    layer: int = 0
+    apart: int = 0
+    pool: int = 1
+    drop: int = 0
+
+    @property
+    def name(self) -> str:
+        """How the variant is called, ``kara:`` and what differs from the defaults."""
+        default = Variant()
+        parts = [
+            f"{field.name}={getattr(self, field.name):g}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(default, field.name)
+        ]
+        return PREFIX + ":".join(parts)
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """The variant that ``name`` stands for; ``ValueError`` for anything else."""
+        types = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        if not name.startswith(PREFIX):
+            raise ValueError(f"{name!r} is no variant; variants begin with {PREFIX}")
+        settings = {}
+        for part in filter(None, name.removeprefix(PREFIX).split(":")):
+            key, _, value = part.partition("=")
+            if key not in types:
+                raise ValueError(f"{name!r}: unknown {key!r}; known: {', '.join(types)}")
+            settings[key] = types[key](value)
+        return cls(**settings)
+
+
+@dataclass(frozen=True, slots=True)
+class VariantSelector(Selector):
+    """Scores by a :class:`Variant`; plain torch on every device."""
+
+    needs_queries: ClassVar[bool] = True
+    variant: Variant = Variant()
+
+    def score(
+        self,
+        queries: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scale: float,
+        seed: int,
+    ) -> torch.Tensor:
+        assert queries is not None
+        rule = self.variant
+        width, num_kv_heads, _ = keys.shape
+        own = torch.arange(queries.shape[0], device=keys.device)
+        places = torch.arange(width, device=keys.device)
+        scores = torch.empty((num_kv_heads, width), device=keys.device)
+        for head in range(num_kv_heads):  # one at a time bounds the probabilities' memory
+            logits = torch.einsum("qgd,kd->gqk", queries[:, head].float(), keys[:, head].float())
+            logits *= scale
+            if rule.apart:
+                near = (own[:, None] - places).abs() < rule.apart
+                logits.masked_fill_(near, float("-inf"))
+            votes = torch.softmax(logits, dim=-1).nan_to_num_(0.0)
+            votes = _change(votes, values[:, head].float()) if rule.drop else votes**rule.power
+            votes[:, width:] *= rule.later
+            scores[head] = votes.sum(dim=(0, 1))
+        if rule.value and not rule.drop:
+            scores *= values.float().norm(dim=-1).T ** rule.value
+        if rule.pool > 1:
+            scores = torch.nn.functional.avg_pool1d(
+                scores[None], rule.pool, 1, rule.pool // 2, count_include_pad=False
+            )[0]
+        if rule.layer:
+            share = scores / scores.sum(dim=-1, keepdim=True)
+            scores = share.sum(dim=0).expand_as(scores).clone()
+        if rule.newest:
+            scores[:, width - rule.newest :] = float("inf")
+        return scores
+
+
+def _change(probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Squared change of each output when a key is dropped and the others are renormalised.
+
+    ``probabilities`` has shape ``(group, queries, keys)``, ``values`` ``(keys, head_dim)``.
+    """
+    outputs = probabilities @ values
+    apart = values.square().sum(-1) - 2 * outputs @ values.T + outputs.square().sum(-1, keepdim=True)
+    odds = probabilities / (1 - probabilities).clamp_min(1e-6)
+    return odds.square() * apart.clamp_min(0)
+
+
+def register(names: list[str]) -> None:
+    """Put variants into this process's registry of selectors; other names are left alone."""
+    for name in names:
+        if name.startswith(PREFIX) and name not in REGISTRY:
+            REGISTRY[name] = _factory(Variant.parse(name))
+
+
+def _factory(variant: Variant) -> type[Selector]:
+    def from_config(_cls: type, config: KaraConfig) -> VariantSelector:
+        chunks = ChunkRule(variant.chunks, config.chunk_width, config.chunk_quantile)
+        return VariantSelector(chunks=chunks, variant=variant)
+
+    return type("NamedVariant", (VariantSelector,), {"from_config": classmethod(from_config)})
