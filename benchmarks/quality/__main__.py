@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -154,4 +155,6 @@ def _spent(folder: Path, seconds: float) -> float:
 
 
 if __name__ == "__main__":
+    # As with Ctrl-C: the engines in their own process groups end with us.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     raise SystemExit(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -308,4 +309,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # As with Ctrl-C: the engines in their own process groups end with us.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     raise SystemExit(main(sys.argv[1:]))
