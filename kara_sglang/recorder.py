@@ -82,9 +82,10 @@ class QueryRecorder:
         entry_bytes = shape.num_layers * shape.num_kv_heads * Ring.head_bytes(shape.head_dim, dtype)
         self.unit_bytes = entry_bytes * self.ring_len
         self.num_units = budget_bytes // self.unit_bytes
-        self.trash = self.num_units * self.ring_len
-        # Whole sixteens of entries, so that every layer's part is aligned like the first.
-        entries = (self.trash // 16 + 1) * 16
+        # Whole sixteens of entries, so that every layer's part is aligned like the first. The last one
+        # takes what nobody keeps; kernels know it by its place.
+        entries = (self.num_units * self.ring_len // 16 + 1) * 16
+        self.trash = entries - 1
         self.ring = Ring.zeros(
             (shape.num_layers, entries, shape.num_kv_heads, shape.head_dim), dtype, shape.device
         )

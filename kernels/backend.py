@@ -139,7 +139,9 @@ class TorchKernels:
 
     name = "torch"
     compiles = False
-    records_steps = True
+
+    def __init__(self, records_steps: bool = False) -> None:
+        self.records_steps = records_steps
 
     def reserve(self, device: torch.device, largest: WindowShape) -> int:
         return 0

@@ -16,7 +16,7 @@ def pick(device: torch.device) -> tuple[Kernels, str]:
     Triton is imported only where it is used.
     """
     if device.type != "cuda":
-        return TorchKernels(), f"the device is {device.type}, not a CUDA GPU"
+        return TorchKernels(records_steps=True), f"the device is {device.type}, not a CUDA GPU"
     if torch.version.hip is not None:
         return TorchKernels(), "the Triton kernels are not tested on ROCm"
     capability = torch.cuda.get_device_capability(device)

@@ -14,6 +14,7 @@ def test_a_cpu_gets_torch():
     kernels, reason = pick(torch.device("cpu"))
     assert isinstance(kernels, TorchKernels)
     assert reason == "the device is cpu, not a CUDA GPU"
+    assert kernels.records_steps
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,5 @@ def test_a_gpu_gets_triton_where_it_works(monkeypatch, capability, hip, expected
     kernels, given = pick(torch.device("cuda", 0))
     assert type(kernels) is expected
     assert given == reason
+    # A graph that was captured must hold for whoever records, and must not keep all layers' queries.
+    assert not kernels.records_steps

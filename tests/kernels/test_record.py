@@ -10,8 +10,9 @@ import triton.language as tl
 
 from kara_sglang.kernels import record as reference
 from kara_sglang.kernels.record import Ring
-from kara_sglang.kernels.triton import fp8
+from kara_sglang.kernels.triton import TritonKernels, fp8
 from kara_sglang.kernels.triton.record import record
+from kara_sglang.recorder import AttentionShape, QueryRecorder
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -160,3 +161,29 @@ def test_every_8_bit_number_is_decoded_exactly(name):
         assert expected[[0x7F, 0xFF]].isnan().all()
         expected[[0x7F, 0xFF]] = torch.tensor([480.0, -480.0])
     assert torch.equal(out.nan_to_num(nan=1e9), expected.nan_to_num(nan=1e9))
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_recorders_ring_keeps_what_somebody_recorded_and_nothing_else(group, fp8):
+    """The server's own ring and tables: idle, full and rotating rows; the rest stays poisoned."""
+    shape = AttentionShape(2, 2 * group, 2, 4, torch.bfloat16, torch.device("cpu"))
+    recorder = QueryRecorder(shape, 5, 2, 40_000, fp8)
+    assert recorder.num_units > group and recorder.ring.queries.shape[1] % 16 == 0
+    recorder.allocate_tables(4)
+    full, rotating = recorder.acquire(1, group, since=0), recorder.acquire(3, 1, since=0)
+    recorder.flush()
+    for ring in recorder.rings:
+        for raw in bytes_of(ring):
+            raw.fill_(POISON)
+    rows, positions = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 9, 1, group + 1])
+    for layer in range(2):
+        queries = torch.randn(4, 2 * group * 4, dtype=torch.bfloat16)
+        recorder.record(TritonKernels(), layer, queries, rows, positions)
+
+    written = {unit * recorder.ring_len + 9 for unit in full.units}
+    written.add(rotating.units[0] * recorder.ring_len + (group + 1) % recorder.ring_len)
+    for ring in recorder.rings:
+        for raw in bytes_of(ring):
+            touched = (raw != POISON).flatten(1).any(dim=1)
+            assert set(touched.nonzero().flatten().tolist()) == written

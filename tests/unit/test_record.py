@@ -16,13 +16,8 @@ from kara_sglang.kernels.backend import TorchKernels
 from kara_sglang.kernels.record import FP8, Ring, plan, record, recorded
 from kara_sglang.recorder import LAG, AttentionShape, QueryRecorder, Recorder
 
-KERNELS = TorchKernels()
-
-
-class ByLayer(TorchKernels):
-    """One call per layer, as in a CUDA graph."""
-
-    records_steps = False
+KERNELS = TorchKernels(records_steps=True)
+BY_LAYER = TorchKernels()  # one call per layer, as in a CUDA graph
 
 
 def make(
@@ -323,7 +318,7 @@ def test_the_budget_is_never_exceeded() -> None:
             used = sum(ring.queries.nbytes for ring in recorder.rings)
             used += sum(ring.exponents.nbytes for ring in recorder.rings if fp8)
             entry = 3 * 4 * (16 + 1 if fp8 else 16 * 2)
-            units = used - entry * (recorder.ring.queries.shape[1] - recorder.trash)
+            units = entry * recorder.num_units * recorder.ring_len
             assert units <= budget < units + recorder.unit_bytes
             assert units < used <= units + 16 * entry
             assert len(recorder.rings) == 3
@@ -441,7 +436,7 @@ def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
     queries = torch.zeros(layers, batch, kv_heads * group * 3)
     with Tape() as graph:
         for layer in range(layers):
-            recorder.record(ByLayer(), layer, queries[layer], rows, positions)
+            recorder.record(BY_LAYER, layer, queries[layer], rows, positions)
 
     generator = torch.Generator().manual_seed(0)
     held: dict[int, Recorder] = {}
@@ -494,7 +489,7 @@ def test_a_step_in_one_call_is_its_layers_one_by_one(fp8: bool) -> None:
     recorders[0].record(KERNELS, 0, stale, rows, positions)
     for layer in range(3):
         queries = 500 * torch.randn(2, 12, generator=generator)
-        for recorder, kernels in zip(recorders, (KERNELS, ByLayer()), strict=True):
+        for recorder, kernels in zip(recorders, (KERNELS, BY_LAYER), strict=True):
             recorder.record(kernels, layer, queries, rows, positions)
     for ours, theirs in zip(recorders[0].rings, recorders[1].rings, strict=True):
         assert torch.equal(ours.queries.view(torch.uint8), theirs.queries.view(torch.uint8))
