@@ -23,7 +23,9 @@ _ALIGNMENT = 16  # bytes; also what Triton specialises pointers by, so that all 
 
 
 class TritonKernels:
-    """Four launches for a group of windows and layers: two score, one selects, one moves.
+    """Four launches for a group of windows and layers: two score, one selects, one moves. Copies of
+    torch's fill the scratch before, and where the heads of a layer share their tokens two operations of
+    torch's add up the scores.
 
     Windows with equal settings form a group, as many of them and of the layers as fit the scratch, and
     whatever a group needs lies in the scratch. Nothing synchronises and nothing is copied from the

@@ -283,7 +283,8 @@ def attention_scores(
         Tokens per ring unit.
     rule : AttentionRule
     sums : torch.Tensor
-        Scratch of ``2 * len(layers) * num_jobs * num_kv_heads * voters.rows`` float32.
+        Scratch of ``2 * len(layers) * num_jobs * num_kv_heads * voters.rows`` float32; where the rule
+        is ``per_layer``, at least ``len(layers) * num_jobs * W``.
     out : torch.Tensor
         Scores, shape ``(len(layers), num_jobs, num_kv_heads, W)``, float32, contiguous.
 
@@ -303,7 +304,8 @@ def attention_scores(
         )
     if out.shape != (len(layers), num_jobs, tables.num_kv_heads, width):
         raise ValueError(f"scores of shape {tuple(out.shape)} for {len(layers)} layers")
-    if sums.numel() < 2 * head_rows * voters.rows or sums.dtype != torch.float32:
+    num_shared = len(layers) * num_jobs * width if rule.per_layer else 0
+    if sums.numel() < max(2 * head_rows * voters.rows, num_shared) or sums.dtype != torch.float32:
         raise ValueError(f"{sums.numel()} sums for {head_rows * voters.rows} queries")
     if voters.units.shape[0] != num_jobs or voters.starts.shape != (num_jobs,):
         raise ValueError(f"units and starts of {len(voters.units)} recorders for {num_jobs} windows")
@@ -359,7 +361,8 @@ def attention_scores(
         **shared,
     )
     if rule.per_layer:
-        share_heads(out)
+        # The sums of the two launches are not needed any more.
+        share_heads(out, sums[:num_shared].view(len(layers), num_jobs, 1, width))
 
 
 class Tile(NamedTuple):

@@ -40,6 +40,7 @@ SELECTORS = {
     "kara": KARA,
     "causal": REGISTRY["causal"](rule=dataclasses.replace(BEST, causal=True)),
     "snapkv": REGISTRY["snapkv"](rule=AttentionRule(causal=True, last_queries=20)),
+    "per layer": REGISTRY["kara"](rule=dataclasses.replace(BEST, per_layer=True)),
     "recent": REGISTRY["recent"](),
     "random": REGISTRY["random"](),
     "identity": REGISTRY["identity"](),
@@ -103,6 +104,7 @@ def test_jobs_of_all_kinds_in_one_call(identical, make, pool):
         ("kara", 16, 1),  # a rotating recorder
         ("snapkv", 16, GROUP),
         ("kara", 16, GROUP),
+        ("per layer", 16, GROUP),
         ("identity", WIDTH, 0),
     ]
     check(identical, make, make.kernels(), pool, jobs_for(make, settings))
@@ -192,7 +194,7 @@ def is_tensor(thing: object) -> bool:
     return isinstance(thing, torch.Tensor)
 
 
-@pytest.mark.parametrize("name", ["kara", "snapkv", "recent", "identity"])
+@pytest.mark.parametrize("name", ["kara", "snapkv", "per layer", "recent", "identity"])
 def test_a_pass_allocates_nothing_that_grows(make, name):
     """80 layers of 64 windows of 512 tokens, far more than the scratch: each launch reads and writes
     tensors that lie in the memory that was reserved, or in the pool's tables."""
