@@ -23,13 +23,13 @@ _ALIGNMENT = 16  # bytes; also what Triton specialises pointers by, so that all 
 
 
 class TritonKernels:
-    """Four launches for a group of windows and layers: two score, one selects, one moves. Copies of
-    torch's fill the scratch before, and where the heads of a layer share their tokens two operations of
-    torch's add up the scores.
+    """Four launches for a group of windows: two score, one selects, one moves. Copies of torch's fill
+    the scratch before, and where the heads of a layer share their tokens, two of torch's operations add
+    up the scores.
 
-    Windows with equal settings form a group, as many of them and of the layers as fit the scratch, and
-    whatever a group needs lies in the scratch. Nothing synchronises and nothing is copied from the
-    device. All calls of an instance must be made on the same stream.
+    Windows with equal settings form a group: as many as fit the scratch with all layers, or one and as
+    many layers as fit. Whatever a group needs lies in the scratch. Nothing synchronises and nothing is
+    copied from the device. All calls of an instance must be made on the same stream.
     """
 
     name = "triton"
@@ -79,7 +79,8 @@ class TritonKernels:
         return found if positions else None
 
     def _fitting(self, shape: WindowShape, num_jobs: int, num_layers: int) -> tuple[int, int]:
-        """How many windows and how many layers to take at once."""
+        """How many windows and how many layers to take at once: all layers where one window of them
+        fits, so that a window is as few launches as possible."""
         if self._scratch is None:
             raise RuntimeError("kv-compress: a pass without scratch memory; call reserve() first")
         size = self._scratch.numel()
@@ -89,10 +90,11 @@ class TritonKernels:
                 f"{size} were reserved"
             )
         # Padding only becomes less in larger groups, so these bounds are safe.
-        num_jobs = min(num_jobs, size // _bytes(shape, 1, 1))
-        without_layers = _bytes(shape, num_jobs, 0)
-        per_layer = _bytes(shape, num_jobs, 1) - without_layers
-        return num_jobs, min(num_layers, (size - without_layers) // per_layer)
+        all_layers = _bytes(shape, 1, num_layers)
+        if all_layers <= size:
+            return min(num_jobs, size // all_layers), num_layers
+        without_layers = _bytes(shape, 1, 0)
+        return 1, (size - without_layers) // (_bytes(shape, 1, 1) - without_layers)
 
     def _compress_alike(
         self, pool: LayerPool, jobs: list[WindowJob], shape: WindowShape, num_layers: int
