@@ -1,9 +1,9 @@
 """Keeping the queries of generated tokens until their window is scored.
 
-One ring per layer, bounded by ``--kv-compress-query-mem-gb`` and allocated right after the model's
-weights, so that SGLang's own sizing of the KV pool accounts for it. Where a query lies is
-``kernels/record.py``; who owns which unit is here, on the host; the per-row tables that the recording
-step reads live on the device and are written on the forward stream only.
+One ring: a tensor of all layers with a view per layer, bounded by ``--kv-compress-query-mem-gb`` and
+allocated right after the model's weights, so that SGLang's own sizing of the KV pool accounts for it.
+Where a query lies is ``kernels/record.py``; who owns which unit is here, on the host; the per-row
+tables that the recording step reads live on the device and are written on the forward stream only.
 """
 
 from __future__ import annotations
