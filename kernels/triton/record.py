@@ -10,6 +10,7 @@ from kara_sglang.kernels.record import EXPONENTS, Ring
 from kara_sglang.kernels.triton.fp8 import exponents_of, power_of_two, to_e4m3
 
 
+# row_stride is the model's; that it is a multiple of 16 makes for loads of 16 bytes.
 @triton.jit(do_not_specialize=["trash"])
 def record_kernel(
     ring,
