@@ -20,12 +20,14 @@ import argparse
 import contextlib
 import functools
 import inspect
+import platform
 import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
+from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
 from kara_sglang.kernels.record import FP8, Ring
 from kara_sglang.kernels.score import AttentionRule
@@ -130,7 +133,7 @@ class Compiled:
     @property
     def cell(self) -> str:
         """As in the table of docs/kernels.md."""
-        return f"{self.registers} / {self.spilled} / {self.shared / 1024:.1f}"
+        return cell(self.registers, self.spilled, self.shared)
 
     @classmethod
     def of(cls, kernel: str, architecture: int, built: Any) -> Compiled:
@@ -230,39 +233,85 @@ class _Catcher:
         self._found.append(Launch(self._kernel, positional | kwargs))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
-    architectures = parser.parse_args().architectures
-    cases = [(model.name, launches(model)) for model in (*MODELS, *OTHER_SHAPES)]
+def cases() -> list[tuple[str, list[Launch]]]:
+    """What the table shows: a name, and launches."""
+    found = [(model.name, launches(model)) for model in (*MODELS, *OTHER_SHAPES)]
     first = MODELS[0]
-    cases += [
+    return [
+        *found,
         (f"{first.name}, bf16 ring", launches(first, ring_dtype=torch.bfloat16)[1:3]),
         (f"{first.name}, fp8 keys", launches(first, key_dtype=FP8)[1:3]),
         (f"{first.name}, rotating", launches(first, rotating=True)[1:3]),
         (f"{first.name}, causal", launches(first, causal=True)[1:3]),
         *(
-            (f"head_dim {model.head_dim}, fp16 keys, bf16 ring", found[1:3])
+            (
+                f"head_dim {model.head_dim}, fp16 keys, bf16 ring",
+                launches(model, key_dtype=torch.float16, ring_dtype=torch.bfloat16)[1:3],
+            )
             for model in OTHER_SHAPES
             if model.head_dim in (128, 256)
-            for found in [launches(model, key_dtype=torch.float16, ring_dtype=torch.bfloat16)]
         ),
         (f"{first.name}, no chunks", launches(first, chunks=False)[3:4]),
         *((f"W = {width}", launches(first, window=width)[3:4]) for width in (1024, 2048, 4096)),
     ]
-    rows: dict[tuple[str, ...], list[str]] = {}  # shapes with equal results share a row
-    for name, found in cases:
+
+
+def report(architectures: Sequence[int]) -> dict[str, Any]:
+    """Compile all cases, for :func:`show` and as JSON. Shapes with equal results share a row."""
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    for name, found in cases():
         for launch in found:
-            results = [launch.compile(arch) for arch in architectures]
-            cells = [result.cell for result in results]
-            rows.setdefault((results[0].kernel, *cells), []).append(name)
-    print(f"triton {triton.__version__}; registers / spilled bytes / shared KiB\n")
-    print("| kernel |", " | ".join(f"sm_{arch}" for arch in architectures), "| shapes |")
+            compiled = [launch.compile(architecture) for architecture in architectures]
+            used = tuple((each.registers, each.spilled, each.shared) for each in compiled)
+            rows.setdefault((launch.kernel.__name__, used), []).append(name)
+    units = ("registers", "spilled_bytes", "shared_bytes")
+    return {
+        "versions": {
+            "triton": triton.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "architectures": [f"sm_{architecture}" for architecture in architectures],
+        "rows": [
+            {
+                "kernel": kernel,
+                "shapes": shapes,
+                **{
+                    f"sm_{architecture}": dict(zip(units, numbers, strict=True))
+                    for architecture, numbers in zip(architectures, used, strict=True)
+                },
+            }
+            for _, kernel in KERNELS
+            for (name, used), shapes in rows.items()
+            if name == kernel
+        ],
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the table of docs/kernels.md."""
+    architectures = found["architectures"]
+    print(f"triton {found['versions']['triton']}; registers / spilled bytes / shared KiB\n")
+    print("| kernel |", " | ".join(architectures), "| shapes |")
     print("|---|" + "---|" * len(architectures) + "---|")
-    for _, kernel in KERNELS:
-        for (name, *cells), shapes in rows.items():
-            if name == kernel:
-                print(f"| `{name}` |", " | ".join(cells), f"| {'; '.join(shapes)} |")
+    for row in found["rows"]:
+        cells = [cell(**row[architecture]) for architecture in architectures]
+        print(f"| `{row['kernel']}` |", " | ".join(cells), f"| {'; '.join(row['shapes'])} |")
+
+
+def cell(registers: int, spilled_bytes: int, shared_bytes: int) -> str:
+    """As in the table of docs/kernels.md."""
+    return f"{registers} / {spilled_bytes} / {shared_bytes / 1024:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--output", type=Path, help="write the results there as JSON")
+    arguments = parser.parse_args()
+    found = report(arguments.architectures)
+    show(found)
+    write(found, arguments.output)
 
 
 if __name__ == "__main__":

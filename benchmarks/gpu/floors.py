@@ -11,9 +11,14 @@ that two programs share is counted once, as if the L2 cache were perfect.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import platform
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
+from kara_sglang.benchmarks.gpu.report import write
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,13 @@ class Settings:
     def voters(self, model: Model) -> int:
         """Recorded queries per KV head."""
         return (self.window + self.delay) * (1 if self.rotating else model.group)
+
+
+VARIANTS = {
+    "W 512": Settings(),
+    "W 512, rotating": Settings(rotating=True),
+    "W 1024": Settings(window=1024, kept=512),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +129,9 @@ def compact(model: Model, settings: Settings) -> Work:
     return Work(bytes=rows * (2 * 2 * model.head_dim + 4 + 2 * 4))
 
 
+KERNELS = (record, score, select, compact)
+
+
 def passes(model: Model, settings: Settings) -> Work:
     """All of a pass over one window."""
     return score(model, settings) + select(model, settings) + compact(model, settings)
@@ -138,42 +153,78 @@ def share(model: Model, settings: Settings, gpu: Gpu, batch: int, context: int) 
     return batch * one_pass / (steps * gpu.floor(decode_step(model, batch, context)))
 
 
+def report(batch: int, context: int) -> dict[str, Any]:
+    """All counts and floors, for :func:`show` and as JSON.
+
+    Parameters
+    ----------
+    batch, context
+        Requests, and cached tokens of each, in a decode step.
+    """
+    rows = []
+    for model in MODELS:
+        for label, settings in VARIANTS.items():
+            work = {kernel.__name__: kernel(model, settings) for kernel in KERNELS}
+            step = decode_step(model, batch, context)
+            rows.append(
+                {
+                    "model": model.name,
+                    "variant": label,
+                    "settings": dataclasses.asdict(settings),
+                    "kernels": {
+                        name: {
+                            **dataclasses.asdict(done),
+                            "floor_us": {gpu.name: gpu.floor(done) * 1e6 for gpu in DATASHEET},
+                        }
+                        for name, done in work.items()
+                    },
+                    "step_floor_ms": {gpu.name: gpu.floor(step) * 1e3 for gpu in DATASHEET},
+                    "share_of_decode": {
+                        gpu.name: share(model, settings, gpu, batch, context) for gpu in DATASHEET
+                    },
+                }
+            )
+    return {
+        "batch": batch,
+        "context": context,
+        "gpus": [dataclasses.asdict(gpu) for gpu in DATASHEET],
+        "models": [dataclasses.asdict(model) for model in MODELS],
+        "rows": rows,
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the tables of docs/kernels.md."""
+    gpus = [gpu["name"] for gpu in found["gpus"]]
+    names = [kernel.__name__ for kernel in KERNELS]
+    print(f"floors in us: {' / '.join(gpus)}\n")
+    print("| model | settings |", " | ".join(names), "|")
+    print("|---|---|" + "---|" * len(names))
+    for row in found["rows"]:
+        cells = []
+        for work in (row["kernels"][name] for name in names):
+            matrix = f", {work['flops'] / 1e9:.0f} GFLOP" if work["flops"] else ""
+            floors = " / ".join(f"{work['floor_us'][gpu]:.1f}" for gpu in gpus)
+            cells.append(f"{work['bytes'] / 1e6:.2f} MB{matrix}: {floors}")
+        print(f"| {row['model']} | {row['variant']} |", " | ".join(cells), "|")
+
+    print(f"\nbatch {found['batch']}, {found['context']} cached tokens per request\n")
+    print("| model | settings |", *(f"{gpu}: step, ms | pass, share |" for gpu in gpus))
+    print("|---|---|" + "---|---|" * len(gpus))
+    for row in found["rows"]:
+        cells = [f"{row['step_floor_ms'][gpu]:.1f} | {row['share_of_decode'][gpu]:.2%}" for gpu in gpus]
+        print(f"| {row['model']} | {row['variant']} |", " | ".join(cells), "|")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--context", type=int, default=4096, help="cached tokens per request")
+    parser.add_argument("--output", type=Path, help="write the results there as JSON")
     arguments = parser.parse_args()
-    variants = {
-        "W 512": Settings(),
-        "W 512, rotating": Settings(rotating=True),
-        "W 1024": Settings(window=1024, kept=512),
-    }
-
-    kernels = (record, score, select, compact)
-    print(f"floors in us: {' / '.join(gpu.name for gpu in DATASHEET)}\n")
-    print("| model | settings |", " | ".join(kernel.__name__ for kernel in kernels), "|")
-    print("|---|---|" + "---|" * len(kernels))
-    for model in MODELS:
-        for label, settings in variants.items():
-            cells = []
-            for work in (kernel(model, settings) for kernel in kernels):
-                matrix = f", {work.flops / 1e9:.0f} GFLOP" if work.flops else ""
-                floors = " / ".join(f"{gpu.floor(work) * 1e6:.1f}" for gpu in DATASHEET)
-                cells.append(f"{work.bytes / 1e6:.2f} MB{matrix}: {floors}")
-            print(f"| {model.name} | {label} |", " | ".join(cells), "|")
-
-    print(f"\nbatch {arguments.batch}, {arguments.context} cached tokens per request\n")
-    print("| model | settings |", end=" ")
-    print(*(f"{gpu.name}: step, ms | pass, share |" for gpu in DATASHEET))
-    print("|---|---|" + "---|---|" * len(DATASHEET))
-    for model in MODELS:
-        for label, settings in variants.items():
-            cells = []
-            for gpu in DATASHEET:
-                step = gpu.floor(decode_step(model, arguments.batch, arguments.context))
-                part = share(model, settings, gpu, arguments.batch, arguments.context)
-                cells.append(f"{step * 1e3:.1f} | {part:.2%}")
-            print(f"| {model.name} | {label} |", " | ".join(cells), "|")
+    found = report(arguments.batch, arguments.context)
+    show(found)
+    write({"versions": {"python": platform.python_version()}, **found}, arguments.output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import platform
 import shutil
 import statistics
@@ -28,6 +27,7 @@ import triton
 from kara_sglang.benchmarks.gpu import floors
 from kara_sglang.benchmarks.gpu.floors import DATASHEET, Gpu, Settings, Work
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
+from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.kernels import record as reference_record
 from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob, WindowShape
 from kara_sglang.kernels.compact import compact as reference_compact
@@ -349,14 +349,6 @@ def goals(settings: Settings, gpu: Gpu, results: dict[str, Any]) -> dict[str, di
     }
 
 
-def write(report: dict[str, Any], path: Path | None) -> None:
-    """Replace the file at once, so that it is whole whatever happens to this process."""
-    if path is not None:
-        partial = path.with_name(path.name + ".part")
-        partial.write_text(json.dumps(report, indent=2) + "\n")
-        partial.replace(path)
-
-
 def measure(case: Case, gpu: Gpu) -> dict[str, Any]:
     """Time of each kernel over all layers and windows, beside its floor."""
     results: dict[str, Any] = {}
@@ -396,8 +388,6 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("kernels.py: no CUDA GPU here, nothing was measured")
 
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     torch.seed()  # fresh data in every run
     gpu = measured_ceilings()
     print(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from kara_sglang.benchmarks.gpu import floors, kernels, paged_decode
+from kara_sglang.benchmarks.gpu import compiled, floors, kernels, paged_decode
 from kara_sglang.benchmarks.gpu.floors import Gpu, Settings, Work
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.kernels.record import FP8
 from kara_sglang.kernels.triton import backend
 
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 TINY = Model("tiny", 2, 6, 2, 32, 0.001)
 
 
@@ -150,3 +153,21 @@ def test_counts_of_one_window_by_hand():
     assert floors.compact(model, settings).bytes == 36 * 8 * 2 * 256 * (2 * 256 + 4 + 8)
     assert floors.record(model, settings).bytes == 36 * 32 * (128 * (2 + 1) + 1)
     assert model.kv_bytes == 147_456
+
+
+@pytest.mark.parametrize("program", [floors, compiled], ids=["floors", "compiled"])
+def test_the_documented_tables_are_the_committed_results(program, capsys):
+    name = program.__name__.rpartition(".")[2]
+    program.show(json.loads((RESULTS / f"{name}.json").read_text()))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) > 20
+    assert set(rows) <= set((ROOT / "docs" / "kernels.md").read_text().splitlines())
+
+
+def test_the_committed_floors_are_what_the_program_counts(monkeypatch, tmp_path):
+    output = tmp_path / "new" / "floors.json"
+    monkeypatch.setattr("sys.argv", ["floors.py", "--output", str(output)])
+    floors.main()
+    ours, committed = (json.loads(path.read_text()) for path in (output, RESULTS / "floors.json"))
+    assert ours.pop("versions").keys() == committed.pop("versions").keys()
+    assert ours == committed
