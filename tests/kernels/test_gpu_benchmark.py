@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from kara_sglang.benchmarks.gpu import compiled, floors, kernels, paged_decode
+from kara_sglang.benchmarks.gpu import compiled, floors, identity, kernels, paged_decode
 from kara_sglang.benchmarks.gpu.floors import Gpu, Settings, Work
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.kernels.record import FP8
@@ -171,3 +171,61 @@ def test_the_committed_floors_are_what_the_program_counts(monkeypatch, tmp_path)
     ours, committed = (json.loads(path.read_text()) for path in (output, RESULTS / "floors.json"))
     assert ours.pop("versions").keys() == committed.pop("versions").keys()
     assert ours == committed
+
+
+class FakeServer:
+    """Answers as a stock or identity server would; ``differs`` is a token that the latter changes."""
+
+    differs: int | None = None
+    windows = identity.WINDOWS
+    running = 0
+
+    def __init__(self, peer, row, setup, log) -> None:
+        assert FakeServer.running == 0, "two servers on one GPU"
+        FakeServer.running += 1
+        self.command = peer.command(row, setup, 1)
+        self.ours = row.name == "identity"
+        checks = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "SGLANG_CHECK_KV_PAGE_INVARIANTS"}
+        assert peer.environment(row, setup).keys() >= checks
+
+    def stop(self) -> None:
+        FakeServer.running -= 1
+
+    def post(self, path, body):
+        count = body["sampling_params"]["max_new_tokens"]
+        prompts = body["text"] if isinstance(body["text"], list) else [body["text"]]
+        answers = []
+        for prompt in prompts:
+            scored = [(-0.5, len(prompt) + i, None) for i in range(count)]
+            info = {"output_token_logprobs": scored}
+            if self.ours:
+                info["kv_compress"] = {"windows": self.windows}
+                if self.differs is not None and prompt == identity.PROMPTS[2]:
+                    scored[self.differs - 1] = (-0.75, scored[self.differs - 1][1], None)
+                    scored[self.differs] = (-0.5, 0, None)
+            answers.append({"meta_info": info})
+        return SimpleNamespace(json=lambda: answers if isinstance(body["text"], list) else answers[0])
+
+
+@pytest.mark.parametrize(("differs", "windows"), [(None, 3), (7, 3), (None, 2)])
+def test_identity_fails_where_tokens_differ_or_no_pass_ran(monkeypatch, tmp_path, differs, windows):
+    output = tmp_path / "identity.json"
+    monkeypatch.setattr(identity, "Server", FakeServer)
+    monkeypatch.setattr(identity, "end_on_sigterm", lambda: None)
+    monkeypatch.setattr(FakeServer, "differs", differs)
+    monkeypatch.setattr(FakeServer, "windows", windows)
+    words = ["identity.py", "--model", "m", "--backends", "triton", "fa3", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr(identity.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    assert identity.main() == (0 if differs is None and windows == 3 else 1)
+    assert FakeServer.running == 0
+    found = json.loads(output.read_text())["backends"]
+    assert list(found) == ["triton", "fa3"]
+    if windows == 2:
+        assert "windows were compressed, 3 each were due" in found["fa3"]["failed"]
+        return
+    single, control = found["fa3"]["one_by_one"], found["fa3"]["stock_twice_all_at_once"]
+    assert control == {"answers": 8, "equal": 8, "part_at": [], "logprob_difference": 0.0}
+    assert single["part_at"] == ([] if differs is None else [{"prompt": 2, "token": 7}])
+    assert single["equal"] == (8 if differs is None else 7)
+    assert single["logprob_difference"] == (0.0 if differs is None else 0.25)
