@@ -127,7 +127,7 @@ def _weights(reader: gguf.GGUFReader, config: dict[str, Any]) -> dict[str, torch
         part = tensor.name.removesuffix(".weight").split(".")[-1]
         if part in heads_of:
             matrix = _undo_rope_permutation(matrix, heads_of[part])
-        weights[_transformers_name(tensor.name)] = torch.tensor(matrix, dtype=torch.bfloat16)
+        weights[transformers_name(tensor.name)] = torch.tensor(matrix, dtype=torch.bfloat16)
     return weights
 
 
@@ -154,14 +154,17 @@ _LAYER_PARTS = {
 }
 
 
-def _transformers_name(name: str) -> str:
+def transformers_name(name: str) -> str:
+    """The transformers name of a tensor of a GGUF file of a Llama or Qwen model."""
     match name.split("."):
         case ["token_embd", "weight"]:
             return "model.embed_tokens.weight"
         case ["output_norm", "weight"]:
             return "model.norm.weight"
-        case ["blk", layer, part, "weight"]:
-            return f"model.layers.{layer}.{_LAYER_PARTS[part]}.weight"
+        case ["output", "weight"]:
+            return "lm_head.weight"
+        case ["blk", layer, part, ("weight" | "bias") as kind] if part in _LAYER_PARTS:
+            return f"model.layers.{layer}.{_LAYER_PARTS[part]}.{kind}"
     raise ValueError(f"unknown tensor in the GGUF file: {name}")
 
 

@@ -18,6 +18,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from kara_sglang.embedded_model import transformers_name
+
 PARTS = 22
 VERSION = "0.2.0"
 SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
@@ -128,33 +130,6 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
         "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
         "use_sliding_window": False,
     }
-
-
-_LAYER_PARTS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def transformers_name(name: str) -> str:
-    """The transformers name of a tensor of the GGUF file."""
-    match name.split("."):
-        case ["token_embd", "weight"]:
-            return "model.embed_tokens.weight"
-        case ["output_norm", "weight"]:
-            return "model.norm.weight"
-        case ["output", "weight"]:
-            return "lm_head.weight"
-        case ["blk", layer, part, ("weight" | "bias") as kind] if part in _LAYER_PARTS:
-            return f"model.layers.{layer}.{_LAYER_PARTS[part]}.{kind}"
-    raise ValueError(f"unknown tensor in the GGUF file: {name}")
 
 
 def main() -> int:

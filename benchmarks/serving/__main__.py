@@ -38,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--model", default="tiny", help="tiny, smollm2, a folder or a hub name")
     p.add_argument("--dtype", help="default: float32 for tiny, else bfloat16")
-    p.add_argument("--scenarios", default="scarce", help=f"comma-separated: {names}; or all")
+    p.add_argument(
+        "--scenarios", default="scarce", help=f"comma-separated: {names}, or NAME/POINT; or all"
+    )
     p.add_argument("--rows", help=f"only these: {all_rows}; stock is always run")
     p.add_argument("--repetitions", type=int, default=3)
     p.add_argument("--quick", action="store_true", help="the promised figures only, under 10 minutes")
@@ -134,10 +136,17 @@ def main(argv: list[str] | None = None) -> int:
     if options.quick:
         cells = list(scenarios.quick(scale))
     else:
-        chosen = options.scenarios.split(",") if options.scenarios != "all" else scenarios.SCENARIOS
-        if unknown := set(chosen) - set(scenarios.SCENARIOS):
-            p.error(f"--scenarios: {', '.join(unknown)} unknown; use {', '.join(scenarios.SCENARIOS)}")
-        cells = [cell for name in chosen for cell in scenarios.SCENARIOS[name](scale)]
+        wanted = options.scenarios.split(",") if options.scenarios != "all" else scenarios.SCENARIOS
+        cells = []
+        for word in wanted:
+            name, _, point = word.partition("/")
+            if name not in scenarios.SCENARIOS:
+                p.error(f"--scenarios: {name} unknown; use {', '.join(scenarios.SCENARIOS)}")
+            found = list(scenarios.SCENARIOS[name](scale))
+            points = list(dict.fromkeys(cell.point for cell in found))
+            if point and point not in points:
+                p.error(f"--scenarios: {name} has no point {point!r}; it has {', '.join(points)}")
+            cells += [cell for cell in found if cell.point == (point or cell.point)]
     known = rows(scale.window)
     if options.rows:
         wanted = {"stock", *options.rows.split(",")}
@@ -222,7 +231,7 @@ def execute(
         options.out.write_text(json.dumps(answer, indent=1))
         head = f"`{command}` on a {answer['machine']['kind']}\n\n"
         options.out.with_suffix(".md").write_text(head + tables)
-        draw(results, options.out.parent)
+        draw(results, options.out)
     return 1 if failed else 0
 
 

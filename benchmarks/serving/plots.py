@@ -14,16 +14,20 @@ from kara_sglang.benchmarks.serving.report import Result, by_point, median, rati
 from kara_sglang.benchmarks.serving.rows import STOCK
 
 
-def draw(results: list[Result], folder: Path) -> list[Path]:
-    """Write one picture per scenario that has something to draw; returns their paths."""
+def draw(results: list[Result], out: Path) -> list[Path]:
+    """Write one picture per scenario that has something to draw beside ``out``; returns their paths."""
+
+    def beside(scenario: str) -> Path:
+        return out.with_name(f"{out.stem}-{scenario}.png")
+
     points = by_point(results)
     written = []
     if ("scarce", "equal work") in points:
-        written.append(_bars(points[("scarce", "equal work")], folder / "scarce.png"))
+        written.append(_bars(points[("scarce", "equal work")], beside("scarce")))
     for scenario in ("pool", "concurrency"):
         chosen = {point: rows for (name, point), rows in points.items() if name == scenario}
         if len(chosen) > 1:
-            written.append(_lines(chosen, scenario, folder / f"{scenario}.png"))
+            written.append(_lines(chosen, scenario, beside(scenario)))
     return written
 
 

@@ -23,7 +23,8 @@ class Scale:
     prompt, output
         Tokens per request.
     requests
-        Per run.
+        Per run. A multiple of what stock SGLang and ``kara`` at 0.5 run at once in the scarce pool (3
+        and 5), so that neither ends with a round of a few.
     scarce
         Requests that stock SGLang can run at once in the scarce pool.
     slowdown
@@ -35,7 +36,7 @@ class Scale:
     page_size: int = 16
     prompt: int = 64
     output: int = 1024
-    requests: int = 12
+    requests: int = 15
     scarce: int = 3
     slowdown: float = 1.0
 

@@ -32,7 +32,7 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> dict:
     )
     assert again.returncode == 0 and again.stdout == done.stdout
     assert (folder / "out.md").read_text().count("| kara-0.25 |") == 2
-    assert (folder / "scarce.png").stat().st_size > 1000
+    assert (folder / "out-scarce.png").stat().st_size > 1000
     return json.loads((folder / "out.json").read_text())
 
 

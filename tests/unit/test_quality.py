@@ -13,7 +13,6 @@ import torch
 
 from kara_sglang.benchmarks.quality import (
     campaign,
-    coder_model,
     estimates,
     instrument,
     reasoning,
@@ -38,6 +37,7 @@ from kara_sglang.benchmarks.quality.script import (
 from kara_sglang.benchmarks.quality.tasks import PROMPT, SETTLE, Layout
 from kara_sglang.benchmarks.quality.variants import Variant, VariantSelector
 from kara_sglang.config import KaraConfig
+from kara_sglang.embedded_model import transformers_name
 from kara_sglang.kernels import selectors
 
 VOCAB = 50
@@ -556,6 +556,6 @@ def test_accuracy_is_paired_over_the_problems():
     ],
 )
 def test_names_of_the_coder_models_tensors(gguf: str, name: str):
-    assert coder_model.transformers_name(gguf) == name
+    assert transformers_name(gguf) == name
     with pytest.raises(ValueError, match="unknown tensor"):
-        coder_model.transformers_name("blk.0.attn_x.weight")
+        transformers_name("blk.0.attn_x.weight")
