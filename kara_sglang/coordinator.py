@@ -163,6 +163,8 @@ class Coordinator:
 
     def reserve(self, req: Req, tokens: float) -> float:
         """KV slots that a running or waiting request takes for ``tokens`` still to come, at most."""
+        if not self.policy.acts(self._pool_usage):
+            return tokens
         if hasattr(req, STATE):
             state: RequestState | None = getattr(req, STATE)
             if state is None or state.waits_for_recorder():

@@ -54,6 +54,10 @@ class Policy(Protocol):
             Returns the share of the KV pool that running requests hold; it takes time.
         """
 
+    def acts(self, pool_usage: Callable[[], float]) -> bool:
+        """Whether windows that fall due now are compressed. Where they are not, admission must not
+        count on it."""
+
 
 class Periodic:
     """The paper's policy (section 4.3): one global step counter, a fixed period, at most n requests.
@@ -79,6 +83,9 @@ class Periodic:
         share = math.ceil(len(waited) / passes_left)
         return _first(candidates, min(self.limit, share), lambda c: (-c.overdue, c.order))
 
+    def acts(self, pool_usage: Callable[[], float]) -> bool:
+        return True
+
 
 class Threshold:
     """Each request for itself, as soon as it holds ``threshold`` slots: what the paper argues against.
@@ -92,6 +99,9 @@ class Threshold:
     def due(self, candidates: Sequence[Candidate], pool_usage: Callable[[], float]) -> list[int]:
         long = [c for c in candidates if c.kv_len >= self.threshold]
         return _first(long, len(long), lambda c: (c.index,))
+
+    def acts(self, pool_usage: Callable[[], float]) -> bool:
+        return True
 
 
 class Pressure:
@@ -107,9 +117,12 @@ class Pressure:
     def due(self, candidates: Sequence[Candidate], pool_usage: Callable[[], float]) -> list[int]:
         periodic = self._periodic
         periodic.step += 1
-        if periodic.step % periodic.period or not candidates or pool_usage() < self.min_usage:
+        if periodic.step % periodic.period or not candidates or not self.acts(pool_usage):
             return []
         return _first(candidates, periodic.limit, lambda c: (-c.gain, -c.uncompressed, c.order))
+
+    def acts(self, pool_usage: Callable[[], float]) -> bool:
+        return pool_usage() >= self.min_usage
 
 
 def build(config: KaraConfig) -> Policy:

@@ -240,3 +240,11 @@ def test_auto_serves_everybody_before_it_upgrades_anybody() -> None:
     assert grants(waiting, 4, 4, "auto") == [(2, 1), (1, 1), (4, 1), (0, 1)]
     assert grants(waiting, 7, 4, "all") == [(2, 4)]
     assert grants(waiting, 3, 4, "all") == []
+
+
+def test_admission_counts_on_compression_only_where_it_happens() -> None:
+    """Under ``pressure`` nothing is compressed below the mark, so nothing may be admitted on it."""
+    for usage, expected in ((0.0, False), (0.79, False), (0.8, True), (1.0, True)):
+        assert Pressure(1, 8, 0.8).acts(lambda usage=usage: usage) is expected
+        assert Periodic(1, 8).acts(lambda usage=usage: usage)
+        assert Threshold(0).acts(lambda usage=usage: usage)
