@@ -247,11 +247,13 @@ def draw(found: dict[str, Any], sizes: Sizes, path: Path) -> None:
                 - over_repetitions(runs, step - 1, "cached_tokens")
                 for step in steps
             ]
-            panel.plot(steps, computed, "o-", label=name)
+            # Lines that lie on each other must all be seen.
+            style = {STOCK: "s-", "exact": "^:", "compressed": "o--"}[name]
+            panel.plot(steps, computed, style, label=name)
         panel.set_title(f"{pool} pool")
         panel.set_xlabel("step")
         panel.set_xticks(list(steps))
-        panel.set_ylim(bottom=0)
+    panels[0].set_ylim(bottom=0)  # of both, when both are drawn
     panels[0].set_ylabel("prompt tokens computed")
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=110)

@@ -24,6 +24,7 @@ SETTINGS = {
     "query_heads": "all",
     "query_dtype": "model",  # fp8 would round our queries and transformers' apart
     "query_mem_gb": 0.1,
+    "policy": "threshold",  # each window as soon as it is due, as the instrument has it
     "debug_checks": True,
 }
 VARIANT = variants.Variant(layer=1, newest=8).name
