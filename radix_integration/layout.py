@@ -16,6 +16,7 @@ which is where a text that differs inside a window can be continued from.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,6 +76,10 @@ class Layout:
             removed += window.freed
 
 
+MOST_STARTS = 64
+"""Beginnings of a text that one search looks at, the longest ones: it runs in the scheduler."""
+
+
 class LayoutIndex:
     """Where compressed windows were put behind an exact text: ``digest(tokens[:a_1]) -> layouts``.
 
@@ -86,11 +91,11 @@ class LayoutIndex:
     capacity : int
         Windows that are remembered in all; what was least recently used goes first.
     per_text : int
-        Layouts that are remembered for one digest. Requests that fork from one text differ in layout
-        only where a window went without a recorder.
+        Layouts that are remembered for one digest. Each request that goes on behind one chain puts its
+        windows behind its own prompt, so forks of different length have layouts of their own.
     """
 
-    def __init__(self, capacity: int = 65536, per_text: int = 4) -> None:
+    def __init__(self, capacity: int = 65536, per_text: int = 32) -> None:
         self.capacity = capacity
         self.per_text = per_text
         self.num_windows = 0
@@ -112,7 +117,8 @@ class LayoutIndex:
     def find(self, seed: bytes, tokens: memoryview, limit: int) -> Iterator[Layout]:
         """Layouts whose first window starts in the first ``limit`` tokens of a text that begins with
         ``tokens``; the longest exact parts first."""
-        starts = sorted(start for start in self._num_with_start if start <= limit)
+        within = (start for start in self._num_with_start if start <= limit)
+        starts = sorted(heapq.nlargest(MOST_STARTS, within))
         for digest in reversed(prefix_digests(seed, tokens, starts)):
             yield from self._layouts.get(digest, ())
 

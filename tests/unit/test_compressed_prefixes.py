@@ -27,7 +27,7 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from kara_sglang.radix_integration.compressed import CompressedRadixCache
 from kara_sglang.radix_integration.keys import FIRST_ID, physical_key, seed_of
-from kara_sglang.radix_integration.layout import Layout, LayoutIndex
+from kara_sglang.radix_integration.layout import MOST_STARTS, Layout, LayoutIndex
 from kara_sglang.radix_integration.prefix import forget_match, layout_of, prefix_of
 from kara_sglang.state import STATE, Window, ceil_align
 
@@ -606,3 +606,31 @@ def test_keys_are_tokens_and_ids_that_no_token_has() -> None:
         assert not set(key(start=start)[8:12]) & set(drawn)
     assert key(cut=(Window(8, 8, 8, 5), Window(20, 17, 8, 4)))[8:12] != one[8:12]
     assert seed_of(b"x", None, "") == seed_of(b"x", None, None)
+
+
+# -- the index by itself -------------------------------------------------------------------------------
+
+
+def test_forks_of_different_length_are_all_remembered() -> None:
+    """Each goes on behind one chain with windows of its own; the next step of each must find them."""
+    tokens = memoryview(array("q", range(3, 403)))
+    chain = Window(logical_start=16, kv_start=16, width=8, kept=4)
+    index = LayoutIndex()
+    forks = [
+        Layout((chain, Window(logical_start=24 + 4 * n, kv_start=20 + 4 * n, width=8, kept=4)))
+        for n in range(16)
+    ]
+    for fork in forks:
+        index.add(b"seed", tokens, fork)
+    assert set(index.find(b"seed", tokens, len(tokens))) == set(forks)
+
+
+def test_a_search_looks_at_a_bounded_number_of_beginnings() -> None:
+    """The longest ones: it runs in the scheduler, whatever other users' texts left behind."""
+    tokens = memoryview(array("q", range(3, 3003)))
+    index = LayoutIndex()
+    starts = [4 * n for n in range(1, MOST_STARTS + 100)]
+    for start in starts:
+        index.add(b"seed", tokens, Layout((Window(start, start, width=8, kept=4),)))
+    found = [layout.windows[0].logical_start for layout in index.find(b"seed", tokens, len(tokens))]
+    assert found == starts[: -MOST_STARTS - 1 : -1]
