@@ -102,10 +102,12 @@ def test_identity_has_no_divergence(folder: Path, one: Script) -> None:
 @pytest.mark.parametrize("one", SCRIPTS, ids=lambda s: s.name)
 @pytest.mark.parametrize("row", ROWS)
 def test_compressed_rows_are_transformers_with_the_same_kv(
-    folder: Path, replay: Replay, row: str, one: Script
+    folder: Path, replay: Replay, row: str, one: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kept positions per layer and head, true positions: the same probabilities, KL and lengths."""
     config = KaraConfig.from_settings(SETTINGS)
+    monkeypatch.setitem(selectors.REGISTRY, VARIANT, None)  # taken out again afterwards
+    del selectors.REGISTRY[VARIANT]
     variants.register([VARIANT])
     plan = Plan(selectors.build(row, config), WINDOW, int(ROWS[row] * WINDOW), DELAY, PAGE, seed=SEED)
     measured, truth = Cell.load(folder, row, one.name), replay.run(one, plan)
