@@ -194,7 +194,6 @@ def execute(
     marker.write_text(json.dumps(settings))
 
     runs = [job for job in schedule(cells, options.repetitions, resident) if not journal.has(*job)]
-    runs = list(dict.fromkeys(runs))
     end_on_sigterm()
     failed: dict[str, str] = {}
     columns = (

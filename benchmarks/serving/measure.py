@@ -55,19 +55,17 @@ def schedule(cells: list[Cell], repetitions: int, resident: int) -> Iterator[tup
     """The order of the runs: rows that are compared take turns, and each repetition begins with
     another one.
 
-    Where fewer servers than rows can stay up, a point's rows are taken in groups that fit, stock
-    SGLang in each of them; ``resident`` 1 means a start per run.
+    Where fewer servers than rows can stay up, a point's rows are taken in groups that fit. Stock SGLang
+    is in the first; rows of later groups are compared with its repetition of the same number.
+    ``resident`` 1 means a start per run.
     """
     points: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         points.setdefault((cell.scenario, cell.point), []).append(cell)
     for point in points.values():
-        size = max(1, resident - 1) if resident > 1 else len(point)
-        first, rest = point[:1], point[1:]
-        groups = [rest[i : i + size] for i in range(0, len(rest), size)] or [[]]
-        for number, group in enumerate(groups):
-            # Stock is measured once per repetition; later groups find it in the journal.
-            members = first + group if number == 0 or resident > 1 else group
+        size = resident if resident > 1 else len(point)
+        for first in range(0, len(point), size):
+            members = point[first : first + size]
             for repetition in range(repetitions):
                 turn = repetition % len(members)
                 for cell in members[turn:] + members[:turn]:
