@@ -17,8 +17,8 @@ from kara_sglang.benchmarks.quality.rows import Part, Row
 from kara_sglang.benchmarks.quality.script import Script, cell_path, reference_path
 from kara_sglang.config import KaraConfig
 
-RUNNING = 16
-"""Requests that one engine runs at once; on a CPU more are no faster, and their KV takes memory."""
+RUNNING = 32
+"""Requests that one engine runs at once; their KV takes memory."""
 
 
 def scripts_of(part: Part, tokenizer: Any, split: str) -> list[Script]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kara_sglang.benchmarks.quality.script import Cell, Script
 
@@ -83,6 +83,8 @@ class Observation:
         log-probability of an answer's tokens; None without facts.
     by_back
         The same share by the fact's distance in windows.
+    by_offset
+        The same share by where in its window a fact stands, of facts before the newest window.
     slots
         Mean KV slots held at the measured steps.
     """
@@ -92,6 +94,7 @@ class Observation:
     recall: float | None
     recall_logprob: float | None
     by_back: dict[int, float]
+    by_offset: dict[float, float]
     slots: float
 
 
@@ -100,6 +103,7 @@ def observe(script: Script, cell: Cell) -> Observation:
     place = {step: i for i, step in enumerate(script.measured())}
     nll, exact, logprobs = None, [], []
     by_back: dict[int, list[float]] = {}
+    by_offset: dict[float, list[float]] = {}
     for probe in script.probes:
         where = [place[step] for step in range(probe.start, probe.stop)]
         average = math.fsum(cell.logprob[i] for i in where) / len(where)
@@ -110,11 +114,18 @@ def observe(script: Script, cell: Cell) -> Observation:
         exact.append(right)
         logprobs.append(average)
         by_back.setdefault(probe.back, []).append(right)
+        if probe.back and probe.offset is not None:
+            by_offset.setdefault(probe.offset, []).append(right)
     return Observation(
         kl=math.fsum(cell.kl) / len(cell.kl) if cell.kl else None,
         nll=nll,
         recall=math.fsum(exact) / len(exact) if exact else None,
         recall_logprob=math.fsum(logprobs) / len(logprobs) if exact else None,
-        by_back={back: math.fsum(values) / len(values) for back, values in by_back.items()},
+        by_back=_means(by_back),
+        by_offset=_means(by_offset),
         slots=math.fsum(cell.slots) / len(cell.slots),
     )
+
+
+def _means(groups: dict[Any, list[float]]) -> dict[Any, float]:
+    return {name: math.fsum(values) / len(values) for name, values in groups.items()}

@@ -98,6 +98,7 @@ def goals(part: Part, scripts: list[Script], folder: Path) -> dict[str, Any]:
             "kl_text_over_paper_se": known(kl.error),
             "recall_over_paper": more.value,
             "recall_over_paper_se": known(more.error),
+            "recall_below_full_by_offset": _below_full(ours, seen[REFERENCE_ROW]),
         }
     names = ("kara", "paper", *BASELINES)
     totals = dict.fromkeys(names, 0.0)
@@ -115,6 +116,19 @@ def goals(part: Part, scripts: list[Script], folder: Path) -> dict[str, Any]:
                 totals[name] += rank
     out["mean_rank"] = {name: total / contests for name, total in totals.items()}
     return out
+
+
+def _below_full(
+    ours: list[Observation], full: list[Observation]
+) -> dict[str, tuple[float, float | None]]:
+    """Recall lost against the full cache, by where in its window a fact stands; not the newest
+    window's facts. Values with their standard errors."""
+    pairs = [(o, f) for o, f in zip(ours, full, strict=True) if o.by_offset]
+    found = {}
+    for offset in sorted(pairs[0][0].by_offset) if pairs else ():
+        lost = mean([f.by_offset[offset] - o.by_offset[offset] for o, f in pairs])
+        found[f"{offset:g}"] = (lost.value, known(lost.error))
+    return found
 
 
 def table(records: list[dict[str, Any]], part: str, group: str) -> str:
@@ -137,8 +151,11 @@ def table(records: list[dict[str, Any]], part: str, group: str) -> str:
 
 
 def _with_error(record: dict[str, Any], name: str, digits: int) -> str:
-    error = record[f"{name}_se"]
-    text = f"{record[name]:.{digits}f}"
+    return _plus_minus(record[name], record[f"{name}_se"], digits)
+
+
+def _plus_minus(value: float, error: float | None, digits: int) -> str:
+    text = f"{value:.{digits}f}"
     return text if error is None else f"{text} ± {error:.{digits}f}"
 
 
@@ -167,6 +184,24 @@ def goal_table(found: dict[str, Any]) -> str:
         if retain != "mean_rank":
             kl = _with_error(values, "kl_text_over_paper", 2)
             lines.append(f"| {retain} | {kl} | {_with_error(values, 'recall_over_paper', 3)} |")
+    by_share = {
+        retain: lost
+        for retain, values in found.items()
+        if retain != "mean_rank" and (lost := values["recall_below_full_by_offset"])
+    }
+    if by_share:
+        offsets = list(next(iter(by_share.values())))
+        lines += [
+            "",
+            "| recall below full, facts before the newest window, by offset in their window | "
+            + " | ".join(f"{float(offset):.0%}" for offset in offsets)
+            + " |",
+            "|---|" + "---|" * len(offsets),
+        ]
+        lines += [
+            f"| {retain} | " + " | ".join(_plus_minus(*lost[o], 3) for o in offsets) + " |"
+            for retain, lost in by_share.items()
+        ]
     lines += ["", "| selector | mean rank |", "|---|---|"]
     by_rank = sorted(found["mean_rank"].items(), key=lambda pair: pair[1])
     lines += [f"| {name} | {rank:.2f} |" for name, rank in by_rank]

@@ -138,7 +138,7 @@ def full() -> list[Part]:
     window, retains = 256, (0.75, 0.5, 0.3, 0.2)
     identity = Row("identity", "selectors", "identity", 1.0, _server(window))
     main = [_full(window), identity, *_selectors(SELECTORS, window, retains)]
-    main += _ablations(window, (0.5, 0.3))
+    main += _ablations(window, (0.5,))
     text = Layout(window, 1, tail=window, stride=2)
     parts = [Part("main", main, text, Layout(window, 3, facts=4), None)]
 

@@ -463,6 +463,13 @@ def test_figures_come_from_the_cells(small_part, tmp_path: Path):
     goals = report.goals(part, scripts, tmp_path)
     assert goals["0.5"]["kl_text_over_paper"] == pytest.approx(0.5)
     assert goals["0.5"]["recall_over_paper"] == 1.0
+    # Only the fact before the newest window counts.
+    assert goals["0.5"]["recall_below_full_by_offset"] == {"0.5": (0.0, 0.0)}
+    kl["kara"] = 0.2
+    fill(tmp_path, part, scripts, kl)
+    lost = report.goals(part, scripts, tmp_path)["0.5"]["recall_below_full_by_offset"]
+    assert lost == {"0.5": (1.0, 0.0)}
+    assert "| 0.5 | 1.000 ± 0.000 |" in report.goal_table(report.goals(part, scripts, tmp_path))
     assert goals["mean_rank"] == {"kara": 1, "paper": 2, "snapkv": 3, "recent": 4, "random": 5}
 
 
