@@ -23,7 +23,8 @@ import requests
 
 from kara_sglang import cpu_engine
 from kara_sglang.benchmarks.gpu.report import write
-from kara_sglang.benchmarks.serving.__main__ import GPU_SCALE, machine, resolve_model
+from kara_sglang.benchmarks.machine import machine
+from kara_sglang.benchmarks.serving.__main__ import GPU_SCALE, resolve_model
 from kara_sglang.benchmarks.serving.peers import Setup
 from kara_sglang.benchmarks.serving.peers.sglang import SGLang
 from kara_sglang.benchmarks.serving.rows import STOCK, Row, rows

@@ -24,19 +24,11 @@ from typing import Any
 from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
+from kara_sglang.benchmarks.machine import kind
 from kara_sglang.benchmarks.quality import campaign, report, rows, texts
 from kara_sglang.benchmarks.quality.engine import EngineFailed, engine_arguments
 from kara_sglang.benchmarks.quality.script import write_json
 from kara_sglang.embedded_model import EmbeddedModelMissing, embedded_model_path
-
-
-def machine() -> str:
-    """The machine in a few words."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{len(os.sched_getaffinity(0))}-core CPU machine"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -95,7 +87,7 @@ def measure(
         "command": "python -m kara_sglang.benchmarks.quality " + shlex.join(_shown(options)),
         "model": Path(model).name,
         "split": options.split,
-        "machine": machine(),
+        "machine": kind(),
         "kara_sglang": __version__,
         "sglang": importlib.metadata.version("sglang"),
         "torch": importlib.metadata.version("torch"),

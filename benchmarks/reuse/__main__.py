@@ -29,7 +29,8 @@ from typing import Any
 import requests
 
 from kara_sglang import cpu_engine
-from kara_sglang.benchmarks.serving.__main__ import machine, resolve_model
+from kara_sglang.benchmarks.machine import machine
+from kara_sglang.benchmarks.serving.__main__ import resolve_model
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.peers import PEERS, Setup
 from kara_sglang.benchmarks.serving.rows import STOCK, Row

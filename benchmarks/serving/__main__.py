@@ -9,18 +9,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import shlex
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
 from kara_sglang import cpu_engine
+from kara_sglang.benchmarks.machine import machine
 from kara_sglang.benchmarks.serving import scenarios
 from kara_sglang.benchmarks.serving.rows import rows
 from kara_sglang.benchmarks.tiny_model import add_word_tokenizer, make_tiny_llama
@@ -77,18 +73,6 @@ def resolve_model(name: str, folder: Path) -> str:
     if not (target / "tokenizer.json").exists():
         add_word_tokenizer(make_tiny_llama(target))
     return str(target)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on, and with which versions."""
-    packages = ("sglang", "torch", "triton", "transformers", "kara-sglang")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "kind": gpu or f"{psutil.cpu_count()}-core {platform.machine()} CPU, no GPU",
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
-    }
 
 
 def main(argv: list[str] | None = None) -> int:

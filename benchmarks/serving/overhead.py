@@ -24,7 +24,7 @@ import psutil
 
 import kara_sglang
 from kara_sglang import cpu_engine
-from kara_sglang.benchmarks.serving.__main__ import machine
+from kara_sglang.benchmarks.machine import machine
 from kara_sglang.benchmarks.serving.peers import PEERS, Setup
 from kara_sglang.benchmarks.serving.rows import Row
 from kara_sglang.benchmarks.serving.server import Server, end_on_sigterm

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kara_sglang.benchmarks import machine
 from kara_sglang.benchmarks.serving import projection, scenarios
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.load import Load, write_trace
@@ -214,3 +215,13 @@ def test_a_profile_is_charged_to_the_plugin_below_its_hooks() -> None:
     )
     assert total == 100 and part == pytest.approx(0.07)
     assert charged == {"arithmetic of recording": 4, "before_attention": 2, "hook_registry": 1}
+
+
+def test_a_pinned_run_says_how_many_cores_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _pid: {0, 1})
+    assert machine.kind() == "2-core x86_64 CPU machine, no GPU"
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _pid: {1})
+    assert machine.kind() == "1 of 2 cores of an x86_64 CPU machine, no GPU"
