@@ -73,6 +73,14 @@ class Forecast:
         return max(0.0, tokens - self.kept_promise * (tokens - nominal))
 
 
+def to_come(req: Req) -> int:
+    """Tokens of an answer, still to be written, that SGLang reserves slots for where it expects all."""
+    from sglang.srt.managers import schedule_policy
+
+    left = req.sampling_params.max_new_tokens - len(req.output_ids)
+    return min(max(left, 0), schedule_policy.CLIP_MAX_NEW_TOKENS)
+
+
 def adder_class(original: Callable[..., type], scheduler: Any) -> type:
     """AROUND ``Scheduler.get_prefill_adder_class``: reserve what requests will hold, not what they say.
 
@@ -86,21 +94,23 @@ def adder_class(original: Callable[..., type], scheduler: Any) -> type:
 
 @functools.cache
 def _compressed(base: type, coordinator: Coordinator) -> type:
-    from sglang.srt.managers import schedule_policy
-
     class CompressedPrefillAdder(base):
+        @functools.cached_property
+        def _counts_on_compression(self) -> bool:
+            # Decided once: who is admitted in this step must not change it for the next candidate.
+            return coordinator.acts(self.running_batch)
+
         def _get_running_request_total_token_offset(self, req: Req) -> float:
             # The same answer all through one scheduling step: preemption takes back what was added.
             known = self.__dict__.setdefault("_reserved", {})
             if req.rid not in known:
                 stock = super()._get_running_request_total_token_offset(req)
-                known[req.rid] = coordinator.reserve(req, stock)
+                known[req.rid] = self._reserve(req, stock)
             return known[req.rid]
 
         def _select_prefill_admission(self, req: Req, *, total_tokens: int, **kwargs: Any) -> Any:
-            left = req.sampling_params.max_new_tokens - len(req.output_ids)
-            output = min(max(left, 0), schedule_policy.CLIP_MAX_NEW_TOKENS)
-            saved = output - math.ceil(coordinator.reserve(req, output))
+            output = to_come(req)
+            saved = output - math.ceil(self._reserve(req, output))
             admission = super()._select_prefill_admission(
                 req, total_tokens=total_tokens - saved, **kwargs
             )
@@ -109,5 +119,8 @@ def _compressed(base: type, coordinator: Coordinator) -> type:
                     admission, max_new_tokens=max(0, admission.max_new_tokens - saved)
                 )
             return admission
+
+        def _reserve(self, req: Req, tokens: float) -> float:
+            return coordinator.reserve(req, tokens) if self._counts_on_compression else tokens
 
     return CompressedPrefillAdder

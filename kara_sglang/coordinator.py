@@ -8,6 +8,7 @@ every length, page-table edit and freed slot is known on the host beforehand.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 import zlib
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kara_sglang import policy
-from kara_sglang.admission import Forecast
+from kara_sglang.admission import Forecast, to_come
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
@@ -79,6 +80,7 @@ class Coordinator:
         self.tracer = Tracer(scheduler, config) if config.trace is not None else None
         self._selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
         self._arrivals = 0
+        self._acting = False  # whether the policy does, in this decode step
         if config.prefix_reuse == "compressed":
             scheduler.tree_cache.settings_of = self.sharing_settings
             scheduler.tree_cache.debug_checks = config.debug_checks
@@ -161,10 +163,27 @@ class Coordinator:
         seed = options.seed if self._selectors[name].seeded else None
         return repr((self.config.to_json(), name, self._kept(options), seed)).encode()
 
+    def acts(self, running: ScheduleBatch) -> bool:
+        """Whether the policy compresses anybody as things stand."""
+        return self.policy.acts(lambda: self._demand(running))
+
+    def _demand(self, running: ScheduleBatch) -> float:
+        """Share of the KV pool that requests need uncompressed: what is held, what SGLang reserves for
+        those that run, and all of those that wait, as far as there are rows for them."""
+        scheduler = self.scheduler
+        idle = scheduler.token_to_kv_pool_allocator.available_size()
+        idle += scheduler.tree_cache.evictable_size()
+        need = scheduler.max_total_num_tokens - idle
+        ratio = scheduler.new_token_ratio_tracker.current
+        for req in running.reqs:
+            need += to_come(req) * (1.0 if req.sampling_params.ignore_eos else ratio)
+        rows = scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running)
+        for req in itertools.islice(scheduler.waiting_queue, max(rows, 0)):
+            need += len(req.origin_input_ids) + len(req.output_ids) + to_come(req)
+        return need / scheduler.max_total_num_tokens
+
     def reserve(self, req: Req, tokens: float) -> float:
         """KV slots that a running or waiting request takes for ``tokens`` still to come, at most."""
-        if not self.policy.acts(self._pool_usage):
-            return tokens
         if hasattr(req, STATE):
             state: RequestState | None = getattr(req, STATE)
             if state is None or state.waits_for_recorder():
@@ -230,7 +249,8 @@ class Coordinator:
         state.passed_over += state.start_window_at(kv_len, self.geometry)
         windows, state.passed_over = divmod(state.passed_over, width)
         self.totals.skip(reason, windows)
-        self.forecast.observe(windows * (width - state.kept), 0)
+        if self._acting:
+            self.forecast.observe(windows * (width - state.kept), 0)
 
     # -- one decode step ---------------------------------------------------------------------------
 
@@ -240,6 +260,7 @@ class Coordinator:
         Called before SGLang's memory check and before it prepares the decode step, so that freed pages
         can spare a retraction.
         """
+        self._acting = self.acts(batch)
         ready: list[Candidate] = []
         waiting: list[Candidate] = []
         for index, req in enumerate(batch.reqs):
@@ -251,7 +272,7 @@ class Coordinator:
                     waiting.append(self._candidate(index, req, state))
             elif req.kv.kv_committed_len >= state.due_at(self.geometry) and _goes_on(req):
                 ready.append(self._candidate(index, req, state))
-        due = self.policy.due(ready, self._pool_usage)
+        due = self.policy.due(ready if self._acting else [])
         if due:
             self._compress(batch, due)
         if self.recorder is not None:
@@ -279,13 +300,6 @@ class Coordinator:
     def _has_use_for_recorder(self, req: Req, state: RequestState) -> bool:
         left = req.sampling_params.max_new_tokens - len(req.output_ids)
         return state.can_fill_a_window(req.kv.kv_committed_len, left, self.geometry)
-
-    def _pool_usage(self) -> float:
-        """Share of the KV pool that running requests hold."""
-        scheduler = self.scheduler
-        idle = scheduler.token_to_kv_pool_allocator.available_size()
-        idle += scheduler.tree_cache.evictable_size()
-        return 1.0 - idle / scheduler.max_total_num_tokens
 
     def _pass_recorders_on(
         self, batch: ScheduleBatch, compressed: list[int], num_waiting: int

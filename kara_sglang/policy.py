@@ -42,21 +42,25 @@ def lag(config: KaraConfig) -> int:
 class Policy(Protocol):
     """Decides, once per decode step, whose window is compressed."""
 
-    def due(self, candidates: Sequence[Candidate], pool_usage: Callable[[], float]) -> list[int]:
+    def acts(self, demand: Callable[[], float]) -> bool:
+        """Whether anybody is compressed as things stand; if not, admission must not count on it.
+
+        Parameters
+        ----------
+        demand : callable
+            Returns the share of the KV pool that running and waiting requests need uncompressed; it
+            takes time.
+        """
+
+    def due(self, candidates: Sequence[Candidate]) -> list[int]:
         """Batch indices to compress in this step, ascending.
 
         Parameters
         ----------
         candidates : sequence of Candidate
             The running requests that could be compressed, in batch order; also those of negative
-            ``overdue``, which never are.
-        pool_usage : callable
-            Returns the share of the KV pool that running requests hold; it takes time.
+            ``overdue``, which never are. None where the policy does not act.
         """
-
-    def acts(self, pool_usage: Callable[[], float]) -> bool:
-        """Whether windows that fall due now are compressed. Where they are not, admission must not
-        count on it."""
 
 
 class Periodic:
@@ -72,7 +76,10 @@ class Periodic:
         self.limit = limit
         self.step = 0
 
-    def due(self, candidates: Sequence[Candidate], pool_usage: Callable[[], float]) -> list[int]:
+    def acts(self, demand: Callable[[], float]) -> bool:
+        return True
+
+    def due(self, candidates: Sequence[Candidate]) -> list[int]:
         self.step += 1
         if self.step % self.period:
             return []
@@ -82,9 +89,6 @@ class Periodic:
         passes_left = max(1, (SPREAD - max(waited)) // self.period)
         share = math.ceil(len(waited) / passes_left)
         return _first(candidates, min(self.limit, share), lambda c: (-c.overdue, c.order))
-
-    def acts(self, pool_usage: Callable[[], float]) -> bool:
-        return True
 
 
 class Threshold:
@@ -96,33 +100,35 @@ class Threshold:
     def __init__(self, threshold: int) -> None:
         self.threshold = threshold
 
-    def due(self, candidates: Sequence[Candidate], pool_usage: Callable[[], float]) -> list[int]:
+    def acts(self, demand: Callable[[], float]) -> bool:
+        return True
+
+    def due(self, candidates: Sequence[Candidate]) -> list[int]:
         long = [c for c in candidates if c.kv_len >= self.threshold]
         return _first(long, len(long), lambda c: (c.index,))
 
-    def acts(self, pool_usage: Callable[[], float]) -> bool:
-        return True
-
 
 class Pressure:
-    """Nothing while the pool has room; above ``min_usage`` those that free most.
+    """Nothing while all that run and wait fit the pool uncompressed; else those that free most.
 
-    At low load no answer is touched at all.
+    At low load no answer is touched at all. What is held now would say too little: a pool is full of
+    reserves, and requests wait, long before it is full of tokens.
     """
 
     def __init__(self, period: int, limit: int, min_usage: float) -> None:
-        self._periodic = Periodic(period, limit)
+        self.period = period
+        self.limit = limit
         self.min_usage = min_usage
+        self.step = 0
 
-    def due(self, candidates: Sequence[Candidate], pool_usage: Callable[[], float]) -> list[int]:
-        periodic = self._periodic
-        periodic.step += 1
-        if periodic.step % periodic.period or not candidates or not self.acts(pool_usage):
+    def acts(self, demand: Callable[[], float]) -> bool:
+        return demand() >= self.min_usage
+
+    def due(self, candidates: Sequence[Candidate]) -> list[int]:
+        self.step += 1
+        if self.step % self.period:
             return []
-        return _first(candidates, periodic.limit, lambda c: (-c.gain, -c.uncompressed, c.order))
-
-    def acts(self, pool_usage: Callable[[], float]) -> bool:
-        return pool_usage() >= self.min_usage
+        return _first(candidates, self.limit, lambda c: (-c.gain, -c.uncompressed, c.order))
 
 
 def build(config: KaraConfig) -> Policy:

@@ -70,6 +70,8 @@ class Admission:
 class StockAdder:
     """The two methods of SGLang's PrefillAdder that the plugin overrides."""
 
+    running_batch = "the running batch"
+
     def _get_running_request_total_token_offset(self, req: Any) -> float:
         return req.sampling_params.max_new_tokens
 
@@ -87,18 +89,38 @@ class Req:
     rid = "one"
 
 
+class HalfCoordinator:
+    """Promises half of everything, and says in turn whether it is going to keep that."""
+
+    def __init__(self, *acting: bool) -> None:
+        self.acting = list(acting)
+
+    def acts(self, running: str) -> bool:
+        assert running == StockAdder.running_batch
+        return self.acting.pop(0)
+
+    def reserve(self, req: Req, tokens: float) -> float:
+        return tokens / 2
+
+
 def test_adder_reserves_the_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both checks of a candidate, and every running request, use what will be held."""
-
-    class HalfCoordinator:
-        def reserve(self, req: Req, tokens: float) -> float:
-            return tokens / 2
-
-    monkeypatch.setattr(runtime, "coordinator", HalfCoordinator())
+    monkeypatch.setattr(runtime, "coordinator", HalfCoordinator(True))
     adder = adder_class(lambda _scheduler: StockAdder, None)()
     assert adder._get_running_request_total_token_offset(Req()) == 500
     assert adder._select_prefill_admission(Req(), total_tokens=1100) == Admission(500)
     assert adder._select_prefill_admission(Req(), total_tokens=1300) == "no room"
+
+
+def test_adder_counts_on_compression_only_where_it_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the policy does not act it reserves like stock; it is asked once per scheduling step."""
+    monkeypatch.setattr(runtime, "coordinator", HalfCoordinator(False, True))
+    adder = adder_class(lambda _scheduler: StockAdder, None)()
+    assert adder._get_running_request_total_token_offset(Req()) == 1000
+    assert adder._select_prefill_admission(Req(), total_tokens=700) == Admission(1000)
+    assert adder._select_prefill_admission(Req(), total_tokens=1100) == "no room"
+    later = adder_class(lambda _scheduler: StockAdder, None)()
+    assert later._get_running_request_total_token_offset(Req()) == 500
 
 
 def test_adder_is_stocks_without_a_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:

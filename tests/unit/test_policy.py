@@ -50,8 +50,8 @@ POLICIES: list[Callable[[], Policy]] = [
 @given(batches(), st.sampled_from(POLICIES))
 def test_only_due_requests_ascending_and_deterministic(batch, make) -> None:
     """Ranks decide alike: the same batch gives the same list, none of it twice, all of it due."""
-    chosen = make().due(batch, lambda: 0.9)
-    assert chosen == make().due(list(batch), lambda: 0.9)
+    chosen = make().due(batch)
+    assert chosen == make().due(list(batch))
     assert chosen == sorted(set(chosen))
     assert all(batch[index].overdue >= 0 for index in chosen)
 
@@ -63,7 +63,7 @@ def test_the_order_of_the_batch_does_not_matter(batch, random) -> None:
     shuffled = batch[:]
     random.shuffle(shuffled)
     for make in POLICIES:
-        assert make().due(batch, lambda: 0.9) == make().due(shuffled, lambda: 0.9)
+        assert make().due(batch) == make().due(shuffled)
 
 
 @settings(max_examples=200)
@@ -71,7 +71,7 @@ def test_the_order_of_the_batch_does_not_matter(batch, random) -> None:
 def test_periodic_takes_the_longest_waiting(batch, limit) -> None:
     """At most ``limit``; nobody left behind has waited longer, or as long and come earlier."""
     batch = [dataclasses.replace(c, overdue=c.overdue + SPREAD * (c.overdue >= 0)) for c in batch]
-    chosen = Periodic(1, limit).due(batch, lambda: 0.0)
+    chosen = Periodic(1, limit).due(batch)
     ready = [c for c in batch if c.overdue >= 0]
     assert len(chosen) == min(limit, len(ready))
     left = [c for c in ready if c.index not in chosen]
@@ -88,7 +88,7 @@ def test_periodic_spreads_what_falls_due_together(size: int, period: int) -> Non
     waiting = list(range(size))
     for step in range(SPREAD + 2 * period):
         batch = [candidate(index, overdue=step) for index in waiting]
-        chosen = one.due(batch, lambda: 0.0)
+        chosen = one.due(batch)
         assert len(chosen) <= share + 1
         waiting = [index for index in waiting if index not in chosen]
         if step >= SPREAD + period:
@@ -100,18 +100,15 @@ def test_periodic_spreads_what_falls_due_together(size: int, period: int) -> Non
 def test_threshold_takes_whoever_is_long_enough(batch, threshold) -> None:
     """Without a limit, whatever the pool says."""
     expected = [c.index for c in batch if c.overdue >= 0 and c.kv_len >= threshold]
-    assert Threshold(threshold).due(batch, lambda: 0.0) == expected
+    assert Threshold(threshold).due(batch) == expected
 
 
 @settings(max_examples=200)
-@given(batches(), st.integers(1, 13), st.floats(0, 1), st.floats(0, 1))
-def test_pressure_waits_and_then_takes_what_frees_most(batch, limit, usage, least) -> None:
-    """Nothing below the pool's mark; above it the largest gains, then the longest, then the oldest."""
-    chosen = Pressure(1, limit, least).due(batch, lambda: usage)
+@given(batches(), st.integers(1, 13))
+def test_pressure_takes_what_frees_most(batch, limit) -> None:
+    """The largest gains, then the longest, then the oldest."""
+    chosen = Pressure(1, limit, 0.5).due(batch)
     ready = [c for c in batch if c.overdue >= 0]
-    if usage < least:
-        assert chosen == []
-        return
     assert len(chosen) == min(limit, len(ready))
     left = [c for c in ready if c.index not in chosen]
 
@@ -130,14 +127,14 @@ def test_the_period_is_counted_in_steps(make: Callable[[int], Policy], period: i
     random = Random(0)
     for step in range(1, 5 * period + 1):
         batch = [candidate(0)] if random.random() < 0.5 or step % period == 0 else []
-        assert one.due(batch, lambda: 0.5) == ([0] if step % period == 0 else [])
+        assert one.due(batch) == ([0] if step % period == 0 else [])
 
 
 def test_the_pressure_counter_runs_while_the_pool_has_room() -> None:
     """The first pass under pressure is not later for that."""
     one = Pressure(4, 8, 0.5)
-    assert [bool(one.due([candidate(0)], lambda: 0.1)) for _ in range(7)] == [False] * 7
-    assert one.due([candidate(0)], lambda: 0.9) == [0]
+    assert [one.due([]) for _ in range(7)] == [[]] * 7
+    assert one.due([candidate(0)]) == [0]
 
 
 def test_settings_choose_the_policy() -> None:
@@ -149,12 +146,12 @@ def test_settings_choose_the_policy() -> None:
     assert isinstance(threshold, Threshold) and threshold.threshold == 77
     pressure = policy.build(KaraConfig(policy="pressure", **shared))
     assert isinstance(pressure, Pressure) and pressure.min_usage == 0.6
-    assert [bool(pressure.due([candidate(i) for i in range(9)], lambda: 0.7)) for _ in range(3)] == [
+    assert [bool(pressure.due([candidate(i) for i in range(9)])) for _ in range(3)] == [
         False,
         False,
         True,
     ]
-    assert len(pressure.due([candidate(i) for i in range(9)], lambda: 0.7)) == 0
+    assert len(pressure.due([candidate(i) for i in range(9)])) == 0
 
 
 @pytest.mark.parametrize("period,limit", [(1, 1), (1, 2), (4, 3), (16, 8)])
@@ -174,7 +171,7 @@ def test_nobody_starves(period: int, limit: int) -> None:
             for index, (order, late) in enumerate(overdue.items())
         ]
         names = list(overdue)
-        for index in one.due(batch, lambda: 0.0):
+        for index in one.due(batch):
             overdue[names[index]] -= window
         overdue = {name: late + 1 for name, late in overdue.items() if random.random() > 0.002}
         longest = max([longest, *overdue.values()])
@@ -242,9 +239,12 @@ def test_auto_serves_everybody_before_it_upgrades_anybody() -> None:
     assert grants(waiting, 3, 4, "all") == []
 
 
-def test_admission_counts_on_compression_only_where_it_happens() -> None:
-    """Under ``pressure`` nothing is compressed below the mark, so nothing may be admitted on it."""
-    for usage, expected in ((0.0, False), (0.79, False), (0.8, True), (1.0, True)):
-        assert Pressure(1, 8, 0.8).acts(lambda usage=usage: usage) is expected
-        assert Periodic(1, 8).acts(lambda usage=usage: usage)
-        assert Threshold(0).acts(lambda usage=usage: usage)
+def test_only_pressure_asks_what_is_needed() -> None:
+    """Below its mark nothing is compressed; the others always act, whatever it would cost to ask."""
+    for demand, expected in ((0.0, False), (0.79, False), (0.8, True), (5.0, True)):
+        assert Pressure(1, 8, 0.8).acts(lambda demand=demand: demand) is expected
+
+    def never() -> float:
+        raise AssertionError("asked")
+
+    assert Periodic(1, 8).acts(never) and Threshold(0).acts(never)

@@ -134,6 +134,7 @@ class Request:
         self.sampling_params = SimpleNamespace(
             custom_params=None if options is None else {"kv_compress": options},
             max_new_tokens=max_new_tokens,
+            ignore_eos=True,
         )
         self.kv = Kv()
         self.skip_radix_cache_insert = False
@@ -261,6 +262,7 @@ class World:
         self.row_generation = torch.zeros(ROWS, dtype=torch.int64)
         rows = SimpleNamespace(req_to_token=self.req_to_token, req_generation=self.row_generation)
         self.stream = Stream() if setting.overlap else None
+        self.queue: list[Request] = []  # retracted
         self.scheduler = SimpleNamespace(
             page_size=self.page,
             metrics_collector_context=SimpleNamespace(current_scheduler_metrics_enabled=False),
@@ -273,6 +275,9 @@ class World:
             req_to_token_pool=rows,
             tree_cache=SimpleNamespace(evictable_size=self.evictable_size),
             max_total_num_tokens=setting.num_pages * self.page,
+            waiting_queue=self.queue,
+            new_token_ratio_tracker=SimpleNamespace(current=0.5),
+            get_num_allocatable_reqs=lambda running, running_batch: len(self.free_rows),
             server_args=SimpleNamespace(model_path="a-model", tokenizer_path=None),
             model_config=SimpleNamespace(get_total_num_kv_heads=lambda: KV_HEADS),
         )
@@ -302,7 +307,6 @@ class World:
         self.scheduler.running_batch = self.batch
         self.tree: list[Prefix] = []
         self.tree_pages: Counter[int] = Counter()
-        self.queue: list[Request] = []  # retracted
         self.in_flight: list[Request] = []
         self.arrived = self.steps = self.windows = self.tokens_freed = self.retractions = 0
         self.traces = 0
@@ -1186,9 +1190,49 @@ def test_who_waits_for_a_recorder_gives_nothing_back() -> None:
     advance(world, 1)
     fresh = world.coordinator.reserve(waiting, 64)
     assert world.prefill(waiting)
-    world.coordinator.policy.due = lambda candidates, usage: []  # nobody gives its recorder back
+    world.coordinator.policy.due = lambda candidates: []  # nobody gives its recorder back
     advance(world, 60)
     assert waiting.state.waits_for_recorder() and waiting.state.uncompressed(63) == 60
     world.coordinator.forecast = Forecast(world.coordinator.geometry)
     assert world.coordinator.reserve(waiting, 64) >= fresh
     assert world.coordinator.reserve(waiting, 1) >= 1
+
+
+def answer(world: World, steps: int) -> None:
+    """As :func:`advance`, and the tokens arrive."""
+    for _ in range(steps):
+        advance(world, 1)
+        world.process_results(world.batch.reqs)
+
+
+def test_pressure_touches_nobody_unless_somebody_waits_for_room() -> None:
+    """Neither while all fits, nor for those that wait for a row; and it ends with its cause."""
+    config = KaraConfig(window=8, delay=2, policy="pressure")
+    world = World(Setting(config, trouble=0.0, num_pages=2000), seed=0)
+    req = Request(0, [1, 2, 3], 400, None)
+    assert world.prefill(req)
+    answer(world, 150)
+    world.queue.append(Request(1, [1, 2, 4], 2000, None))
+    rows, world.free_rows = world.free_rows, []
+    answer(world, 50)
+    assert req.windows == []
+    assert world.coordinator.forecast.kept_promise == 1, "what was not promised was not broken"
+    world.free_rows = rows
+    answer(world, 50)
+    taken = len(req.windows)
+    assert taken >= 5
+    world.queue.clear()
+    answer(world, 50)
+    assert len(req.windows) == taken
+
+
+def test_pressure_lasts_until_what_runs_fits() -> None:
+    """Admitted on compression, two answers of 700 in 1,000 slots are compressed with nobody waiting."""
+    config = KaraConfig(window=8, delay=2, policy="pressure")
+    world = World(Setting(config, trouble=0.0, num_pages=1000), seed=0)
+    running = [Request(i, [1, 2, i], 700, None) for i in range(2)]
+    for req in running:
+        assert world.prefill(req)
+    answer(world, 690)  # fails where a slot is missing
+    held = sum(len(req.slots) for req in running)
+    assert 750 <= held <= 800, "compressed down to the mark and no further"
