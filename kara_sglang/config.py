@@ -58,7 +58,9 @@ class KaraConfig:
         ``exact``: the prefix cache holds uncompressed KV only. ``compressed``: it keeps what a
         compressed request leaves behind, too.
     delay
-        Newest tokens left uncompressed behind the window; their queries vote too.
+        Newest tokens left uncompressed behind the window.
+    delay_votes
+        Whether the delay's queries vote as the window's own do. For ``kara`` and ``causal``.
     score
         ``sum`` of the attention that a key collects (the paper's), ``l2``: sum of its squares; with
         ``_v`` times the norm of the value, with ``_v4`` times its fourth power.
@@ -102,6 +104,7 @@ class KaraConfig:
     query_mem_gb: float | None = None
     prefix_reuse: Literal["exact", "compressed"] = "exact"
     delay: int = 64
+    delay_votes: bool = False
     score: Score = "l2_v4"
     chunk_budget: float = 0.0
     chunk_width: int = 8

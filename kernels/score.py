@@ -27,8 +27,10 @@ class AttentionRule:
         Multiply by the Euclidean norm of the key's value to this power; 0: not at all.
     causal
         Query i sees keys j <= i only (a query behind the window sees them all).
+    delay_votes
+        Whether the queries of the delay, behind the window, vote as the window's own do.
     last_queries
-        Let only this many of the newest queries vote; None: all.
+        Let only this many of the newest of them vote; None: all.
     per_layer
         Add up the scores of the KV heads, so that all heads of a layer keep the same tokens. Under
         tensor parallelism: all heads of a rank.
@@ -37,8 +39,14 @@ class AttentionRule:
     squared: bool = False
     value_norm: int = 0
     causal: bool = False
+    delay_votes: bool = True
     last_queries: int | None = None
     per_layer: bool = False
+
+    def voters(self, num_queries: int, width: int) -> range:
+        """Which of ``num_queries`` recorded queries vote in a window of ``width`` tokens."""
+        stop = num_queries if self.delay_votes else width
+        return range(max(0, stop - (self.last_queries or stop)), stop)
 
 
 def attention_scores(
@@ -69,12 +77,10 @@ def attention_scores(
         Scores, shape ``(num_kv_heads, W)``, float32. The softmax runs over the window's keys.
     """
     width, num_kv_heads, _ = keys.shape
-    first = 0
-    if rule.last_queries is not None:
-        first = max(0, queries.shape[0] - rule.last_queries)
-        queries = queries[first:]
+    voters = rule.voters(queries.shape[0], width)
+    queries = queries[voters.start : voters.stop]
     num_queries, _, group, _ = queries.shape
-    own = torch.arange(first, first + num_queries, device=keys.device)
+    own = torch.arange(voters.start, voters.stop, device=keys.device)
     key_positions = torch.arange(width, device=keys.device)
 
     scores = torch.zeros((num_kv_heads, width), dtype=torch.float32, device=keys.device)

@@ -42,8 +42,8 @@ class Settings:
     rotating: bool = False
 
     def voters(self, model: Model) -> int:
-        """Recorded queries per KV head."""
-        return (self.window + self.delay) * (1 if self.rotating else model.group)
+        """Recorded queries per KV head that vote: those of the window."""
+        return self.window * (1 if self.rotating else model.group)
 
 
 VARIANTS = {

@@ -44,7 +44,7 @@ from kara_sglang.kernels.triton.score import Voters, attention_scores
 from kara_sglang.kernels.triton.select import select
 
 DEVICE = torch.device("cuda")
-RULE = AttentionRule(squared=True, value_norm=1)
+RULE = AttentionRule(squared=True, value_norm=4, delay_votes=False)
 CHUNKS = ChunkRule(budget=0.1)
 PAGE = 16
 OTHER_CASES = (
@@ -96,7 +96,7 @@ class Case:
         self.units = torch.arange(num_jobs * units, device=DEVICE).view(num_jobs, units)
         self.starts = [16 + 1003 * job for job in range(num_jobs)]
         self.tables = PoolTables.of(self.pool)
-        self.voters = Voters(self.units, torch.tensor(self.starts, device=DEVICE), 0, ring_len)
+        self.voters = Voters(self.units, torch.tensor(self.starts, device=DEVICE), 0, width)
         self.scores = torch.empty(layers, num_jobs, heads, width, device=DEVICE)
         self.sums = torch.empty(2 * layers * num_jobs * heads * self.voters.rows, device=DEVICE)
         self.kept = torch.empty(

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -29,13 +30,15 @@ from typing import Any
 from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
+from kara_sglang.benchmarks.machine import machine
 from kara_sglang.benchmarks.quality import coder_model
-from kara_sglang.benchmarks.quality.engine import CPU_ARGUMENTS, PAGE_SIZE, stop
+from kara_sglang.benchmarks.quality.engine import engine_arguments, stop
 from kara_sglang.benchmarks.quality.estimates import known, mean, share_interval
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.script import write_json
 from kara_sglang.benchmarks.quality.texts import DATA
 
+MODULE = "kara_sglang.benchmarks.quality.reasoning"
 INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
 ROWS = ("full", "kara", "random", "recent", "snapkv")
 
@@ -100,7 +103,7 @@ def server(model: str, settings: list[str], log: Path, context: int) -> Iterator
     flags = ["--model-path", model, "--port", str(port), "--context-length", str(context)]
     environment = dict(os.environ)
     if cpu_engine.is_installed():
-        for name, value in (CPU_ARGUMENTS | {"page_size": PAGE_SIZE}).items():
+        for name, value in engine_arguments().items():
             flag = "--" + name.replace("_", "-")
             flags += [flag] if value is True else [flag, str(value)]
         flags += ["--max-total-tokens", str(8 * context)]
@@ -274,6 +277,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             answers[row][problem.number] = answer
     return {
         "meta": {
+            "command": "python -m kara_sglang.benchmarks.quality.reasoning "
+            + shlex.join(_shown(options)),
+            "machine": machine(),
+            "dtype": engine_arguments().get("dtype", "model"),
             "data": options.data.name,
             "model": Path(options.model or coder_model.FOLDER_NAME).name,
             "window": options.window,
@@ -285,6 +292,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         },
         "results": figures(answers, options.retain),
     }
+
+
+def _shown(options: argparse.Namespace) -> list[str]:
+    """The arguments that say what was asked; where files lay does not matter."""
+    shown = []
+    for name in ("problems", "retain", "window", "config", "max_tokens", "temperature", "parallel"):
+        if (value := getattr(options, name)) is not None:
+            shown += ["--" + name.replace("_", "-"), str(value)]
+    shown += ["--model", Path(options.model).name] if options.model else []
+    shown += ["--data", options.data.name] if options.data.parent != DATA else []
+    return [*shown, "--rows", *options.rows, "--out", options.out.name]
 
 
 def _default_model() -> str:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class KaraSelector(AttentionSelector):
-    """Every query of the window, and of the delay behind it, votes for every key of the window."""
+    """Every query of the window votes for every key of the window; with ``delay_votes`` those of the
+    delay behind it do, too."""
 
     @classmethod
     def from_config(cls, config: KaraConfig) -> Self:
@@ -31,5 +32,6 @@ def _rule(config: KaraConfig) -> AttentionRule:
     return AttentionRule(
         squared=votes == "l2",
         value_norm=int(power or 1) if times else 0,
+        delay_votes=config.delay_votes,
         per_layer=config.granularity == "layer",
     )

@@ -121,12 +121,12 @@ class TritonKernels:
             if isinstance(selector, AttentionSelector):
                 if not shape.units:
                     raise ValueError(f"{type(selector).__name__} needs recorded queries")
-                skipped = max(0, shape.query_count - (selector.rule.last_queries or shape.query_count))
+                voting = selector.rule.voters(shape.query_count, shape.width)
                 attention_scores(
                     tables,
                     layers,
                     slots,
-                    Voters(units, starts, skipped, shape.query_count - skipped),
+                    Voters(units, starts, voting.start, len(voting)),
                     ring_len=pool.ring_len,
                     rule=selector.rule,
                     sums=sums,

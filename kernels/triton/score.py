@@ -278,7 +278,7 @@ def attention_scores(
     slots : torch.Tensor
         The windows' slots in token order, shape ``(num_jobs, W)``, integer, contiguous.
     voters : Voters
-        ``rule.last_queries`` is already in it.
+        ``rule.voters`` is already in it.
     ring_len : int
         Tokens per ring unit.
     rule : AttentionRule

@@ -20,7 +20,7 @@ from kara_sglang.kernels.triton.score import Voters, attention_scores, dot_dtype
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 FP8, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-SUM, BEST = AttentionRule(), AttentionRule(squared=True, value_norm=4)
+SUM, BEST = AttentionRule(), AttentionRule(squared=True, value_norm=4, delay_votes=False)
 
 
 def triton_scores(
@@ -33,8 +33,8 @@ def triton_scores(
 ) -> torch.Tensor:
     """``(num_layers, num_jobs, num_kv_heads, W)``."""
     tables = PoolTables.of(pool)
-    first = max(0, count - (rule.last_queries or count))
-    voters = Voters(units, torch.tensor(starts), first, count - first)
+    voting = rule.voters(count, slots.shape[1])
+    voters = Voters(units, torch.tensor(starts), voting.start, len(voting))
     shape = (tables.num_layers, slots.shape[0], tables.num_kv_heads)
     out = torch.full((*shape, slots.shape[1]), float("nan"))
     sums = torch.full((2 * math.prod(shape) * voters.rows,), float("nan"))
@@ -78,8 +78,9 @@ def brute_force(
         for job in range(num_jobs):
             window = slots[job].numpy()
             for head in range(num_heads):
-                for token in range(count):
-                    if rule.last_queries is not None and token < count - rule.last_queries:
+                newest = count if rule.delay_votes else width
+                for token in range(newest):
+                    if rule.last_queries is not None and token < newest - rule.last_queries:
                         continue
                     visible = min(token + 1, width) if rule.causal else width
                     place = (starts[job] + token) % pool.ring_len
@@ -147,7 +148,8 @@ def test_rules_over_several_blocks(make, causal, last, count):
     """W = 176 is two and three quarters blocks of 64 keys; 205 queries include a delay's."""
     pool = make.pool(3, layers=2, heads=1, dim=64, slots=256, units=2, ring_len=205)
     slots = make.windows(1, 176, slots=256, seed=5, page=16)
-    rule = AttentionRule(squared=count == 205, value_norm=1, causal=causal, last_queries=last)
+    votes = last is None or count == 176  # of the delay
+    rule = AttentionRule(count == 205, 1, causal, delay_votes=votes, last_queries=last)
     check(pool, slots, torch.tensor([[1, 0]]), [100], count, rule)
 
 

@@ -32,6 +32,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "query_mem_gb": None,
         "prefix_reuse": "exact",
         "delay": 64,
+        "delay_votes": False,
         "score": "l2_v4",
         "chunk_budget": 0.0,
         "chunk_width": 8,
@@ -120,6 +121,7 @@ WRONG_TYPE: list[tuple[str, Any, str]] = [
     ("max_requests_per_pass", None, "max_requests_per_pass must be a whole number"),
     ("seed", 1.0, "--kv-compress-config: seed must be a whole number"),
     ("trace", 1, "--kv-compress-trace must be a string or null"),
+    ("delay_votes", 1, "--kv-compress-config: delay_votes must be true or false"),
     ("debug_checks", 1, "--kv-compress-config: debug_checks must be true or false"),
     ("debug_checks", "true", "--kv-compress-config: debug_checks must be true or false"),
 ]
@@ -328,6 +330,7 @@ def typed_settings() -> st.SearchStrategy[dict[str, Any]]:
         "retain": st.floats(0.001, 1),
         "query_mem_gb": st.none() | st.floats(0.001, 100) | st.integers(1, 9),
         "delay": st.integers(0, 65536),
+        "delay_votes": st.booleans(),
         "score": st.sampled_from(["sum", "sum_v", "l2", "l2_v", "l2_v4"]),
         "chunk_budget": st.floats(0, 1),
         "chunk_width": st.integers(2, 100),

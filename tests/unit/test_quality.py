@@ -296,7 +296,7 @@ def test_a_variant_without_changes_is_the_product_selector(score: str, variant: 
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(80, 2, 3, 16, generator=generator)
     keys, values = (torch.randn(64, 2, 16, generator=generator) for _ in range(2))
-    product = selectors.build("kara", KaraConfig(score=score))
+    product = selectors.build("kara", KaraConfig(score=score, delay_votes=bool(variant.later)))
     expected = product.score(queries, keys, values, scale=0.25, seed=0)
     got = VariantSelector(variant=variant).score(queries, keys, values, scale=0.25, seed=0)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -304,6 +304,7 @@ def test_a_variant_without_changes_is_the_product_selector(score: str, variant: 
 
 def test_the_ablations_start_from_the_default():
     assert rows.PRODUCT.chunks == KaraConfig().chunk_budget
+    assert bool(rows.PRODUCT.later) == KaraConfig().delay_votes
 
 
 def test_what_variants_change():

@@ -30,14 +30,15 @@ def brute_force(
     squared: bool,
     value_norm: int,
     causal: bool,
+    delay_votes: bool,
     last_queries: int | None,
 ) -> torch.Tensor:
     """The paper's score, one query, one key and one number at a time."""
     q, k, v = (tensor.to(torch.float64).tolist() for tensor in (queries, keys, values))
     num_queries, num_heads, group = len(q), len(q[0]), len(q[0][0])
-    voters = range(num_queries)
+    voters = [i for i in range(num_queries) if delay_votes or i < len(k)]
     if last_queries is not None:
-        voters = range(max(0, num_queries - last_queries), num_queries)
+        voters = voters[-last_queries:]
     collected = [[0.0] * len(k) for _ in range(num_heads)]
     for head in range(num_heads):
         for i in voters:
@@ -64,6 +65,7 @@ rules = st.fixed_dictionaries(
         "squared": st.booleans(),
         "value_norm": st.integers(0, 4),
         "causal": st.booleans(),
+        "delay_votes": st.booleans(),
         "last_queries": st.none() | st.integers(1, 24),
     }
 )
@@ -98,9 +100,18 @@ def ones(num_queries: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torc
 
 @settings(max_examples=100)
 @given(windows(), rules)
-@example(ones(1, 1), {"squared": False, "value_norm": 0, "causal": True, "last_queries": 1})
-@example(ones(7, 3), {"squared": True, "value_norm": 1, "causal": True, "last_queries": 6})
-@example(ones(7, 3), {"squared": False, "value_norm": 0, "causal": True, "last_queries": 2})
+@example(
+    ones(1, 1),
+    {"squared": False, "value_norm": 0, "causal": True, "delay_votes": True, "last_queries": 1},
+)
+@example(
+    ones(7, 3),
+    {"squared": True, "value_norm": 1, "causal": True, "delay_votes": False, "last_queries": 2},
+)
+@example(
+    ones(7, 3),
+    {"squared": False, "value_norm": 0, "causal": True, "delay_votes": True, "last_queries": 2},
+)
 def test_scores_equal_brute_force(window, rule) -> None:
     """Every rule on every shape, with ties and logits up to thousands."""
     queries, keys, values, scale = window
@@ -121,6 +132,7 @@ def test_scores_of_ordinary_numbers(dtype: torch.dtype, score_name: str) -> None
         "squared": score_name.startswith("l2"),
         "value_norm": {"sum": 0, "l2": 0, "l2_v4": 4}.get(score_name, 1),
         "causal": False,
+        "delay_votes": True,
         "last_queries": None,
     }
     got = attention_scores(queries, keys, values, scale=32**-0.5, rule=AttentionRule(**rule))
@@ -133,7 +145,13 @@ def test_dtypes_may_differ() -> None:
     torch.manual_seed(1)
     queries = torch.randn(6, 2, 2, 8).to(torch.float8_e4m3fn)
     keys, values = torch.randn(5, 2, 8).bfloat16(), torch.randn(5, 2, 8).half()
-    rule = {"squared": True, "value_norm": 1, "causal": False, "last_queries": None}
+    rule = {
+        "squared": True,
+        "value_norm": 1,
+        "causal": False,
+        "delay_votes": True,
+        "last_queries": None,
+    }
     got = attention_scores(queries, keys, values, scale=0.3, rule=AttentionRule(**rule))
     expected = brute_force(queries, keys, values, 0.3, **rule)
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
@@ -217,5 +235,5 @@ def test_inputs_are_left_alone() -> None:
     torch.manual_seed(6)
     tensors = torch.randn(9, 2, 2, 4), torch.randn(8, 2, 4), torch.randn(8, 2, 4)
     copies = [tensor.clone() for tensor in tensors]
-    attention_scores(*tensors, scale=0.5, rule=AttentionRule(True, True, True, 3))
+    attention_scores(*tensors, scale=0.5, rule=AttentionRule(True, True, True, last_queries=3))
     assert all(torch.equal(*pair) for pair in zip(tensors, copies, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -152,28 +154,38 @@ def test_recent_and_identity_keep_what_they_say() -> None:
     assert [name for name in REGISTRY if REGISTRY[name].keeps_all] == ["identity"]
 
 
+@pytest.mark.parametrize("votes", [False, True])
 @pytest.mark.parametrize("score", ["sum", "sum_v", "l2", "l2_v", "l2_v4"])
-def test_settings_reach_the_rules(score: str) -> None:
+def test_settings_reach_the_rules(score: str, votes: bool) -> None:
     """kara and causal differ in the mask alone; snapkv is plain attention without chunks."""
     config = KaraConfig(
-        score=score, chunk_budget=0.3, chunk_width=5, chunk_quantile=0.6, last_queries=9
+        score=score,
+        delay_votes=votes,
+        chunk_budget=0.3,
+        chunk_width=5,
+        chunk_quantile=0.6,
+        last_queries=9,
     )
     kara, causal, snapkv = (build(name, config) for name in ("kara", "causal", "snapkv"))
     rule = AttentionRule(
-        squared="l2" in score, value_norm={"sum": 0, "l2": 0, "l2_v4": 4}.get(score, 1)
+        squared="l2" in score,
+        value_norm={"sum": 0, "l2": 0, "l2_v4": 4}.get(score, 1),
+        delay_votes=votes,
     )
     assert (kara.rule, kara.chunks) == (rule, ChunkRule(0.3, 5, 0.6))
-    assert causal.rule == AttentionRule(rule.squared, rule.value_norm, causal=True)
+    assert causal.rule == dataclasses.replace(rule, causal=True)
     assert causal.chunks == kara.chunks
     assert snapkv.rule == AttentionRule(causal=True, last_queries=9)
     assert snapkv.chunks == ChunkRule()
 
 
 def test_the_paper_preset_is_the_papers_score() -> None:
-    """Plain sum over all queries of the window, Token2Chunk on."""
+    """Plain sum over the queries of the window, Token2Chunk on."""
     config = KaraConfig.from_settings({"preset": "paper"})
     kara = build("kara", config)
-    assert kara.rule == AttentionRule() and kara.chunks.budget > 0 and config.delay == 0
+    assert (
+        kara.rule == AttentionRule(delay_votes=False) and kara.chunks.budget > 0 and config.delay == 0
+    )
 
 
 def test_snapkv_looks_through_the_newest_queries_only() -> None:
