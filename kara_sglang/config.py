@@ -23,7 +23,7 @@ ENV = "SGLANG_KV_COMPRESS"
 
 NONE = "none"
 
-Score = Literal["sum", "sum_v", "l2", "l2_v", "l2_v4"]
+Score = Literal["sum", "sum_v", "l2", "l2_v", "l2_v4", "l2_v4_k"]
 SELECTORS: tuple[str, ...] = tuple(REGISTRY)
 
 # The paper's own choices (arXiv 2607.01237, section 4): everything that this project added is off.
@@ -63,7 +63,8 @@ class KaraConfig:
         Whether the delay's queries vote as the window's own do. For ``kara`` and ``causal``.
     score
         ``sum`` of the attention that a key collects (the paper's), ``l2``: sum of its squares; with
-        ``_v`` times the norm of the value, with ``_v4`` times its fourth power.
+        ``_v`` times the norm of the value, with ``_v4`` times its fourth power, with ``_k`` times the
+        distance of the key's direction from that of the window's mean key.
     chunk_budget
         alpha: share of R that Token2Chunk may spend on filling gaps; 0 switches it off.
     chunk_width
@@ -105,7 +106,7 @@ class KaraConfig:
     prefix_reuse: Literal["exact", "compressed"] = "exact"
     delay: int = 64
     delay_votes: bool = False
-    score: Score = "l2_v4"
+    score: Score = "l2_v4_k"
     chunk_budget: float = 0.0
     chunk_width: int = 8
     chunk_quantile: float = 0.8

@@ -25,6 +25,9 @@ class AttentionRule:
         Sum the squares of the probabilities instead of the probabilities (the paper's).
     value_norm
         Multiply by the Euclidean norm of the key's value to this power; 0: not at all.
+    key_distance
+        Multiply by how far the key's direction is from that of the window's mean key, see
+        :func:`weigh_by_distance`.
     causal
         Query i sees keys j <= i only (a query behind the window sees them all).
     delay_votes
@@ -38,6 +41,7 @@ class AttentionRule:
 
     squared: bool = False
     value_norm: int = 0
+    key_distance: bool = False
     causal: bool = False
     delay_votes: bool = True
     last_queries: int | None = None
@@ -103,7 +107,21 @@ def attention_scores(
             scores[heads] += probabilities.sum(dim=1)
     if rule.value_norm:
         scores *= values.float().norm(dim=-1).T ** rule.value_norm
+    if rule.key_distance:
+        weigh_by_distance(scores, keys)
     return share_heads(scores) if rule.per_layer else scores
+
+
+def weigh_by_distance(scores: torch.Tensor, keys: torch.Tensor) -> None:
+    """Multiply scores, ``(num_kv_heads, W)``, by ``1 - cos(key, mean key)``, in place.
+
+    The mean is that of the window's keys, ``(W, num_kv_heads, head_dim)``, of each head. Keys that are
+    like all others carry little of their own: KeyDiff (arXiv 2504.15364) keeps the distinct ones of a
+    prompt by this distance alone, without any attention.
+    """
+    every = keys.float()
+    cosine = torch.cosine_similarity(every, every.mean(dim=0, keepdim=True), dim=-1)
+    scores *= (1 - cosine.T).clamp_min_(0)
 
 
 def share_heads(scores: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:

@@ -44,7 +44,7 @@ from kara_sglang.kernels.record import FP8, Ring
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
-from kara_sglang.kernels.triton import TritonKernels, compact, record, score, select
+from kara_sglang.kernels.triton import TritonKernels, compact, distance, record, score, select
 
 ARCHITECTURES = (80, 90, 100)
 OTHER_SHAPES = (
@@ -59,6 +59,7 @@ KERNELS = (
     (record, "record_kernel"),
     (score, "log_sum_exp_kernel"),
     (score, "column_sum_kernel"),
+    (distance, "distance_kernel"),
     (select, "select_kernel"),
     (compact, "compact_kernel"),
 )
@@ -185,7 +186,7 @@ def launches(
         kept=retained,
         selector=KaraSelector(
             chunks=ChunkRule(budget=0.1 if chunks else 0.0),
-            rule=AttentionRule(squared=not causal, value_norm=1, causal=causal),
+            rule=AttentionRule(squared=not causal, value_norm=1, key_distance=True, causal=causal),
         ),
         seed=0,
         query_start=0,

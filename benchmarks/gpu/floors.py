@@ -108,12 +108,13 @@ def record(model: Model, settings: Settings) -> Work:
 
 
 def score(model: Model, settings: Settings) -> Work:
-    """Both passes over queries and keys, the norms of the values, and the scores."""
+    """Both passes over queries and keys, the norms of the values, two more readings of the keys for
+    their distances, and the scores, which the distances multiply."""
     rows, width, dim = settings.voters(model), settings.window, model.head_dim
     queries, keys = rows * dim * settings.query_bytes, width * dim * 2
     sums, scores = rows * 2 * 4, width * 4
     per_pass = Work(bytes=queries + keys + sums, flops=2 * rows * width * dim, exps=rows * width)
-    per_head = per_pass * 2 + Work(bytes=keys + scores)
+    per_head = per_pass * 2 + Work(bytes=3 * keys + 3 * scores)
     return per_head * (model.layers * model.kv_heads)
 
 

@@ -44,7 +44,7 @@ from kara_sglang.kernels.triton.score import Voters, attention_scores
 from kara_sglang.kernels.triton.select import select
 
 DEVICE = torch.device("cuda")
-RULE = AttentionRule(squared=True, value_norm=4, delay_votes=False)
+RULE = AttentionRule(squared=True, value_norm=4, key_distance=True, delay_votes=False)
 CHUNKS = ChunkRule(budget=0.1)
 PAGE = 16
 OTHER_CASES = (

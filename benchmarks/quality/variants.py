@@ -47,6 +47,9 @@ class Variant:
     drop
         Instead of the probability's power times V's: the squared change of the attention's output
         when the key is dropped, ``(p / (1 - p))^2 |v - o|^2``.
+    novel
+        The score is multiplied by the distance of the key's direction from that of the window's mean
+        key, ``1 - cos``, to this power.
     """
 
     power: float = 2.0
@@ -58,6 +61,7 @@ class Variant:
     apart: int = 0
     pool: int = 1
     drop: int = 0
+    novel: float = 0.0
 
     @property
     def name(self) -> str:
@@ -119,6 +123,10 @@ class VariantSelector(Selector):
             scores[head] = votes.sum(dim=(0, 1))
         if rule.value and not rule.drop:
             scores *= values.float().norm(dim=-1).T ** rule.value
+        if rule.novel:
+            every = keys.float()
+            mean = every.mean(dim=0, keepdim=True)
+            scores *= (1 - torch.cosine_similarity(every, mean, dim=-1)).T.clamp_min(0) ** rule.novel
         if rule.pool > 1:
             scores = torch.nn.functional.avg_pool1d(
                 scores[None], rule.pool, 1, rule.pool // 2, count_include_pad=False

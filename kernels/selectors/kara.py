@@ -27,11 +27,13 @@ class KaraSelector(AttentionSelector):
 
 
 def _rule(config: KaraConfig) -> AttentionRule:
-    """``sum`` or ``l2``, then ``_v`` and the power of V's norm, 1 where none is written."""
-    votes, times, power = config.score.partition("_v")
+    """``sum`` or ``l2``; ``_v`` and the power of V's norm, 1 where none is written; ``_k``."""
+    votes, *factors = config.score.split("_")
+    powers = [int(factor[1:] or 1) for factor in factors if factor.startswith("v")]
     return AttentionRule(
         squared=votes == "l2",
-        value_norm=int(power or 1) if times else 0,
+        value_norm=sum(powers),
+        key_distance="k" in factors,
         delay_votes=config.delay_votes,
         per_layer=config.granularity == "layer",
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+import triton
+import triton.language as tl
 
 from kara_sglang.kernels.backend import LayerPool
 from kara_sglang.kernels.copies import to_device
@@ -131,3 +133,34 @@ def _source(pool: LayerPool) -> tuple[object, ...]:
     exponents = [ring.exponents for ring in pool.rings if ring.exponents is not None]
     buffers = (*pool.keys, *pool.values, *rings, *exponents)
     return (*((b.data_ptr(), b.shape, b.stride(), b.dtype) for b in buffers), *pool.scales)
+
+
+def stored_type(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of ``dtype``."""
+    names = {
+        torch.float32: tl.float32,
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+        torch.float8_e4m3fn: tl.float8e4nv,
+        torch.float8_e5m2: tl.float8e5,
+    }
+    if dtype not in names:
+        raise ValueError(f"{dtype} has no score; a pool of raw bytes must be viewed as its own type")
+    return names[dtype]
+
+
+@triton.jit
+def layer_buffer(table, layer, STORED: tl.constexpr, ALIGN: tl.constexpr):
+    """A layer's buffer as a pointer; 8-bit floats as uint8."""
+    address = tl.load(table + layer)
+    if STORED.is_fp8():
+        return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), ALIGN)
+    else:
+        return tl.multiple_of(address.to(tl.pointer_type(STORED)), ALIGN)
+
+
+@triton.jit
+def task(blocks, num_jobs, first_layer, HEADS: tl.constexpr):
+    """What a program works on: its (layer, window, head) as one number and one by one."""
+    index = tl.program_id(0) // blocks
+    return index, first_layer + index // (HEADS * num_jobs), index // HEADS % num_jobs, index % HEADS

@@ -18,29 +18,13 @@ import triton
 import triton.language as tl
 
 from kara_sglang.kernels.score import AttentionRule, share_heads
+from kara_sglang.kernels.triton.distance import weigh_by_distance
 from kara_sglang.kernels.triton.fp8 import load_float, power_of_two
-from kara_sglang.kernels.triton.pool import PoolTables
+from kara_sglang.kernels.triton.pool import PoolTables, layer_buffer, stored_type, task
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # One compilation serves every number of windows and layers, so a warm-up compiles all that is needed.
 _NUMBERS = ("first_layer", "num_jobs", "width", "first_query", "num_rows", "ring_len")
-
-
-@triton.jit
-def _layer(table, layer, STORED: tl.constexpr, ALIGN: tl.constexpr):
-    """A layer's buffer as a pointer; 8-bit floats as uint8."""
-    address = tl.load(table + layer)
-    if STORED.is_fp8():
-        return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), ALIGN)
-    else:
-        return tl.multiple_of(address.to(tl.pointer_type(STORED)), ALIGN)
-
-
-@triton.jit
-def _task(blocks, num_jobs, first_layer, HEADS: tl.constexpr):
-    """What a program works on: its (layer, window, head) as one number and one by one."""
-    index = tl.program_id(0) // blocks
-    return index, first_layer + index // (HEADS * num_jobs), index // HEADS % num_jobs, index % HEADS
 
 
 @triton.jit
@@ -98,9 +82,9 @@ def log_sum_exp_kernel(
     Behind the sums of a head's rows lies by what each row's logits were multiplied.
     """
     blocks = tl.cdiv(num_rows, BLOCK_Q)
-    index, layer, job, head = _task(blocks, num_jobs, first_layer, HEADS)
-    ring = _layer(rings, layer, RING, ALIGN)
-    key_buffer = _layer(keys, layer, KEY, ALIGN)
+    index, layer, job, head = task(blocks, num_jobs, first_layer, HEADS)
+    ring = layer_buffer(rings, layer, RING, ALIGN)
+    key_buffer = layer_buffer(keys, layer, KEY, ALIGN)
     scale = tl.load(scales + layer) * _LOG2_E
 
     dim = tl.arange(0, BLOCK_D)
@@ -117,7 +101,7 @@ def log_sum_exp_kernel(
         RING,
     ).to(DOT)
     if tl.float8e4nv == RING:
-        exponents = _layer(exponents, layer, tl.int8, 1)
+        exponents = layer_buffer(exponents, layer, tl.int8, 1)
     query_scale = _query_scale(exponents, query_head, is_row, scale, RING)
 
     largest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
@@ -180,8 +164,8 @@ def column_sum_kernel(
 ):
     """One program per (layer, window, head, block of keys); rows as in the first kernel."""
     blocks = tl.cdiv(width, BLOCK_K)
-    index, layer, job, head = _task(blocks, num_jobs, first_layer, HEADS)
-    ring = _layer(rings, layer, RING, ALIGN)
+    index, layer, job, head = task(blocks, num_jobs, first_layer, HEADS)
+    ring = layer_buffer(rings, layer, RING, ALIGN)
     start = tl.load(starts + job) % ring_len
     sums += index.to(tl.int64) * (2 * num_rows)
 
@@ -191,7 +175,7 @@ def column_sum_kernel(
     slot = tl.load(slots + job * width + position, mask=inside, other=0).to(tl.int64)
     key_head = slot * HEADS + head
     key = load_float(
-        _layer(keys, layer, KEY, ALIGN) + key_head[:, None] * DIM + dim[None, :],
+        layer_buffer(keys, layer, KEY, ALIGN) + key_head[:, None] * DIM + dim[None, :],
         inside[:, None] & (dim[None, :] < DIM),
         KEY,
     ).to(DOT)
@@ -220,7 +204,7 @@ def column_sum_kernel(
         score += tl.sum(probability, axis=1)
 
     if VALUE_NORM:
-        value_head = _layer(values, layer, KEY, ALIGN) + key_head[:, None] * VALUE_DIM
+        value_head = layer_buffer(values, layer, KEY, ALIGN) + key_head[:, None] * VALUE_DIM
         squares = tl.zeros((BLOCK_K,), dtype=tl.float32)
         for first in range(0, VALUE_DIM, BLOCK_VALUE):  # all at once would spill registers
             value_dim = first + tl.arange(0, BLOCK_VALUE)[None, :]
@@ -324,9 +308,9 @@ def attention_scores(
         "HEADS": tables.num_kv_heads,
         "UNITS": voters.units.shape[1],
         "DIM": tables.head_dim,
-        "RING": _stored(tables.ring_dtype),
-        "KEY": _stored(tables.key_dtype),
-        "DOT": _stored(dot),
+        "RING": stored_type(tables.ring_dtype),
+        "KEY": stored_type(tables.key_dtype),
+        "DOT": stored_type(dot),
         "ALIGN": tables.alignment,
         "CAUSAL": rule.causal,
         "BLOCK_D": triton.next_power_of_2(tables.head_dim),
@@ -360,6 +344,8 @@ def attention_scores(
         BLOCK_VALUE=32,
         **shared,
     )
+    if rule.key_distance:
+        weigh_by_distance(tables, layers, slots, out)
     if rule.per_layer:
         # The sums of the two launches are not needed any more.
         share_heads(out, sums[:num_shared].view(len(layers), num_jobs, 1, width))
@@ -394,17 +380,3 @@ def dot_dtype(*stored: torch.dtype) -> torch.dtype:
     """
     wide = [dtype for dtype in stored if dtype.itemsize > 1]
     return functools.reduce(torch.promote_types, wide, wide[0]) if wide else torch.float16
-
-
-def _stored(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of ``dtype``."""
-    names = {
-        torch.float32: tl.float32,
-        torch.float16: tl.float16,
-        torch.bfloat16: tl.bfloat16,
-        torch.float8_e4m3fn: tl.float8e4nv,
-        torch.float8_e5m2: tl.float8e5,
-    }
-    if dtype not in names:
-        raise ValueError(f"{dtype} has no score; a pool of raw bytes must be viewed as its own type")
-    return names[dtype]

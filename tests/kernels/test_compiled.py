@@ -27,6 +27,7 @@ KERNELS = [
     "record_kernel",
     "log_sum_exp_kernel",
     "column_sum_kernel",
+    "distance_kernel",
     "select_kernel",
     "compact_kernel",
 ]

@@ -20,7 +20,10 @@ from kara_sglang.kernels.triton.score import Voters, attention_scores, dot_dtype
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 FP8, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-SUM, BEST = AttentionRule(), AttentionRule(squared=True, value_norm=4, delay_votes=False)
+SUM, BEST = (
+    AttentionRule(),
+    AttentionRule(squared=True, value_norm=4, key_distance=True, delay_votes=False),
+)
 
 
 def triton_scores(
@@ -94,6 +97,11 @@ def brute_force(
                     out[layer, job, head] *= (
                         np.linalg.norm(values[window, head], axis=-1) ** rule.value_norm
                     )
+                if rule.key_distance:
+                    every = keys[window, head]
+                    mean = every.mean(axis=0)
+                    lengths = np.linalg.norm(every, axis=-1) * np.linalg.norm(mean)
+                    out[layer, job, head] *= 1 - every @ mean / lengths
     return out
 
 
@@ -149,7 +157,7 @@ def test_rules_over_several_blocks(make, causal, last, count):
     pool = make.pool(3, layers=2, heads=1, dim=64, slots=256, units=2, ring_len=205)
     slots = make.windows(1, 176, slots=256, seed=5, page=16)
     votes = last is None or count == 176  # of the delay
-    rule = AttentionRule(count == 205, 1, causal, delay_votes=votes, last_queries=last)
+    rule = AttentionRule(count == 205, 1, causal=causal, delay_votes=votes, last_queries=last)
     check(pool, slots, torch.tensor([[1, 0]]), [100], count, rule)
 
 

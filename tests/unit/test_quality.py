@@ -495,7 +495,7 @@ def test_the_documents_tables_are_the_committed_results():
     root = texts.DATA.parents[2]
     document = (root / "docs" / "quality.md").read_text()
     results = root / "benchmarks" / "results" / "quality"
-    assert "<!-- search:held-out-128 -->\n| row |" in document
+    assert "<!-- search:search-5 -->\n| row |" in document
     assert search.put_into(document, results) == document
     full = results / "full.json"
     if full.is_file():

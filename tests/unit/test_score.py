@@ -29,6 +29,7 @@ def brute_force(
     *,
     squared: bool,
     value_norm: int,
+    key_distance: bool,
     causal: bool,
     delay_votes: bool,
     last_queries: int | None,
@@ -57,6 +58,12 @@ def brute_force(
         if value_norm:
             for j in range(len(k)):
                 collected[head][j] *= math.sqrt(sum(x * x for x in v[j][head])) ** value_norm
+        if key_distance:
+            mean = [sum(key[head][x] for key in k) / len(k) for x in range(len(k[0][head]))]
+            for j, key in enumerate(k):
+                along = sum(a * b for a, b in zip(key[head], mean, strict=True))
+                lengths = math.hypot(*key[head]) * math.hypot(*mean)
+                collected[head][j] *= 1 - (along / lengths if lengths else 0.0)
     return torch.tensor(collected, dtype=torch.float64)
 
 
@@ -64,6 +71,7 @@ rules = st.fixed_dictionaries(
     {
         "squared": st.booleans(),
         "value_norm": st.integers(0, 4),
+        "key_distance": st.booleans(),
         "causal": st.booleans(),
         "delay_votes": st.booleans(),
         "last_queries": st.none() | st.integers(1, 24),
@@ -102,15 +110,36 @@ def ones(num_queries: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torc
 @given(windows(), rules)
 @example(
     ones(1, 1),
-    {"squared": False, "value_norm": 0, "causal": True, "delay_votes": True, "last_queries": 1},
+    {
+        "squared": False,
+        "value_norm": 0,
+        "key_distance": False,
+        "causal": True,
+        "delay_votes": True,
+        "last_queries": 1,
+    },
 )
 @example(
     ones(7, 3),
-    {"squared": True, "value_norm": 1, "causal": True, "delay_votes": False, "last_queries": 2},
+    {
+        "squared": True,
+        "value_norm": 1,
+        "key_distance": True,
+        "causal": True,
+        "delay_votes": False,
+        "last_queries": 2,
+    },
 )
 @example(
     ones(7, 3),
-    {"squared": False, "value_norm": 0, "causal": True, "delay_votes": True, "last_queries": 2},
+    {
+        "squared": False,
+        "value_norm": 0,
+        "key_distance": False,
+        "causal": True,
+        "delay_votes": True,
+        "last_queries": 2,
+    },
 )
 def test_scores_equal_brute_force(window, rule) -> None:
     """Every rule on every shape, with ties and logits up to thousands."""
@@ -122,7 +151,7 @@ def test_scores_equal_brute_force(window, rule) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("score_name", ["sum", "sum_v", "l2", "l2_v", "l2_v4"])
+@pytest.mark.parametrize("score_name", ["sum", "sum_v", "l2", "l2_v", "l2_v4", "l2_v4_k"])
 def test_scores_of_ordinary_numbers(dtype: torch.dtype, score_name: str) -> None:
     """A realistic head dimension and delay; the inputs' own rounding is no excuse."""
     torch.manual_seed(0)
@@ -130,7 +159,8 @@ def test_scores_of_ordinary_numbers(dtype: torch.dtype, score_name: str) -> None
     queries, keys, values = (tensor.to(dtype) for tensor in (queries, keys, values))
     rule = {
         "squared": score_name.startswith("l2"),
-        "value_norm": {"sum": 0, "l2": 0, "l2_v4": 4}.get(score_name, 1),
+        "value_norm": {"sum": 0, "l2": 0, "l2_v4": 4, "l2_v4_k": 4}.get(score_name, 1),
+        "key_distance": score_name.endswith("_k"),
         "causal": False,
         "delay_votes": True,
         "last_queries": None,
@@ -148,6 +178,7 @@ def test_dtypes_may_differ() -> None:
     rule = {
         "squared": True,
         "value_norm": 1,
+        "key_distance": True,
         "causal": False,
         "delay_votes": True,
         "last_queries": None,
@@ -235,5 +266,5 @@ def test_inputs_are_left_alone() -> None:
     torch.manual_seed(6)
     tensors = torch.randn(9, 2, 2, 4), torch.randn(8, 2, 4), torch.randn(8, 2, 4)
     copies = [tensor.clone() for tensor in tensors]
-    attention_scores(*tensors, scale=0.5, rule=AttentionRule(True, True, True, last_queries=3))
+    attention_scores(*tensors, scale=0.5, rule=AttentionRule(True, 1, causal=True, last_queries=3))
     assert all(torch.equal(*pair) for pair in zip(tensors, copies, strict=True))

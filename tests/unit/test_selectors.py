@@ -155,7 +155,7 @@ def test_recent_and_identity_keep_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("votes", [False, True])
-@pytest.mark.parametrize("score", ["sum", "sum_v", "l2", "l2_v", "l2_v4"])
+@pytest.mark.parametrize("score", ["sum", "sum_v", "l2", "l2_v", "l2_v4", "l2_v4_k"])
 def test_settings_reach_the_rules(score: str, votes: bool) -> None:
     """kara and causal differ in the mask alone; snapkv is plain attention without chunks."""
     config = KaraConfig(
@@ -169,7 +169,8 @@ def test_settings_reach_the_rules(score: str, votes: bool) -> None:
     kara, causal, snapkv = (build(name, config) for name in ("kara", "causal", "snapkv"))
     rule = AttentionRule(
         squared="l2" in score,
-        value_norm={"sum": 0, "l2": 0, "l2_v4": 4}.get(score, 1),
+        value_norm={"sum": 0, "l2": 0, "l2_v4": 4, "l2_v4_k": 4}.get(score, 1),
+        key_distance=score.endswith("_k"),
         delay_votes=votes,
     )
     assert (kara.rule, kara.chunks) == (rule, ChunkRule(0.3, 5, 0.6))
