@@ -133,9 +133,9 @@ def compact(model: Model, settings: Settings) -> Work:
 KERNELS = (record, score, select, compact)
 
 
-def passes(model: Model, settings: Settings) -> Work:
-    """All of a pass over one window."""
-    return score(model, settings) + select(model, settings) + compact(model, settings)
+def pass_floor(model: Model, settings: Settings, gpu: Gpu) -> float:
+    """Seconds that a pass over one window takes at least, its kernels one after the other."""
+    return sum(gpu.floor(kernel(model, settings)) for kernel in (score, select, compact))
 
 
 def decode_step(model: Model, batch: int, context: int) -> Work:
@@ -146,12 +146,11 @@ def decode_step(model: Model, batch: int, context: int) -> Work:
 def share(model: Model, settings: Settings, gpu: Gpu, batch: int, context: int) -> float:
     """Floor of one pass over ``batch`` windows, over that of the W - R decode steps between passes."""
     steps = settings.window - settings.kept
-    one_pass = (
-        gpu.floor(score(model, settings))
-        + gpu.floor(select(model, settings))
-        + gpu.floor(compact(model, settings))
+    return (
+        batch
+        * pass_floor(model, settings, gpu)
+        / (steps * gpu.floor(decode_step(model, batch, context)))
     )
-    return batch * one_pass / (steps * gpu.floor(decode_step(model, batch, context)))
 
 
 def report(batch: int, context: int) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def execute(
         options.out.write_text(json.dumps(answer, indent=1))
         head = f"`{command}` on a {answer['machine']['kind']}\n\n"
         options.out.with_suffix(".md").write_text(head + tables)
-        draw(results, options.out)
+        draw(results, options.out.with_suffix(""))
     return 1 if failed else 0
 
 

@@ -1,14 +1,18 @@
 """What the counted schedules would mean on a GPU: a projection, not a measurement.
 
-A decode step on a GPU takes at least as long as reading the weights once and the running requests' KV
-once, or as long as its arithmetic, whichever is more. The schedules come from a counted run (scenario
-``pool``): for each pool, how many steps ran with how many requests and slots. They are stretched to the
-GPU's pool, which holds K uncompressed requests where the counted pool held k: a step with b requests
-and s slots becomes one with b * K / k requests and the same share of the pool, and an answer of L
-tokens takes L / l times as many steps. Left out on both sides: prefill, sampling, launch times, and
-what the attention kernels fall short of the bandwidth. The pass is charged at its floor.
-
     python -m kara_sglang.benchmarks.serving.projection RESULT.json [--out FILE.md]
+
+The schedules come from a counted run of the scenario ``pool``: for each pool, how many steps ran with
+how many requests and slots. They are stretched in two directions. In length: for answers of L tokens
+where l were counted, prompt, window, delay and steps are L / l times as many. In width: a card's pool
+holds K such requests where the counted pool held k, so a step has K / k times the requests, and the
+same share of the pool is held.
+
+A step then takes as long as the weights' read or the batch's arithmetic, whichever is more, and after
+that the read of all KV that is held (attention makes 4 to 7 operations per byte, far from any card's
+limit). Prompts are computed at the card's full arithmetic rate, passes take their floor, and the ring
+for the queries is taken out of the compressed server's pool. Left out on both sides: sampling,
+launches, and what kernels fall short of the datasheet.
 """
 
 from __future__ import annotations
@@ -19,65 +23,102 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kara_sglang.benchmarks.gpu.floors import Settings, passes
+from kara_sglang.benchmarks.gpu.floors import DATASHEET, Gpu, Settings, Work, pass_floor
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
-from kara_sglang.benchmarks.serving.rows import STOCK
+from kara_sglang.benchmarks.serving.rows import STOCK, rows
+from kara_sglang.recorder import LAG
+
+OUTPUTS = (4096, 8192, 16384)
+ROWS = ("kara-0.5", "kara-0.25")
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A GPU by its datasheet: bytes, bytes per second, dense bf16 operations per second."""
+    """A GPU by its datasheet, ``memory`` in bytes."""
 
     name: str
     memory: float
-    bandwidth: float
-    flop_rate: float
+    gpu: Gpu
 
     def pool(self, model: Model) -> float:
         """KV slots beside the weights: 90 % of the memory, as SGLang leaves some for activations."""
         return max(0.0, 0.9 * self.memory - 2e9 * model.parameters) / model.kv_bytes
 
 
-# NVIDIA's datasheets.
+# The L4's SMs make 1024 dense bf16 operations per clock and 16 exponentials.
 CARDS = (
-    Card("24 GB (L4)", 24e9, 0.30e12, 121e12),
-    Card("80 GB (H100 SXM)", 80e9, 3.35e12, 989e12),
-    Card("141 GB (H200 SXM)", 141e9, 4.8e12, 989e12),
+    Card("24 GB (L4)", 24e9, Gpu("L4", 0.30e12, 121e12, 121e12 / 64)),
+    *(
+        Card(f"{gigabytes} GB ({gpu.name})", gigabytes * 1e9, gpu)
+        for gigabytes, gpu in zip((80, 141), DATASHEET, strict=True)
+    ),
 )
-PROMPT = 512
+
+
+def ring_bytes(model: Model, settings: Settings) -> int:
+    """Of the query ring, for one request that records one query head of each group in fp8."""
+    tokens = settings.window + settings.delay + LAG
+    return model.layers * model.kv_heads * (model.head_dim + 1) * tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """A counted run of one row in one pool: the schedule, and what it was counted on."""
+    """A counted run of one row in one pool: the load in tokens and requests, and the schedule.
 
-    fits: int  # requests that the pool holds uncompressed
+    Attributes
+    ----------
+    fits
+        Requests that the pool holds uncompressed.
+    pool
+        KV slots.
+    retain
+        None: not compressed.
+    schedule
+        For each number of running requests: steps, and the slots that were held, summed over them.
+    """
+
+    fits: int
     pool: int
-    output: int
     requests: int
-    compressed: bool
+    prompt: int
+    output: int
+    window: int
+    delay: int
+    retain: float | None
     schedule: dict[int, tuple[int, int]]
 
-    def seconds(self, model: Model, card: Card, output: int) -> float:
-        """Time of the stretched schedule on a card, for answers of ``output`` tokens."""
+    def rate(self, model: Model, card: Card, output: int) -> float:
+        """Output tokens per second of the stretched schedule, for answers of ``output`` tokens."""
+        longer = output / self.output
+        length = (self.prompt + self.output) * longer
+        settings = Settings(
+            window=round(self.window * longer),
+            kept=round(self.window * longer * (self.retain or 1.0)),
+            delay=round(self.delay * longer),
+            rotating=True,
+        )
         pool = card.pool(model)
-        stretch = pool / (PROMPT + output) / self.fits
-        total = 0.0
-        for requests, (steps, slots) in self.schedule.items():
-            batch = requests * stretch
+        if self.retain is not None:
+            recorders_per_slot = max(self.schedule) / self.fits / length
+            pool /= 1 + recorders_per_slot * ring_bytes(model, settings) / model.kv_bytes
+        wider = pool / length / self.fits
+
+        weights, gpu = 2e9 * model.parameters, card.gpu
+        seconds = 0.0
+        for running, (steps, slots) in self.schedule.items():
+            products = gpu.floor(Work(bytes=round(weights), flops=round(weights * running * wider)))
             held = slots / steps / self.pool * pool
-            memory = (2e9 * model.parameters + held * model.kv_bytes) / card.bandwidth
-            compute = 2e9 * model.parameters * batch / card.flop_rate
-            total += steps * output / self.output * max(memory, compute)
-        if self.compressed:
-            work = passes(model, Settings())
-            windows = self.requests * stretch * output / Settings().window
-            total += windows * max(work.bytes / card.bandwidth, work.flops / card.flop_rate)
-        return total
+            seconds += steps * longer * (products + held * model.kv_bytes / gpu.bandwidth)
+        requests = self.requests * wider
+        seconds += requests * self.prompt * longer * weights / gpu.flop_rate
+        if self.retain is not None:
+            windows = max(0, self.output - self.delay) // self.window
+            seconds += requests * windows * pass_floor(model, settings, gpu)
+        return requests * output / seconds
 
 
 def counted(result: dict[str, Any]) -> dict[int, dict[str, Counted]]:
-    """Schedules of the last repetition of the scenario ``pool``, per pool and row.
+    """Schedules of the last repetition of the scenario ``pool``: by requests that fit, and row.
 
     Raises
     ------
@@ -85,48 +126,61 @@ def counted(result: dict[str, Any]) -> dict[int, dict[str, Counted]]:
         Where the result has none.
     """
     scale = result["scale"]
+    known = rows(scale["window"])
     found: dict[int, dict[str, Counted]] = {}
     for run in result["runs"]:
-        if run["scenario"] != "pool" or run["counters"] is None:
+        if run["scenario"] != "pool" or run["row"] not in (STOCK, *ROWS):
             continue
-        fits = int(run["point"].split()[0])
-        schedule = {int(b): tuple(v) for b, v in run["counters"]["schedule"].items()}
-        found.setdefault(fits, {})[run["row"]] = Counted(
+        fits, name = int(run["point"].split()[0]), run["row"]
+        found.setdefault(fits, {})[name] = Counted(
             fits=fits,
             pool=run["pool"],
-            output=scale["output"],
             requests=run["requests"],
-            compressed=run["row"] != STOCK,
-            schedule=schedule,
+            prompt=scale["prompt"],
+            output=scale["output"],
+            window=scale["window"],
+            delay=scale["delay"],
+            retain=None if name == STOCK else known[name].retain,
+            schedule={int(b): tuple(v) for b, v in run["counters"]["schedule"].items()},
         )
+    # Each is compared with stock in the same pool; an interrupted run may lack some.
+    found = {fits: by_row for fits, by_row in found.items() if {STOCK, *ROWS} <= set(by_row)}
     if not found:
-        raise ValueError("the result has no counted run of the scenario `pool`")
-    return found
+        raise ValueError(
+            f"the result has no pool of the scenario `pool` with {STOCK}, {', '.join(ROWS)}"
+        )
+    return dict(sorted(found.items()))
 
 
 def table(result: dict[str, Any]) -> str:
-    """Predicted gain in output tok/s over stock, per model, card, answer length and scarcity."""
+    """Predicted gain in output tok/s over stock: cards and lengths down, scarcity across."""
     runs = counted(result)
+    shares = [f"{fits / by_row[STOCK].requests:.0%} of the load" for fits, by_row in runs.items()]
     lines = [
-        "| model | card | answer | stock fits | requests wanted per one that fits | 0.5 | 0.25 |",
-        "|---|---|---|---|---|---|---|",
+        "*A projection from counted schedules, not a measurement.* Output tok/s over stock's, half and "
+        "a quarter kept, in pools that hold so much of the load uncompressed:",
+        "",
+        "| model | card | KV slots | answer | stock runs | " + " | ".join(shares) + " |",
+        "|---|---|---|---|---|" + "---|" * len(shares),
     ]
     for model in MODELS[:2]:
         for card in CARDS:
-            if card.pool(model) <= 0:
-                continue
-            for output in (4096, 16384):
-                for fits, rows in sorted(runs.items()):
-                    base = rows[STOCK].seconds(model, card, output)
-                    gains = [
-                        f"{base / rows[name].seconds(model, card, output):.2f} x"
-                        for name in ("kara-0.5", "kara-0.25")
-                    ]
-                    room = card.pool(model) / (PROMPT + output)
-                    lines.append(
-                        f"| {model.name} | {card.name} | {output} | {room:.0f} | "
-                        f"{rows['stock'].requests / fits:.1f} | {gains[0]} | {gains[1]} |"
-                    )
+            for output in OUTPUTS:
+                cells = []
+                for by_row in runs.values():
+                    base = by_row[STOCK].rate(model, card, output)
+                    gains = [by_row[name].rate(model, card, output) / base for name in ROWS]
+                    cells.append(" and ".join(f"{gain:.2f}" for gain in gains))
+                one = next(iter(runs.values()))[STOCK]
+                room = card.pool(model) / (output * (1 + one.prompt / one.output))
+                where = [
+                    model.name,
+                    card.name,
+                    f"{card.pool(model):,.0f}",
+                    f"{output:,}",
+                    f"{room:,.0f}",
+                ]
+                lines.append("| " + " | ".join(where + cells) + " |")
     return "\n".join(lines)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from kara_sglang.benchmarks import machine
+from kara_sglang.benchmarks.gpu.floors import Gpu
+from kara_sglang.benchmarks.gpu.models import Model
 from kara_sglang.benchmarks.serving import projection, scenarios
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.load import Load, write_trace
@@ -176,24 +178,72 @@ def test_peers_say_why_they_cannot_run_here() -> None:
     assert not any("kv-compress" in word for word in PEERS["sglang"].command(stock, setup, 1))
 
 
-def test_a_projection_is_bounded_by_the_schedule() -> None:
-    """Half the steps with twice the requests: a gain, but never more than two."""
-    runs = [
-        result("stock", 0, 1.0, scenario="pool", point="3 fit"),
-        result("kara-0.5", 0, 1.0, scenario="pool", point="3 fit"),
-        result("kara-0.25", 0, 1.0, scenario="pool", point="3 fit"),
-    ]
-    for run, (requests, steps) in zip(runs, ((3, 400), (6, 200), (12, 100)), strict=True):
-        run["counters"] = run["counters"] | {"schedule": {str(requests): [steps, steps * 90]}}
-    answer = {"scale": {"output": 1024, "window": 64}, "runs": runs}
+def counted_pool() -> dict:
+    """Three rows in a pool for three: half the steps with twice the requests, a quarter with four
+    times as many; compressed requests hold less each."""
+    runs = []
+    for row, running, steps, slots in (
+        ("stock", 3, 400, 1600),
+        ("kara-0.5", 6, 200, 1700),
+        ("kara-0.25", 12, 100, 1800),
+    ):
+        run = result(row, 0, 1.0, scenario="pool", point="3 fit", pool=3376)
+        run["counters"] = run["counters"] | {"schedule": {str(running): [steps, steps * slots]}}
+        runs.append(run)
+    scale = {"window": 64, "delay": 16, "prompt": 64, "output": 1024}
+    return {"scale": scale, "runs": runs}
+
+
+def card_for(model: Model, pool: int, bandwidth: float, flop_rate: float) -> projection.Card:
+    memory = (pool * model.kv_bytes + 2e9 * model.parameters) / 0.9
+    return projection.Card("imagined", memory, Gpu("imagined", bandwidth, flop_rate, flop_rate))
+
+
+def gains(model: Model, card: projection.Card, output: int = 1024) -> list[float]:
+    rows = projection.counted(counted_pool())[3]
+    base = rows["stock"].rate(model, card, output)
+    return [rows[name].rate(model, card, output) / base for name in projection.ROWS]
+
+
+def test_a_projection_has_the_right_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unstretched and at no cost of its own, the gain is what the bottleneck says."""
+    monkeypatch.setattr(projection, "ring_bytes", lambda *_: 0)
+    monkeypatch.setattr(projection, "pass_floor", lambda *_: 0.0)
+    heavy = Model("heavy weights", 1, 1, 1, 1, 1000.0)
+    # The weights' read is all: as many times faster as there are fewer steps.
+    assert gains(heavy, card_for(heavy, 3376, 1e12, 1e30)) == pytest.approx([2, 4])
+    # The arithmetic is all: every token costs the same, whoever it runs beside.
+    assert gains(heavy, card_for(heavy, 3376, 1e30, 1e12)) == pytest.approx([1, 1])
+    # The KV's read is all: fewer slots are read for the same tokens.
+    light = Model("light weights", 100, 1, 100, 100, 1e-9)
+    wanted = [400 * 1600 / (200 * 1700), 400 * 1600 / (100 * 1800)]
+    assert gains(light, card_for(light, 3376, 1e12, 1e30)) == pytest.approx(wanted)
+    # Stretched along one axis, the schedule is the same.
+    for pool, output in ((10 * 3376, 1024), (8 * 3376, 8192)):
+        assert gains(light, card_for(light, pool, 1e12, 1e30), output) == pytest.approx(wanted)
+
+
+def test_a_projection_charges_the_ring_and_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model, card = projection.MODELS[0], projection.CARDS[1]
-    at = projection.counted(answer)[3]
-    base = at["stock"].seconds(model, card, 4096)
-    half, quarter = (base / at[row].seconds(model, card, 4096) for row in ("kara-0.5", "kara-0.25"))
-    assert 1.8 < half < 2 and 3 < quarter < 4
-    assert "Qwen3-8B" in projection.table(answer)
-    with pytest.raises(ValueError, match="pool"):
-        projection.counted({"scale": {}, "runs": []})
+    whole = gains(model, card, 8192)
+    assert 1.7 < whole[0] < 2 and 3 < whole[1] < 4
+    monkeypatch.setattr(projection, "ring_bytes", lambda *_: 0)
+    without_ring = gains(model, card, 8192)
+    monkeypatch.setattr(projection, "pass_floor", lambda *_: 0.0)
+    for a, b, c in zip(whole, without_ring, gains(model, card, 8192), strict=True):
+        assert a < b < c < 1.1 * a
+
+
+def test_a_projection_says_what_it_is() -> None:
+    answer = counted_pool()
+    table = projection.table(answer)
+    assert (
+        table.startswith("*A projection") and "| Qwen3-8B | 24 GB (L4) | 35,400 | 8,192 | 4 |" in table
+    )
+    assert "25% of the load" in table
+    del answer["runs"][1]
+    with pytest.raises(ValueError, match="no pool"):
+        projection.counted(answer)
 
 
 def test_a_profile_is_charged_to_the_plugin_below_its_hooks() -> None:

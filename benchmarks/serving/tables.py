@@ -1,0 +1,154 @@
+"""The documents' tables of committed results, so that no figure is typed by hand.
+
+    python -m kara_sglang.benchmarks.serving.tables README.md docs/throughput.md
+
+renders every table between the lines ``<!-- serving:RESULT/SCENARIO VIEW -->`` and ``<!-- end of
+serving -->`` anew, from ``RESULT.json`` in ``benchmarks/results/serving``. VIEW is one of
+:data:`VIEWS`, left out for all columns. The scenario ``projection`` is what ``projection.py`` makes of
+``pool``. Marks of results that are not there stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from kara_sglang.benchmarks.serving import projection
+from kara_sglang.benchmarks.serving.report import Result, by_point, median, ratios
+from kara_sglang.benchmarks.serving.rows import STOCK
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "serving"
+_MARK = re.compile(
+    r"<!-- serving:(?P<result>[\w-]+)/(?P<scenario>\w+)(?: (?P<view>\w+))? -->\n"
+    r"(?P<body>.*?)<!-- end of serving -->",
+    re.DOTALL,
+)
+
+Rows = dict[str, list[Result]]
+
+
+def _absolute(column: str, digits: int, factor: float = 1.0) -> Callable[[Rows, str], str]:
+    def cell(rows: Rows, row: str) -> str:
+        value = median(rows[row], column)
+        return "-" if value is None else f"{value * factor:,.{digits}f}"
+
+    return cell
+
+
+def _ratio(column: str) -> Callable[[Rows, str], str]:
+    """The ratio to stock, with its range over the repetitions where there are several."""
+
+    def cell(rows: Rows, row: str) -> str:
+        values = ratios(rows, row, column)
+        if row == STOCK:
+            return "1"
+        if not values:
+            return "-"
+        text = f"{statistics.median(values):.2f}"
+        return text if len(values) == 1 else f"{text} ({min(values):.2f} to {max(values):.2f})"
+
+    return cell
+
+
+def _counted(column: str, digits: int) -> Callable[[Rows, str], str]:
+    """The count and, as it is the same in every repetition, the mere median of its ratio."""
+    absolute = _absolute(column, digits)
+
+    def cell(rows: Rows, row: str) -> str:
+        values = ratios(rows, row, column)
+        text = absolute(rows, row)
+        return text if row == STOCK or not values else f"{text} ({statistics.median(values):.2f} x)"
+
+    return cell
+
+
+def _pair(column: str) -> Callable[[Rows, str], str]:
+    p50, p99 = (_absolute(f"{column} {part} ms", 1) for part in ("p50", "p99"))
+    return lambda rows, row: f"{p50(rows, row)} / {p99(rows, row)}"
+
+
+WALL = {
+    "output tok/s to stock": _ratio("output tok/s"),
+    "CPU s per token to stock": _ratio("CPU s per 1000 tok"),
+}
+COUNTED = {
+    "decode steps": _counted("decode steps", 0),
+    "mean running": _counted("mean running", 1),
+    "peak": _absolute("peak running", 0),
+    "retractions": _absolute("retractions", 0),
+    "KV slots per token": _absolute("slots per token", 2),
+    "hit rate": _absolute("hit rate", 3),
+}
+LATENCY = {
+    "ITL p50 / p99, ms": _pair("ITL"),
+    "TTFT p50, s": _absolute("TTFT p50 ms", 2, 1e-3),
+}
+VIEWS = {
+    None: WALL | COUNTED | LATENCY,
+    "wall": WALL | LATENCY,
+    "counted": COUNTED,
+    "short": {name: COUNTED[name] for name in ("decode steps", "mean running")} | WALL,
+}
+
+
+def table(results: list[Result], scenario: str, view: str | None) -> str:
+    """Markdown of one scenario: a row per point and row, medians over the repetitions."""
+    points = {point: rows for (name, point), rows in by_point(results).items() if name == scenario}
+    columns = VIEWS[view]
+    first = ["point", "row"] if len(points) > 1 else ["row"]
+    lines = ["| " + " | ".join([*first, *columns]) + " |", "|---" * (len(first) + len(columns)) + "|"]
+    for point, rows in points.items():
+        for row in rows:
+            cells = [point, row][-len(first) :] + [cell(rows, row) for cell in columns.values()]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def render(document: str, folder: Path = RESULTS) -> str:
+    """``document`` with every marked table made anew whose result is in ``folder``.
+
+    Raises
+    ------
+    ValueError
+        Where a mark names a view, or a scenario of an existing result, that is not there.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        path = folder / f"{match['result']}.json"
+        if not path.exists():
+            return match[0]
+        result = json.loads(path.read_text())
+        scenario, view = match["scenario"], match["view"]
+        if scenario == "projection":
+            body = projection.table(result) + "\n"
+        elif view not in VIEWS or all(run["scenario"] != scenario for run in result["runs"]):
+            raise ValueError(f"{path.name} has no {scenario}, or there is no view {view}")
+        else:
+            body = table(result["runs"], scenario, view)
+        mark, _, _ = match[0].partition("\n")
+        return f"{mark}\n{body}<!-- end of serving -->"
+
+    return _MARK.sub(fill, document)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kara_sglang.benchmarks.serving.tables", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("documents", nargs="+", type=Path, help="Markdown files with marked tables")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: the committed ones")
+    options = parser.parse_args()
+    for path in options.documents:
+        try:
+            path.write_text(render(path.read_text(), options.results))
+        except (OSError, ValueError) as error:
+            parser.error(f"{path}: {error}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
