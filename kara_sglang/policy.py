@@ -67,8 +67,7 @@ class Periodic:
     """The paper's policy (section 4.3): one global step counter, a fixed period, at most n requests.
 
     The cost of compression is bounded whatever the number of running requests. Those that have waited
-    longest go first, the older on ties. No more go in one step than must for all to have gone when the
-    first of them has waited :data:`SPREAD` steps.
+    longest go first, the older on ties. No more go in one step than must.
     """
 
     def __init__(self, period: int, limit: int) -> None:
@@ -83,11 +82,7 @@ class Periodic:
         self.step += 1
         if self.step % self.period:
             return []
-        waited = [c.overdue for c in candidates if c.overdue >= 0]
-        if not waited:
-            return []
-        passes_left = max(1, (SPREAD - max(waited)) // self.period)
-        share = math.ceil(len(waited) / passes_left)
+        share = _share(candidates, self.period)
         return _first(candidates, min(self.limit, share), lambda c: (-c.overdue, c.order))
 
 
@@ -128,7 +123,8 @@ class Pressure:
         self.step += 1
         if self.step % self.period:
             return []
-        return _first(candidates, self.limit, lambda c: (-c.gain, -c.uncompressed, c.order))
+        share = _share(candidates, self.period)
+        return _first(candidates, min(self.limit, share), lambda c: (-c.gain, -c.uncompressed, c.order))
 
 
 def build(config: KaraConfig) -> Policy:
@@ -138,6 +134,14 @@ def build(config: KaraConfig) -> Policy:
     if config.policy == "pressure":
         return Pressure(config.period, config.max_requests_per_pass, config.min_pool_usage)
     return Periodic(config.period, config.max_requests_per_pass)
+
+
+def _share(candidates: Sequence[Candidate], period: int) -> int:
+    """How many must go now for all to have gone when the first has waited :data:`SPREAD` steps."""
+    waited = [c.overdue for c in candidates if c.overdue >= 0]
+    if not waited:
+        return 0
+    return math.ceil(len(waited) / max(1, (SPREAD - max(waited)) // period))
 
 
 def _first(candidates: Sequence[Candidate], limit: int, key: Callable[[Candidate], tuple]) -> list[int]:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from kara_sglang import hooks, options
+from kara_sglang.benchmarks.serving import tables
 from kara_sglang.config import FLAGS, PRESETS, KaraConfig
 from kara_sglang.kernels.selectors import REGISTRY
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
+THROUGHPUT = ROOT / "docs" / "throughput.md"
 
 _HOOK_TABLE = re.compile(r"(?<=<!-- hooks -->\n).*(?=<!-- end of hooks -->)", re.DOTALL)
 
@@ -125,6 +127,15 @@ def test_the_example_of_the_ring_prints_what_it_says():
     with contextlib.redirect_stdout(printed):
         exec(program[1], {})
     assert printed.getvalue() == output
+
+
+def test_the_throughput_tables_are_the_committed_results():
+    """A figure edited by hand, or a result exchanged without its tables, is found here."""
+    for path in (README, THROUGHPUT):
+        text = path.read_text()
+        assert re.search(r"<!-- serving:quick/scarce.* -->\n\| row \|", text)
+        command = f"python -m kara_sglang.benchmarks.serving.tables {path.relative_to(ROOT)}"
+        assert tables.render(text) == text, f"run {command}"
 
 
 def test_links_between_the_documents_lead_somewhere():

@@ -66,11 +66,16 @@ def test_the_order_of_the_batch_does_not_matter(batch, random) -> None:
         assert make().due(batch) == make().due(shuffled)
 
 
+def late(batch: list[Candidate]) -> list[Candidate]:
+    """Whoever is due has waited so long that nobody is spread over steps to come."""
+    return [dataclasses.replace(c, overdue=c.overdue + SPREAD * (c.overdue >= 0)) for c in batch]
+
+
 @settings(max_examples=200)
 @given(batches(), st.integers(1, 13))
 def test_periodic_takes_the_longest_waiting(batch, limit) -> None:
     """At most ``limit``; nobody left behind has waited longer, or as long and come earlier."""
-    batch = [dataclasses.replace(c, overdue=c.overdue + SPREAD * (c.overdue >= 0)) for c in batch]
+    batch = late(batch)
     chosen = Periodic(1, limit).due(batch)
     ready = [c for c in batch if c.overdue >= 0]
     assert len(chosen) == min(limit, len(ready))
@@ -79,11 +84,12 @@ def test_periodic_takes_the_longest_waiting(batch, limit) -> None:
         assert all((taken.overdue, -taken.order) > (c.overdue, -c.order) for c in left)
 
 
+@pytest.mark.parametrize("make", [Periodic, lambda *numbers: Pressure(*numbers, 0.8)])
 @pytest.mark.parametrize("period", [1, 4, 16])
 @pytest.mark.parametrize("size", [1, 7, 32, 300])
-def test_periodic_spreads_what_falls_due_together(size: int, period: int) -> None:
+def test_what_falls_due_together_is_spread(make: Callable, size: int, period: int) -> None:
     """No pass takes more than its share, and nobody waits longer than the spread and a period."""
-    one = Periodic(period, 1000)
+    one = make(period, 1000)
     share = -(-size // max(1, SPREAD // period - 1))
     waiting = list(range(size))
     for step in range(SPREAD + 2 * period):
@@ -107,6 +113,7 @@ def test_threshold_takes_whoever_is_long_enough(batch, threshold) -> None:
 @given(batches(), st.integers(1, 13))
 def test_pressure_takes_what_frees_most(batch, limit) -> None:
     """The largest gains, then the longest, then the oldest."""
+    batch = late(batch)
     chosen = Pressure(1, limit, 0.5).due(batch)
     ready = [c for c in batch if c.overdue >= 0]
     assert len(chosen) == min(limit, len(ready))

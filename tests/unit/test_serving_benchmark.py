@@ -11,7 +11,7 @@ import pytest
 from kara_sglang.benchmarks import machine
 from kara_sglang.benchmarks.gpu.floors import Gpu
 from kara_sglang.benchmarks.gpu.models import Model
-from kara_sglang.benchmarks.serving import projection, scenarios
+from kara_sglang.benchmarks.serving import projection, scenarios, tables
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.load import Load, write_trace
 from kara_sglang.benchmarks.serving.measure import Journal, schedule
@@ -176,6 +176,56 @@ def test_peers_say_why_they_cannot_run_here() -> None:
     stock = rows(64)["stock"]
     assert PEERS["sglang"].environment(stock, setup)["SGLANG_PLUGINS"] == "none"
     assert not any("kv-compress" in word for word in PEERS["sglang"].command(stock, setup, 1))
+
+
+MARKED = """\
+above
+<!-- serving:here/pool short -->
+old
+<!-- end of serving -->
+between
+<!-- serving:elsewhere/pool -->
+old
+<!-- end of serving -->
+<!-- serving:here/ample -->
+<!-- end of serving -->
+"""
+
+
+def test_tables_are_put_between_their_marks(tmp_path: Path) -> None:
+    runs = [result("stock", r, 10.0, scenario="ample") for r in range(2)]
+    runs += [result("kara-0.5", r, 9.0 + r, scenario="ample") for r in range(2)]
+    runs += [result("stock", 0, 1.0, scenario="pool", point=point) for point in ("2 fit", "3 fit")]
+    runs.append(result("vllm", 0, 4.0, scenario="pool", point="3 fit", counters=None))
+    (tmp_path / "here.json").write_text(json.dumps({"runs": runs}))
+    document = tables.render(MARKED, tmp_path)
+    mine, theirs = document.split("between\n")
+    assert mine.startswith("above\n") and "old" not in mine and theirs.count("old") == 1
+    assert "| 2 fit | stock | 100 | 2.0 | 1 | 1 |\n| 3 fit | stock |" in mine
+    assert "| 3 fit | vllm | - | - | 4.00 | 1.00 |" in mine
+    assert "| kara-0.5 | 0.95 (0.90 to 1.00) | 1.00 (1.00 to 1.00) | 100 (1.00 x) |" in theirs
+    assert tables.render(document, tmp_path) == document
+    for mark in ("here/scarce", "here/ample shorter"):
+        with pytest.raises(ValueError, match="has no"):
+            tables.render(f"<!-- serving:{mark} -->\n<!-- end of serving -->", tmp_path)
+
+
+def test_every_scenario_is_drawn(tmp_path: Path) -> None:
+    """Another engine's rate is no bar: without counters there is nothing to compare it in."""
+    pytest.importorskip("matplotlib", reason="pip install 'kara-sglang[benchmarks]'")
+    from kara_sglang.benchmarks.serving import plots
+
+    runs = []
+    for make in scenarios.SCENARIOS.values():
+        for cell in make(scenarios.Scale()):
+            peer = rows(64)[cell.row].peer != "sglang"
+            changes = {"scenario": cell.scenario, "point": cell.point, "pool": cell.pool}
+            changes |= {"counters": None} if peer else {}
+            runs += [result(cell.row, r, 10.0, **changes) for r in range(2)]
+    drawn = plots.draw(runs, tmp_path / "out")
+    assert [path.name for path in drawn] == [f"out-{name}.png" for name in scenarios.SCENARIOS]
+    assert all(path.stat().st_size > 5000 for path in drawn)
+    assert plots.draw([run for run in runs if run["row"] == "stock"], tmp_path / "alone") == []
 
 
 def counted_pool() -> dict:
