@@ -90,7 +90,8 @@ class KaraConfig:
     threshold
         KV slots from which on a request is compressed (``threshold``).
     min_pool_usage
-        Share of the KV pool in use below which nothing is compressed (``pressure``).
+        Share of the KV pool, needed uncompressed, below which nothing is compressed
+        (``pressure``).
     seed
         Seeds the ``random`` selector.
     trace

@@ -140,6 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     not_run = {cell.row: why for cell in cells if (why := missing(known[cell.row], setup))}
     cells = [cell for cell in cells if cell.row not in not_run]
 
+    for peer in sorted({known[row].peer for row in not_run}):
+        print(f"{peer} is not run; to have it:\n{PEERS[peer].install}", file=sys.stderr)
+
     resident = options.resident or (4 if cpu else 1)
     command = shlex.join(["python", "-m", "kara_sglang.benchmarks.serving", *(argv or sys.argv[1:])])
     return execute(cells, options, setup, scale, resident, folder, not_run, command)

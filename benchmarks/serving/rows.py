@@ -82,7 +82,7 @@ def rows(window: int) -> dict[str, Row]:
         ),
         Row(
             "pressure",
-            "Kara at 0.5, only while the pool is more than 80 % full",
+            "Kara at 0.5, only while requests need more than 80 % of the pool",
             selector="kara",
             settings={"policy": "pressure"},
         ),

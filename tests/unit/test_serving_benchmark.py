@@ -11,6 +11,7 @@ import pytest
 from kara_sglang.benchmarks import machine
 from kara_sglang.benchmarks.gpu.floors import Gpu
 from kara_sglang.benchmarks.gpu.models import Model
+from kara_sglang.benchmarks.serving import __main__ as program
 from kara_sglang.benchmarks.serving import projection, scenarios, tables
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.load import Load, write_trace
@@ -253,6 +254,24 @@ def gains(model: Model, card: projection.Card, output: int = 1024) -> list[float
     rows = projection.counted(counted_pool())[3]
     base = rows["stock"].rate(model, card, output)
     return [rows[name].rate(model, card, output) / base for name in projection.ROWS]
+
+
+def test_a_row_that_cannot_run_says_how_to_have_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("datasets", reason="pip install 'kara-sglang[benchmarks]'")
+    planned = {}
+
+    def execute(cells, options, setup, scale, resident, folder, not_run, command) -> int:
+        planned.update(cells=[cell.key for cell in cells], not_run=not_run, command=command)
+        return 0
+
+    monkeypatch.setattr(program, "execute", execute)
+    words = ["--scenarios", "scarce/equal work", "--rows", "vllm", "--dir", str(tmp_path)]
+    assert program.main([*words, "--model", "somewhere"]) == 0
+    assert planned["cells"] == ["scarce/equal work/stock"] and list(planned["not_run"]) == ["vllm"]
+    assert "'scarce/equal work'" in planned["command"]
+    assert "vllm/bin/pip install vllm" in capsys.readouterr().err
 
 
 def test_a_projection_has_the_right_limits(monkeypatch: pytest.MonkeyPatch) -> None:

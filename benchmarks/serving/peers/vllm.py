@@ -10,7 +10,7 @@ from kara_sglang.benchmarks.serving.rows import Row
 class VLLM:
     name = "vllm"
     install = (
-        "python -m venv vllm && vllm/bin/pip install vllm   # no GPU: see README.md beside this file\n"
+        "python -m venv vllm && vllm/bin/pip install vllm   # no GPU: benchmarks/serving/README.md\n"
         "python -m kara_sglang.benchmarks.serving --peer vllm=vllm/bin/python ..."
     )
     backend = "vllm"
