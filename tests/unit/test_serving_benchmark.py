@@ -256,6 +256,17 @@ def gains(model: Model, card: projection.Card, output: int = 1024) -> list[float
     return [rows[name].rate(model, card, output) / base for name in projection.ROWS]
 
 
+@pytest.mark.parametrize("cpu,block", [(True, 32), (False, 16)])
+def test_vllm_gets_the_same_pool(cpu: bool, block: int) -> None:
+    """In whole blocks, and one more, which it keeps for itself."""
+    setup = Setup("m", "float32", 64, 16, 0.25, 16, 3376, (), {"vllm": Path("python")}, cpu=cpu)
+    words = PEERS["vllm"].command(rows(64)["vllm"], setup, 1)
+    given = dict(zip(words[3::2], words[4::2], strict=True))
+    assert given["--block-size"] == str(block)
+    slots = block * (int(given["--num-gpu-blocks-override"]) - 1)
+    assert 3376 - block < slots <= 3376
+
+
 def test_a_row_that_cannot_run_says_how_to_have_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -23,16 +23,18 @@ class VLLM:
     def command(self, row: Row, setup: Setup, port: int) -> list[str]:
         python = str(setup.pythons["vllm"])
         words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", setup.model]
-        words += ["--port", str(port), "--dtype", setup.dtype, "--max-model-len", "4096"]
-        if setup.pool is not None and not setup.cpu:
-            block = 16
-            words += ["--num-gpu-blocks-override", str(setup.pool // block)]
+        # As long as the pool allows: its own choice is the model's, which a scarce pool does not hold.
+        words += ["--port", str(port), "--dtype", setup.dtype, "--max-model-len", "auto"]
+        if setup.pool is not None:
+            block = 32 if setup.cpu else 16
+            blocks = setup.pool // block + 1  # it keeps one for itself
+            words += ["--block-size", str(block), "--num-gpu-blocks-override", str(blocks)]
         return [*words, *row.flags]
 
     def environment(self, row: Row, setup: Setup) -> dict[str, str]:
         if not setup.cpu:
             return {}
-        # The CPU engine's pool is given in GiB: the smallest, the comparison with it is of rates only.
+        # GiB that it wants to be told on a CPU; the pool is what the number of blocks says.
         return {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
     def counters(self, log: str) -> Counters | None:
