@@ -65,6 +65,9 @@ KERNELS = (
 )
 
 
+SCORE, SELECT = ("log_sum_exp_kernel", "column_sum_kernel"), ("select_kernel",)
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One kernel with the arguments that it would have been launched with."""
@@ -240,21 +243,26 @@ def cases() -> list[tuple[str, list[Launch]]]:
     first = MODELS[0]
     return [
         *found,
-        (f"{first.name}, bf16 ring", launches(first, ring_dtype=torch.bfloat16)[1:3]),
-        (f"{first.name}, fp8 keys", launches(first, key_dtype=FP8)[1:3]),
-        (f"{first.name}, rotating", launches(first, rotating=True)[1:3]),
-        (f"{first.name}, causal", launches(first, causal=True)[1:3]),
+        (f"{first.name}, bf16 ring", of(SCORE, launches(first, ring_dtype=torch.bfloat16))),
+        (f"{first.name}, fp8 keys", of((*SCORE, "distance_kernel"), launches(first, key_dtype=FP8))),
+        (f"{first.name}, rotating", of(SCORE, launches(first, rotating=True))),
+        (f"{first.name}, causal", of(SCORE, launches(first, causal=True))),
         *(
             (
                 f"head_dim {model.head_dim}, fp16 keys, bf16 ring",
-                launches(model, key_dtype=torch.float16, ring_dtype=torch.bfloat16)[1:3],
+                of(SCORE, launches(model, key_dtype=torch.float16, ring_dtype=torch.bfloat16)),
             )
             for model in OTHER_SHAPES
             if model.head_dim in (128, 256)
         ),
-        (f"{first.name}, no chunks", launches(first, chunks=False)[3:4]),
-        *((f"W = {width}", launches(first, window=width)[3:4]) for width in (1024, 2048, 4096)),
+        (f"{first.name}, no chunks", of(SELECT, launches(first, chunks=False))),
+        *((f"W = {width}", of(SELECT, launches(first, window=width))) for width in (1024, 2048, 4096)),
     ]
+
+
+def of(kernels: Sequence[str], found: list[Launch]) -> list[Launch]:
+    """The launches of these kernels."""
+    return [launch for launch in found if launch.kernel.__name__ in kernels]
 
 
 def report(architectures: Sequence[int]) -> dict[str, Any]:
