@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     solve.add_argument(
         "--kv-compress",
         metavar="JSON",
-        help="""of all requests: '{"retain": 0.25}', false, ...""",
+        help="""of each gen: '{"retain": 0.25}', false, ...""",
     )
     solve.add_argument("--tokenizer", metavar="PATH", help="default: what the server names")
     solve.add_argument("--chat-template", metavar="NAME", help="default: the tokenizer's own")

@@ -16,7 +16,8 @@
 
 Everything that a program has sent or received stays as it was, token for token (``tokens.TokenText``),
 so each step's prompt begins with the previous step's prompt and output, and the prefix cache finds
-them.
+them. What is scored or computed behind a generated text (``select``, ``fork``) is asked for with the
+options of the ``gen`` that wrote it: only then does it find the compressed blocks that this one left.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class KaraEndpoint(RuntimeEndpoint):
     url : str
         For example ``http://127.0.0.1:30000``.
     kv_compress : bool or dict, optional
-        Options of every request that brings none of its own.
+        Options of every ``gen`` that brings none of its own.
     tokenizer : str or transformers.PreTrainedTokenizerBase, optional
         The model's tokenizer, or its folder or hub name; default: the ``tokenizer_path`` that the
         server names, which must then be readable from here.
@@ -218,9 +219,11 @@ class KaraEndpoint(RuntimeEndpoint):
         texts = [self.tokens.fixed(choice, start=False) for choice in choices]
         start = time.perf_counter()
         with self.ledger.request("select"):
-            first = self._scored(prompt)  # puts the prompt into the cache for all choices
+            params = self._custom_params(s)
+            first = self._scored(prompt, params)  # puts the prompt into the cache for all choices
             answers = self._scored(
                 [prompt + text.ids for text in texts],
+                params,
                 logprob_start_len=len(prompt) - 1,
                 return_text_in_logprobs=self._has_tokenizer,
             )
@@ -232,7 +235,9 @@ class KaraEndpoint(RuntimeEndpoint):
             if choices_method.requires_unconditional_logprobs:
                 unconditional = [
                     answer["meta_info"]["input_token_logprobs"]
-                    for answer in self._scored([text.ids for text in texts], logprob_start_len=0)
+                    for answer in self._scored(
+                        [text.ids for text in texts], params, logprob_start_len=0
+                    )
                 ]
         decision = choices_method(
             choices=texts,
@@ -251,12 +256,13 @@ class KaraEndpoint(RuntimeEndpoint):
         self._fix(s)
         start = time.perf_counter()
         with self.ledger.request("fork"):
-            answer = self._scored(s.text_.ids)
+            answer = self._scored(s.text_.ids, self._custom_params(s))
         self._record("fork", "fork", s, s.text_.ids, answer, start, ())
 
     def cache_prefix(self, prefix_str: str) -> None:
         """Before ``run_batch``: computes a prefix that all programs of the batch share."""
-        self._scored(self.tokens.start(prefix_str, chat=isinstance(self.chat_template, TurnTemplate)))
+        chat = isinstance(self.chat_template, TurnTemplate)
+        self._scored(self.tokens.start(prefix_str, chat=chat), _params_of(self.kv_compress))
 
     # -- requests ------------------------------------------------------------------------------------
 
@@ -291,8 +297,7 @@ class KaraEndpoint(RuntimeEndpoint):
         if s.cur_role == "assistant":
             sampling["stop_token_ids"] = [*(params.stop_token_ids or ()), *self._end_of_turn(s)]
         options = self.kv_compress if options is None else options
-        if options is not None:
-            sampling["custom_params"] = {KEY: options}
+        sampling |= {"custom_params": _params_of(options)}
         body = {"input_ids": s.text_.ids, "sampling_params": sampling}
         for field in (
             *("return_logprob", "logprob_start_len", "top_logprobs_num"),
@@ -311,11 +316,15 @@ class KaraEndpoint(RuntimeEndpoint):
             token for token in self.tokens.continuation(suffix)[:1] if self.tokens.is_special(token)
         ]
 
-    def _scored(self, input_ids: list, **fields: Any) -> Any:
+    def _custom_params(self, s: StreamExecutor) -> dict[str, Any]:
+        """Of a request that generates nothing itself: those of the newest ``gen`` in the text."""
+        written = s.text_.custom_params
+        return _params_of(self.kv_compress) if written is None else written
+
+    def _scored(self, input_ids: list, custom_params: dict[str, Any], **fields: Any) -> Any:
         """Prefill without decoding; with fields, log-probabilities of the input."""
-        body = {"input_ids": input_ids, "sampling_params": {"max_new_tokens": 0, "temperature": 0}}
-        if self.kv_compress is not None:
-            body["sampling_params"]["custom_params"] = {KEY: self.kv_compress}
+        sampling = {"max_new_tokens": 0, "temperature": 0, "custom_params": custom_params}
+        body = {"input_ids": input_ids, "sampling_params": sampling}
         if fields:
             body |= {"return_logprob": True} | fields
         return self._call("/generate", body).json()
@@ -329,7 +338,11 @@ class KaraEndpoint(RuntimeEndpoint):
             raise EndpointError(f"{self.base_url} aborted a request: {reason.get('message')}")
         prompt = body["input_ids"]
         text = self.tokens.generated(
-            prompt, answer["output_ids"], answer.get("text"), reason.get("matched")
+            prompt,
+            answer["output_ids"],
+            answer.get("text"),
+            reason.get("matched"),
+            body["sampling_params"]["custom_params"],
         )
         kept = text.pieces[0].ids if text.pieces else None
         self._record("gen", name, s, prompt, answer, start, kept or ())
@@ -390,6 +403,11 @@ class KaraEndpoint(RuntimeEndpoint):
 def _checked(options: Options | None) -> Options | None:
     RequestOptions.parse({KEY: options}, KaraConfig(prefix_reuse="compressed"))
     return options
+
+
+def _params_of(options: Options | None) -> dict[str, Any]:
+    """``custom_params`` of a request with these options; empty where the server's settings hold."""
+    return {} if options is None else {KEY: options}
 
 
 def _load_tokenizer(path: str, revision: str | None) -> Any:

@@ -4,7 +4,8 @@ A program of SGLang's frontend language is one growing text. Tokenising that tex
 need not give back the ids that the model wrote, and one id that differs makes the prefix cache miss
 from there on. :class:`TokenText` is a ``str`` that knows the ids of the parts that have already been
 sent or generated; SGLang's interpreter adds, copies (``fork``) and cuts it like any text, so the ids
-go wherever the text goes, also through variables (``s += other["plan"]``).
+go wherever the text goes, also through variables (``s += other["plan"]``). So does what the requests
+that wrote its parts asked for (``custom_params``), which is what the KV of these parts depends on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class Piece(NamedTuple):
 
     text: str
     ids: tuple[int, ...] | None  # None: not tokenised yet
+    custom_params: dict[str, Any] | None = None  # of the request that generated it; None: nobody did
 
 
 class TokenText(str):
@@ -51,6 +53,12 @@ class TokenText(str):
         if any(piece.ids is None for piece in self.pieces):
             raise ValueError("a part of this text is not tokenised yet")
         return [token for piece in self.pieces for token in piece.ids or ()]
+
+    @property
+    def custom_params(self) -> dict[str, Any] | None:
+        """Of the request that generated the newest generated part; None where there is no such part."""
+        given = (piece.custom_params for piece in reversed(self.pieces))
+        return next((params for params in given if params is not None), None)
 
     def __str__(self) -> TokenText:  # SGLang copies texts with str(); the ids must survive it
         return self
@@ -145,11 +153,16 @@ class Tokens:
                 ids = self.start(piece.text, chat=chat)
             elif ids is None:
                 ids = self.continuation(piece.text)
-            pieces.append(Piece(piece.text, tuple(ids)))
+            pieces.append(piece._replace(ids=tuple(ids)))
         return TokenText(pieces=pieces)
 
     def generated(
-        self, prompt: Sequence[int], output: Sequence[int], text: str | None, matched: int | str | None
+        self,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        text: str | None,
+        matched: int | str | None,
+        custom_params: dict[str, Any],
     ) -> TokenText:
         """What a model wrote, with the ids to go on from.
 
@@ -163,6 +176,8 @@ class Tokens:
             ``finish_reason.matched``: a stop token, which is cut off here as it is in the text; or a
             stop string, which may end inside a token: then the longest run of tokens that lies within
             the text is kept, and the characters behind it are tokenised with what follows.
+        custom_params : dict
+            Of the request; empty where it had none.
         """
         output = list(output)
         if isinstance(matched, int) and output and output[-1] == matched:
@@ -172,7 +187,8 @@ class Tokens:
         if text is None:
             text = self._decode(tail + output)[skip:]
         if not isinstance(matched, str):
-            return TokenText(pieces=[Piece(text, tuple(output))])
+            return TokenText(pieces=[Piece(text, tuple(output), custom_params)])
         while not text.startswith(kept := self._decode(tail + output)[skip:]):
             output.pop()
-        return TokenText(pieces=[Piece(kept, tuple(output)), Piece(text[len(kept) :], None)])
+        rest = Piece(text[len(kept) :], None)
+        return TokenText(pieces=[Piece(kept, tuple(output), custom_params), rest])

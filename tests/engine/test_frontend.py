@@ -178,6 +178,32 @@ def test_options_arrive_per_gen(kara: Server, connect) -> None:
         run_one(endpoint, gen("x", 4, top_p=7.0))
 
 
+def test_select_and_fork_find_what_a_gen_with_options_left(compressed: Server, connect) -> None:
+    """Compressed blocks are shared among equal options only, so those of the last gen are sent on, in
+    forks as well; a gen without options goes back to the endpoint's."""
+
+    @sgl.function
+    def program(s):
+        s += QUESTION + gen("trunk", 100, ignore_eos=True, kv_compress={"selector": "recent"})
+        s += sgl.select("choice", [" you", " may"])
+        forks = s.fork(2)
+        forks += sgl.select("verdict", [" yes", " no"])
+        forks.join("gather_variable")
+        s += gen("last", 100, ignore_eos=True)
+        s += sgl.select("end", [" you", " may"])
+
+    endpoint = connect(compressed)
+    program.run(backend=endpoint, temperature=0, use_thread=False)
+    trunk, *scored, last, end = endpoint.ledger.steps
+    assert trunk.windows >= 2
+    assert [step.kind for step in scored] == ["select", "fork", "select", "select"]
+    page_size = endpoint.get_server_info()["page_size"]
+    for step in scored:
+        assert_reuse(trunk, step, endpoint.settings, page_size)
+    assert last.reused_tokens == 0
+    assert_reuse(last, end, endpoint.settings, page_size)
+
+
 def run_one(endpoint: KaraEndpoint, expression: object) -> None:
     @sgl.function
     def program(s):

@@ -58,6 +58,18 @@ def test_slices_keep_whole_pieces() -> None:
     assert text[::2] == "aceg" and type(text[0]) is str
 
 
+def test_what_a_part_was_asked_for_with_goes_with_it(tokens: Tokens) -> None:
+    """The newest generated part decides, also where it was asked for with nothing."""
+    ids = tokens.continuation("may")
+    one = tokens.generated([5], ids, "may", None, {"kv_compress": False})
+    other = tokens.generated([5], ids, "may", None, {})
+    assert ("You " + one + " copy").custom_params == {"kv_compress": False}
+    assert tokens.fixed("You " + one + " copy", start=True).custom_params == {"kv_compress": False}
+    assert ("You " + one + other).custom_params == {}
+    assert ("You " + other + one)[4:].custom_params == {"kv_compress": False}
+    assert tokens.fixed("You may", start=True).custom_params is None
+
+
 def test_slices_are_those_of_str() -> None:
     rng = random.Random(0)
     for _ in range(500):
@@ -106,15 +118,16 @@ def test_continuations_of_sentencepiece_get_no_space() -> None:
     tokens = Tokens(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
     text = tokens.fixed(tokens.fixed("a", start=True) + "b a", start=True)
     assert [vocabulary[token] for token in text.ids] == ["▁a", "b", "▁a"]
-    assert tokens.generated(text.ids, [6], None, None) == " b"
+    assert tokens.generated(text.ids, [6], None, None, {}) == " b"
 
 
 def test_a_stop_token_is_cut_off(tokens: Tokens) -> None:
     ids = tokens.continuation("You may")
     for text in ("You may", None):
-        assert tokens.generated([5], [*ids, 2], text, 2).pieces == (Piece("You may", tuple(ids)),)
+        kept = tokens.generated([5], [*ids, 2], text, 2, {})
+        assert kept.pieces == (Piece("You may", tuple(ids), {}),)
     # A length limit cuts nothing, even behind the same token.
-    assert tokens.generated([5], [*ids, 2], "You may", None).ids == [*ids, 2]
+    assert tokens.generated([5], [*ids, 2], "You may", None, {}).ids == [*ids, 2]
 
 
 def test_a_stop_string_inside_a_token_leaves_its_beginning_open(tokens: Tokens) -> None:
@@ -123,8 +136,8 @@ def test_a_stop_string_inside_a_token_leaves_its_beginning_open(tokens: Tokens) 
     token = tokens.tokenizer.decode([last])
     assert len(token) > 1
     kept = "any License".removesuffix(token)
-    text = tokens.generated([5], ids, kept + token[0], token[1:])
-    assert text.pieces == (Piece(kept, tuple(before)), Piece(token[0], None))
+    text = tokens.generated([5], ids, kept + token[0], token[1:], {})
+    assert text.pieces == (Piece(kept, tuple(before), {}), Piece(token[0], None))
     assert tokens.fixed(text + "!", start=False).ids[: len(before)] == before
 
 
@@ -132,5 +145,5 @@ def test_half_a_character_before_a_stop_string(tokens: Tokens) -> None:
     """A token that only begins a character decodes to a replacement sign, which is in no text."""
     two = tokens.continuation("é")
     assert len(two) == 2
-    text = tokens.generated([5], [*tokens.continuation("a"), two[0]], "a", "é")
-    assert text.pieces == (Piece("a", tuple(tokens.continuation("a"))),)
+    text = tokens.generated([5], [*tokens.continuation("a"), two[0]], "a", "é", {})
+    assert text.pieces == (Piece("a", tuple(tokens.continuation("a")), {}),)
