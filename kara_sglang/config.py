@@ -186,6 +186,22 @@ class KaraConfig:
                 f"--kv-compress-retain {self.retain:g} of a window of {self.window} tokens keeps all "
                 f"of it in pages of {page_size}; keep less, or use a larger --kv-compress-window"
             )
+        shares = whole or self.may_share(self.kept(page_size))
+        if self.prefix_reuse == "compressed" and not shares:
+            raise ValueError(
+                f"--kv-compress-retain {self.retain:g} keeps a single token of a window of "
+                f"{self.window}, too few to tell windows apart with --kv-compress-prefix-reuse "
+                "compressed; keep more"
+            )
+
+    def may_share(self, kept: int) -> bool:
+        """Whether windows of which ``kept`` tokens stay may enter the prefix cache.
+
+        A window is known there by one id per slot (``radix_integration/keys.py``). A single one carries
+        60 bits, so whoever tries some 2^30 texts can find two that share it, and one would be served
+        the other's KV. Two ids take 2^60.
+        """
+        return kept >= 2 or kept == self.window
 
     def kept(self, page_size: int, retain: float | None = None) -> int:
         """R in tokens for a share ``retain`` (the server's by default): whole pages, at least one."""

@@ -159,6 +159,8 @@ class Coordinator:
         wanted = options.prefix or self.config.prefix_reuse
         if not options.enabled or wanted != "compressed" or _skip_reason(req) is not None:
             return None
+        if not self.config.may_share(self._kept(options)):
+            return None
         name = options.selector or self.config.selector
         seed = options.seed if self._selectors[name].seeded else None
         return repr((self.config.to_json(), name, self._kept(options), seed)).encode()

@@ -82,7 +82,8 @@ def physical_key(seed: bytes, tokens: memoryview, windows: Iterable[Window]) -> 
 
 def _ids(digest: bytes, count: int) -> bytes:
     """``count`` ids; the first two carry 60 bits each of the digest, so two windows of more than one
-    slot are the same where 120 bits of their digests are."""
+    slot are the same where 120 bits of their digests are. Windows of one slot get no key
+    (``KaraConfig.may_share``)."""
     first, step = (int.from_bytes(part, "little") for part in (digest[:8], digest[8:16]))
     ids = np.uint64(first) + np.arange(count, dtype=np.uint64) * np.uint64(step)
     return (ids % np.uint64(_NUM_IDS) + np.uint64(FIRST_ID)).astype(np.int64).tobytes()

@@ -320,6 +320,20 @@ def test_a_share_that_keeps_all_in_whole_pages(window: int, retain: float, page:
     KaraConfig(selector="identity", window=window, retain=retain).check_page_size(page)
 
 
+def test_windows_of_one_slot_cannot_be_shared() -> None:
+    """A single id is too short a name for a window; nothing shorter than a page is ever kept."""
+    config = KaraConfig(window=32, retain=0.01, prefix_reuse="compressed")
+    with pytest.raises(ValueError, match=r"^--kv-compress-retain 0\.01 keeps a single token") as caught:
+        config.check_page_size(1)
+    assert "--kv-compress-prefix-reuse compressed" in str(caught.value)
+    config.check_page_size(2)
+    KaraConfig(window=32, retain=0.01).check_page_size(1)
+    KaraConfig(window=32, retain=0.05, prefix_reuse="compressed").check_page_size(1)
+    KaraConfig(selector="identity", window=32, retain=0.01, prefix_reuse="compressed").check_page_size(
+        1
+    )
+
+
 # -- JSON, files, the environment ----------------------------------------------------------------------
 
 
