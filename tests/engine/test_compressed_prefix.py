@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +164,40 @@ def test_other_settings_do_not_share(server: Server) -> None:
     server.assert_nothing_leaked()
 
 
+def test_a_window_of_one_slot_is_not_shared(server: Server) -> None:
+    """Its single id would be too short a name; in pages of 16 the same share keeps more than one."""
+    server.flush()
+    one = {"retain": 0.01}
+    first = server.generate(PROMPT, tokens=80, kv_compress=one)
+    assert report(first)["tokens_removed"] == report(first)["windows"] * (W - server.page) > 0
+    again = server.generate([*PROMPT, *first["output_ids"], 7], tokens=1, kv_compress=one)
+    if server.page == 1:
+        assert cached(again) == len(PROMPT) and report(again)["reused_tokens"] == 0
+    else:
+        assert report(again)["reused_tokens"] > 0
+    server.assert_nothing_leaked()
+
+
+@pytest.mark.parametrize("name", ["cache_salt", "extra_key"])
+def test_other_salts_and_keys_do_not_share(server: Server, name: str) -> None:
+    """Over HTTP: the same one finds what it left, all others their own exact prompt and no more."""
+    values = (None, "mine", "yours")
+    for writer in values:
+        server.flush()
+        for value in values:
+            assert cached(server.generate(PROMPT, tokens=1, **{name: value})) == 0
+        first = server.generate(PROMPT, tokens=80, **{name: writer})
+        assert report(first)["windows"] >= 1
+        for value in values:
+            answer = server.generate([*PROMPT, *first["output_ids"], 7], tokens=1, **{name: value})
+            if value == writer:
+                assert report(answer)["reused_tokens"] > 0
+            else:
+                assert cached(answer) == len(PROMPT) // server.page * server.page
+                assert report(answer)["reused_tokens"] == 0
+    server.assert_nothing_leaked()
+
+
 def test_diverging_in_a_window_reuses_up_to_its_start(server: Server) -> None:
     base = ceil(len(PROMPT), server.page)
     server.flush()
@@ -215,23 +252,80 @@ def test_forks_share_one_copy(server: Server) -> None:
 
 
 def test_retracted_requests_go_back_to_the_shared_prefix(server: Server) -> None:
-    """Eight forks outgrow the pool; who is retracted starts anew behind the same compressed chain."""
+    """Eight forks outgrow the pool; who is retracted starts anew behind the same compressed chain, and
+    writes what a request writes whose prompt is all that had been written until then."""
     base = ceil(len(PROMPT), server.page)
     server.flush()
     chain = server.generate(PROMPT, tokens=90)
     text = PROMPT + chain["output_ids"]
     forks = [[*text, *prompt(80, 90 + index)] for index in range(8)]
-    # The first window behind a fork's prompt falls due so many tokens later.
+    # The first window behind a prompt falls due so many tokens later.
     calm = W + DELAY - server.page
-    expected = [server.generate(fork, tokens=calm) for fork in forks[:2]]
-    answers = server.generate(forks, tokens=180)
-    assert sum(answer["meta_info"]["num_retractions"] for answer in answers) >= 1
-    for answer in answers:
-        assert len(answer["output_ids"]) == 180
+    expected = server.generate(forks, tokens=calm)
+    assert not any(answer["meta_info"]["num_retractions"] for answer in expected)
+    answers = in_parallel([lambda fork=fork: with_restarts(server, fork, 180) for fork in forks])
+    restarts = 0
+    for fork, alone, (answer, cut) in zip(forks, expected, answers, strict=True):
+        written = answer["output_ids"]
+        assert len(written) == 180
         assert report(answer)["reused_tokens"] == cached(answer) - base > 0
-    for answer, alone in zip(answers, expected, strict=False):
-        if not answer["meta_info"]["num_retractions"]:
-            assert answer["output_ids"][:calm] == alone["output_ids"]
+        assert written[:calm] == alone["output_ids"]
+        if cut is not None:
+            rest = min(calm, 180 - cut)
+            again = server.generate([*fork, *written[:cut]], tokens=rest)
+            assert report(again)["reused_tokens"] > 0
+            assert written[cut : cut + rest] == again["output_ids"]
+            restarts += 1
+    assert restarts > 0
+    server.assert_nothing_leaked()
+
+
+def with_restarts(server: Server, text: list[int], tokens: int) -> tuple[dict, int | None]:
+    """A streamed answer, and how many of its tokens were there when it was last retracted; None
+    where it never was, or where a chunk of several tokens hides it."""
+    params = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": text, "sampling_params": params, "stream": True}
+    answer, cut, retractions, length = {}, None, 0, 0
+    with server.post("/generate", body, stream=True) as response:
+        for line in response.iter_lines():
+            if not line.startswith(b"data: {"):
+                continue
+            answer = json.loads(line[len(b"data: ") :])
+            so_far, seen = len(answer["output_ids"]), answer["meta_info"]["num_retractions"]
+            if seen > retractions:
+                cut = length if so_far <= length + 1 else None
+            retractions, length = seen, so_far
+    return answer, cut
+
+
+def test_aborts_in_the_middle_of_a_prefill(server: Server) -> None:
+    """Between two chunks behind a compressed prefix: what was computed is right and may stay in the
+    cache, but nobody holds on to it, nor to what others share."""
+    page = server.page
+    server.flush()
+    text = PROMPT + server.generate(PROMPT, tokens=120)["output_ids"]
+    halfway = {}
+    for index in range(3):
+        longer = [*text, *prompt(800, 700 + index)]  # seven chunks
+        body = {"input_ids": longer, "rid": f"halfway-{index}"}
+        position = len(server.log_text())
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(server.post, "/generate", body)
+            while "Prefill batch" not in server.log_text()[position:] and not answer.done():
+                time.sleep(0.001)
+            server.post("/abort_request", {"rid": body["rid"]})
+        again = server.generate(longer, tokens=5)
+        assert report(again)["reused_tokens"] > 0
+        if len(text) < cached(again) < (len(longer) - 1) // page * page:
+            halfway[index] = again["output_ids"]
+    assert halfway
+    # As much as the pool holds gets in, over all that was cached.
+    assert len(server.generate(prompt(1500, 23), tokens=5)["output_ids"]) == 5
+    server.flush()
+    assert text == PROMPT + server.generate(PROMPT, tokens=120)["output_ids"]
+    index, written = halfway.popitem()
+    longer = [*text, *prompt(800, 700 + index)]
+    assert server.generate(longer, tokens=5)["output_ids"] == written
     server.assert_nothing_leaked()
 
 
@@ -274,7 +368,7 @@ def mixed(server: Server, count: int) -> dict[str, int]:
             ) as response:
                 for number_of_line, line in enumerate(response.iter_lines()):
                     if line.startswith(b"data: {"):
-                        last = requests.models.complexjson.loads(line[6:])
+                        last = json.loads(line[6:])
                     if stop_after is not None and number_of_line > stop_after:
                         if index % 2:
                             server.post("/abort_request", {"rid": body["rid"]})
