@@ -190,7 +190,8 @@ class World:
         self.rows = rows.req_to_token
         self.free_rows = list(range(1, ROWS + 1))
         self.live: list[Request] = []
-        self.texts: list[tuple[Who, tuple[int, ...], bytes | None]] = []
+        # With the windows in which they were left.
+        self.texts: list[tuple[Who, tuple[int, ...], bytes | None, tuple[Window, ...]]] = []
         self.arrived = 0
         self.seen: Counter[str] = Counter()
 
@@ -202,12 +203,20 @@ class World:
         fresh = [random.randrange(3) for _ in range(random.randrange(1, 6 * self.page + 2))]
         if not self.texts or random.random() < 0.1:
             return random.choice(EVERYONE), fresh, random.choice([*SETTINGS, None])
-        who, old, settings = random.choice(self.texts[-20:])
+        who, old, settings, windows = random.choice(self.texts[-20:])
         if random.random() < 0.1:
             who = random.choice(EVERYONE)
         if random.random() < 0.3:
             settings = random.choice([*SETTINGS, None])
         cut = len(old) if random.random() < 0.5 else random.randrange(len(old) + 1)
+        if windows and random.random() < 0.1:
+            window = random.choice(windows)
+            cut = window.logical_start + random.choice([0, window.width])
+        for window in windows:
+            where = cut - window.logical_start
+            if cut < len(old) and old[cut] != fresh[0] and 0 <= where <= window.width:
+                at = {0: "at a window", window.width: "behind a window"}
+                self.seen[f"leaves {at.get(where, 'inside a window')}"] += 1
         return who, [*old[:cut], *fresh][: ROW // 2], settings
 
     def arrive(self) -> None:
@@ -338,7 +347,7 @@ class World:
         self.cache.unlock(req.lock)
         self.live.remove(req)
         if checkpoint:
-            self.texts.append((req.who, req.tokens, req.settings))
+            self.texts.append((req.who, req.tokens, req.settings, layout_of(req).windows))
         forget_match(req)
 
     def evict(self, count: int) -> None:
@@ -348,6 +357,7 @@ class World:
         locked = {slot for req in self.live for slot in req.slots[: req.kv.cache_protected_len]}
         self.cache.evict(EvictParams(num_tokens=count))
         freed = self.allocator.available_size() - free
+        self.seen["evicted"] += freed > 0
         assert freed >= min(count, evictable)
         left = set(self.cache.all_values_flatten().tolist())
         gone = before - left
@@ -357,6 +367,7 @@ class World:
     def flush(self) -> None:
         for req in list(self.live):
             self.release(req, checkpoint=self.random.random() < 0.5)
+        self.seen["flush"] += 1
         self.cache.reset()
         self.allocator.clear()
         self.model.clear()
@@ -391,7 +402,7 @@ class World:
                 self.compress(req, gap=random.choice([0, 0, 0, 0, 1]))
         elif dice < 0.97 and self.live:
             self.release(random.choice(self.live), checkpoint=random.random() < 0.8)
-        elif dice < 0.9995:
+        elif dice < 0.999:
             self.evict(random.randrange(1, 8 * self.page))
         else:
             self.flush()
@@ -408,7 +419,10 @@ def test_tree_and_index_are_the_dictionary(page: int, block: int) -> None:
         if count % 10 == 0:
             world.check()
     world.flush()
-    assert world.seen["compressed"] > 100 and world.seen["exact"] > 100 and world.seen["window"] > 100
+    seen = world.seen
+    assert min(seen[kind] for kind in ("compressed", "exact", "window", "evicted")) > 100, seen
+    assert min(seen[f"leaves {where} a window"] for where in ("inside", "at", "behind")) > 10, seen
+    assert seen["flush"] > 1, seen
 
 
 def test_a_forgetful_index_costs_misses_only() -> None:
