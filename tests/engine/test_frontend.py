@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import sglang as sgl
 from server import Server
 from sglang.lang.choices import unconditional_likelihood_normalized
 
+from kara_sglang.benchmarks.reuse import modes
 from kara_sglang.frontend.backend import EndpointError, KaraEndpoint, gen
 from kara_sglang.frontend.records import Step
 from kara_sglang.frontend.tokens import TokenText
@@ -61,12 +62,6 @@ def assert_reuse(previous: Step, step: Step, settings: dict, page_size: int) -> 
         assert step.reused_tokens == step.reused_slots == 0
 
 
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    pairs = zip(one, other, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
 @sgl.function
 def four_steps(s, question):
     s += question
@@ -91,19 +86,19 @@ def test_four_steps_keep_their_ids(server: str, request, connect, tiny_tokenizer
     assert endpoint.ledger.totals.slots_held < endpoint.ledger.totals.logical_length
 
 
-def test_answers_of_the_modes_are_compared(request, connect) -> None:
-    """Compressed KV gives other answers than stock's; it prints after how many tokens of a step."""
-    answers = {}
-    for server in (*REUSE_SERVERS, "stock"):
-        endpoint = connect(request.getfixturevalue(server))
-        four_steps.run(QUESTION, backend=endpoint, temperature=0, use_thread=False)
-        answers[server] = [step.output_ids for step in endpoint.ledger.steps], endpoint.settings
-    stock, _ = answers.pop("stock")
-    for server, (steps, settings) in answers.items():
-        same = [common(mine, theirs) for mine, theirs in zip(steps, stock, strict=True)]
-        print(f"{server}: tokens of each step that are as in stock: {same}")
-        # Nothing is compressed before the first window falls due.
-        assert same[0] >= settings["window"] + settings["delay"]
+def test_answers_of_the_modes_are_compared(compressed: Server, connect) -> None:
+    """The same prompts on one server: nothing differs before something compressed is reused, and what
+    is reused makes a difference."""
+    endpoint = connect(compressed)
+    first, *later = modes.compare(endpoint, [QUESTION, "Why?", "And then?"], max_tokens=100)
+    assert first.reused_tokens == 0
+    assert first.alike == first.equal == first.tokens == 100
+    for one in later:
+        assert 0 < one.reused_slots < one.reused_tokens < one.prompt_tokens
+        assert one.alike <= one.equal <= one.tokens == 100
+    assert min(one.equal for one in later) < 100
+    exact = [step for step in endpoint.ledger.steps if step.name.endswith("exact")]
+    assert len(exact) == 3 and all(step.reused_tokens == 0 for step in exact)
 
 
 def test_streaming_keeps_the_same_ids(kara: Server, connect) -> None:

@@ -1,0 +1,126 @@
+"""How far answers on compressed prefixes are from those on exact ones: same server, same prompts.
+
+``python -m kara_sglang.benchmarks.reuse.modes tea bees`` runs a talk of several turns on each on a
+server with ``--kv-compress-prefix-reuse compressed``, then asks each turn's very prompt again with
+``{"prefix": "exact"}``. Greedy decoding, so what differs is what the prefix lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sglang as sgl
+
+from kara_sglang.frontend.backend import EndpointError, KaraEndpoint, gen
+from kara_sglang.frontend.records import Step
+
+TURNS = (
+    "Write a long essay about {}.",
+    "Now tell me about the history of it, in detail.",
+    "What would a child want to know about it? Answer at length.",
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One turn in both modes."""
+
+    turn: int
+    prompt_tokens: int
+    reused_tokens: int  # of the prompt, those whose KV came from compressed blocks
+    reused_slots: int  # that held them
+    tokens: int  # of the answer on the compressed prefix
+    alike: int  # of them, before the first one that the exact prefix would not have given
+    equal: int  # of them, those that the other answer has at the same place
+
+
+@sgl.function
+def _both_modes(s, turns: Sequence[str], max_tokens: int):
+    twins = []
+    for number, turn in enumerate(turns):
+        s += sgl.user(turn)
+        s += sgl.assistant_begin()
+        twins += s.fork().states
+        s += gen(f"{number} compressed", max_tokens)
+        s += sgl.assistant_end()
+    # Not before: the exact KV of an earlier answer would be there then, and it wins.
+    for number, twin in enumerate(twins):
+        twin += gen(f"{number} exact", max_tokens, kv_compress={"prefix": "exact"})
+        twin.sync()  # one after the other: in a batch, rounding alone may choose other tokens
+        if error := twin.error():
+            raise error
+
+
+def compare(endpoint: KaraEndpoint, turns: Sequence[str], max_tokens: int) -> list[Difference]:
+    """A talk, one difference per turn; the endpoint's records are cleared."""
+    endpoint.ledger.clear()
+    _both_modes.run(turns, max_tokens, backend=endpoint, temperature=0, use_thread=False)
+    steps = {step.name: step for step in endpoint.ledger.steps}
+    return [
+        _difference(number, steps[f"{number} compressed"], steps[f"{number} exact"])
+        for number in range(len(turns))
+    ]
+
+
+def _difference(turn: int, compressed: Step, exact: Step) -> Difference:
+    equal = [a == b for a, b in zip(compressed.output_ids, exact.output_ids, strict=False)]
+    return Difference(
+        turn=turn + 1,
+        prompt_tokens=compressed.prompt_tokens,
+        reused_tokens=compressed.reused_tokens,
+        reused_slots=compressed.reused_slots,
+        tokens=len(compressed.output_ids),
+        alike=[*equal, False].index(False),
+        equal=sum(equal),
+    )
+
+
+def markdown(found: Sequence[tuple[str, Difference]]) -> str:
+    """A row per text and turn."""
+    lines = [
+        "| text | turn | prompt | of it compressed | answer | alike until | equal |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for subject, one in found:
+        reused = f"{one.reused_tokens} in {one.reused_slots} slots" if one.reused_tokens else "none"
+        share = one.equal / one.tokens if one.tokens else 1.0
+        lines.append(
+            f"| {subject} | {one.turn} | {one.prompt_tokens} | {reused} | {one.tokens} | "
+            f"{one.alike} | {share:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kara_sglang.benchmarks.reuse.modes",
+        description=(__doc__ or "").partition("\n")[0],
+    )
+    parser.add_argument("subjects", nargs="+", metavar="SUBJECT", help="what a talk is about: tea")
+    parser.add_argument("--endpoint", default="http://127.0.0.1:30000", metavar="URL")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="per answer")
+    options = parser.parse_args(argv)
+    try:
+        endpoint = KaraEndpoint(options.endpoint)
+        if (endpoint.settings or {}).get("prefix_reuse") != "compressed":
+            raise ValueError(
+                f"the server {options.endpoint} reuses exact prefixes only; start it with "
+                "--kv-compress-prefix-reuse compressed"
+            )
+        found = [
+            (subject, one)
+            for subject in options.subjects
+            for one in compare(endpoint, [turn.format(subject) for turn in TURNS], options.max_tokens)
+        ]
+    except (EndpointError, ValueError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    print(markdown(found))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

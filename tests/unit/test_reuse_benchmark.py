@@ -1,0 +1,129 @@
+"""The benchmark of prefix reuse without servers: its report, its plot, what documents quote of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from kara_sglang.benchmarks.reuse import modes
+from kara_sglang.benchmarks.reuse.__main__ import ROWS, Sizes, draw, markdown, over_repetitions
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "benchmarks" / "results" / "serving" / "reuse.json"
+NAMES = ["stock", "exact", "compressed"]
+
+
+@pytest.fixture(scope="module")
+def result() -> dict:
+    return json.loads(RESULT.read_text())
+
+
+@pytest.fixture(scope="module")
+def sizes(result: dict) -> Sizes:
+    return Sizes(**result["sizes"])
+
+
+def computed(runs: list, step: int) -> float:
+    """Prompt tokens that no cache had."""
+    prompt, cached = (over_repetitions(runs, step, f"{name}_tokens") for name in ("prompt", "cached"))
+    return prompt - cached
+
+
+def test_the_committed_report_is_that_of_the_committed_figures(result: dict, sizes: Sizes) -> None:
+    head = f"`{result['command']}` on a {result['machine']['kind']}\n\n"
+    assert RESULT.with_suffix(".md").read_text() == head + markdown(result, sizes)
+    assert [row.name for row in ROWS] == NAMES == list(result["forks"])
+    assert list(result["steps"]) == ["ample", "scarce"]
+
+
+def test_medians_are_taken_over_repetitions() -> None:
+    runs = [[{"ttft_ms": first}, {"ttft_ms": second}] for first, second in ((1, 9), (3, 7), (8, 8))]
+    assert [over_repetitions(runs, step, "ttft_ms") for step in range(2)] == [3, 8]
+
+
+def test_pools_hold_what_they_are_named_after() -> None:
+    """Whole pages: all programs four times, half of them, and a chain with six forks."""
+    sizes = Sizes(
+        page_size=16, programs=3, steps=2, prompt=10, more=5, answer=20, chain=100, fork_answer=40
+    )
+    assert sizes.program == 10 + 20 + 5 + 20
+    assert sizes.ample == 4 * 3 * 55
+    assert sizes.scarce == 80 and 80 <= 3 * 55 / 2 < 96
+    assert sizes.fork_pool == 528 and 528 <= 10 + 100 + 6 * (40 + 32) < 544
+
+
+def test_the_plot_shows_what_was_computed(
+    result: dict, sizes: Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **options: drawn.append(self) or save(self, *a, **options)
+    )
+    draw(result, sizes, tmp_path / "reuse.png")
+    assert (tmp_path / "reuse.png").read_bytes().startswith(b"\x89PNG")
+    [figure] = drawn
+    for panel, (pool, rows) in zip(figure.axes, result["steps"].items(), strict=True):
+        assert panel.get_title() == f"{pool} pool"
+        lines = {line.get_label(): line.get_ydata().tolist() for line in panel.lines}
+        expected = {name: [computed(rows[name], step) for step in range(4)] for name in NAMES}
+        assert lines == expected
+
+
+def test_what_the_documents_quote(result: dict, sizes: Sizes) -> None:
+    section = (ROOT / "docs" / "throughput.md").read_text().partition("\n## Prefix reuse\n")[2]
+    section = " ".join(section.partition("\n## ")[0].split())
+    for pool, rows in result["steps"].items():
+        for step in (1, 2, 3):
+            tokens = {name: f"{computed(rows[name], step):.0f}" for name in NAMES}
+            tokens["stock"] += f" of {over_repetitions(rows['stock'], step, 'prompt_tokens'):.0f}"
+            times = {name: over_repetitions(rows[name], step, "ttft_ms") for name in NAMES}
+            cells = (f"{tokens[name]}, {times[name]:,.0f} ms" for name in NAMES)
+            first = f"{pool} ({getattr(sizes, pool):,} slots)" if step == 1 else ""
+            assert " ".join(f"| {first} | {step + 1} | {' | '.join(cells)} |".split()) in section
+    stock, exact, ours = (result["forks"][name] for name in NAMES)
+    peaks, steps = (
+        [row[key] for row in (stock, exact, ours)] for key in ("peak_running", "decode_steps")
+    )
+    means = [f"{row['mean_running']:.1f}" for row in (stock, exact, ours)]
+    for sentence in (
+        f"{sizes.forks} forks of a chain of {sizes.chain:,} tokens, each of which writes "
+        f"{sizes.fork_answer:,} more, in {sizes.fork_pool:,} slots.",
+        f"Stock runs {peaks[0]} at once, `exact` {peaks[1]}, `compressed` {peaks[2]}: "
+        f"{result['forks_ratio']:.1f} times stock; in the mean {means[0]}, {means[1]} and {means[2]}.",
+        f"The whole set takes {steps[0]:,}, {steps[1]:,} and {steps[2]:,} decode steps.",
+    ):
+        assert sentence in section
+    assert ours["peak_running"] / stock["peak_running"] == result["forks_ratio"] >= 1.8
+
+
+# -- both modes on one server --------------------------------------------------------------------------
+
+
+def test_a_turn_in_both_modes() -> None:
+    def step(*output: int) -> SimpleNamespace:
+        return SimpleNamespace(output_ids=output, prompt_tokens=90, reused_tokens=64, reused_slots=32)
+
+    one = modes._difference(1, step(4, 5, 6, 7), step(4, 5, 9, 7, 8))
+    assert (one.turn, one.tokens, one.alike, one.equal) == (2, 4, 2, 3)
+    assert modes._difference(0, step(4, 5), step(4, 5)).alike == 2
+    assert modes.markdown([("tea", one)]).splitlines()[-1] == (
+        "| tea | 2 | 90 | 64 in 32 slots | 4 | 2 | 75% |"
+    )
+
+
+def test_modes_needs_a_server_with_both(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert modes.main(["tea", "--endpoint", "http://127.0.0.1:9"]) == 2
+    assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err
+    for settings in (None, {"prefix_reuse": "exact"}):
+        monkeypatch.setattr(modes, "KaraEndpoint", lambda _url, s=settings: SimpleNamespace(settings=s))
+        assert modes.main(["tea"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "start it with --kv-compress-prefix-reuse compressed" in error
