@@ -3,7 +3,8 @@
     python -m kara_sglang.benchmarks.quality.report RESULT.json [--plot FILE.png] [--into DOC.md]
 
 renders the tables of a result, draws its plot, and puts the tables into a document between the lines
-``<!-- quality:NAME -->`` and ``<!-- end of quality:NAME -->``.
+``<!-- quality:NAME -->`` and ``<!-- end of quality:NAME -->``. A name is ``PART/GROUP``, with ``@SHARE``
+behind it for the rows of one share only, or ``goals``.
 """
 
 from __future__ import annotations
@@ -131,10 +132,16 @@ def _below_full(
     return found
 
 
-def table(records: list[dict[str, Any]], part: str, group: str) -> str:
-    """A Markdown table of a group's rows, the reference above them."""
+def table(records: list[dict[str, Any]], part: str, group: str, retain: str = "") -> str:
+    """A Markdown table of a group's rows (of one share), the reference above them."""
     chosen = [
-        r for r in records if r["part"] == part and (r["group"] == group or r["row"] == REFERENCE_ROW)
+        r
+        for r in records
+        if r["part"] == part
+        and (
+            r["row"] == REFERENCE_ROW
+            or (r["group"] == group and (not retain or r["retain"] == float(retain)))
+        )
     ]
     lines = [
         "| row | retain | KL on text (nats) | perplexity | recall | log p of answers | KV held |",
@@ -247,10 +254,11 @@ def put_into(document: str, result: dict[str, Any]) -> str:
 
     def fill(match: re.Match[str]) -> str:
         part, _, group = match[1].partition("/")
+        group, _, retain = group.partition("@")
         if part == "goals":
             body = goal_table(result["goals"])
         elif any(r["part"] == part and r["group"] == group for r in result["results"]):
-            body = table(result["results"], part, group)
+            body = table(result["results"], part, group, retain)
         else:
             return match[0]
         return f"<!-- quality:{match[1]} -->\n{body}<!-- end of quality:{match[1]} -->"

@@ -488,18 +488,23 @@ def test_tables_are_put_between_their_marks(small_part, tmp_path: Path):
     assert "old" not in new.split("between")[0] and "old" in new.split("between")[1]
     assert new.startswith("above\n") and "| kara | 0.5 | 0.4000 ± 0.2000 |" in new
     assert report.put_into(new, result) == new
+    one = report.put_into(mark.format("small/selectors@0.5"), result)
+    assert "| full | 1 |" in one and "| kara | 0.5 |" in one
+    assert "| kara |" not in report.put_into(mark.format("small/selectors@0.25"), result)
 
 
 def test_the_documents_tables_are_the_committed_results():
     """Rendered by ``search --into`` and ``report --into``; a figure edited by hand is found here."""
     root = texts.DATA.parents[2]
-    document = (root / "docs" / "quality.md").read_text()
+    document, readme = ((root / name).read_text() for name in ("docs/quality.md", "README.md"))
     results = root / "benchmarks" / "results" / "quality"
     assert "<!-- search:search-5 -->\n| row |" in document
     assert search.put_into(document, results) == document
     full = results / "full.json"
     if full.is_file():
-        assert report.put_into(document, json.loads(full.read_text())) == document
+        result = json.loads(full.read_text())
+        assert report.put_into(document, result) == document
+        assert report.put_into(readme, result) == readme
 
 
 # -- reasoning -------------------------------------------------------------------------------------
