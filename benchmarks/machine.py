@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,6 +20,20 @@ def kind() -> str:
     usable, there = len(os.sched_getaffinity(0)), os.cpu_count()
     cores = f"{there}-core" if usable == there else f"{usable} of {there} cores of an"
     return f"{cores} {platform.machine()} CPU machine, no GPU"
+
+
+def command(module: str, arguments: list[str]) -> str:
+    """The command line that gives a result, without where its files lay on this machine."""
+    words, rest = ["python", "-m", module], iter(arguments)
+    for word in rest:
+        if word == "--dir":
+            next(rest, None)
+        elif word == "--peer":
+            name, _, _python = next(rest, "").partition("=")
+            words += [word, f"{name}=PYTHON"]
+        else:
+            words.append(Path(word).name if Path(word).is_absolute() else word)
+    return shlex.join(words)
 
 
 def machine() -> dict[str, Any]:

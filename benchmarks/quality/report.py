@@ -3,8 +3,8 @@
     python -m kara_sglang.benchmarks.quality.report RESULT.json [--plot FILE.png] [--into DOC.md]
 
 renders the tables of a result, draws its plot, and puts the tables into a document between the lines
-``<!-- quality:NAME -->`` and ``<!-- end of quality:NAME -->``. A name is ``PART/GROUP``, with ``@SHARE``
-behind it for the rows of one share only, or ``goals``.
+``<!-- quality:NAME -->`` and ``<!-- end of quality:NAME -->``. A name is ``PART/GROUP``, with
+``@SHARE`` behind it for the rows of one share only, or ``PART/goals``.
 """
 
 from __future__ import annotations
@@ -255,7 +255,9 @@ def put_into(document: str, result: dict[str, Any]) -> str:
     def fill(match: re.Match[str]) -> str:
         part, _, group = match[1].partition("/")
         group, _, retain = group.partition("@")
-        if part == "goals":
+        if group == "goals":  # of the first part that has all rows
+            if result["results"][0]["part"] != part or not result["goals"]:
+                return match[0]
             body = goal_table(result["goals"])
         elif any(r["part"] == part and r["group"] == group for r in result["results"]):
             body = table(result["results"], part, group, retain)

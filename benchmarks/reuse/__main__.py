@@ -17,7 +17,6 @@ import concurrent.futures
 import dataclasses
 import json
 import random
-import shlex
 import statistics
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from typing import Any
 import requests
 
 from kara_sglang import cpu_engine
-from kara_sglang.benchmarks.machine import machine
+from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.serving.__main__ import resolve_model
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.peers import PEERS, Setup
@@ -292,9 +291,9 @@ def main(argv: list[str] | None = None) -> int:
     end_on_sigterm()
     found = measure(setup, sizes, folder)
     forks = found["forks"]
-    command = shlex.join(["python", "-m", "kara_sglang.benchmarks.reuse", *(argv or sys.argv[1:])])
+    shown = command("kara_sglang.benchmarks.reuse", argv or sys.argv[1:])
     answer = {
-        "command": command,
+        "command": shown,
         "machine": machine(),
         "model": options.model,
         "sizes": dataclasses.asdict(sizes),
@@ -306,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(answer, indent=1))
-        head = f"`{command}` on a {answer['machine']['kind']}\n\n"
+        head = f"`{shown}` on a {answer['machine']['kind']}\n\n"
         options.out.with_suffix(".md").write_text(head + text)
         draw(found, sizes, options.out.with_suffix(".png"))
     return 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kara_sglang import cpu_engine
-from kara_sglang.benchmarks.machine import machine
+from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.serving import scenarios
 from kara_sglang.benchmarks.serving.rows import rows
 from kara_sglang.benchmarks.tiny_model import add_word_tokenizer, make_tiny_llama
@@ -144,8 +144,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{peer} is not run; to have it:\n{PEERS[peer].install}", file=sys.stderr)
 
     resident = options.resident or (4 if cpu else 1)
-    command = shlex.join(["python", "-m", "kara_sglang.benchmarks.serving", *(argv or sys.argv[1:])])
-    return execute(cells, options, setup, scale, resident, folder, not_run, command)
+    shown = command("kara_sglang.benchmarks.serving", argv or sys.argv[1:])
+    return execute(cells, options, setup, scale, resident, folder, not_run, shown)
 
 
 def execute(
@@ -156,7 +156,7 @@ def execute(
     resident: int,
     folder: Path,
     not_run: dict[str, str],
-    command: str,
+    shown: str,
 ) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -202,7 +202,7 @@ def execute(
     keys = {cell.key for cell in cells}
     results = [r for r in journal.results if r["key"] in keys]
     answer = {
-        "command": command,
+        "command": shown,
         "machine": machine(),
         **settings,
         **headline(results),
@@ -215,7 +215,7 @@ def execute(
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(answer, indent=1))
-        head = f"`{command}` on a {answer['machine']['kind']}\n\n"
+        head = f"`{shown}` on a {answer['machine']['kind']}\n\n"
         options.out.with_suffix(".md").write_text(head + tables)
         draw(results, options.out.with_suffix(""))
     return 1 if failed else 0

@@ -490,6 +490,8 @@ def test_tables_are_put_between_their_marks(small_part, tmp_path: Path):
     assert report.put_into(new, result) == new
     one = report.put_into(mark.format("small/selectors@0.5"), result)
     assert "| full | 1 |" in one and "| kara | 0.5 |" in one
+    assert "| selector | mean rank |" in report.put_into(mark.format("small/goals"), result)
+    assert "old" in report.put_into(mark.format("other/goals"), result)
     assert "| kara |" not in report.put_into(mark.format("small/selectors@0.25"), result)
 
 
@@ -501,9 +503,9 @@ def test_the_documents_tables_are_the_committed_results():
     searches = (results / "README.md").read_text()
     assert "<!-- search:search-5 -->\n| row |" in searches
     assert search.put_into(searches, results) == searches
-    full = results / "full.json"
-    if full.is_file():
-        result = json.loads(full.read_text())
+    assert "<!-- quality:quick/selectors@0.5 -->\n| row |" in readme
+    for name in ("quick.json", "full.json"):
+        result = json.loads((results / name).read_text())
         assert report.put_into(document, result) == document
         assert report.put_into(readme, result) == readme
 

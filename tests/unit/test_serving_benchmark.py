@@ -355,3 +355,8 @@ def test_a_pinned_run_says_how_many_cores_it_had(monkeypatch: pytest.MonkeyPatch
     assert machine.kind() == "2-core x86_64 CPU machine, no GPU"
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _pid: {1})
     assert machine.kind() == "1 of 2 cores of an x86_64 CPU machine, no GPU"
+
+
+def test_a_results_command_says_nothing_of_this_machines_folders() -> None:
+    arguments = ["--quick", "--dir", "/tmp/x", "--peer", "vllm=/opt/v/bin/python", "--out", "/a/b.json"]
+    assert machine.command("m", arguments) == "python -m m --quick --peer vllm=PYTHON --out b.json"
