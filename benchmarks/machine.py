@@ -24,7 +24,8 @@ def kind() -> str:
 
 def command(module: str, arguments: list[str]) -> str:
     """The command line that gives a result, without where its files lay on this machine."""
-    words, rest = ["python", "-m", module], iter(arguments)
+    words = ["python", "-m", module]
+    rest = iter([word for given in arguments for word in _apart(given)])
     for word in rest:
         if word == "--dir":
             next(rest, None)
@@ -34,6 +35,12 @@ def command(module: str, arguments: list[str]) -> str:
         else:
             words.append(Path(word).name if Path(word).is_absolute() else word)
     return shlex.join(words)
+
+
+def _apart(word: str) -> list[str]:
+    """``--name=value`` as two words."""
+    name, equals, value = word.partition("=")
+    return [name, value] if equals and name.startswith("--") else [word]
 
 
 def machine() -> dict[str, Any]:

@@ -171,7 +171,8 @@ class Coordinator:
 
     def _demand(self, running: ScheduleBatch) -> float:
         """Share of the KV pool that requests need uncompressed: what is held, what SGLang reserves for
-        those that run, and all of those that wait, as far as there are rows for them."""
+        those that run, and all of those that wait, as far as there are rows for them. A waiting prompt
+        counts as a whole, also where the prefix cache holds its beginning."""
         scheduler = self.scheduler
         idle = scheduler.token_to_kv_pool_allocator.available_size()
         idle += scheduler.tree_cache.evictable_size()
@@ -250,8 +251,8 @@ class Coordinator:
         width = self.geometry.window
         state.passed_over += state.start_window_at(kv_len, self.geometry)
         windows, state.passed_over = divmod(state.passed_over, width)
-        self.totals.skip(reason, windows)
-        if self._acting:
+        if self._acting:  # else nobody meant to compress them
+            self.totals.skip(reason, windows)
             self.forecast.observe(windows * (width - state.kept), 0)
 
     # -- one decode step ---------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Who is compressed now, and who may record. Host arithmetic, the same on every rank.
 
-Decisions depend on the order of the batch, on lengths and on counters only, never on a clock, so that
-tensor-parallel ranks agree without talking to each other.
+Decisions depend on the order of the batch, on lengths and on counters, for ``pressure`` also on the
+scheduler's queue and the pool's free slots: all of them the same on every tensor-parallel rank, and
+none of them a clock, so that ranks agree without talking to each other.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class AttentionRule:
         Multiply by the Euclidean norm of the key's value to this power; 0: not at all.
     key_distance
         Multiply by how far the key's direction is from that of the window's mean key, see
-        :func:`weigh_by_distance`.
+        :func:`key_distances`.
     causal
         Query i sees keys j <= i only (a query behind the window sees them all).
     delay_votes
@@ -108,12 +108,12 @@ def attention_scores(
     if rule.value_norm:
         scores *= values.float().norm(dim=-1).T ** rule.value_norm
     if rule.key_distance:
-        weigh_by_distance(scores, keys)
+        scores *= key_distances(keys)
     return share_heads(scores) if rule.per_layer else scores
 
 
-def weigh_by_distance(scores: torch.Tensor, keys: torch.Tensor) -> None:
-    """Multiply scores, ``(num_kv_heads, W)``, by ``1 - cos(key, mean key)``, in place.
+def key_distances(keys: torch.Tensor) -> torch.Tensor:
+    """``1 - cos(key, mean key)`` of each key of a window, ``(num_kv_heads, W)``, float32, 0 to 2.
 
     The mean is that of the window's keys, ``(W, num_kv_heads, head_dim)``, of each head. Keys that are
     like all others carry little of their own: KeyDiff (arXiv 2504.15364) keeps the distinct ones of a
@@ -121,7 +121,7 @@ def weigh_by_distance(scores: torch.Tensor, keys: torch.Tensor) -> None:
     """
     every = keys.float()
     cosine = torch.cosine_similarity(every, every.mean(dim=0, keepdim=True), dim=-1)
-    scores *= (1 - cosine.T).clamp_min_(0)
+    return (1 - cosine.T).clamp_min_(0)
 
 
 def share_heads(scores: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:

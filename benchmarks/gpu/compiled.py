@@ -7,8 +7,8 @@ Triton's wheel brings ptxas and cuobjdump, so neither a GPU nor CUDA is needed::
 prints the table of docs/kernels.md: registers per thread, spilled bytes per thread, and shared memory
 per program. Another release of Triton is tried without touching the environment::
 
-    pip install --target /tmp/triton-3.8 --no-deps triton==3.8.0
-    PYTHONPATH=/tmp/triton-3.8 python -m kara_sglang.benchmarks.gpu.compiled
+    pip install --target DIR --no-deps triton==3.8.0
+    PYTHONPATH=DIR python -m kara_sglang.benchmarks.gpu.compiled
 
 What is compiled is what the server would launch: a whole pass and a recording step run
 on tensors of the model's shapes, and the launches are caught on their way.

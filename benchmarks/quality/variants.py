@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
+from kara_sglang.kernels.score import key_distances
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.kernels.selectors.base import Selector
@@ -124,9 +125,7 @@ class VariantSelector(Selector):
         if rule.value and not rule.drop:
             scores *= values.float().norm(dim=-1).T ** rule.value
         if rule.novel:
-            every = keys.float()
-            mean = every.mean(dim=0, keepdim=True)
-            scores *= (1 - torch.cosine_similarity(every, mean, dim=-1)).T.clamp_min(0) ** rule.novel
+            scores *= key_distances(keys) ** rule.novel
         if rule.pool > 1:
             scores = torch.nn.functional.avg_pool1d(
                 scores[None], rule.pool, 1, rule.pool // 2, count_include_pad=False

@@ -58,7 +58,7 @@ def ratios(rows: dict[str, list[Result]], row: str, column: str) -> list[float]:
 
 
 def headline(results: list[Result]) -> dict[str, Any]:
-    """The figures that the project promises; those that were not measured are absent."""
+    """The headline figures; those that were not measured are absent."""
     points = by_point(results)
     found: dict[str, Any] = {}
 

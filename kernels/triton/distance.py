@@ -63,7 +63,7 @@ def distance_kernel(
 def weigh_by_distance(
     tables: PoolTables, layers: range, slots: torch.Tensor, scores: torch.Tensor
 ) -> None:
-    """As :func:`kara_sglang.kernels.score.weigh_by_distance`, for many windows and layers at once.
+    """Scores times :func:`kara_sglang.kernels.score.key_distances`, for many windows and layers.
 
     Parameters
     ----------

@@ -2,7 +2,8 @@
 
 Two launches. The first walks the window's keys for a block of queries and leaves each query's
 log-sum-exp. The second walks the queries for a block of keys, makes the probabilities again from the
-logits and those sums, and adds them up per key. Keys and values are read from the paged pool through
+logits and those sums, and adds them up per key. A third (``distance.py``) follows where the rule weighs
+by the distance of keys. Keys and values are read from the paged pool through
 their slots, queries from the ring through their units; sums are float32 and their order is fixed, so
 equal inputs give equal bits.
 """

@@ -157,8 +157,27 @@ def test_rules_over_several_blocks(make, causal, last, count):
     pool = make.pool(3, layers=2, heads=1, dim=64, slots=256, units=2, ring_len=205)
     slots = make.windows(1, 176, slots=256, seed=5, page=16)
     votes = last is None or count == 176  # of the delay
-    rule = AttentionRule(count == 205, 1, causal=causal, delay_votes=votes, last_queries=last)
+    far = last != 1
+    rule = AttentionRule(count == 205, 1, far, causal, delay_votes=votes, last_queries=last)
     check(pool, slots, torch.tensor([[1, 0]]), [100], count, rule)
+
+
+@pytest.mark.parametrize("kind", ["common part", "equal", "zero"])
+def test_distances_of_keys_that_are_alike(make, kind):
+    """Close to the mean key float32 has few digits left; without a direction the distance is 1."""
+    pool = make.pool(17, heads=2, dim=80, slots=128, units=1, ring_len=64)
+    slots = make.windows(1, 48, slots=128, seed=4, page=16)
+    if kind == "common part":
+        pool.keys[0] += 5
+    else:
+        pool.keys[0].fill_(kind == "equal")
+    plain = dataclasses.replace(BEST, key_distance=False)
+    scores, alone = (
+        triton_scores(pool, slots, torch.tensor([[0]]), [9], 60, rule)[0, 0] for rule in (BEST, plain)
+    )
+    every = pool.keys[0].double()[slots[0].long()]
+    cosine = torch.cosine_similarity(every, every.mean(dim=0, keepdim=True), dim=-1)
+    torch.testing.assert_close((scores / alone).double(), 1 - cosine.T, rtol=1e-3, atol=1e-6)
 
 
 def test_one_set_of_positions_per_layer(make):

@@ -359,4 +359,7 @@ def test_a_pinned_run_says_how_many_cores_it_had(monkeypatch: pytest.MonkeyPatch
 
 def test_a_results_command_says_nothing_of_this_machines_folders() -> None:
     arguments = ["--quick", "--dir", "/tmp/x", "--peer", "vllm=/opt/v/bin/python", "--out", "/a/b.json"]
+    assert machine.command("m", ["--dir=/tmp/x", "--peer=vllm=/a", "--out=/a/b.json"]) == (
+        "python -m m --peer vllm=PYTHON --out b.json"
+    )
     assert machine.command("m", arguments) == "python -m m --quick --peer vllm=PYTHON --out b.json"
