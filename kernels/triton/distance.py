@@ -13,6 +13,25 @@ _BLOCK_K = 32
 _TINY: tl.constexpr = tl.constexpr(1e-8)  # torch.cosine_similarity's
 
 
+@triton.jit
+def _keys(
+    buffer,
+    slots,
+    position,
+    inside,
+    head,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    KEY: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The keys of one head at some positions of a window, float32, 0 outside."""
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    slot = tl.load(slots + position, mask=inside, other=0).to(tl.int64)
+    place = (slot * HEADS + head)[:, None] * DIM + dim
+    return load_float(buffer + place, inside[:, None] & (dim < DIM), KEY).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=("first_layer", "num_jobs", "width"))
 def distance_kernel(
     scores,
@@ -31,17 +50,14 @@ def distance_kernel(
     """One program per (layer, window, head) walks the window twice: the mean, then the distances."""
     index, layer, job, head = task(1, num_jobs, first_layer, HEADS)
     buffer = layer_buffer(keys, layer, KEY, ALIGN)
-    dim = tl.arange(0, BLOCK_D)
     slots += job * width
 
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for first in range(0, width, BLOCK_K):
         position = first + tl.arange(0, BLOCK_K)
         inside = position < width
-        slot = tl.load(slots + position, mask=inside, other=0).to(tl.int64)
-        place = (slot * HEADS + head)[:, None] * DIM + dim[None, :]
-        mask = inside[:, None] & (dim[None, :] < DIM)
-        total += tl.sum(load_float(buffer + place, mask, KEY).to(tl.float32), axis=0)
+        key = _keys(buffer, slots, position, inside, head, HEADS, DIM, KEY, BLOCK_D)
+        total += tl.sum(key, axis=0)
     length = tl.sqrt(tl.sum(total * total, axis=0))
     # The direction of the sum is that of the mean; the bound on its length is the mean's.
     direction = total / tl.maximum(length, _TINY * width)
@@ -49,10 +65,7 @@ def distance_kernel(
     for first in range(0, width, BLOCK_K):
         position = first + tl.arange(0, BLOCK_K)
         inside = position < width
-        slot = tl.load(slots + position, mask=inside, other=0).to(tl.int64)
-        place = (slot * HEADS + head)[:, None] * DIM + dim[None, :]
-        mask = inside[:, None] & (dim[None, :] < DIM)
-        key = load_float(buffer + place, mask, KEY).to(tl.float32)
+        key = _keys(buffer, slots, position, inside, head, HEADS, DIM, KEY, BLOCK_D)
         along = tl.sum(key * direction[None, :], axis=1)
         cosine = along / tl.maximum(tl.sqrt(tl.sum(key * key, axis=1)), _TINY)
         score = scores + index.to(tl.int64) * width + position
