@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+_FOLDER = re.compile(r"(?<![\w.:/])/(?:[^\s/]+/)*")
+_ABOUT_FOLDERS = ("--dir", "--folder")
 
 
 def kind() -> str:
@@ -27,13 +30,13 @@ def command(module: str, arguments: list[str]) -> str:
     words = ["python", "-m", module]
     rest = iter([word for given in arguments for word in _apart(given)])
     for word in rest:
-        if word == "--dir":
+        if word in _ABOUT_FOLDERS:
             next(rest, None)
         elif word == "--peer":
             name, _, _python = next(rest, "").partition("=")
             words += [word, f"{name}=PYTHON"]
         else:
-            words.append(Path(word).name if Path(word).is_absolute() else word)
+            words.append(_FOLDER.sub("", word))
     return shlex.join(words)
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from kara_sglang.state import Geometry
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
 
     from kara_sglang.coordinator import Coordinator
 
@@ -79,6 +81,30 @@ def to_come(req: Req) -> int:
 
     left = req.sampling_params.max_new_tokens - len(req.output_ids)
     return min(max(left, 0), schedule_policy.CLIP_MAX_NEW_TOKENS)
+
+
+def needed(scheduler: Scheduler, running: ScheduleBatch, share: float) -> bool:
+    """Whether requests need at least ``share`` of the KV pool uncompressed: what is held, what SGLang
+    reserves for those that run, and all of those that wait, as far as there are rows for them.
+
+    A waiting prompt counts as a whole, also where the prefix cache holds its beginning.
+    """
+    mark = share * scheduler.max_total_num_tokens
+    # A long queue is not read to its end.
+    return any(need >= mark for need in itertools.accumulate(_needs(scheduler, running)))
+
+
+def _needs(scheduler: Scheduler, running: ScheduleBatch) -> Iterator[float]:
+    """KV slots, part by part."""
+    idle = scheduler.token_to_kv_pool_allocator.available_size()
+    idle += scheduler.tree_cache.evictable_size()
+    yield scheduler.max_total_num_tokens - idle
+    ratio = scheduler.new_token_ratio_tracker.current
+    for req in running.reqs:
+        yield to_come(req) * (1.0 if req.sampling_params.ignore_eos else ratio)
+    rows = scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running)
+    for req in itertools.islice(scheduler.waiting_queue, max(rows, 0)):
+        yield len(req.origin_input_ids) + len(req.output_ids) + to_come(req)
 
 
 def adder_class(original: Callable[..., type], scheduler: Any) -> type:

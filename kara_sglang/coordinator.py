@@ -8,7 +8,6 @@ every length, page-table edit and freed slot is known on the host beforehand.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import time
 import zlib
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kara_sglang import policy
-from kara_sglang.admission import Forecast, to_come
+from kara_sglang.admission import Forecast, needed
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
@@ -167,23 +166,7 @@ class Coordinator:
 
     def acts(self, running: ScheduleBatch) -> bool:
         """Whether the policy compresses anybody as things stand."""
-        return self.policy.acts(lambda: self._demand(running))
-
-    def _demand(self, running: ScheduleBatch) -> float:
-        """Share of the KV pool that requests need uncompressed: what is held, what SGLang reserves for
-        those that run, and all of those that wait, as far as there are rows for them. A waiting prompt
-        counts as a whole, also where the prefix cache holds its beginning."""
-        scheduler = self.scheduler
-        idle = scheduler.token_to_kv_pool_allocator.available_size()
-        idle += scheduler.tree_cache.evictable_size()
-        need = scheduler.max_total_num_tokens - idle
-        ratio = scheduler.new_token_ratio_tracker.current
-        for req in running.reqs:
-            need += to_come(req) * (1.0 if req.sampling_params.ignore_eos else ratio)
-        rows = scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running)
-        for req in itertools.islice(scheduler.waiting_queue, max(rows, 0)):
-            need += len(req.origin_input_ids) + len(req.output_ids) + to_come(req)
-        return need / scheduler.max_total_num_tokens
+        return self.policy.acts(lambda share: needed(self.scheduler, running, share))
 
     def reserve(self, req: Req, tokens: float) -> float:
         """KV slots that a running or waiting request takes for ``tokens`` still to come, at most."""

@@ -43,14 +43,14 @@ def lag(config: KaraConfig) -> int:
 class Policy(Protocol):
     """Decides, once per decode step, whose window is compressed."""
 
-    def acts(self, demand: Callable[[], float]) -> bool:
+    def acts(self, needed: Callable[[float], bool]) -> bool:
         """Whether anybody is compressed as things stand; if not, admission must not count on it.
 
         Parameters
         ----------
-        demand : callable
-            Returns the share of the KV pool that running and waiting requests need uncompressed; it
-            takes time.
+        needed : callable
+            Says whether running and waiting requests need, uncompressed, at least so large a share of
+            the KV pool; it takes time.
         """
 
     def due(self, candidates: Sequence[Candidate]) -> list[int]:
@@ -76,7 +76,7 @@ class Periodic:
         self.limit = limit
         self.step = 0
 
-    def acts(self, demand: Callable[[], float]) -> bool:
+    def acts(self, needed: Callable[[float], bool]) -> bool:
         return True
 
     def due(self, candidates: Sequence[Candidate]) -> list[int]:
@@ -96,7 +96,7 @@ class Threshold:
     def __init__(self, threshold: int) -> None:
         self.threshold = threshold
 
-    def acts(self, demand: Callable[[], float]) -> bool:
+    def acts(self, needed: Callable[[float], bool]) -> bool:
         return True
 
     def due(self, candidates: Sequence[Candidate]) -> list[int]:
@@ -117,8 +117,8 @@ class Pressure:
         self.min_usage = min_usage
         self.step = 0
 
-    def acts(self, demand: Callable[[], float]) -> bool:
-        return demand() >= self.min_usage
+    def acts(self, needed: Callable[[float], bool]) -> bool:
+        return needed(self.min_usage)
 
     def due(self, candidates: Sequence[Candidate]) -> list[int]:
         self.step += 1

@@ -13,8 +13,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -24,10 +22,11 @@ from typing import Any
 from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
-from kara_sglang.benchmarks.machine import kind
+from kara_sglang.benchmarks.machine import command, kind
 from kara_sglang.benchmarks.quality import campaign, report, rows, texts
 from kara_sglang.benchmarks.quality.engine import EngineFailed, engine_arguments
 from kara_sglang.benchmarks.quality.script import write_json
+from kara_sglang.benchmarks.serving.server import end_on_sigterm
 from kara_sglang.embedded_model import EmbeddedModelMissing, embedded_model_path
 
 
@@ -58,7 +57,8 @@ def main(arguments: list[str]) -> int:
         parts = [part for part in parts if part.name == options.part]
     try:
         model = options.model or str(embedded_model_path())
-        for result in measure(options, parts, model):
+        shown = command("kara_sglang.benchmarks.quality", arguments)
+        for result in measure(options, parts, model, shown):
             write_json(options.out, result)
             options.out.with_suffix(".md").write_text(report.markdown(result))
             if options.plot:
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(
-    options: argparse.Namespace, parts: list[rows.Part], model: str
+    options: argparse.Namespace, parts: list[rows.Part], model: str, shown: str
 ) -> Iterator[dict[str, Any]]:
     """Fill the run folder's cells and reduce them; yields all figures so far after each part."""
     from transformers import AutoTokenizer
@@ -84,7 +84,7 @@ def measure(
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     tokenizer = AutoTokenizer.from_pretrained(model)
     meta = {
-        "command": "python -m kara_sglang.benchmarks.quality " + shlex.join(_shown(options)),
+        "command": shown,
         "model": Path(model).name,
         "split": options.split,
         "machine": kind(),
@@ -114,19 +114,6 @@ def measure(
         yield {"meta": meta | {"seconds": seconds}, "results": results, "goals": found}
 
 
-def _shown(options: argparse.Namespace) -> list[str]:
-    """The arguments that say what was measured; where files lay does not matter."""
-    shown = ["--quick"] if options.quick else []
-    for name in ("part", "texts"):
-        if (value := getattr(options, name)) is not None:
-            shown += [f"--{name}", str(value)]
-    if options.split != "held_out":
-        shown += ["--split", options.split]
-    if options.model:
-        shown += ["--model", Path(options.model).name]
-    return [*shown, "--out", options.out.name]
-
-
 def _same_run(folder: Path, identity: dict[str, str]) -> None:
     """Refuse to mix cells of different models or texts."""
     path = folder / "run.json"
@@ -147,6 +134,5 @@ def _spent(folder: Path, seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    # As with Ctrl-C: the engines in their own process groups end with us.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_on_sigterm()
     raise SystemExit(main(sys.argv[1:]))

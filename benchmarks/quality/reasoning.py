@@ -13,15 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
-import shlex
-import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +25,17 @@ from typing import Any
 from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
-from kara_sglang.benchmarks.machine import machine
+from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.quality import coder_model
-from kara_sglang.benchmarks.quality.engine import engine_arguments, stop
+from kara_sglang.benchmarks.quality.engine import PAGE_SIZE
 from kara_sglang.benchmarks.quality.estimates import known, mean, share_interval
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.script import write_json
 from kara_sglang.benchmarks.quality.texts import DATA
+from kara_sglang.benchmarks.serving.peers import PEERS, Setup
+from kara_sglang.benchmarks.serving.rows import Row
+from kara_sglang.benchmarks.serving.server import Server, end_on_sigterm
+from kara_sglang.config import KaraConfig
 
 MODULE = "kara_sglang.benchmarks.quality.reasoning"
 INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
@@ -94,47 +93,27 @@ def grader() -> Callable[[str, str], bool]:
     return right
 
 
-@contextlib.contextmanager
-def server(model: str, settings: list[str], log: Path, context: int) -> Iterator[str]:
-    """Start the real launcher with the plugin; yields its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = ["--model-path", model, "--port", str(port), "--context-length", str(context)]
-    environment = dict(os.environ)
-    if cpu_engine.is_installed():
-        for name, value in engine_arguments().items():
-            flag = "--" + name.replace("_", "-")
-            flags += [flag] if value is True else [flag, str(value)]
-        flags += ["--max-total-tokens", str(8 * context)]
-        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "passive"}
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sglang.launch_server", *flags, *settings],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+def serve(options: argparse.Namespace, log: Path) -> Server:
+    """Start the real launcher with the plugin."""
+    on_cpu = cpu_engine.is_installed()
+    context = options.max_tokens + 1024
+    row = Row("kara", "every selector by request", selector="kara", settings=json.loads(options.config))
+    setup = Setup(
+        model=options.model or _default_model(),
+        dtype="float32" if on_cpu else "auto",
+        window=options.window,
+        delay=KaraConfig().delay,
+        query_mem_gb=options.query_mem_gb or (0.25 if on_cpu else 2.0),
+        page_size=PAGE_SIZE,
+        pool=options.parallel * context if on_cpu else None,
+        server_args=("--context-length", str(context)),
+        pythons={},
+        cpu=on_cpu,
+    )
     try:
-        _wait(process, port, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        stop(process)
-
-
-def _wait(process: subprocess.Popen, port: int, log: Path) -> None:
-    import requests
-
-    end = time.monotonic() + 900
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise Failed(f"the server did not start:\n{log.read_text(errors='replace')[-3000:]}")
-        with contextlib.suppress(requests.RequestException):
-            if requests.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
-                return
-        time.sleep(1)
-    raise Failed(f"no answer from the server after 15 minutes; its log is {log}")
+        return Server(PEERS["sglang"], row, setup, log)
+    except RuntimeError as error:
+        raise Failed(str(error)) from None
 
 
 def ask(url: str, problem: Problem, row: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -225,6 +204,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--retain", type=float, default=0.5)
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--config", default="{}", help="as --kv-compress-config")
+    parser.add_argument("--query-mem-gb", type=float, help="default: 0.25 on a CPU, 2 on a GPU")
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--parallel", type=int, default=8, help="problems at once")
@@ -235,7 +215,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace, shown: str) -> dict[str, Any]:
     """Ask what has not been answered yet, grade, and reduce."""
     right = grader()
     problems = load(options.data, options.problems)
@@ -249,17 +229,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     todo = [(p, row) for p in problems for row in options.rows if not place(row, p).is_file()]
     if todo:
         with contextlib.ExitStack() as stack:
-            url = options.url or stack.enter_context(
-                server(
-                    options.model or _default_model(),
-                    [
-                        *("--kv-compress", "kara", "--kv-compress-window", str(options.window)),
-                        *("--kv-compress-config", options.config),
-                    ],
-                    folder / "server.log",
-                    options.max_tokens + 1024,
-                )
-            )
+            url = options.url
+            if url is None:
+                server = serve(options, folder / "server.log")
+                stack.callback(server.stop)
+                url = server.url
             pool = stack.enter_context(ThreadPoolExecutor(options.parallel))
             waiting = {pool.submit(ask, url, p, row, options): (p, row) for p, row in todo}
             try:
@@ -277,10 +251,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             answers[row][problem.number] = answer
     return {
         "meta": {
-            "command": "python -m kara_sglang.benchmarks.quality.reasoning "
-            + shlex.join(_shown(options)),
+            "command": shown,
             "machine": machine(),
-            "dtype": engine_arguments().get("dtype", "model"),
+            "dtype": "float32" if cpu_engine.is_installed() else "model",
             "data": options.data.name,
             "model": Path(options.model or coder_model.FOLDER_NAME).name,
             "window": options.window,
@@ -292,17 +265,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         },
         "results": figures(answers, options.retain),
     }
-
-
-def _shown(options: argparse.Namespace) -> list[str]:
-    """The arguments that say what was asked; where files lay does not matter."""
-    shown = []
-    for name in ("problems", "retain", "window", "config", "max_tokens", "temperature", "parallel"):
-        if (value := getattr(options, name)) is not None:
-            shown += ["--" + name.replace("_", "-"), str(value)]
-    shown += ["--model", Path(options.model).name] if options.model else []
-    shown += ["--data", options.data.name] if options.data.parent != DATA else []
-    return [*shown, "--rows", *options.rows, "--out", options.out.name]
 
 
 def _default_model() -> str:
@@ -317,7 +279,7 @@ def _default_model() -> str:
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     try:
-        result = run(options)
+        result = run(options, command(MODULE, arguments))
     except (Failed, OSError) as error:
         print(f"reasoning: {error}", file=sys.stderr)
         return 1
@@ -327,6 +289,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # As with Ctrl-C: the engines in their own process groups end with us.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_on_sigterm()
     raise SystemExit(main(sys.argv[1:]))

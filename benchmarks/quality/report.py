@@ -3,7 +3,7 @@
     python -m kara_sglang.benchmarks.quality.report RESULT.json [--plot FILE.png] [--into DOC.md]
 
 renders the tables of a result, draws its plot, and puts the tables into a document between the lines
-``<!-- quality:NAME -->`` and ``<!-- end of quality:NAME -->``. A name is ``PART/GROUP``, with
+``<!-- quality:NAME -->`` and ``<!-- end of quality -->``. A name is ``PART/GROUP``, with
 ``@SHARE`` behind it for the rows of one share only, or ``PART/goals``.
 """
 
@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
+from kara_sglang.benchmarks import marked
 from kara_sglang.benchmarks.quality.estimates import (
     Estimate,
     Observation,
@@ -252,21 +252,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def put_into(document: str, result: dict[str, Any]) -> str:
     """``document`` with every marked table rendered anew."""
 
-    def fill(match: re.Match[str]) -> str:
-        part, _, group = match[1].partition("/")
+    def body(name: str) -> str | None:
+        part, _, group = name.partition("/")
         group, _, retain = group.partition("@")
         if group == "goals":  # of the first part that has all rows
-            if result["results"][0]["part"] != part or not result["goals"]:
-                return match[0]
-            body = goal_table(result["goals"])
-        elif any(r["part"] == part and r["group"] == group for r in result["results"]):
-            body = table(result["results"], part, group, retain)
-        else:
-            return match[0]
-        return f"<!-- quality:{match[1]} -->\n{body}<!-- end of quality:{match[1]} -->"
+            ours = result["results"][0]["part"] == part and result["goals"]
+            return goal_table(result["goals"]) if ours else None
+        if any(r["part"] == part and r["group"] == group for r in result["results"]):
+            return table(result["results"], part, group, retain)
+        return None
 
-    pattern = re.compile(r"<!-- quality:(\S+) -->\n.*?<!-- end of quality:\1 -->", re.DOTALL)
-    return pattern.sub(fill, document)
+    return marked.fill(document, "quality", body)
 
 
 def main() -> int:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from kara_sglang.benchmarks import marked
 from kara_sglang.benchmarks.quality import tasks, texts, variants
 from kara_sglang.benchmarks.quality.estimates import Estimate, mean, observe
 from kara_sglang.benchmarks.quality.replay import Plan, Replay
@@ -101,14 +101,10 @@ def table(found: dict[str, dict[str, list[float]]], against: str) -> str:
 def put_into(document: str, folder: Path) -> str:
     """``document`` with every table between ``<!-- search:NAME -->`` marks rendered from ``folder``."""
 
-    def fill(match: re.Match[str]) -> str:
-        rows = json.loads((folder / f"{match[1]}.json").read_text())["rows"]
-        mark = f"search:{match[1]} -->"
-        return f"<!-- {mark}\n{table(rows, 'kara')}<!-- end of {mark}"
+    def body(name: str) -> str:
+        return table(json.loads((folder / f"{name}.json").read_text())["rows"], "kara")
 
-    return re.sub(
-        r"<!-- search:(\S+) -->\n.*?<!-- end of search:\1 -->", fill, document, flags=re.DOTALL
-    )
+    return marked.fill(document, "search", body)
 
 
 def main() -> int:

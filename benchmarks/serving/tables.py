@@ -17,16 +17,13 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from kara_sglang.benchmarks import marked
 from kara_sglang.benchmarks.serving import projection
 from kara_sglang.benchmarks.serving.report import Result, by_point, median, ratios
 from kara_sglang.benchmarks.serving.rows import STOCK
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "serving"
-_MARK = re.compile(
-    r"<!-- serving:(?P<result>[\w-]+)/(?P<scenario>\w+)(?: (?P<view>\w+))? -->\n"
-    r"(?P<body>.*?)<!-- end of serving -->",
-    re.DOTALL,
-)
+_NAME = re.compile(r"(?P<result>[\w-]+)/(?P<scenario>\w+)(?: (?P<view>\w+))?")
 
 Rows = dict[str, list[Result]]
 
@@ -117,22 +114,22 @@ def render(document: str, folder: Path = RESULTS) -> str:
         Where a mark names a view, or a scenario of an existing result, that is not there.
     """
 
-    def fill(match: re.Match[str]) -> str:
+    def body(name: str) -> str | None:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"a mark is RESULT/SCENARIO VIEW, not {name}")
         path = folder / f"{match['result']}.json"
         if not path.exists():
-            return match[0]
+            return None
         result = json.loads(path.read_text())
         scenario, view = match["scenario"], match["view"]
         if scenario == "projection":
-            body = projection.table(result) + "\n"
-        elif view not in VIEWS or all(run["scenario"] != scenario for run in result["runs"]):
+            return projection.table(result) + "\n"
+        if view not in VIEWS or all(run["scenario"] != scenario for run in result["runs"]):
             raise ValueError(f"{path.name} has no {scenario}, or there is no view {view}")
-        else:
-            body = table(result["runs"], scenario, view)
-        mark, _, _ = match[0].partition("\n")
-        return f"{mark}\n{body}<!-- end of serving -->"
+        return table(result["runs"], scenario, view)
 
-    return _MARK.sub(fill, document)
+    return marked.fill(document, "serving", body)
 
 
 def main() -> int:

@@ -248,10 +248,12 @@ def test_auto_serves_everybody_before_it_upgrades_anybody() -> None:
 
 def test_only_pressure_asks_what_is_needed() -> None:
     """Below its mark nothing is compressed; the others always act, whatever it would cost to ask."""
-    for demand, expected in ((0.0, False), (0.79, False), (0.8, True), (5.0, True)):
-        assert Pressure(1, 8, 0.8).acts(lambda demand=demand: demand) is expected
+    for needed in (True, False):
+        asked: list[float] = []
+        assert Pressure(1, 8, 0.8).acts(lambda share, n=needed, a=asked: a.append(share) or n) is needed
+        assert asked == [0.8]
 
-    def never() -> float:
+    def never(_share: float) -> bool:
         raise AssertionError("asked")
 
     assert Periodic(1, 8).acts(never) and Threshold(0).acts(never)

@@ -482,7 +482,7 @@ def test_tables_are_put_between_their_marks(small_part, tmp_path: Path):
         "goals": report.goals(part, scripts, tmp_path),
     }
     result = json.loads(json.dumps(result))  # as from its file
-    mark = "<!-- quality:{0} -->\nold\n<!-- end of quality:{0} -->\n"
+    mark = "<!-- quality:{0} -->\nold\n<!-- end of quality -->\n"
     document = "above\n" + mark.format("small/selectors") + "between\n" + mark.format("other/x")
     new = report.put_into(document, result)
     assert "old" not in new.split("between")[0] and "old" in new.split("between")[1]

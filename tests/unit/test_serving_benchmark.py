@@ -363,3 +363,13 @@ def test_a_results_command_says_nothing_of_this_machines_folders() -> None:
         "python -m m --peer vllm=PYTHON --out b.json"
     )
     assert machine.command("m", arguments) == "python -m m --quick --peer vllm=PYTHON --out b.json"
+    arguments = [
+        "--folder",
+        "/tmp/x",
+        "--server-args=--lora /opt/my/ada --tp 2",
+        "--url",
+        "http://h:1/v1",
+    ]
+    assert machine.command("m", arguments) == (
+        "python -m m --server-args '--lora ada --tp 2' --url http://h:1/v1"
+    )
