@@ -89,7 +89,6 @@ ABLATIONS = {
     "norm of V cubed": replace(PRODUCT, value=3),
     "without the norm of V": replace(PRODUCT, value=0),
     "without the key's distance": replace(PRODUCT, novel=0),
-    "one index set per layer": replace(PRODUCT, layer=1),
     "with the delay's votes": replace(PRODUCT, later=1),
 }
 
@@ -120,6 +119,7 @@ def _ablations(window: int, retains: tuple[float, ...]) -> list[Row]:
         newest = replace(PRODUCT, newest=min(SETTLE, window // 8))
         rows.append(row("without delay", "kara", retain, delay=0))
         rows.append(row("newest kept, without delay", newest.name, retain, delay=0))
+    rows += [row("one index set per layer", "kara", r, granularity="layer") for r in retains]
     rows += [row("rotating query heads", "kara", r, query_heads="rotating") for r in retains]
     rows += [row("queries in full precision", "kara", r, query_dtype="model") for r in retains]
     return rows

@@ -90,7 +90,7 @@ def scarce(scale: Scale) -> Iterator[Cell]:
     pool = scale.pool(scale.scarce)
     for row in ALL:
         yield Cell("scarce", "equal work", row, pool, scale.load)
-    for row in (*MAIN, "kvllm"):
+    for row in (*MAIN, "pressure", "kvllm"):
         yield Cell("scarce", "real EOS", row, pool, dataclasses.replace(scale.load, ignore_eos=False))
 
 
