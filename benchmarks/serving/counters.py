@@ -1,4 +1,4 @@
-"""Counted quantities of a run, read from the server's own log: exact, and the same on any machine."""
+"""Counted quantities of a run, as the servers themselves say them; SGLang's are exact."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What a server with ``--decode-log-interval 1`` says of a run.
+    """What a server says of a run.
 
     Attributes
     ----------
     decode_steps
-        Decode batches that were run.
+        Decode batches that were run; None where the engine does not say.
     mean_running, peak_running
         Requests in a decode batch.
     retractions
@@ -33,7 +33,7 @@ class Counters:
         use, summed over these steps.
     """
 
-    decode_steps: int
+    decode_steps: int | None
     mean_running: float
     peak_running: int
     retractions: int
@@ -43,7 +43,7 @@ class Counters:
 
     @classmethod
     def of(cls, log: str) -> Counters:
-        """Count in the part of a log that a run has written.
+        """Count in what a run has written into the log of SGLang with ``--decode-log-interval 1``.
 
         Raises
         ------

@@ -96,7 +96,7 @@ def run(cell: Cell, repetition: int, setup: Setup, servers: Servers, folder: Pat
     if row.peer == "sglang":
         server.post("/flush_cache", {})
         time.sleep(0.2)  # the log of what came before is written
-    position, cpu = server.log_position(), server.cpu_seconds()
+    mark, cpu = peer.mark(server), server.cpu_seconds()
     client = drive(
         cell.load,
         backend=peer.backend,
@@ -108,10 +108,10 @@ def run(cell: Cell, repetition: int, setup: Setup, servers: Servers, folder: Pat
     )
     time.sleep(0.5)
     cpu = server.cpu_seconds() - cpu
-    counters = peer.counters(server.log_since(position))
+    counters = peer.counters(server, mark)
     return result | {
         "client": {name: client[name] for name in CLIENT_METRICS},
-        "counters": dataclasses.asdict(counters) if counters is not None else None,
+        "counters": dataclasses.asdict(counters),
         "cpu_seconds": cpu,
         "cpu_seconds_per_output_token": cpu / client["total_output_tokens"],
         "probe": probe,

@@ -51,8 +51,8 @@ def draw(results: list[Result], stem: Path) -> list[Path]:
 
 
 def _comparable(rows: Rows) -> list[str]:
-    """Rows of this engine that have a ratio to stock; another engine's rate says nothing here."""
-    return [name for name in rows if name != STOCK and ratios(rows, name, "mean running")]
+    """Rows of this engine, whose steps are known; another engine's rate says nothing here."""
+    return [name for name in rows if name != STOCK and ratios(rows, name, "decode steps")]
 
 
 def _spread(rows: Rows, name: str, column: str) -> tuple[float, float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -212,7 +213,7 @@ def test_tables_are_put_between_their_marks(tmp_path: Path) -> None:
 
 
 def test_every_scenario_is_drawn(tmp_path: Path) -> None:
-    """Another engine's rate is no bar: without counters there is nothing to compare it in."""
+    """Another engine's rate is no bar: it does not say how many steps it took."""
     pytest.importorskip("matplotlib", reason="pip install 'kara-sglang[benchmarks]'")
     from kara_sglang.benchmarks.serving import plots
 
@@ -221,8 +222,11 @@ def test_every_scenario_is_drawn(tmp_path: Path) -> None:
         for cell in make(scenarios.Scale()):
             peer = rows(64)[cell.row].peer != "sglang"
             changes = {"scenario": cell.scenario, "point": cell.point, "pool": cell.pool}
-            changes |= {"counters": None} if peer else {}
-            runs += [result(cell.row, r, 10.0, **changes) for r in range(2)]
+            for repetition in range(2):
+                run = result(cell.row, repetition, 10.0, **changes)
+                if peer:
+                    run["counters"] = run["counters"] | {"decode_steps": None}
+                runs.append(run)
     drawn = plots.draw(runs, tmp_path / "out")
     assert [path.name for path in drawn] == [f"out-{name}.png" for name in scenarios.SCENARIOS]
     assert all(path.stat().st_size > 5000 for path in drawn)
@@ -265,6 +269,36 @@ def test_vllm_gets_the_same_pool(cpu: bool, block: int) -> None:
     assert given["--block-size"] == str(block)
     slots = block * (int(given["--num-gpu-blocks-override"]) - 1)
     assert 3376 - block < slots <= 3376
+
+
+def test_vllm_says_what_it_has_counted() -> None:
+    """Only what came since the mark, summed over its engines; idle seconds are no running requests."""
+
+    class Server:
+        def __init__(self) -> None:
+            self.log = "Running: 9 reqs, Waiting: 0 reqs\n"
+            self.totals = {"num_preemptions": 1, "prefix_cache_hits": 10, "prefix_cache_queries": 100}
+
+        def log_position(self) -> int:
+            return len(self.log)
+
+        def log_since(self, position: int) -> str:
+            return self.log[position:]
+
+        def get(self, path: str) -> SimpleNamespace:
+            assert path == "/metrics"
+            lines = []
+            for name, value in self.totals.items():
+                lines.append(f"# TYPE vllm:{name} counter")
+                lines += [f'vllm:{name}_total{{engine="{e}"}} {value / 2}' for e in (0, 1)]
+            return SimpleNamespace(text="\n".join(lines) + "\n")
+
+    server, vllm = Server(), PEERS["vllm"]
+    mark = vllm.mark(server)
+    server.log += "".join(f"x Running: {n} reqs, Waiting: 1 reqs\n" for n in (2, 3, 3, 0))
+    server.totals = {"num_preemptions": 4, "prefix_cache_hits": 30, "prefix_cache_queries": 180}
+    counted = vllm.counters(server, mark)
+    assert counted == Counters(None, 8 / 3, 3, 3, 0.25, 1.0, {})
 
 
 def test_a_row_that_cannot_run_says_how_to_have_it(

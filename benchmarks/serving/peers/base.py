@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.load import Load
 from kara_sglang.benchmarks.serving.rows import Row
+
+if TYPE_CHECKING:
+    from kara_sglang.benchmarks.serving.server import Server
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,11 @@ class Peer(Protocol):
     def environment(self, row: Row, setup: Setup) -> dict[str, str]:
         """What the server's environment has more than ours."""
 
-    def counters(self, log: str) -> Counters | None:
-        """Counted quantities, where the engine's log has them."""
+    def mark(self, server: Server) -> Any:
+        """Where the server's own counts stand now, for :meth:`counters`."""
+
+    def counters(self, server: Server, mark: Any) -> Counters:
+        """What the server has counted since ``mark``."""
 
 
 class Offline(Protocol):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.peers.base import Setup
 from kara_sglang.benchmarks.serving.rows import Row
 from kara_sglang.serve import CPU_ENVIRONMENT, CPU_OPTIONS
+
+if TYPE_CHECKING:
+    from kara_sglang.benchmarks.serving.server import Server
 
 
 class SGLang:
@@ -45,5 +49,8 @@ class SGLang:
             {} if row.plugin else {"SGLANG_PLUGINS": "none"}
         )
 
-    def counters(self, log: str) -> Counters | None:
-        return Counters.of(log)
+    def mark(self, server: Server) -> int:
+        return server.log_position()
+
+    def counters(self, server: Server, mark: int) -> Counters:
+        return Counters.of(server.log_since(mark))

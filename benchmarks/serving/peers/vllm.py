@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import statistics
+from typing import TYPE_CHECKING
+
+from prometheus_client.parser import text_string_to_metric_families
+
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.peers.base import Setup
 from kara_sglang.benchmarks.serving.rows import Row
+
+if TYPE_CHECKING:
+    from kara_sglang.benchmarks.serving.server import Server
+
+_RUNNING = re.compile(r"Running: (\d+) reqs")
+_TOTALS = (
+    "vllm:num_preemptions_total",
+    "vllm:prefix_cache_hits_total",
+    "vllm:prefix_cache_queries_total",
+)
 
 
 class VLLM:
@@ -32,10 +48,37 @@ class VLLM:
         return [*words, *row.flags]
 
     def environment(self, row: Row, setup: Setup) -> dict[str, str]:
+        every = {"VLLM_LOG_STATS_INTERVAL": "1"}  # seconds between two lines that say how many run
         if not setup.cpu:
-            return {}
+            return every
         # GiB that it wants to be told on a CPU; the pool is what the number of blocks says.
-        return {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        return every | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
-    def counters(self, log: str) -> Counters | None:
-        return None
+    def mark(self, server: Server) -> tuple[int, dict[str, float]]:
+        return server.log_position(), _totals(server.get("/metrics").text)
+
+    def counters(self, server: Server, mark: tuple[int, dict[str, float]]) -> Counters:
+        """Running requests are sampled once a second; its decode steps are not known."""
+        position, before = mark
+        after = _totals(server.get("/metrics").text)
+        preempted, hits, asked = (after[name] - before[name] for name in _TOTALS)
+        running = [n for line in _RUNNING.findall(server.log_since(position)) if (n := int(line))]
+        return Counters(
+            decode_steps=None,
+            mean_running=statistics.fmean(running),
+            peak_running=max(running),
+            retractions=int(preempted),
+            hit_rate=hits / asked if asked else 0.0,
+            held=1.0,
+            schedule={},
+        )
+
+
+def _totals(metrics: str) -> dict[str, float]:
+    """The counters of :data:`_TOTALS`, summed over engines, from Prometheus' text."""
+    found = dict.fromkeys(_TOTALS, 0.0)
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples:
+            if sample.name in found:
+                found[sample.name] += sample.value
+    return found
