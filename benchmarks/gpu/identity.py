@@ -130,7 +130,7 @@ def check(setup: Setup, backend: str, logs: Path) -> dict[str, Any]:
     known = rows(setup.window)
     answers: dict[str, list[Answers]] = {}
     for name, times in ((STOCK, 2), ("identity", 1)):
-        server = Server(Checked(), known[name], setup, logs / f"{backend}-{name}.log")
+        server = Server(Checked(), known[name], setup, logs / f"{backend}-{name}.log").wait()
         try:
             answers[name] = [ask(server, output, together=False)]
             answers[name] += [ask(server, output, together=True) for _ in range(times)]

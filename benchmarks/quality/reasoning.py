@@ -111,7 +111,7 @@ def serve(options: argparse.Namespace, log: Path) -> Server:
         cpu=on_cpu,
     )
     try:
-        return Server(PEERS["sglang"], row, setup, log)
+        return Server(PEERS["sglang"], row, setup, log).wait()
     except RuntimeError as error:
         raise Failed(str(error)) from None
 

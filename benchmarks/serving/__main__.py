@@ -189,11 +189,12 @@ def execute(
     )
     with Servers(resident, folder / "logs") as servers, Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=len(runs))
-        for cell, repetition in runs:
+        for number, (cell, repetition) in enumerate(runs):
+            then = [later for later, _ in runs[number + 1 :] if later.key not in failed]
             bar.update(task, description=f"{cell.key} #{repetition + 1}")
             if cell.key not in failed:
                 try:
-                    journal.add(run(cell, repetition, setup, servers, folder))
+                    journal.add(run(cell, repetition, setup, servers, folder, then))
                 except Exception as error:
                     failed[cell.key] = failure(error)
                     console.print(f"{cell.key}: {failed[cell.key]}", markup=False)

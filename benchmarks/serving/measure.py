@@ -8,7 +8,7 @@ import json
 import random
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from kara_sglang.benchmarks.serving.load import drive
 from kara_sglang.benchmarks.serving.peers import PEERS, Setup
 from kara_sglang.benchmarks.serving.rows import Row, rows
 from kara_sglang.benchmarks.serving.scenarios import Cell
-from kara_sglang.benchmarks.serving.server import Server, Servers
+from kara_sglang.benchmarks.serving.server import Server, Servers, Start
 
 CLIENT_METRICS = (
     *("duration", "completed", "total_input_tokens", "total_output_tokens"),
@@ -72,11 +72,22 @@ def schedule(cells: list[Cell], repetitions: int, resident: int) -> Iterator[tup
                     yield cell, repetition
 
 
-def run(cell: Cell, repetition: int, setup: Setup, servers: Servers, folder: Path) -> dict[str, Any]:
-    """Measure one cell once."""
+def start_of(cell: Cell, setup: Setup) -> Start:
+    """The server that a cell is measured on."""
     row = rows(setup.window)[cell.row]
-    peer = PEERS[row.peer]
-    setup = dataclasses.replace(setup, pool=cell.pool)
+    return PEERS[row.peer], row, dataclasses.replace(setup, pool=cell.pool)
+
+
+def run(
+    cell: Cell,
+    repetition: int,
+    setup: Setup,
+    servers: Servers,
+    folder: Path,
+    then: Sequence[Cell] = (),
+) -> dict[str, Any]:
+    """Measure one cell once; ``then`` are the cells that come next, so that servers start together."""
+    peer, row, setup_here = start_of(cell, setup)
     seed = 1000 + repetition
     work = folder / "clients" / cell.key.replace("/", "-").replace(" ", "-")
     result: dict[str, Any] = {
@@ -89,9 +100,10 @@ def run(cell: Cell, repetition: int, setup: Setup, servers: Servers, folder: Pat
         "requests": cell.load.requests,
     }
     if peer.backend is None:
-        return result | _offline(peer.offline(row, setup, cell.load, seed))
+        return result | _offline(peer.offline(row, setup_here, cell.load, seed))
 
-    server = servers.get(peer, row, setup)
+    starts = [start_of(one, setup) for one in then]
+    server = servers.get((peer, row, setup_here), [s for s in starts if s[0].backend is not None])
     probe = _probe(server) if cell.scenario == "ample" and row.peer == "sglang" else None
     if row.peer == "sglang":
         server.post("/flush_cache", {})

@@ -111,7 +111,7 @@ def main() -> int:
             cpu=cpu_engine.is_installed(),
         )
         row = Row("kara", "every request records, no pass", selector="kara", settings={"delay": 0})
-        server = Server(PEERS["sglang"], row, setup, folder / "server.log")
+        server = Server(PEERS["sglang"], row, setup, folder / "server.log").wait()
         try:
             profile, info = _profile(server, options.requests, options.seconds, folder)
         finally:

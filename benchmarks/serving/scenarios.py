@@ -150,7 +150,9 @@ def quick(scale: Scale) -> Iterator[Cell]:
     small = dataclasses.replace(next(prefix(scale)).load, output=scale.output // 8)
     for row in ("stock", "kara-0.5", "kara-0.25"):
         yield Cell("scarce", "equal work", row, scale.pool(scale.scarce), scale.load)
-    short = dataclasses.replace(scale.load, output=scale.output // 2)
+    short = dataclasses.replace(scale.load, output=scale.output // 4)
+    enough = 2 * scale.pool(scale.requests)
     for row in ("stock", "off", "kara-0.5"):
-        yield Cell("ample", "equal work", row, 2 * scale.pool(scale.requests), short)
-        yield Cell("prefix", "shared prefix", row, 2 * scale.pool(scale.requests), small)
+        yield Cell("ample", "equal work", row, enough, short)
+    for row in ("stock", "kara-0.5"):
+        yield Cell("prefix", "shared prefix", row, enough, small)

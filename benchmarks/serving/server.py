@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -27,13 +28,7 @@ def end_on_sigterm() -> None:
 
 
 class Server:
-    """One running server.
-
-    Raises
-    ------
-    RuntimeError
-        Where it ends, or does not answer within half an hour; with the last lines of its log.
-    """
+    """One server; it is starting until :meth:`wait` returns."""
 
     def __init__(self, peer: Peer, row: Row, setup: Setup, log: Path) -> None:
         with socket.socket() as probe:
@@ -52,11 +47,21 @@ class Server:
                 env=inherited | peer.environment(row, setup),
                 start_new_session=True,
             )
+
+    def wait(self) -> Self:
+        """Return once it generates.
+
+        Raises
+        ------
+        RuntimeError
+            Where it ends, or does not answer within half an hour; with the last lines of its log.
+        """
         try:
             self._wait()
         except BaseException:
             self.stop()
             raise
+        return self
 
     def _wait(self) -> None:
         deadline = time.monotonic() + START_SECONDS
@@ -114,6 +119,10 @@ class Server:
                 self._process.wait()
 
 
+Start = tuple[Peer, Row, Setup]
+"""What a server is started with."""
+
+
 class Servers:
     """At most ``resident`` running servers; the one that was used longest ago makes room."""
 
@@ -122,15 +131,31 @@ class Servers:
         self._folder = folder
         self._running: OrderedDict[tuple[str, int | None], Server] = OrderedDict()
 
-    def get(self, peer: Peer, row: Row, setup: Setup) -> Server:
-        key = (row.name, setup.pool)
-        if key not in self._running:
-            while len(self._running) >= self.resident:
-                self._running.popitem(last=False)[1].stop()
-            log = self._folder / f"{row.name}-{setup.pool or 'auto'}.log"
-            self._running[key] = Server(peer, row, setup, log)
-        self._running.move_to_end(key)
-        return self._running[key]
+    def get(self, start: Start, then: Iterable[Start] = ()) -> Server:
+        """The server of ``start``. Where it has to be started, those that come ``then`` are started
+        beside it, as far as there is room, and waited for: most of a start is one thread's work."""
+        wanted = {(row.name, setup.pool): (peer, row, setup) for peer, row, setup in (start, *then)}
+        first, *_ = keys = list(wanted)[: self.resident]
+        if first not in self._running:
+            for key in keys:
+                if key in self._running:
+                    self._running.move_to_end(key)
+            fresh = [key for key in keys if key not in self._running]
+            for key in fresh:
+                if len(self._running) >= self.resident:
+                    self._running.popitem(last=False)[1].stop()
+                log = self._folder / f"{key[0]}-{key[1] or 'auto'}.log"
+                self._running[key] = Server(*wanted[key], log)
+            for key in reversed(fresh):
+                try:
+                    self._running[key].wait()
+                except RuntimeError:
+                    del self._running[key]
+                    if key == first:
+                        raise
+                    # It will fail again, and say so, when it is its turn.
+        self._running.move_to_end(first)
+        return self._running[first]
 
     def __enter__(self) -> Self:
         return self

@@ -14,6 +14,7 @@ from kara_sglang.benchmarks.gpu.floors import Gpu
 from kara_sglang.benchmarks.gpu.models import Model
 from kara_sglang.benchmarks.serving import __main__ as program
 from kara_sglang.benchmarks.serving import projection, scenarios, tables
+from kara_sglang.benchmarks.serving import server as server_module
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.load import Load, write_trace
 from kara_sglang.benchmarks.serving.measure import Journal, schedule
@@ -299,6 +300,48 @@ def test_vllm_says_what_it_has_counted() -> None:
     server.totals = {"num_preemptions": 4, "prefix_cache_hits": 30, "prefix_cache_queries": 180}
     counted = vllm.counters(server, mark)
     assert counted == Counters(None, 8 / 3, 3, 3, 0.25, 1.0, {})
+
+
+def test_servers_that_take_turns_start_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As many as may stay up, all of them ready before the first is measured; a failure is told when
+    it is that server's turn."""
+    events: list[str] = []
+
+    class Fake:
+        def __init__(self, peer: str, row: SimpleNamespace, setup: object, log: Path) -> None:
+            self.name = row.name
+            events.append(f"start {self.name}")
+
+        def wait(self) -> None:
+            if self.name == "broken":
+                raise RuntimeError("broken")
+            events.append(f"ready {self.name}")
+
+        def stop(self) -> None:
+            events.append(f"stop {self.name}")
+
+    monkeypatch.setattr(server_module, "Server", Fake)
+    a, b, c, broken = (
+        ("peer", SimpleNamespace(name=name), SimpleNamespace(pool=1))
+        for name in ("a", "b", "c", "broken")
+    )
+    with server_module.Servers(2, tmp_path) as servers:
+        assert servers.get(a, [b, a, c]).name == "a"
+        assert events == ["start a", "start b", "ready b", "ready a"]
+        assert servers.get(b, [a, c]).name == "b" and len(events) == 4
+        assert servers.get(c, [b]).name == "c"  # b comes next, so a makes room
+        assert events[4:] == ["stop a", "start c", "ready c"]
+        assert servers.get(a, [broken]).name == "a"
+        with pytest.raises(RuntimeError):
+            servers.get(broken)
+        events.clear()
+    assert sorted(events) == ["stop a"]
+    with server_module.Servers(1, tmp_path) as servers:
+        events.clear()
+        servers.get(a, [b])
+        assert events == ["start a", "ready a"]
 
 
 def test_a_row_that_cannot_run_says_how_to_have_it(
