@@ -178,8 +178,9 @@ class QueryRecorder:
             asks = self._num_rotating or not kernels.records_steps
             self._entries = plan(
                 positions,
-                self.units[rows],
-                self.rotating[rows] if asks else None,
+                rows,
+                self.units,
+                self.rotating if asks else None,
                 self.ring_len,
                 self.trash,
             )

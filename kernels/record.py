@@ -95,6 +95,7 @@ def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
 
 def plan(
     positions: torch.Tensor,
+    rows: torch.Tensor,
     units: torch.Tensor,
     rotating: torch.Tensor | None,
     ring_len: int,
@@ -106,11 +107,13 @@ def plan(
     ----------
     positions : torch.Tensor
         Logical positions of the step's tokens, shape ``(batch,)``, int64.
+    rows : torch.Tensor
+        The requests' rows of ``req_to_token``, shape ``(batch,)``, int64.
     units : torch.Tensor
-        Units of each row's recorder, shape ``(batch, group)``, int64; -1 for a row without one. A
+        Units of each row's recorder, shape ``(num_rows, group)``, int64; -1 for a row without one. A
         rotating recorder repeats its only unit.
     rotating : torch.Tensor or None
-        Shape ``(batch,)``, bool; None where no recorder rotates.
+        Which recorders rotate, shape ``(num_rows,)``, bool; None where none does.
     ring_len : int
         Tokens per unit.
     trash : int
@@ -121,10 +124,11 @@ def plan(
     torch.Tensor
         Ring entries, shape ``(batch, group)``, int64.
     """
+    units = units[rows]
     idle = units < 0
     if rotating is not None:
         group = torch.arange(units.shape[1], device=units.device)
-        idle |= rotating[:, None] & (positions[:, None] % units.shape[1] != group)
+        idle |= rotating[rows, None] & (positions[:, None] % units.shape[1] != group)
     entry = units * ring_len + positions[:, None] % ring_len
     return torch.where(idle, trash, entry)
 

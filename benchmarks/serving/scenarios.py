@@ -147,7 +147,7 @@ SCENARIOS = {
 
 def quick(scale: Scale) -> Iterator[Cell]:
     """What ``--quick`` runs: the headline figures, and no more."""
-    small = dataclasses.replace(next(prefix(scale)).load, output=scale.output // 8)
+    small = dataclasses.replace(next(prefix(scale)).load, output=scale.output // 16)
     for row in ("stock", "kara-0.5", "kara-0.25"):
         yield Cell("scarce", "equal work", row, scale.pool(scale.scarce), scale.load)
     short = dataclasses.replace(scale.load, output=scale.output // 4)

@@ -56,7 +56,7 @@ def test_bytes_are_the_references(identical, group, ring_dtype, query_dtype):
     )
     rotating = torch.tensor([False, False, True, group > 1])
     positions = torch.tensor([1003, 7, 58, 1_000_001])
-    entries = reference.plan(positions, units, rotating, ring_len, trash)
+    entries = reference.plan(positions, torch.arange(4), units, rotating, ring_len, trash)
     queries = torch.randn(batch, heads * group * dim).mul(200).to(query_dtype)
 
     ours, theirs = (poisoned_ring(trash + 1, heads, dim, ring_dtype) for _ in range(2))

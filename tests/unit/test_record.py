@@ -195,13 +195,13 @@ def test_plan_sends_each_head_to_its_unit_or_to_the_trash(data: st.DataObject) -
         rotating.append(kind == "rotating")
         positions.append(position)
         expected.append(entries)
-    got = plan(
-        torch.tensor(positions, dtype=torch.int64),
-        torch.tensor(units, dtype=torch.int64).reshape(batch, group),
-        torch.tensor(rotating, dtype=torch.bool),
-        ring_len,
-        trash,
-    )
+    num_rows = batch + 2
+    where = torch.tensor(data.draw(st.permutations(range(num_rows)))[:batch], dtype=torch.int64)
+    table = torch.full((num_rows, group), 77)  # what stands in other rows must not matter
+    table[where] = torch.tensor(units, dtype=torch.int64).reshape(batch, group)
+    who_rotates = torch.ones(num_rows, dtype=torch.bool)
+    who_rotates[where] = torch.tensor(rotating, dtype=torch.bool)
+    got = plan(torch.tensor(positions, dtype=torch.int64), where, table, who_rotates, ring_len, trash)
     assert got.dtype == torch.int64 and got.tolist() == expected
 
 
