@@ -91,7 +91,7 @@ class QueryRecorder:
         )
         self.rings = self.ring.layers()
         self._free = list(range(self.num_units - 1, -1, -1))
-        self._active: dict[int, Recorder] = {}  # by row
+        self.active: dict[int, Recorder] = {}  # by row
         self._num_rotating = 0
         self._dirty: set[int] = set()
         self._entries: torch.Tensor | None = None
@@ -115,26 +115,26 @@ class QueryRecorder:
     @property
     def in_use(self) -> int:
         """Recorders handed out."""
-        return len(self._active)
+        return len(self.active)
 
     def acquire(self, row: int, num_units: int, since: int) -> Recorder:
         """Hand ``num_units`` units (the group's size, or 1 to rotate) to a row."""
-        if row in self._active:
+        if row in self.active:
             raise RuntimeError(f"kv-compress: row {row} already has a recorder")
         if num_units > len(self._free):
             raise RuntimeError(f"kv-compress: {num_units} ring units wanted, {len(self._free)} free")
         units = tuple(self._free.pop() for _ in range(num_units))
         recorder = Recorder(row, units, since)
-        self._active[row] = recorder
+        self.active[row] = recorder
         self._num_rotating += recorder.rotating
         self._dirty.add(row)
         return recorder
 
     def release(self, recorder: Recorder) -> None:
         """Take a recorder back. Its row is told so before the next decode step (:meth:`flush`)."""
-        if self._active.get(recorder.row) is not recorder:
+        if self.active.get(recorder.row) is not recorder:
             raise RuntimeError(f"kv-compress: recorder of row {recorder.row} released twice")
-        del self._active[recorder.row]
+        del self.active[recorder.row]
         self._num_rotating -= recorder.rotating
         self._dirty.add(recorder.row)
         self._free.extend(recorder.units)
@@ -152,7 +152,7 @@ class QueryRecorder:
         """Write what changed into the device tables; the caller is on the forward stream."""
         group, device = self.shape.group, self.shape.device
         rows = sorted(self._dirty)
-        active = [self._active.get(row) for row in rows]
+        active = [self.active.get(row) for row in rows]
         units = [(r.units * group)[:group] if r is not None else (-1,) * group for r in active]
         rotating = [r is not None and r.rotating and group > 1 for r in active]
         where = to_device(torch.tensor(rows), device)
@@ -191,7 +191,7 @@ class QueryRecorder:
             return
         self._step.append(queries)
         if layer == self.shape.num_layers - 1:
-            kernels.record(self.ring, self._entries, torch.stack(self._step))
+            kernels.record(self.ring, self._entries, self._step)
             self._step.clear()
 
     def warm_up(self, kernels: Kernels) -> None:

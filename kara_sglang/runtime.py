@@ -130,7 +130,7 @@ def before_attention(
     recorder = runtime.recorder
     if recorder is None or not forward_batch.forward_mode.is_decode():
         return
-    if recorder.in_use or runtime.starting:
+    if recorder.active or runtime.starting:
         recorder.record(
             runtime.kernels,
             layer.layer_id,

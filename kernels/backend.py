@@ -103,8 +103,8 @@ class Kernels(Protocol):
     compiles: bool
     """Whether a first call waits for a compiler, so that a warm-up should make all kinds of calls."""
     records_steps: bool
-    """Whether ``record`` takes a step's queries of all layers in one call instead of one per layer: for
-    kernels whose calls cost more than their work. A CUDA graph would have to keep all the queries."""
+    """Whether ``record`` takes a list of a step's queries of all layers, instead of one call per layer:
+    for kernels whose calls cost more than their work. A CUDA graph would have to keep all of them."""
 
     def reserve(self, device: torch.device, largest: WindowShape) -> int:
         """Allocate all memory that passes need, for windows up to ``largest``. Returns the bytes.
@@ -112,7 +112,7 @@ class Kernels(Protocol):
         To be called before the KV pool is sized, so that the sizing accounts for it.
         """
 
-    def record(self, ring: record.Ring, entries: torch.Tensor, queries: torch.Tensor) -> None:
+    def record(self, ring: record.Ring, entries: torch.Tensor, queries: record.Queries) -> None:
         """As :func:`kara_sglang.kernels.record.record`; may run inside a CUDA graph."""
 
     def compress(
@@ -146,7 +146,7 @@ class TorchKernels:
     def reserve(self, device: torch.device, largest: WindowShape) -> int:
         return 0
 
-    def record(self, ring: record.Ring, entries: torch.Tensor, queries: torch.Tensor) -> None:
+    def record(self, ring: record.Ring, entries: torch.Tensor, queries: record.Queries) -> None:
         record.record(ring, entries, queries)
 
     def compress(

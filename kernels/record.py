@@ -19,6 +19,8 @@ _FP8_MAX = torch.finfo(FP8).max
 _FP8_MAX_BITS = 0x43E00000  # 448.0 as a float32
 EXPONENTS = (-100, 119)
 """Smallest and largest exponent that is stored; within them no product over- or underflows."""
+Queries = torch.Tensor | list[torch.Tensor]
+"""A step's queries of one layer, or a list of all layers'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ def plan(
     return torch.where(idle, trash, entry)
 
 
-def record(ring: Ring, entries: torch.Tensor, queries: torch.Tensor) -> None:
+def record(ring: Ring, entries: torch.Tensor, queries: Queries) -> None:
     """Store one step's queries of one layer, or of all.
 
     Parameters
@@ -142,10 +144,12 @@ def record(ring: Ring, entries: torch.Tensor, queries: torch.Tensor) -> None:
         Written in place.
     entries : torch.Tensor
         What :func:`plan` returned, shape ``(batch, group)``.
-    queries : torch.Tensor
+    queries : torch.Tensor or list of torch.Tensor
         Post-RoPE queries, shape ``(batch, num_kv_heads * group * head_dim)`` or with the last
-        dimension already split, any float dtype; layers in front where the ring has them.
+        dimension already split, any float dtype; where the ring has layers, a list with one per layer.
     """
+    if isinstance(queries, list):
+        queries = torch.stack(queries)
     batch, group = entries.shape
     *layers, _, num_kv_heads, head_dim = ring.queries.shape
     by_group = queries.view(*layers, batch, num_kv_heads, group, head_dim).transpose(-3, -2)

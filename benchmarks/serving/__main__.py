@@ -45,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--resident",
         type=int,
-        help="servers that stay up and take turns; default: 4 on a CPU (6 with --quick), 1 (a start per run) on a GPU",
+        help="servers that stay up and take turns; default: 4 on a CPU, 6 with --quick; 1 on a "
+        "GPU, that is, a start per run",
     )
     p.add_argument(
         "--peer",

@@ -463,7 +463,7 @@ class World:
         if self.config.trace is not None:
             self.check_trace(req)
         if self.recorder is not None:
-            assert kv.req_pool_idx not in self.recorder._active
+            assert kv.req_pool_idx not in self.recorder.active
         self.free_rows.append(kv.req_pool_idx)
         kv.req_pool_idx = None
 
