@@ -32,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "score": "sum",
         "chunk_budget": 0.1,
+        "ahead": False,
         "delay": 0,
         "query_heads": "all",
         "query_dtype": "model",
@@ -61,6 +62,8 @@ class KaraConfig:
         Newest tokens left uncompressed behind the window.
     delay_votes
         Whether the delay's queries vote as the window's own do. For ``kara`` and ``causal``.
+    ahead
+        Whether queries vote as if they stood one window later. For ``kara`` and ``causal``.
     score
         ``sum`` of the attention that a key collects (the paper's), ``l2``: sum of its squares; with
         ``_v`` times the norm of the value, with ``_v4`` times its fourth power, with ``_k`` times the
@@ -107,6 +110,7 @@ class KaraConfig:
     prefix_reuse: Literal["exact", "compressed"] = "exact"
     delay: int = 64
     delay_votes: bool = False
+    ahead: bool = True
     score: Score = "l2_v4_k"
     chunk_budget: float = 0.0
     chunk_width: int = 8

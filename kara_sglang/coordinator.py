@@ -23,6 +23,7 @@ from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
 from kara_sglang.kernels.copies import to_device
+from kara_sglang.kernels.turn import Turn
 from kara_sglang.metrics import Metrics
 from kara_sglang.options import RequestOptions
 from kara_sglang.policy import Candidate
@@ -53,6 +54,8 @@ class Coordinator:
     kernels : Kernels
     scales : list of float
         Softmax scale per layer.
+    turn : Turn or None
+        How queries are moved ahead; None where the settings do not ask for it.
     """
 
     def __init__(
@@ -62,12 +65,14 @@ class Coordinator:
         recorder: QueryRecorder | None,
         kernels: Kernels,
         scales: list[float],
+        turn: Turn | None,
     ) -> None:
         self.scheduler = scheduler
         self.config = config
         self.recorder = recorder
         self.kernels = kernels
         self.scales = scales
+        self.turn = turn
         self.geometry = Geometry(scheduler.page_size, config.window, config.delay)
         self.policy = policy.build(config)
         self.forecast = Forecast(self.geometry)
@@ -451,6 +456,7 @@ class Coordinator:
             rings=recorder.rings if recorder is not None else [],
             ring_len=recorder.ring_len if recorder is not None else 0,
             scales=self.scales,
+            turn=self.turn,
         )
 
     @contextlib.contextmanager

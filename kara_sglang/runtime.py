@@ -18,8 +18,10 @@ from kara_sglang.config import KaraConfig
 from kara_sglang.coordinator import Coordinator
 from kara_sglang.kernels.backend import Kernels, WindowShape
 from kara_sglang.kernels.dispatch import pick
+from kara_sglang.kernels.turn import Turn
 from kara_sglang.radix_integration import prefill
 from kara_sglang.recorder import AttentionShape, QueryRecorder
+from kara_sglang.rotary import turn_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -41,6 +43,7 @@ class Runtime:
     kernels_why: str = ""
     recorder: QueryRecorder | None = None
     scales: list[float] = field(default_factory=list)
+    turn: Turn | None = None
     coordinator: Coordinator | None = None
     starting: bool = False  # graphs are being captured
     refused: list[str] = field(default_factory=list)  # why this server must not start
@@ -78,6 +81,11 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     runtime.kernels.reserve(device, largest)
     if not config.query_bytes:
         return
+    if config.ahead:
+        try:
+            runtime.turn = turn_of(runner.model, layers, config.window)
+        except ValueError as error:
+            runtime.refused.append(str(error))
     shape = AttentionShape(
         num_layers=len(layers),
         num_q_heads=first.tp_q_head_num,
@@ -170,7 +178,7 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
         return
     assert config is not None and runtime.kernels is not None
     runtime.coordinator = Coordinator(
-        scheduler, config, runtime.recorder, runtime.kernels, runtime.scales
+        scheduler, config, runtime.recorder, runtime.kernels, runtime.scales, runtime.turn
     )
     runtime.coordinator.warm_up()
     recorder = runtime.recorder

@@ -15,6 +15,7 @@ from kara_sglang.kernels import record
 from kara_sglang.kernels.compact import compact
 from kara_sglang.kernels.select import select
 from kara_sglang.kernels.selectors.base import Selector
+from kara_sglang.kernels.turn import Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class LayerPool:
     scales
         Softmax scale of each layer; with fp8 keys times their ``k_scale``, because logits are linear in
         it. A ``v_scale`` multiplies all scores of a layer alike and may be left out.
+    turn
+        How queries are moved ahead; None where no selector asks for it.
     """
 
     keys: list[torch.Tensor]
@@ -39,6 +42,7 @@ class LayerPool:
     rings: list[record.Ring]
     ring_len: int
     scales: list[float]
+    turn: Turn | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +180,10 @@ def reference_scores(pool: LayerPool, job: WindowJob, layer: int) -> torch.Tenso
         queries = record.recorded(
             pool.rings[layer], job.query_start, job.query_count, job.units, pool.ring_len
         )
+        if job.selector.ahead:
+            if pool.turn is None:
+                raise ValueError("queries cannot be moved ahead: the pool has no turn")
+            queries = pool.turn.moved(queries, layer)
     return job.selector.score(
         queries,
         pool.keys[layer][slots],

@@ -32,6 +32,9 @@ class AttentionRule:
         Query i sees keys j <= i only (a query behind the window sees them all).
     delay_votes
         Whether the queries of the delay, behind the window, vote as the window's own do.
+    ahead
+        The queries are moved ahead by W positions, see ``kernels/turn.py``; who calls
+        :func:`attention_scores` has done it.
     last_queries
         Let only this many of the newest of them vote; None: all.
     per_layer
@@ -44,6 +47,7 @@ class AttentionRule:
     key_distance: bool = False
     causal: bool = False
     delay_votes: bool = True
+    ahead: bool = False
     last_queries: int | None = None
     per_layer: bool = False
 

@@ -45,6 +45,7 @@ from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.triton import TritonKernels, compact, distance, record, score, select
+from kara_sglang.kernels.turn import Turn
 
 ARCHITECTURES = (80, 90, 100)
 OTHER_SHAPES = (
@@ -183,13 +184,17 @@ def launches(
         rings=[Ring.zeros((num_units * ring_len + 1, heads, dim), ring_dtype)],
         ring_len=ring_len,
         scales=[dim**-0.5],
+        turn=Turn.of_layer(torch.ones(dim // 2), torch.zeros(dim // 2), dim, halves=True),
     )
     job = WindowJob(
         slots=torch.arange(window, dtype=torch.int32),
         kept=retained,
         selector=KaraSelector(
             chunks=ChunkRule(budget=0.1 if chunks else 0.0),
-            rule=AttentionRule(squared=not causal, value_norm=1, key_distance=True, causal=causal),
+            # All that the default does, so that no launch of a server does more.
+            rule=AttentionRule(
+                squared=not causal, value_norm=4, key_distance=True, ahead=True, causal=causal
+            ),
         ),
         seed=0,
         query_start=0,

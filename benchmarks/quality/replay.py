@@ -17,6 +17,7 @@ from kara_sglang.benchmarks.quality.script import Cell, Script
 from kara_sglang.kernels.record import FP8
 from kara_sglang.kernels.select import select
 from kara_sglang.kernels.selectors.base import Selector
+from kara_sglang.kernels.turn import Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +206,8 @@ class Replay:
             queries = None
             if plan.selector.needs_queries:
                 queries = self._recorded(layer, plan, logical, keys.shape[1])
+                if plan.selector.ahead:
+                    queries = self._turn(width, keys.shape[2]).moved(queries, 0)
             scores = plan.selector.score(
                 queries,
                 keys,
@@ -222,6 +225,11 @@ class Replay:
 
             self._layers[number] = Layer(splice(layer.keys), splice(layer.values), layer.queries)
         self._kept.append(kept_all)
+
+    def _turn(self, positions: int, head_dim: int) -> Turn:
+        """From transformers' own frequencies, the same in all layers."""
+        angles = positions * self.model.model.rotary_emb.inv_freq.double()
+        return Turn.of_layer(angles.cos(), angles.sin(), head_dim, halves=True)
 
     @staticmethod
     def _recorded(layer: Layer, plan: Plan, start: int, num_kv_heads: int) -> torch.Tensor:

@@ -51,6 +51,8 @@ class Variant:
     novel
         The score is multiplied by the distance of the key's direction from that of the window's mean
         key, ``1 - cos``, to this power.
+    ahead
+        Queries vote as if they stood one window later.
     """
 
     power: float = 2.0
@@ -63,6 +65,7 @@ class Variant:
     pool: int = 1
     drop: int = 0
     novel: float = 0.0
+    ahead: int = 0
 
     @property
     def name(self) -> str:
@@ -96,6 +99,10 @@ class VariantSelector(Selector):
 
     needs_queries: ClassVar[bool] = True
     variant: Variant = Variant()
+
+    @property
+    def ahead(self) -> bool:
+        return bool(self.variant.ahead)
 
     def score(
         self,

@@ -8,12 +8,17 @@ server with ``--kv-compress-prefix-reuse compressed``, then asks each turn's ver
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import sglang as sgl
 
+from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.frontend.backend import EndpointError, KaraEndpoint, gen
 from kara_sglang.frontend.records import Step
 
@@ -94,6 +99,12 @@ def markdown(found: Sequence[tuple[str, Difference]]) -> str:
     return "\n".join(lines)
 
 
+def of_json(turns: Sequence[dict[str, Any]]) -> list[tuple[str, Difference]]:
+    """What ``--out`` has written under ``turns``."""
+    fields = [field.name for field in dataclasses.fields(Difference)]
+    return [(one["text"], Difference(**{name: one[name] for name in fields})) for one in turns]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m kara_sglang.benchmarks.reuse.modes",
@@ -101,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("subjects", nargs="+", metavar="SUBJECT", help="what a talk is about: tea")
     parser.add_argument("--endpoint", default="http://127.0.0.1:30000", metavar="URL")
+    parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="per answer")
     options = parser.parse_args(argv)
     try:
@@ -119,6 +131,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     print(markdown(found))
+    if options.out:
+        shown = command("kara_sglang.benchmarks.reuse.modes", sys.argv[1:] if argv is None else argv)
+        turns = [{"text": subject} | dataclasses.asdict(one) for subject, one in found]
+        answer = {"command": shown, "machine": machine(), "settings": endpoint.settings, "turns": turns}
+        options.out.write_text(json.dumps(answer, indent=1))
     return 0
 
 

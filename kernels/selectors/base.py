@@ -36,6 +36,11 @@ class Selector:
     seeded: ClassVar[bool] = False
     chunks: ChunkRule = ChunkRule()
 
+    @property
+    def ahead(self) -> bool:
+        """Whether queries are moved ahead before :meth:`score` gets them, see ``kernels/turn.py``."""
+        return False
+
     @classmethod
     def from_config(cls, config: KaraConfig) -> Self:
         return cls()
@@ -99,6 +104,10 @@ class AttentionSelector(Selector):
 
     needs_queries: ClassVar[bool] = True
     rule: AttentionRule = AttentionRule()
+
+    @property
+    def ahead(self) -> bool:
+        return self.rule.ahead
 
     def score(
         self,

@@ -35,5 +35,6 @@ def _rule(config: KaraConfig) -> AttentionRule:
         value_norm=sum(powers),
         key_distance="k" in factors,
         delay_votes=config.delay_votes,
+        ahead=config.ahead,
         per_layer=config.granularity == "layer",
     )

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from kara_sglang.kernels.backend import LayerPool
 from kara_sglang.kernels.copies import to_device
+from kara_sglang.kernels.turn import Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class PoolTables:
         recorder, ``exponents`` where the ring is no fp8.
     scales
         Softmax scale of each layer, shape ``(num_layers,)``, float32.
+    turn
+        As the pool's.
     moves
         What a compaction moves: pairs of a table, which lists all layers once or twice, and the bytes
         of one head of one slot. One pair where K and V have the same shape.
@@ -43,6 +46,7 @@ class PoolTables:
     rings: torch.Tensor | None
     exponents: torch.Tensor | None
     scales: torch.Tensor
+    turn: Turn | None
     moves: tuple[tuple[torch.Tensor, int], ...]
     num_layers: int
     num_kv_heads: int
@@ -86,6 +90,12 @@ class PoolTables:
             raise ValueError("K and V differ in slots or heads")
         if rings and rings[0].shape[1:] != pool.keys[0].shape[1:]:
             raise ValueError("the ring's heads are not those of K")
+        shape = len(pool.keys), pool.keys[0].shape[2]
+        if pool.turn is not None and any(
+            part.shape != shape or not part.is_contiguous()
+            for part in (pool.turn.cos, pool.turn.sin, pool.turn.partner)
+        ):
+            raise ValueError(f"the turn is no contiguous {shape[0]} layers of {shape[1]} numbers")
         keys, values = _addresses(pool.keys), _addresses(pool.values)
         _, num_kv_heads, head_dim = pool.keys[0].shape
         value_dim = pool.values[0].shape[2]
@@ -100,6 +110,7 @@ class PoolTables:
             rings=table(_addresses(rings), device) if rings else None,
             exponents=table(_addresses(exponents), device) if exponents else None,
             scales=to_device(torch.tensor(pool.scales, dtype=torch.float32), device),
+            turn=pool.turn,
             moves=((both, key_bytes),)
             if key_bytes == value_bytes
             else ((key_table, key_bytes), (value_table, value_bytes)),
@@ -132,7 +143,7 @@ def _source(pool: LayerPool) -> tuple[object, ...]:
     rings = [ring.queries for ring in pool.rings]
     exponents = [ring.exponents for ring in pool.rings if ring.exponents is not None]
     buffers = (*pool.keys, *pool.values, *rings, *exponents)
-    return (*((b.data_ptr(), b.shape, b.stride(), b.dtype) for b in buffers), *pool.scales)
+    return (*((b.data_ptr(), b.shape, b.stride(), b.dtype) for b in buffers), *pool.scales, pool.turn)
 
 
 def stored_type(dtype: torch.dtype) -> tl.dtype:

@@ -49,6 +49,32 @@ def _query_head(
     return (unit * ring_len + place) * HEADS + head
 
 
+@triton.jit
+def _queries(
+    ring,
+    query_head,
+    dim,
+    mask,
+    cosines,
+    sines,
+    partners,
+    layer,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    DOT: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """Recorded queries, moved ahead where asked for; ``query_head`` and ``dim`` broadcast."""
+    query = load_float(ring + query_head * DIM + dim, mask, RING)
+    if AHEAD:
+        place = layer * DIM + dim
+        partner = tl.load(partners + place, mask=dim < DIM, other=0)
+        other = load_float(ring + query_head * DIM + partner, mask, RING).to(tl.float32)
+        query = query.to(tl.float32) * tl.load(cosines + place, mask=dim < DIM, other=0)
+        query += other * tl.load(sines + place, mask=dim < DIM, other=0)
+    return query.to(DOT)
+
+
 @triton.jit(do_not_specialize=_NUMBERS)
 def log_sum_exp_kernel(
     sums,
@@ -56,6 +82,9 @@ def log_sum_exp_kernel(
     exponents,
     keys,
     scales,
+    cosines,
+    sines,
+    partners,
     slots,
     units,
     starts,
@@ -73,6 +102,7 @@ def log_sum_exp_kernel(
     DOT: tl.constexpr,
     ALIGN: tl.constexpr,
     CAUSAL: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -96,11 +126,20 @@ def log_sum_exp_kernel(
     query_head = _query_head(
         row, is_row, token, units + job * UNITS, start, ring_len, head, UNITS, HEADS
     )
-    query = load_float(
-        ring + query_head[:, None] * DIM + dim[None, :],
+    query = _queries(
+        ring,
+        query_head[:, None],
+        dim[None, :],
         is_row[:, None] & (dim[None, :] < DIM),
+        cosines,
+        sines,
+        partners,
+        layer,
+        DIM,
         RING,
-    ).to(DOT)
+        DOT,
+        AHEAD,
+    )
     if tl.float8e4nv == RING:
         exponents = layer_buffer(exponents, layer, tl.int8, 1)
     query_scale = _query_scale(exponents, query_head, is_row, scale, RING)
@@ -138,6 +177,9 @@ def column_sum_kernel(
     rings,
     keys,
     values,
+    cosines,
+    sines,
+    partners,
     slots,
     units,
     starts,
@@ -156,6 +198,7 @@ def column_sum_kernel(
     DOT: tl.constexpr,
     ALIGN: tl.constexpr,
     CAUSAL: tl.constexpr,
+    AHEAD: tl.constexpr,
     SQUARED: tl.constexpr,
     VALUE_NORM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -189,11 +232,20 @@ def column_sum_kernel(
         query_head = _query_head(
             row, is_row, token, units + job * UNITS, start, ring_len, head, UNITS, HEADS
         )
-        query = load_float(
-            ring + query_head[None, :] * DIM + dim[:, None],
+        query = _queries(
+            ring,
+            query_head[None, :],
+            dim[:, None],
             is_row[None, :] & (dim[:, None] < DIM),
+            cosines,
+            sines,
+            partners,
+            layer,
+            DIM,
             RING,
-        ).to(DOT)
+            DOT,
+            AHEAD,
+        )
         log_sum = tl.load(sums + row, mask=is_row, other=float("inf"))  # inf: no probability
         query_scale = tl.load(sums + num_rows + row, mask=is_row, other=0.0)
         logits = tl.dot(key, query, input_precision="tf32") * query_scale[None, :]
@@ -276,13 +328,15 @@ def attention_scores(
     Raises
     ------
     ValueError
-        Where there is no ring, it holds fewer tokens than asked for, shapes do not fit, or a tensor has
-        gaps.
+        Where there is no ring, or no turn although the rule wants one, the ring holds fewer tokens than
+        asked for, shapes do not fit, or a tensor has gaps.
     """
     num_jobs, width = slots.shape
     head_rows = len(layers) * num_jobs * tables.num_kv_heads
     if tables.rings is None:
         raise ValueError("scores need recorded queries, and the pool has no ring")
+    if rule.ahead and tables.turn is None:
+        raise ValueError("queries cannot be moved ahead: the pool has no turn")
     if voters.first + voters.count > ring_len:
         raise ValueError(
             f"{voters.first + voters.count} queries asked of a ring that holds {ring_len} tokens"
@@ -314,17 +368,21 @@ def attention_scores(
         "DOT": stored_type(dot),
         "ALIGN": tables.alignment,
         "CAUSAL": rule.causal,
+        "AHEAD": rule.ahead,
         "BLOCK_D": triton.next_power_of_2(tables.head_dim),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
     windows = (slots, voters.units, voters.starts)
+    turn = tables.turn
+    turns = (turn.cos, turn.sin, turn.partner) if rule.ahead else (None, None, None)
     log_sum_exp_kernel[(head_rows * triton.cdiv(voters.rows, tile.outer),)](
         sums,
         tables.rings,
         tables.exponents,
         tables.keys,
         tables.scales,
+        *turns,
         *windows,
         BLOCK_Q=tile.outer,
         BLOCK_K=tile.inner,
@@ -336,6 +394,7 @@ def attention_scores(
         tables.rings,
         tables.keys,
         tables.values,
+        *turns,
         *windows,
         VALUE_DIM=tables.value_dim,
         SQUARED=rule.squared,

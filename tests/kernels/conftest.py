@@ -33,6 +33,7 @@ import kara_sglang.kernels.triton as package
 from kara_sglang.kernels.backend import LayerPool, WindowShape
 from kara_sglang.kernels.record import FP8, Ring, to_fp8
 from kara_sglang.kernels.triton import TritonKernels
+from kara_sglang.kernels.turn import Turn
 
 KERNEL_MODULES = [
     importlib.import_module(f"{package.__name__}.{module.name}")
@@ -120,6 +121,7 @@ def _new_pool(
         rings=[Ring(*to_fp8(q)) if ring_dtype == FP8 else Ring(q.to(ring_dtype)) for q in queries],
         ring_len=ring_len,
         scales=[dim**-0.5 * (1 + 0.1 * layer) for layer in range(layers)],
+        turn=_turn(layers, dim),
     )
 
 
@@ -130,7 +132,18 @@ def _copy_pool(pool: LayerPool) -> LayerPool:
         rings=pool.rings,
         ring_len=pool.ring_len,
         scales=pool.scales,
+        turn=pool.turn,
     )
+
+
+def _turn(layers: int, dim: int) -> Turn:
+    """Layer by layer all of a head in halves, three quarters of it in neighbours, nothing."""
+    turns = []
+    for layer in range(layers):
+        pairs = (dim // 2, dim // 8 * 3, 0)[layer % 3]
+        angles = 48.0 * 100.0 ** -(torch.arange(pairs) / max(1, pairs))
+        turns.append(Turn.of_layer(angles.cos(), angles.sin(), dim, halves=layer % 3 == 0))
+    return Turn.of(turns)
 
 
 def _windows(

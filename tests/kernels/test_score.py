@@ -16,6 +16,7 @@ from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.score import attention_scores as reference_scores
 from kara_sglang.kernels.triton.pool import PoolTables
 from kara_sglang.kernels.triton.score import Voters, attention_scores, dot_dtype
+from kara_sglang.kernels.turn import Turn
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -24,6 +25,8 @@ SUM, BEST = (
     AttentionRule(),
     AttentionRule(squared=True, value_norm=4, key_distance=True, delay_votes=False),
 )
+
+AHEAD = dataclasses.replace(BEST, ahead=True)
 
 
 def triton_scores(
@@ -70,7 +73,7 @@ def brute_force(
     count: int,
     rule: AttentionRule,
 ) -> np.ndarray:
-    """One query at a time, float64, from the definition."""
+    """One query at a time, float64, from the definition; moved ahead pair by pair."""
     num_heads = pool.keys[0].shape[1]
     num_jobs, width = slots.shape
     out = np.zeros((len(pool.keys), num_jobs, num_heads, width))
@@ -89,6 +92,8 @@ def brute_force(
                     place = (starts[job] + token) % pool.ring_len
                     for unit in units[job].tolist():
                         query = queries[unit * pool.ring_len + place, head]
+                        if rule.ahead:
+                            query = moved(query, pool.turn, layer)
                         logits = keys[window[:visible], head] @ query * pool.scales[layer]
                         weights = np.exp(logits - logits.max())
                         weights /= weights.sum()
@@ -105,6 +110,17 @@ def brute_force(
     return out
 
 
+def moved(query: np.ndarray, turn: Turn, layer: int) -> np.ndarray:
+    """Each pair as a complex number, times one on the unit circle."""
+    out = query.copy()
+    for first, second in enumerate(turn.partner[layer].tolist()):
+        if first < second:
+            angle = complex(turn.cos[layer, first].item(), turn.sin[layer, second].item())
+            pair = complex(query[first], query[second]) * angle
+            out[first], out[second] = pair.real, pair.imag
+    return out
+
+
 def check(pool, slots, units, starts, count, rule, tolerance=2e-5):
     expected = brute_force(pool, slots, units, starts, count, rule)
     ours = triton_scores(pool, slots, units, starts, count, rule).double().numpy()
@@ -112,6 +128,8 @@ def check(pool, slots, units, starts, count, rule, tolerance=2e-5):
     for layer in range(len(pool.keys)):
         for job, window in enumerate(slots.long()):
             queries = record.recorded(pool.rings[layer], starts[job], count, units[job], pool.ring_len)
+            if rule.ahead:
+                queries = pool.turn.moved(queries, layer)
             theirs = reference_scores(
                 queries,
                 pool.keys[layer].float()[window],
@@ -122,6 +140,25 @@ def check(pool, slots, units, starts, count, rule, tolerance=2e-5):
             np.testing.assert_allclose(
                 theirs.double().numpy(), expected[layer, job], rtol=tolerance, atol=1e-7
             )
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("ring_dtype", [torch.float32, FP8], ids=str)
+def test_queries_moved_ahead(make, dim, ring_dtype):
+    """In halves, in part and in neighbours, and not at all: the pool's layers differ."""
+    pool = make.pool(dim, layers=3, heads=1, dim=dim, ring_len=64, ring_dtype=ring_dtype)
+    slots = make.windows(2, 48, slots=256, seed=dim, page=16)
+    arguments = (slots, torch.tensor([[0, 3], [2, 1]]), [16, 777], 57)
+    check(pool, *arguments, AHEAD)
+    apart = triton_scores(pool, *arguments, AHEAD) / triton_scores(pool, *arguments, BEST) - 1
+    assert (apart[:2].abs().amax(dim=-1) > 0.05).all() and apart[2].abs().max() < 1e-5
+
+
+def test_queries_moved_ahead_are_rounded_to_the_type_of_the_product(make):
+    """What is stored in 16 bits is multiplied in 16 bits; a score loses no more than that."""
+    pool = make.pool(3, dtype=torch.bfloat16, ring_dtype=FP8)
+    slots = make.windows(2, 48, slots=256, seed=1)
+    check(pool, slots, torch.tensor([[0, 3], [2, 1]]), [16, 777], 57, AHEAD, tolerance=0.03)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
@@ -280,6 +317,11 @@ def test_what_does_not_fit_is_refused(make):
         triton_scores(pool, slots.repeat(2, 1), units, [16], 48, SUM)
     with pytest.raises(ValueError, match="must be contiguous"):
         triton_scores(pool, slots[:, ::2], units, [16], 48, SUM)
+    with pytest.raises(ValueError, match="the pool has no turn"):
+        triton_scores(dataclasses.replace(pool, turn=None), slots, units, [16], 48, AHEAD)
+    with pytest.raises(ValueError, match="no contiguous 1 layers of 64 numbers"):
+        short = Turn(*(part[:, :32] for part in dataclasses.astuple(pool.turn)))
+        triton_scores(dataclasses.replace(pool, turn=short), slots, units, [16], 48, AHEAD)
     with pytest.raises(ValueError, match="the pool has no ring"):
         triton_scores(dataclasses.replace(pool, rings=[]), slots, units, [16], 48, SUM)
     integers = dataclasses.replace(pool, keys=[key.int() for key in pool.keys], values=pool.keys)
@@ -309,7 +351,7 @@ def test_only_the_windows_own_slots_and_queries_are_read(make):
     pool = make.pool(9, dim=80, units=3, ring_len=64)
     slots = make.windows(2, 48, slots=256, seed=2)
     units, starts, count = torch.tensor([[2], [0]]), [40, 90], 57
-    arguments = (slots, units, starts, count, BEST)
+    arguments = (slots, units, starts, count, AHEAD)
     clean = triton_scores(pool, *arguments)
     used = torch.zeros(256, dtype=torch.bool)
     used[slots.flatten().long()] = True

@@ -33,6 +33,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "prefix_reuse": "exact",
         "delay": 64,
         "delay_votes": False,
+        "ahead": True,
         "score": "l2_v4_k",
         "chunk_budget": 0.0,
         "chunk_width": 8,
@@ -68,6 +69,7 @@ def test_the_paper_preset_and_what_goes_over_it() -> None:
     changed = {
         "score": "sum",
         "chunk_budget": 0.1,
+        "ahead": False,
         "delay": 0,
         "query_heads": "all",
         "query_dtype": "model",
@@ -122,6 +124,7 @@ WRONG_TYPE: list[tuple[str, Any, str]] = [
     ("seed", 1.0, "--kv-compress-config: seed must be a whole number"),
     ("trace", 1, "--kv-compress-trace must be a string or null"),
     ("delay_votes", 1, "--kv-compress-config: delay_votes must be true or false"),
+    ("ahead", 1, "--kv-compress-config: ahead must be true or false"),
     ("debug_checks", 1, "--kv-compress-config: debug_checks must be true or false"),
     ("debug_checks", "true", "--kv-compress-config: debug_checks must be true or false"),
 ]
@@ -345,6 +348,7 @@ def typed_settings() -> st.SearchStrategy[dict[str, Any]]:
         "query_mem_gb": st.none() | st.floats(0.001, 100) | st.integers(1, 9),
         "delay": st.integers(0, 65536),
         "delay_votes": st.booleans(),
+        "ahead": st.booleans(),
         "score": st.sampled_from(["sum", "sum_v", "l2", "l2_v", "l2_v4", "l2_v4_k"]),
         "chunk_budget": st.floats(0, 1),
         "chunk_width": st.integers(2, 100),

@@ -12,7 +12,8 @@ from kara_sglang.benchmarks.reuse import modes
 from kara_sglang.benchmarks.reuse.__main__ import ROWS, Sizes, draw, markdown, over_repetitions
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULT = ROOT / "benchmarks" / "results" / "serving" / "reuse.json"
+RESULTS = ROOT / "benchmarks" / "results" / "serving"
+RESULT = RESULTS / "reuse.json"
 NAMES = ["stock", "exact", "compressed"]
 
 
@@ -127,3 +128,19 @@ def test_modes_needs_a_server_with_both(
         assert modes.main(["tea"]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "start it with --kv-compress-prefix-reuse compressed" in error
+
+
+def test_modes_keeps_what_it_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    one = modes.Difference(2, 90, 64, 32, 4, 2, 3)
+    endpoint = SimpleNamespace(settings={"prefix_reuse": "compressed"})
+    monkeypatch.setattr(modes, "KaraEndpoint", lambda _url: endpoint)
+    monkeypatch.setattr(modes, "compare", lambda *_arguments: [one])
+    assert modes.main(["tea", "bees", "--out", str(tmp_path / "modes.json")]) == 0
+    kept = json.loads((tmp_path / "modes.json").read_text())
+    assert kept["command"].endswith("modes tea bees --out modes.json")
+    assert modes.of_json(kept["turns"]) == [("tea", one), ("bees", one)]
+
+
+def test_the_documents_talks_are_the_committed_ones() -> None:
+    kept = json.loads((RESULTS / "modes.json").read_text())
+    assert modes.markdown(modes.of_json(kept["turns"])) in (ROOT / "docs" / "frontend.md").read_text()

@@ -161,6 +161,7 @@ def test_settings_reach_the_rules(score: str, votes: bool) -> None:
     config = KaraConfig(
         score=score,
         delay_votes=votes,
+        ahead=not votes,
         chunk_budget=0.3,
         chunk_width=5,
         chunk_quantile=0.6,
@@ -172,6 +173,7 @@ def test_settings_reach_the_rules(score: str, votes: bool) -> None:
         value_norm={"sum": 0, "l2": 0, "l2_v4": 4, "l2_v4_k": 4}.get(score, 1),
         key_distance=score.endswith("_k"),
         delay_votes=votes,
+        ahead=not votes,
     )
     assert (kara.rule, kara.chunks) == (rule, ChunkRule(0.3, 5, 0.6))
     assert causal.rule == dataclasses.replace(rule, causal=True)

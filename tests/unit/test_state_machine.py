@@ -28,6 +28,7 @@ from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob
 from kara_sglang.kernels.record import FP8
 from kara_sglang.kernels.select import select
 from kara_sglang.kernels.selectors import REGISTRY
+from kara_sglang.kernels.turn import Turn
 from kara_sglang.recorder import LAG, AttentionShape, QueryRecorder
 from kara_sglang.state import Geometry, RequestState, Window, ceil_align
 from kara_sglang.stats import Totals
@@ -36,6 +37,12 @@ from kara_sglang.trace import file as trace_file
 LAYERS, KV_HEADS, DIM, GROUP = 2, 2, 4, 2
 ROWS = 8
 SCALES = [0.4, 0.6]
+TURN = Turn.of(
+    [
+        Turn.of_layer(torch.tensor([0.6]), torch.tensor([0.8]), DIM, halves=True),
+        Turn.of_layer(torch.empty(0), torch.empty(0), DIM, halves=True),
+    ]
+)
 
 
 # -- what SGLang would be ------------------------------------------------------------------------------
@@ -294,7 +301,7 @@ class World:
             self.recorder.world = self
             self.recorder.allocate_tables(ROWS)
         self.coordinator = Coordinator(
-            self.scheduler, config, self.recorder, WatchedKernels(self, setting.real), SCALES
+            self.scheduler, config, self.recorder, WatchedKernels(self, setting.real), SCALES, TURN
         )
         self.batch = SimpleNamespace(
             reqs=[],
@@ -637,6 +644,8 @@ class World:
         for layer in range(LAYERS):
             if selector.needs_queries:
                 queries = self.queries_of(req, window.logical_start, layer)
+                if selector.ahead:
+                    queries = TURN.moved(queries, layer)
             keys, values = self.log_k[covered, layer], self.log_v[covered, layer]
             scores = selector.score(queries, keys, values, scale=SCALES[layer], seed=0)
             layers.append(select(scores, kept, selector.chunks))

@@ -1,0 +1,50 @@
+"""The rotary embeddings of a loaded model, for moving its recorded queries ahead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kara_sglang.kernels.turn import Turn
+
+
+def turn_of(model: torch.nn.Module, layers: list[Any], positions: int) -> Turn:
+    """How queries of ``layers`` are moved ahead by ``positions``.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        SGLang's, with weights.
+    layers : list of RadixAttention
+        Its attention layers, in order.
+    positions : int
+
+    Raises
+    ------
+    ValueError
+        Where an attention layer's owner has no ``rotary_emb`` with a ``cos_sin_cache``, as SGLang's own
+        models have (``layers/rotary_embedding/base.py``); None stands for a layer without positions.
+    """
+    owners = {id(child): owner for owner in model.modules() for child in owner.children()}
+    return Turn.of([_of_layer(owners.get(id(layer)), layer.qk_head_dim, positions) for layer in layers])
+
+
+def _of_layer(owner: torch.nn.Module | None, head_dim: int, positions: int) -> Turn:
+    rotary = getattr(owner, "rotary_emb", _MISSING)
+    device = next((p.device for p in owner.parameters()), None) if owner is not None else None
+    if rotary is None:
+        nothing = torch.empty(0, device=device)
+        return Turn.of_layer(nothing, nothing, head_dim, halves=True)
+    cache = getattr(rotary, "cos_sin_cache", None)
+    if cache is None or len(cache) <= positions:
+        raise ValueError(
+            "the plugin does not know this model's rotary embedding, so queries cannot be moved ahead; "
+            "start with --kv-compress-config '{\"ahead\": false}'"
+        )
+    cos, sin = cache[positions].float().chunk(2)
+    size = torch.hypot(cos, sin)  # some embeddings also scale, which is in the queries already
+    return Turn.of_layer(cos / size, sin / size, head_dim, halves=rotary.is_neox_style)
+
+
+_MISSING = object()

@@ -1,0 +1,68 @@
+"""Queries as if they came later: RoPE's rotation by a fixed number of positions.
+
+A window is read by queries behind it, at distances that its own queries do not have: half of those
+look at keys *after* themselves, which no model has ever seen. Moved ahead by W positions, every query
+looks back at every key, from W tokens away on average, as those of the next window will. RoPE is a
+rotation of pairs of numbers, and the rotation by a difference of positions is the same everywhere, so
+recorded queries are moved by one rotation per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The rotation in all layers: number d becomes ``cos[d] * x[d] + sin[d] * x[partner[d]]``.
+
+    Attributes
+    ----------
+    cos, sin
+        Shape ``(num_layers, head_dim)``, float32; 1 and 0 where RoPE leaves a number alone.
+    partner
+        Which number each is paired with, shape ``(num_layers, head_dim)``, int32.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    partner: torch.Tensor
+
+    @classmethod
+    def of(cls, layers: Sequence[Turn]) -> Self:
+        """One of all layers, from one per layer."""
+        parts = zip(*((turn.cos, turn.sin, turn.partner) for turn in layers), strict=True)
+        return cls(*(torch.cat(part) for part in parts))
+
+    @classmethod
+    def of_layer(cls, cos: torch.Tensor, sin: torch.Tensor, head_dim: int, *, halves: bool) -> Self:
+        """A layer whose pairs turn by the angles with these cosines and sines.
+
+        Parameters
+        ----------
+        cos, sin : torch.Tensor
+            Shape ``(rotary_dim / 2,)``; empty for a layer without RoPE.
+        head_dim : int
+            At least ``rotary_dim``; what lies behind it stays.
+        halves : bool
+            Whether the numbers i and ``i + rotary_dim / 2`` are a pair (NeoX's style), or neighbours.
+        """
+        pairs = torch.arange(2 * len(cos), device=cos.device)
+        pairs = pairs.view(2, -1).T if halves else pairs.view(-1, 2)
+        all_cos = torch.ones(head_dim, device=cos.device)
+        all_sin = torch.zeros(head_dim, device=cos.device)
+        partner = torch.arange(head_dim, device=cos.device)
+        first, second = pairs.unbind(1)
+        all_cos[first], all_cos[second] = cos.float(), cos.float()
+        all_sin[first], all_sin[second] = -sin.float(), sin.float()
+        partner[first], partner[second] = second, first
+        return cls(all_cos[None], all_sin[None], partner.to(torch.int32)[None])
+
+    def moved(self, queries: torch.Tensor, layer: int) -> torch.Tensor:
+        """One layer's ``queries``, shape ``(..., head_dim)``, moved ahead; float32."""
+        queries = queries.float()
+        return queries * self.cos[layer] + queries[..., self.partner[layer].long()] * self.sin[layer]

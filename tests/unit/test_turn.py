@@ -1,0 +1,95 @@
+"""Moving queries ahead: against transformers' rotary embedding, and off SGLang's own tables."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import rotate_half
+
+from kara_sglang.kernels.turn import Turn
+from kara_sglang.rotary import turn_of
+
+DIM = 16
+
+
+def angles(positions: float, pairs: int) -> torch.Tensor:
+    return positions * 1e4 ** -(torch.arange(pairs).double() / pairs)
+
+
+def rotated(x: torch.Tensor, position: float, halves: bool) -> torch.Tensor:
+    """RoPE of all of ``x``, float64."""
+    turns = angles(position, x.shape[-1] // 2)
+    if halves:
+        turns = torch.cat([turns, turns])
+        return x * turns.cos() + rotate_half(x) * turns.sin()
+    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
+    return torch.view_as_real(pairs * torch.exp(1j * turns)).flatten(-2)
+
+
+@pytest.mark.parametrize("halves", [True, False], ids=["halves", "neighbours"])
+@pytest.mark.parametrize("rotary_dim", [DIM, DIM // 2])
+def test_moved_is_rotated_further(halves: bool, rotary_dim: int) -> None:
+    """What stood at p stands at p + 37 then, number by number; what RoPE leaves alone stays."""
+    turns = angles(37, rotary_dim // 2)
+    turn = Turn.of_layer(turns.cos(), turns.sin(), DIM, halves=halves)
+    raw = torch.randn(5, 3, 2, DIM, dtype=torch.float64)
+
+    def at(position: float) -> torch.Tensor:
+        front = rotated(raw[..., :rotary_dim], position, halves)
+        return torch.cat([front, raw[..., rotary_dim:]], dim=-1)
+
+    moved = turn.moved(at(1200), 0)
+    assert moved.dtype == torch.float32
+    torch.testing.assert_close(moved.double(), at(1237), rtol=0, atol=1e-5)
+    assert (moved.double() - at(1200)).abs().max() > 0.5
+
+
+def test_layers_are_kept_apart() -> None:
+    nothing = torch.empty(0)
+    still = Turn.of_layer(nothing, nothing, DIM, halves=True)
+    turns = angles(8, DIM // 2)
+    turn = Turn.of([still, Turn.of_layer(turns.cos(), turns.sin(), DIM, halves=False)])
+    assert turn.cos.shape == turn.sin.shape == turn.partner.shape == (2, DIM)
+    x = torch.randn(4, DIM)
+    assert torch.equal(turn.moved(x, 0), x)
+    torch.testing.assert_close(turn.moved(x, 1).double(), rotated(x.double(), 8, False))
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, rotary: object = "missing") -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.attn = torch.nn.Identity()
+        self.attn.qk_head_dim = DIM
+        if rotary != "missing":
+            self.rotary_emb = rotary
+
+
+def rotary(length: int, scale: float = 1.0, halves: bool = True) -> SimpleNamespace:
+    """As SGLang's: cosines and sines of every position, some multiplied by a factor (yarn)."""
+    turns = torch.arange(length).double()[:, None] * angles(1, DIM // 2)
+    cache = torch.cat([turns.cos(), turns.sin()], dim=-1).float() * scale
+    return SimpleNamespace(cos_sin_cache=cache, is_neox_style=halves)
+
+
+def found(*rotaries: object) -> Turn:
+    model = torch.nn.ModuleList(Attention(one) for one in rotaries)
+    return turn_of(model, [layer.attn for layer in model], 37)
+
+
+def test_the_models_own_table_is_used() -> None:
+    """Each layer's; a scale is left out; a layer that says that it has no positions is not turned."""
+    turn = found(rotary(38), rotary(200, scale=1.3, halves=False), None)
+    x = torch.randn(4, DIM)
+    for layer, halves in ((0, True), (1, False)):
+        expected = rotated(x.double(), 37, halves)
+        torch.testing.assert_close(turn.moved(x, layer).double(), expected, atol=1e-4, rtol=0)
+    assert torch.equal(turn.moved(x, 2), x)
+
+
+@pytest.mark.parametrize("unknown", ["missing", SimpleNamespace(is_neox_style=True), rotary(37)])
+def test_an_unknown_embedding_is_refused(unknown: object) -> None:
+    with pytest.raises(ValueError, match=r"""start with --kv-compress-config '{"ahead": false}'"""):
+        found(rotary(64), unknown)
