@@ -37,6 +37,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
     parser.add_argument("--quick", action="store_true", help="the main rows on few texts, in minutes")
     parser.add_argument("--part", help="only this part of the full programme: main or windows")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these, beside the full cache")
+    parser.add_argument(
+        "--shares", nargs="+", type=float, metavar="R", help="only rows that keep these"
+    )
     parser.add_argument("--model", help="model folder; by default the embedded one")
     parser.add_argument("--split", choices=texts.SPLITS, default="held_out")
     parser.add_argument("--texts", type=int, help="at most so many texts")
@@ -55,6 +59,12 @@ def main(arguments: list[str]) -> int:
             print(f"--part {options.part}: there is {' and '.join(names)}", file=sys.stderr)
             return 2
         parts = [part for part in parts if part.name == options.part]
+    try:
+        for part in parts:
+            part.rows = rows.only(part.rows, options.rows, options.shares)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     try:
         model = options.model or str(embedded_model_path())
         shown = command("kara_sglang.benchmarks.quality", arguments)

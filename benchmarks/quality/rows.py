@@ -126,6 +126,29 @@ def _ablations(window: int, retains: tuple[float, ...]) -> list[Row]:
     return rows
 
 
+def only(rows: list[Row], names: list[str] | None, shares: list[float] | None) -> list[Row]:
+    """The reference, and of the other rows those with one of ``names`` and one of ``shares``.
+
+    Raises
+    ------
+    ValueError
+        One line: where no row has a name or a share that was asked for.
+    """
+    for flag, wanted, there in (
+        ("--rows", names, [row.name for row in rows]),
+        ("--shares", shares, [row.retain for row in rows]),
+    ):
+        if unknown := set(wanted or ()) - set(there):
+            known = ", ".join(map(str, dict.fromkeys(there)))
+            raise ValueError(f"{flag} {', '.join(map(str, unknown))}: there is {known}")
+    return [
+        row
+        for row in rows
+        if row.name == REFERENCE_ROW
+        or (row.name in (names or [row.name]) and row.retain in (shares or [row.retain]))
+    ]
+
+
 def quick() -> list[Part]:
     """Minutes on two cores: the main rows at two shares, a small window, few texts."""
     window = 128

@@ -352,7 +352,9 @@ def attention_scores(
         if not tensor.is_contiguous():
             raise ValueError("slots, scores, sums, units and starts must be contiguous")
     dot = dot_dtype(tables.key_dtype, tables.ring_dtype)
-    tile = tile_for(tables.head_dim, dot, rule.causal)
+    tile = tile_for(tables.head_dim, dot, narrow=rule.causal)
+    # Its loop loads the queries, and turning them takes registers.
+    column_tile = tile_for(tables.head_dim, dot, narrow=rule.causal or rule.ahead)
     shared = {
         "first_layer": layers.start,
         "num_jobs": num_jobs,
@@ -370,8 +372,6 @@ def attention_scores(
         "CAUSAL": rule.causal,
         "AHEAD": rule.ahead,
         "BLOCK_D": triton.next_power_of_2(tables.head_dim),
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
     }
     windows = (slots, voters.units, voters.starts)
     turn = tables.turn
@@ -386,9 +386,11 @@ def attention_scores(
         *windows,
         BLOCK_Q=tile.outer,
         BLOCK_K=tile.inner,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         **shared,
     )
-    column_sum_kernel[(head_rows * triton.cdiv(width, tile.outer),)](
+    column_sum_kernel[(head_rows * triton.cdiv(width, column_tile.outer),)](
         out,
         sums,
         tables.rings,
@@ -399,9 +401,11 @@ def attention_scores(
         VALUE_DIM=tables.value_dim,
         SQUARED=rule.squared,
         VALUE_NORM=rule.value_norm,
-        BLOCK_Q=tile.inner,
-        BLOCK_K=tile.outer,
+        BLOCK_Q=column_tile.inner,
+        BLOCK_K=column_tile.outer,
         BLOCK_VALUE=32,
+        num_warps=column_tile.num_warps,
+        num_stages=column_tile.num_stages,
         **shared,
     )
     if rule.key_distance:
@@ -412,7 +416,7 @@ def attention_scores(
 
 
 class Tile(NamedTuple):
-    """Block sizes of both kernels: rows that a program owns, and rows per step of its loop."""
+    """Block sizes of a kernel: rows that a program owns, and rows per step of its loop."""
 
     outer: int
     inner: int
@@ -420,16 +424,17 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile_for(head_dim: int, dtype: torch.dtype, causal: bool) -> Tile:
+def tile_for(head_dim: int, dtype: torch.dtype, *, narrow: bool) -> Tile:
     """Sizes that spill no register on sm_80, sm_90 and sm_100 (docs/kernels.md has the table).
 
-    ``dtype`` is that of the dot product's operands, see :func:`dot_dtype`.
+    ``dtype`` is that of the dot product's operands, see :func:`dot_dtype`; ``narrow`` is for loops that
+    do more than multiply.
     """
     if dtype == torch.float32:
         return Tile(32, 32, 4, 1) if head_dim <= 128 else Tile(32, 16, 4, 1)
     if head_dim <= 128:
-        return Tile(128, 32 if causal else 64, 8, 3)
-    return Tile(64, 64, 8, 2)
+        return Tile(128, 32 if narrow else 64, 8, 3)
+    return Tile(64, 32 if narrow else 64, 8, 2)
 
 
 def dot_dtype(*stored: torch.dtype) -> torch.dtype:

@@ -495,6 +495,19 @@ def test_tables_are_put_between_their_marks(small_part, tmp_path: Path):
     assert "| kara |" not in report.put_into(mark.format("small/selectors@0.25"), result)
 
 
+def test_a_run_can_be_of_some_rows_only():
+    (quick,) = rows.quick()
+    keys = [row.key for row in rows.only(quick.rows, ["kara", "paper"], [0.5])]
+    assert keys == ["full", "kara@0.5", "paper@0.5"]
+    assert rows.only(quick.rows, None, None) == quick.rows
+    with pytest.raises(
+        ValueError, match=r"--rows kvllm: there is full, kara, random, recent, snapkv, paper"
+    ):
+        rows.only(quick.rows, ["kara", "kvllm"], None)
+    with pytest.raises(ValueError, match=r"--shares 0.4: there is 1.0, 0.5, 0.25"):
+        rows.only(quick.rows, None, [0.4])
+
+
 def test_the_documents_tables_are_the_committed_results():
     """Rendered by ``search --into`` and ``report --into``; a figure edited by hand is found here."""
     root = texts.DATA.parents[2]
