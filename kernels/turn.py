@@ -9,6 +9,7 @@ recorded queries are moved by one rotation per layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -26,17 +27,20 @@ class Turn:
         Shape ``(num_layers, head_dim)``, float32; 1 and 0 where RoPE leaves a number alone.
     partner
         Which number each is paired with, shape ``(num_layers, head_dim)``, int32.
+    run
+        A power of two, at most 16: aligned runs of so many numbers have runs as partners.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     partner: torch.Tensor
+    run: int
 
     @classmethod
     def of(cls, layers: Sequence[Turn]) -> Self:
         """One of all layers, from one per layer."""
         parts = zip(*((turn.cos, turn.sin, turn.partner) for turn in layers), strict=True)
-        return cls(*(torch.cat(part) for part in parts))
+        return cls(*(torch.cat(part) for part in parts), math.gcd(*(turn.run for turn in layers)))
 
     @classmethod
     def of_layer(cls, cos: torch.Tensor, sin: torch.Tensor, head_dim: int, *, halves: bool) -> Self:
@@ -60,7 +64,8 @@ class Turn:
         all_cos[first], all_cos[second] = cos.float(), cos.float()
         all_sin[first], all_sin[second] = -sin.float(), sin.float()
         partner[first], partner[second] = second, first
-        return cls(all_cos[None], all_sin[None], partner.to(torch.int32)[None])
+        run = math.gcd(16, head_dim, len(cos)) if halves else 1
+        return cls(all_cos[None], all_sin[None], partner.to(torch.int32)[None], run)
 
     def moved(self, queries: torch.Tensor, layer: int) -> torch.Tensor:
         """One layer's ``queries``, shape ``(..., head_dim)``, moved ahead; float32."""

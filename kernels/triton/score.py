@@ -53,8 +53,7 @@ def _query_head(
 def _queries(
     ring,
     query_head,
-    dim,
-    mask,
+    is_row,
     cosines,
     sines,
     partners,
@@ -63,15 +62,25 @@ def _queries(
     RING: tl.constexpr,
     DOT: tl.constexpr,
     AHEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Recorded queries, moved ahead where asked for; ``query_head`` and ``dim`` broadcast."""
-    query = load_float(ring + query_head * DIM + dim, mask, RING)
+    """Recorded queries, a row each where ``ROWS`` is 1, a column each where it is 0.
+
+    They are moved ahead unless ``AHEAD`` is 0; else it is the turn's ``run``.
+    """
+    dim = tl.arange(0, BLOCK_D)
+    start = tl.expand_dims(query_head * DIM, ROWS)
+    mask = tl.expand_dims(is_row, ROWS) & tl.expand_dims(dim < DIM, 1 - ROWS)
+    query = load_float(ring + start + tl.expand_dims(dim, 1 - ROWS), mask, RING)
     if AHEAD:
-        place = layer * DIM + dim
-        partner = tl.load(partners + place, mask=dim < DIM, other=0)
-        other = load_float(ring + query_head * DIM + partner, mask, RING).to(tl.float32)
-        query = query.to(tl.float32) * tl.load(cosines + place, mask=dim < DIM, other=0)
-        query += other * tl.load(sines + place, mask=dim < DIM, other=0)
+        partner = tl.load(partners + layer * DIM + dim, mask=dim < DIM, other=0)
+        partner = tl.max_contiguous(tl.multiple_of(partner, AHEAD), AHEAD)
+        cosine = tl.load(cosines + layer * DIM + dim, mask=dim < DIM, other=0)
+        sine = tl.load(sines + layer * DIM + dim, mask=dim < DIM, other=0)
+        other = load_float(ring + start + tl.expand_dims(partner, 1 - ROWS), mask, RING)
+        query = query.to(tl.float32) * tl.expand_dims(cosine, 1 - ROWS)
+        query += other.to(tl.float32) * tl.expand_dims(sine, 1 - ROWS)
     return query.to(DOT)
 
 
@@ -128,9 +137,8 @@ def log_sum_exp_kernel(
     )
     query = _queries(
         ring,
-        query_head[:, None],
-        dim[None, :],
-        is_row[:, None] & (dim[None, :] < DIM),
+        query_head,
+        is_row,
         cosines,
         sines,
         partners,
@@ -139,6 +147,8 @@ def log_sum_exp_kernel(
         RING,
         DOT,
         AHEAD,
+        BLOCK_D,
+        1,
     )
     if tl.float8e4nv == RING:
         exponents = layer_buffer(exponents, layer, tl.int8, 1)
@@ -234,9 +244,8 @@ def column_sum_kernel(
         )
         query = _queries(
             ring,
-            query_head[None, :],
-            dim[:, None],
-            is_row[None, :] & (dim[:, None] < DIM),
+            query_head,
+            is_row,
             cosines,
             sines,
             partners,
@@ -245,6 +254,8 @@ def column_sum_kernel(
             RING,
             DOT,
             AHEAD,
+            BLOCK_D,
+            0,
         )
         log_sum = tl.load(sums + row, mask=is_row, other=float("inf"))  # inf: no probability
         query_scale = tl.load(sums + num_rows + row, mask=is_row, other=0.0)
@@ -370,7 +381,7 @@ def attention_scores(
         "DOT": stored_type(dot),
         "ALIGN": tables.alignment,
         "CAUSAL": rule.causal,
-        "AHEAD": rule.ahead,
+        "AHEAD": tables.turn.run if rule.ahead else 0,
         "BLOCK_D": triton.next_power_of_2(tables.head_dim),
     }
     windows = (slots, voters.units, voters.starts)
@@ -431,10 +442,10 @@ def tile_for(head_dim: int, dtype: torch.dtype, *, narrow: bool) -> Tile:
     do more than multiply.
     """
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1) if head_dim <= 128 else Tile(32, 16, 4, 1)
+        return Tile(32, 32, 4, 1) if head_dim <= 128 else Tile(16 if narrow else 32, 16, 4, 1)
     if head_dim <= 128:
         return Tile(128, 32 if narrow else 64, 8, 3)
-    return Tile(64, 32 if narrow else 64, 8, 2)
+    return Tile(64, 16 if narrow else 64, 8, 2)
 
 
 def dot_dtype(*stored: torch.dtype) -> torch.dtype:

@@ -320,7 +320,8 @@ def test_what_does_not_fit_is_refused(make):
     with pytest.raises(ValueError, match="the pool has no turn"):
         triton_scores(dataclasses.replace(pool, turn=None), slots, units, [16], 48, AHEAD)
     with pytest.raises(ValueError, match="no contiguous 1 layers of 64 numbers"):
-        short = Turn(*(part[:, :32] for part in dataclasses.astuple(pool.turn)))
+        parts = (pool.turn.cos, pool.turn.sin, pool.turn.partner)
+        short = Turn(*(part[:, :32] for part in parts), pool.turn.run)
         triton_scores(dataclasses.replace(pool, turn=short), slots, units, [16], 48, AHEAD)
     with pytest.raises(ValueError, match="the pool has no ring"):
         triton_scores(dataclasses.replace(pool, rings=[]), slots, units, [16], 48, SUM)

@@ -17,6 +17,7 @@ from kara_sglang.coordinator import Coordinator
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import WindowJob, WindowShape
 from kara_sglang.kernels.triton import TritonKernels
+from kara_sglang.kernels.turn import Turn
 from kara_sglang.recorder import AttentionShape, QueryRecorder
 
 LAYERS, HEADS, GROUP, DIM, PAGE = 3, 2, 3, 64, 16
@@ -42,7 +43,9 @@ def coordinator_of(config: KaraConfig) -> Coordinator:
         shape = AttentionShape(LAYERS, HEADS * GROUP, HEADS, DIM, torch.bfloat16, CPU)
         fp8 = config.query_dtype == "fp8"
         recorder = QueryRecorder(shape, width, config.delay, 4 << 20, fp8)
-    return Coordinator(scheduler, config, recorder, kernels, [0.125] * LAYERS)
+    still = Turn.of_layer(torch.ones(DIM // 2), torch.zeros(DIM // 2), DIM, halves=True)
+    turn = Turn.of([still] * LAYERS)
+    return Coordinator(scheduler, config, recorder, kernels, [0.125] * LAYERS, turn)
 
 
 @pytest.mark.parametrize(

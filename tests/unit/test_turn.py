@@ -51,6 +51,7 @@ def test_layers_are_kept_apart() -> None:
     still = Turn.of_layer(nothing, nothing, DIM, halves=True)
     turns = angles(8, DIM // 2)
     turn = Turn.of([still, Turn.of_layer(turns.cos(), turns.sin(), DIM, halves=False)])
+    assert (still.run, turn.run) == (16, 1)
     assert turn.cos.shape == turn.sin.shape == turn.partner.shape == (2, DIM)
     x = torch.randn(4, DIM)
     assert torch.equal(turn.moved(x, 0), x)
