@@ -445,7 +445,7 @@ def tile_for(head_dim: int, dtype: torch.dtype, *, narrow: bool) -> Tile:
         return Tile(32, 32, 4, 1) if head_dim <= 128 else Tile(16 if narrow else 32, 16, 4, 1)
     if head_dim <= 128:
         return Tile(128, 32 if narrow else 64, 8, 3)
-    return Tile(64, 16 if narrow else 64, 8, 2)
+    return Tile(64, 16, 8, 1) if narrow else Tile(64, 64, 8, 2)
 
 
 def dot_dtype(*stored: torch.dtype) -> torch.dtype:
