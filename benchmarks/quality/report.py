@@ -1,10 +1,12 @@
 """From cells to figures: JSON, tables in Markdown, plots.
 
-    python -m kara_sglang.benchmarks.quality.report RESULT.json [--plot FILE.png] [--into DOC.md]
+    python -m kara_sglang.benchmarks.quality.report RESULT.json [--plot FILE.png]
+    python -m kara_sglang.benchmarks.quality.report --into README.md docs/quality.md
 
-renders the tables of a result, draws its plot, and puts the tables into a document between the lines
-``<!-- quality:NAME -->`` and ``<!-- end of quality -->``. A name is ``PART/GROUP``, with
-``@SHARE`` behind it for the rows of one share only, or ``PART/goals``.
+renders the tables of a result or draws its plot, and puts the tables of the committed results into
+documents, between the lines ``<!-- quality:NAME -->`` and ``<!-- end of quality -->``. A name is
+``RESULT PART/GROUP`` with the file's name without its suffix, and ``@SHARE`` behind it for the rows of
+one share only, or ``RESULT PART/goals``. Marks of results that are not there stay as they are.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.rows import Part
 from kara_sglang.benchmarks.quality.script import Cell, Script
 
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "quality"
 BASELINES = ("random", "recent", "snapkv")
 
 
@@ -251,35 +254,57 @@ def plot(result: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def put_into(document: str, result: dict[str, Any]) -> str:
-    """``document`` with every marked table rendered anew."""
+def put_into(document: str, folder: Path = RESULTS) -> str:
+    """``document`` with every marked table rendered anew whose result is in ``folder``.
+
+    Raises
+    ------
+    ValueError
+        Where a mark names a part or a group that its result does not have.
+    """
 
     def body(name: str) -> str | None:
-        part, _, group = name.partition("/")
+        stem, _, place = name.partition(" ")
+        path = folder / f"{stem}.json"
+        if not path.is_file():
+            return None
+        result = json.loads(path.read_text())
+        part, _, group = place.partition("/")
         group, _, retain = group.partition("@")
         if group == "goals":  # of the first part that has all rows
-            ours = result["results"][0]["part"] == part and result["goals"]
-            return goal_table(result["goals"]) if ours else None
-        if any(r["part"] == part and r["group"] == group for r in result["results"]):
+            if result["results"][0]["part"] == part and result["goals"]:
+                return goal_table(result["goals"])
+        elif any(r["part"] == part and r["group"] == group for r in result["results"]):
             return table(result["results"], part, group, retain)
-        return None
+        raise ValueError(f"{path.name} has no {place}")
 
     return marked.fill(document, "quality", body)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Render the tables and plots of a result.")
-    parser.add_argument("result", type=Path, help="what kara_sglang.benchmarks.quality --out wrote")
-    parser.add_argument("--plot", type=Path, help="draw KL and recall into this file")
-    parser.add_argument("--into", type=Path, help="a Markdown document with marked tables")
+    parser = argparse.ArgumentParser(description="Render the tables and plots of results.")
+    parser.add_argument(
+        "result", nargs="?", type=Path, help="what quality --out has written: its tables"
+    )
+    parser.add_argument("--plot", type=Path, help="draw its KL and recall into this file instead")
+    parser.add_argument("--into", nargs="+", type=Path, help="Markdown documents with marked tables")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="of these; default: the committed"
+    )
     arguments = parser.parse_args()
-    result = json.loads(arguments.result.read_text())
-    if arguments.plot:
-        plot(result, arguments.plot)
-    if arguments.into:
-        arguments.into.write_text(put_into(arguments.into.read_text(), result))
-    if not arguments.plot and not arguments.into:
-        print(markdown(result))
+    if (arguments.result is None) == (arguments.into is None):
+        parser.error("give a result, or --into and documents")
+    for path in arguments.into or ():
+        try:
+            path.write_text(put_into(path.read_text(), arguments.results))
+        except (OSError, ValueError) as error:
+            parser.error(f"{path}: {error}")
+    if arguments.result is not None:
+        result = json.loads(arguments.result.read_text())
+        if arguments.plot:
+            plot(result, arguments.plot)
+        else:
+            print(markdown(result))
     return 0
 
 

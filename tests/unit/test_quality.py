@@ -481,18 +481,24 @@ def test_tables_are_put_between_their_marks(small_part, tmp_path: Path):
         "results": report.figures(part, scripts, tmp_path),
         "goals": report.goals(part, scripts, tmp_path),
     }
-    result = json.loads(json.dumps(result))  # as from its file
+    (tmp_path / "here.json").write_text(json.dumps(result))
     mark = "<!-- quality:{0} -->\nold\n<!-- end of quality -->\n"
-    document = "above\n" + mark.format("small/selectors") + "between\n" + mark.format("other/x")
-    new = report.put_into(document, result)
+
+    def put(document: str) -> str:
+        return report.put_into(document, tmp_path)
+
+    document = "above\n" + mark.format("here small/selectors") + "between\n" + mark.format("gone x/y")
+    new = put(document)
     assert "old" not in new.split("between")[0] and "old" in new.split("between")[1]
     assert new.startswith("above\n") and "| kara | 0.5 | 0.4000 ± 0.2000 |" in new
-    assert report.put_into(new, result) == new
-    one = report.put_into(mark.format("small/selectors@0.5"), result)
+    assert put(new) == new
+    one = put(mark.format("here small/selectors@0.5"))
     assert "| full | 1 |" in one and "| kara | 0.5 |" in one
-    assert "| selector | mean rank |" in report.put_into(mark.format("small/goals"), result)
-    assert "old" in report.put_into(mark.format("other/goals"), result)
-    assert "| kara |" not in report.put_into(mark.format("small/selectors@0.25"), result)
+    assert "| selector | mean rank |" in put(mark.format("here small/goals"))
+    assert "| kara |" not in put(mark.format("here small/selectors@0.25"))
+    for unknown in ("other/goals", "other/selectors", "small/ablations"):
+        with pytest.raises(ValueError, match=f"here.json has no {unknown}"):
+            put(mark.format(f"here {unknown}"))
 
 
 def test_a_run_can_be_of_some_rows_only():
@@ -516,11 +522,9 @@ def test_the_documents_tables_are_the_committed_results():
     searches = (results / "README.md").read_text()
     assert "<!-- search:search-5 -->\n| row |" in searches
     assert search.put_into(searches, results) == searches
-    assert "<!-- quality:quick/selectors@0.5 -->\n| row |" in readme
-    for name in ("quick.json", "full.json"):
-        result = json.loads((results / name).read_text())
-        assert report.put_into(document, result) == document
-        assert report.put_into(readme, result) == readme
+    for text in (document, readme):
+        assert "<!-- quality:quick quick/selectors" in text
+        assert report.put_into(text) == text
 
 
 # -- reasoning -------------------------------------------------------------------------------------
