@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-_FOLDER = re.compile(r"(?<![\w.:/])/(?:[^\s/]+/)*")
+_FOLDER = re.compile(r"(?<![\w.:/~])/(?:[^\s/]+/)*(?=[^\s/])")
 _ABOUT_FOLDERS = ("--dir", "--folder")
 
 

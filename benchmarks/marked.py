@@ -26,4 +26,4 @@ def fill(document: str, kind: str, body: Callable[[str], str | None]) -> str:
         return match[0] if made is None else f"<!-- {kind}:{match['name']} -->\n{made}{end}"
 
     end = f"<!-- end of {kind} -->"
-    return re.sub(rf"<!-- {kind}:(?P<name>.+?) -->\n.*?{end}", replace, document, flags=re.DOTALL)
+    return re.sub(rf"<!-- {kind}:(?P<name>[^\n]+?) -->\n.*?{end}", replace, document, flags=re.DOTALL)

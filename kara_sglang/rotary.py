@@ -9,7 +9,7 @@ import torch
 from kara_sglang.kernels.turn import Turn
 
 
-def turn_of(model: torch.nn.Module, layers: list[Any], positions: int) -> Turn:
+def turn_of(model: torch.nn.Module, layers: list[Any], positions: int, device: torch.device) -> Turn:
     """How queries of ``layers`` are moved ahead by ``positions``.
 
     Parameters
@@ -19,30 +19,35 @@ def turn_of(model: torch.nn.Module, layers: list[Any], positions: int) -> Turn:
     layers : list of RadixAttention
         Its attention layers, in order.
     positions : int
+    device : torch.device
+        Where the turn shall lie.
 
     Raises
     ------
     ValueError
         Where an attention layer's owner has no ``rotary_emb`` with a ``cos_sin_cache``, as SGLang's own
-        models have (``layers/rotary_embedding/base.py``); None stands for a layer without positions.
+        models have (``layers/rotary_embedding/base.py``), or does more to queries behind it. A
+        ``rotary_emb`` of None stands for a layer without positions.
     """
     owners = {id(child): owner for owner in model.modules() for child in owner.children()}
-    return Turn.of([_of_layer(owners.get(id(layer)), layer.qk_head_dim, positions) for layer in layers])
+    turns = [_of_layer(owners.get(id(layer)), layer.qk_head_dim, positions) for layer in layers]
+    turn = Turn.of(turns)
+    return Turn(turn.cos.to(device), turn.sin.to(device), turn.partner.to(device), turn.run)
 
 
 def _of_layer(owner: torch.nn.Module | None, head_dim: int, positions: int) -> Turn:
     rotary = getattr(owner, "rotary_emb", _MISSING)
-    device = next((p.device for p in owner.parameters()), None) if owner is not None else None
     if rotary is None:
-        nothing = torch.empty(0, device=device)
-        return Turn.of_layer(nothing, nothing, head_dim, halves=True)
+        return Turn.of_layer(torch.empty(0), torch.empty(0), head_dim, halves=True)
     cache = getattr(rotary, "cos_sin_cache", None)
-    if cache is None or len(cache) <= positions:
+    row = positions - getattr(rotary, "position_start", 0)
+    # HunYuan's models norm queries behind the rotation, number by number: the two do not commute.
+    if cache is None or cache.dim() != 2 or len(cache) <= row or hasattr(owner, "query_layernorm"):
         raise ValueError(
             "the plugin does not know this model's rotary embedding, so queries cannot be moved ahead; "
             "start with --kv-compress-config '{\"ahead\": false}'"
         )
-    cos, sin = cache[positions].float().chunk(2)
+    cos, sin = cache[row].float().cpu().chunk(2)
     size = torch.hypot(cos, sin)  # some embeddings also scale, which is in the queries already
     return Turn.of_layer(cos / size, sin / size, head_dim, halves=rotary.is_neox_style)
 

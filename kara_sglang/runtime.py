@@ -83,7 +83,7 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
         return
     if config.ahead:
         try:
-            runtime.turn = turn_of(runner.model, layers, config.window)
+            runtime.turn = turn_of(runner.model, layers, config.window, device)
         except ValueError as error:
             runtime.refused.append(str(error))
     shape = AttentionShape(

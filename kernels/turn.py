@@ -17,7 +17,7 @@ from typing import Self
 import torch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Turn:
     """The rotation in all layers: number d becomes ``cos[d] * x[d] + sin[d] * x[partner[d]]``.
 
@@ -57,8 +57,8 @@ class Turn:
         """
         pairs = torch.arange(2 * len(cos), device=cos.device)
         pairs = pairs.view(2, -1).T if halves else pairs.view(-1, 2)
-        all_cos = torch.ones(head_dim, device=cos.device)
-        all_sin = torch.zeros(head_dim, device=cos.device)
+        all_cos = torch.ones(head_dim, dtype=torch.float32, device=cos.device)
+        all_sin = torch.zeros_like(all_cos)
         partner = torch.arange(head_dim, device=cos.device)
         first, second = pairs.unbind(1)
         all_cos[first], all_cos[second] = cos.float(), cos.float()

@@ -171,6 +171,8 @@ def launches(
     rotating: bool = False,
     causal: bool = False,
     chunks: bool = True,
+    ahead: bool = True,
+    halves: bool = True,
     key_dtype: torch.dtype = torch.bfloat16,
     ring_dtype: torch.dtype = FP8,
 ) -> list[Launch]:
@@ -184,16 +186,16 @@ def launches(
         rings=[Ring.zeros((num_units * ring_len + 1, heads, dim), ring_dtype)],
         ring_len=ring_len,
         scales=[dim**-0.5],
-        turn=Turn.of_layer(torch.ones(dim // 2), torch.zeros(dim // 2), dim, halves=True),
+        turn=Turn.of_layer(torch.ones(dim // 2), torch.zeros(dim // 2), dim, halves=halves),
     )
     job = WindowJob(
         slots=torch.arange(window, dtype=torch.int32),
         kept=retained,
         selector=KaraSelector(
             chunks=ChunkRule(budget=0.1 if chunks else 0.0),
-            # All that the default does, so that no launch of a server does more.
+            # As by default, and chunks besides.
             rule=AttentionRule(
-                squared=not causal, value_norm=4, key_distance=True, ahead=True, causal=causal
+                squared=not causal, value_norm=4, key_distance=True, ahead=ahead, causal=causal
             ),
         ),
         seed=0,
@@ -252,6 +254,15 @@ def cases() -> list[tuple[str, list[Launch]]]:
         (f"{first.name}, fp8 keys", of((*SCORE, "distance_kernel"), launches(first, key_dtype=FP8))),
         (f"{first.name}, rotating", of(SCORE, launches(first, rotating=True))),
         (f"{first.name}, causal", of(SCORE, launches(first, causal=True))),
+        *(
+            (f"head_dim {model.head_dim}, {name}", of(SCORE, launches(model, **settings)))
+            for model in OTHER_SHAPES
+            if model.head_dim in (128, 256)
+            for name, settings in (
+                ("not ahead", {"ahead": False}),
+                ("pairs of neighbours", {"halves": False}),
+            )
+        ),
         *(
             (
                 f"head_dim {model.head_dim}, fp16 keys, bf16 ring",

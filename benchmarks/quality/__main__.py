@@ -60,8 +60,7 @@ def main(arguments: list[str]) -> int:
             return 2
         parts = [part for part in parts if part.name == options.part]
     try:
-        for part in parts:
-            part.rows = rows.only(part.rows, options.rows, options.shares)
+        parts = rows.only(parts, options.rows, options.shares)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -39,6 +39,8 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
     "sleep_on_idle": True,
+    # The pool's size is given; this is of what others leave free, and a model must fit beside them.
+    "mem_fraction_static": 0.95,
 }
 
 

@@ -97,16 +97,20 @@ def serve(options: argparse.Namespace, log: Path) -> Server:
     """Start the real launcher with the plugin."""
     on_cpu = cpu_engine.is_installed()
     context = options.max_tokens + 1024
-    row = Row("kara", "every selector by request", selector="kara", settings=json.loads(options.config))
+    settings = json.loads(options.config)
+    row = Row("kara", "every selector by request", selector="kara", settings=settings)
     setup = Setup(
         model=options.model or _default_model(),
         dtype="float32" if on_cpu else "auto",
         window=options.window,
-        delay=KaraConfig().delay,
+        delay=KaraConfig.from_settings(settings).delay,
         query_mem_gb=options.query_mem_gb or (0.25 if on_cpu else 2.0),
         page_size=PAGE_SIZE,
         pool=options.parallel * context if on_cpu else None,
-        server_args=("--context-length", str(context)),
+        server_args=(
+            *("--context-length", str(context)),
+            *(("--mem-fraction-static", "0.95") if on_cpu else ()),  # the pool's size is given
+        ),
         pythons={},
         cpu=on_cpu,
     )

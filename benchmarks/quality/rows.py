@@ -126,14 +126,16 @@ def _ablations(window: int, retains: tuple[float, ...]) -> list[Row]:
     return rows
 
 
-def only(rows: list[Row], names: list[str] | None, shares: list[float] | None) -> list[Row]:
-    """The reference, and of the other rows those with one of ``names`` and one of ``shares``.
+def only(parts: list[Part], names: list[str] | None, shares: list[float] | None) -> list[Part]:
+    """The parts with their reference and, of the other rows, those with one of ``names`` and one of
+    ``shares``; parts that would be left with the reference alone are left out.
 
     Raises
     ------
     ValueError
         One line: where no row has a name or a share that was asked for.
     """
+    rows = [row for part in parts for row in part.rows]
     for flag, wanted, there in (
         ("--rows", names, [row.name for row in rows]),
         ("--shares", shares, [row.retain for row in rows]),
@@ -141,12 +143,15 @@ def only(rows: list[Row], names: list[str] | None, shares: list[float] | None) -
         if unknown := set(wanted or ()) - set(there):
             known = ", ".join(map(str, dict.fromkeys(there)))
             raise ValueError(f"{flag} {', '.join(map(str, unknown))}: there is {known}")
-    return [
-        row
-        for row in rows
-        if row.name == REFERENCE_ROW
-        or (row.name in (names or [row.name]) and row.retain in (shares or [row.retain]))
+
+    def chosen(row: Row) -> bool:
+        return row.name in (names or [row.name]) and row.retain in (shares or [row.retain])
+
+    smaller = [
+        replace(part, rows=[r for r in part.rows if r.name == REFERENCE_ROW or chosen(r)])
+        for part in parts
     ]
+    return [part for part in smaller if len(part.rows) > 1]
 
 
 def quick() -> list[Part]:

@@ -191,7 +191,7 @@ def measure(setup: Setup, sizes: Sizes, folder: Path) -> dict[str, Any]:
 def _start(row: Row, setup: Setup, pool: int, folder: Path) -> Server:
     print(f"starting {row.name}, pool {pool} slots", file=sys.stderr)
     log = folder / "logs" / f"{row.name}-{pool}.log"
-    return Server(PEERS["sglang"], row, dataclasses.replace(setup, pool=pool), log)
+    return Server(PEERS["sglang"], row, dataclasses.replace(setup, pool=pool), log).wait()
 
 
 def over_repetitions(runs: list[list[dict[str, float]]], step: int, key: str) -> float:

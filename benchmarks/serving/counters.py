@@ -20,7 +20,7 @@ class Counters:
     decode_steps
         Decode batches that were run; None where the engine does not say.
     mean_running, peak_running
-        Requests in a decode batch.
+        Requests in a decode batch; None where the engine did not say.
     retractions
         Requests that were thrown out to be computed again.
     hit_rate
@@ -34,8 +34,8 @@ class Counters:
     """
 
     decode_steps: int | None
-    mean_running: float
-    peak_running: int
+    mean_running: float | None
+    peak_running: int | None
     retractions: int
     hit_rate: float
     held: float

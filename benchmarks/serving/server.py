@@ -130,12 +130,17 @@ class Servers:
         self.resident = resident
         self._folder = folder
         self._running: OrderedDict[tuple[str, int | None], Server] = OrderedDict()
+        self._failed: dict[tuple[str, int | None], RuntimeError] = {}
 
     def get(self, start: Start, then: Iterable[Start] = ()) -> Server:
         """The server of ``start``. Where it has to be started, those that come ``then`` are started
         beside it, as far as there is room, and waited for: most of a start is one thread's work."""
         wanted = {(row.name, setup.pool): (peer, row, setup) for peer, row, setup in (start, *then)}
-        first, *_ = keys = list(wanted)[: self.resident]
+        if (failed := self._failed.get(next(iter(wanted)))) is not None:
+            raise failed
+        # Only where a pool is not sized by what is free when the server starts.
+        together = self.resident if start[2].cpu else 1
+        first, *_ = keys = [key for key in wanted if key not in self._failed][:together]
         if first not in self._running:
             for key in keys:
                 if key in self._running:
@@ -149,11 +154,11 @@ class Servers:
             for key in reversed(fresh):
                 try:
                     self._running[key].wait()
-                except RuntimeError:
+                except RuntimeError as error:
                     del self._running[key]
+                    self._failed[key] = error  # it is told when it is that server's turn
                     if key == first:
                         raise
-                    # It will fail again, and say so, when it is its turn.
         self._running.move_to_end(first)
         return self._running[first]
 

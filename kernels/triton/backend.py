@@ -9,7 +9,7 @@ import torch
 
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape, reference_scores
 from kara_sglang.kernels.copies import fill, to_device
-from kara_sglang.kernels.record import Ring
+from kara_sglang.kernels.record import Queries, Ring
 from kara_sglang.kernels.selectors.base import AttentionSelector, BlindSelector
 from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.pool import PoolTables
@@ -45,7 +45,8 @@ class TritonKernels:
         self._scratch = torch.empty(size, dtype=torch.uint8, device=device)
         return size
 
-    def record(self, ring: Ring, entries: torch.Tensor, queries: torch.Tensor) -> None:
+    def record(self, ring: Ring, entries: torch.Tensor, queries: Queries) -> None:
+        assert not isinstance(queries, list)  # records_steps
         record(ring, entries, queries)
 
     def compress(

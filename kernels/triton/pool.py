@@ -64,7 +64,8 @@ class PoolTables:
         Raises
         ------
         ValueError
-            Where layers differ in shape or dtype, K and V in dtype, or a buffer has gaps.
+            Where layers differ in shape or dtype, K and V in dtype, a buffer has gaps, or the turn does
+            not fit.
         """
         rings = [ring.queries for ring in pool.rings]
         exponents = [ring.exponents for ring in pool.rings if ring.exponents is not None]

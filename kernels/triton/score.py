@@ -363,9 +363,8 @@ def attention_scores(
         if not tensor.is_contiguous():
             raise ValueError("slots, scores, sums, units and starts must be contiguous")
     dot = dot_dtype(tables.key_dtype, tables.ring_dtype)
-    tile = tile_for(tables.head_dim, dot, narrow=rule.causal)
-    # Its loop loads the queries, and turning them takes registers.
-    column_tile = tile_for(tables.head_dim, dot, narrow=rule.causal or rule.ahead)
+    tile = tile_for(tables.head_dim, dot, causal=rule.causal, turns=False)
+    column_tile = tile_for(tables.head_dim, dot, causal=rule.causal, turns=rule.ahead)
     shared = {
         "first_layer": layers.start,
         "num_jobs": num_jobs,
@@ -435,17 +434,17 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile_for(head_dim: int, dtype: torch.dtype, *, narrow: bool) -> Tile:
+def tile_for(head_dim: int, dtype: torch.dtype, *, causal: bool, turns: bool) -> Tile:
     """Sizes that spill no register on sm_80, sm_90 and sm_100 (docs/kernels.md has the table).
 
-    ``dtype`` is that of the dot product's operands, see :func:`dot_dtype`; ``narrow`` is for loops that
-    do more than multiply.
+    ``dtype`` is that of the dot product's operands, see :func:`dot_dtype`; ``turns`` says whether
+    queries are turned inside the loop.
     """
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1) if head_dim <= 128 else Tile(16 if narrow else 32, 16, 4, 1)
+        return Tile(32, 32, 4, 1) if head_dim <= 128 else Tile(16 if turns else 32, 16, 4, 1)
     if head_dim <= 128:
-        return Tile(128, 32 if narrow else 64, 8, 3)
-    return Tile(64, 16, 8, 1) if narrow else Tile(64, 64, 8, 2)
+        return Tile(128, 32 if causal or turns else 64, 8, 3)
+    return Tile(64, 16, 8, 1) if turns else Tile(64, 64, 8, 2)
 
 
 def dot_dtype(*stored: torch.dtype) -> torch.dtype:

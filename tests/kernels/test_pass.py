@@ -19,6 +19,7 @@ from kara_sglang.kernels.selectors import REGISTRY, Selector
 from kara_sglang.kernels.triton import TritonKernels, backend
 from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.pool import PoolTables
+from kara_sglang.kernels.turn import Turn
 from kara_sglang.recorder import AttentionShape, QueryRecorder
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -307,6 +308,8 @@ def test_tables_fit_one_pool_only(make, pool):
         {"rings": [Ring(ring.queries[:-1]) for ring in pool.rings]},
         {"rings": []},
         {"scales": [1.0] * 3},
+        {"turn": Turn(pool.turn.cos, pool.turn.sin, pool.turn.partner, 1)},
+        {"turn": None},
     ):
         assert not tables.matches(dataclasses.replace(pool, **changed)), changed
 

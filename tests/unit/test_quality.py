@@ -502,16 +502,18 @@ def test_tables_are_put_between_their_marks(small_part, tmp_path: Path):
 
 
 def test_a_run_can_be_of_some_rows_only():
-    (quick,) = rows.quick()
-    keys = [row.key for row in rows.only(quick.rows, ["kara", "paper"], [0.5])]
-    assert keys == ["full", "kara@0.5", "paper@0.5"]
-    assert rows.only(quick.rows, None, None) == quick.rows
-    with pytest.raises(
-        ValueError, match=r"--rows kvllm: there is full, kara, random, recent, snapkv, paper"
-    ):
-        rows.only(quick.rows, ["kara", "kvllm"], None)
+    def keys(*arguments) -> list[list[str]]:
+        return [[row.key for row in part.rows] for part in rows.only(*arguments)]
+
+    assert keys(rows.quick(), ["kara", "paper"], [0.5]) == [["full", "kara@0.5", "paper@0.5"]]
+    everything = [[row.key for row in part.rows] for part in rows.full()]
+    assert keys(rows.full(), None, None) == everything
+    assert keys(rows.full(), ["kara"], [0.2]) == [["full", "kara@0.2"]]
+    assert keys(rows.full(), ["window 512"], None) == [["full", "window-512@0.5", "window-512@0.25"]]
+    with pytest.raises(ValueError, match="--rows kvllm: there is full, kara, random, recent"):
+        rows.only(rows.quick(), ["kara", "kvllm"], None)
     with pytest.raises(ValueError, match=r"--shares 0.4: there is 1.0, 0.5, 0.25"):
-        rows.only(quick.rows, None, [0.4])
+        rows.only(rows.quick(), None, [0.4])
 
 
 def test_the_documents_tables_are_the_committed_results():

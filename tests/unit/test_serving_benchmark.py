@@ -300,6 +300,11 @@ def test_vllm_says_what_it_has_counted() -> None:
     server.totals = {"num_preemptions": 4, "prefix_cache_hits": 30, "prefix_cache_queries": 180}
     counted = vllm.counters(server, mark)
     assert counted == Counters(None, 8 / 3, 3, 3, 0.25, 1.0, {})
+    still = vllm.counters(server, vllm.mark(server))
+    assert (still.mean_running, still.peak_running, still.hit_rate) == (None, None, 0.0)
+    del server.totals["prefix_cache_hits"]
+    with pytest.raises(RuntimeError, match="no vllm:prefix_cache_hits_total"):
+        vllm.mark(server)
 
 
 def test_servers_that_take_turns_start_together(
@@ -324,7 +329,7 @@ def test_servers_that_take_turns_start_together(
 
     monkeypatch.setattr(server_module, "Server", Fake)
     a, b, c, broken = (
-        ("peer", SimpleNamespace(name=name), SimpleNamespace(pool=1))
+        ("peer", SimpleNamespace(name=name), SimpleNamespace(pool=1, cpu=True))
         for name in ("a", "b", "c", "broken")
     )
     with server_module.Servers(2, tmp_path) as servers:
@@ -334,14 +339,17 @@ def test_servers_that_take_turns_start_together(
         assert servers.get(c, [b]).name == "c"  # b comes next, so a makes room
         assert events[4:] == ["stop a", "start c", "ready c"]
         assert servers.get(a, [broken]).name == "a"
+        events.clear()
         with pytest.raises(RuntimeError):
             servers.get(broken)
-        events.clear()
+        assert not events, "it was started again"
     assert sorted(events) == ["stop a"]
-    with server_module.Servers(1, tmp_path) as servers:
-        events.clear()
-        servers.get(a, [b])
-        assert events == ["start a", "ready a"]
+    on_gpu = ("peer", a[1], SimpleNamespace(pool=1, cpu=False))
+    for resident, first in ((1, a), (2, on_gpu)):
+        with server_module.Servers(resident, tmp_path) as servers:
+            events.clear()
+            servers.get(first, [b])
+            assert events == ["start a", "ready a"]
 
 
 def test_a_row_that_cannot_run_says_how_to_have_it(
@@ -440,6 +448,7 @@ def test_a_results_command_says_nothing_of_this_machines_folders() -> None:
         "python -m m --peer vllm=PYTHON --out b.json"
     )
     assert machine.command("m", arguments) == "python -m m --quick --peer vllm=PYTHON --out b.json"
+    assert machine.command("m", ["--model", "/models/Qwen3/"]) == "python -m m --model Qwen3/"
     arguments = [
         "--folder",
         "/tmp/x",

@@ -77,7 +77,7 @@ def rotary(length: int, scale: float = 1.0, halves: bool = True) -> SimpleNamesp
 
 def found(*rotaries: object) -> Turn:
     model = torch.nn.ModuleList(Attention(one) for one in rotaries)
-    return turn_of(model, [layer.attn for layer in model], 37)
+    return turn_of(model, [layer.attn for layer in model], 37, torch.device("cpu"))
 
 
 def test_the_models_own_table_is_used() -> None:
@@ -90,7 +90,32 @@ def test_the_models_own_table_is_used() -> None:
     assert torch.equal(turn.moved(x, 2), x)
 
 
-@pytest.mark.parametrize("unknown", ["missing", SimpleNamespace(is_neox_style=True), rotary(37)])
+def test_a_table_may_begin_before_position_0() -> None:
+    """As of BailingMoE's video models: row i is position i - 100."""
+    table = rotary(200)
+    turns = (torch.arange(200).double() - 100)[:, None] * angles(1, DIM // 2)
+    table.cos_sin_cache = torch.cat([turns.cos(), turns.sin()], dim=-1).float()
+    table.position_start = -100
+    x = torch.randn(4, DIM)
+    moved = found(table).moved(x, 0).double()
+    torch.testing.assert_close(moved, rotated(x.double(), 37, True), atol=1e-4, rtol=0)
+
+
+def test_queries_that_are_normed_behind_the_rotation_are_refused() -> None:
+    layer = Attention(rotary(64))
+    layer.query_layernorm = torch.nn.Identity()
+    with pytest.raises(ValueError, match="ahead"):
+        turn_of(layer, [layer.attn], 37, torch.device("cpu"))
+
+
+def by_head() -> SimpleNamespace:
+    """A table with coefficients per head."""
+    return SimpleNamespace(cos_sin_cache=torch.zeros(64, 2, DIM), is_neox_style=True)
+
+
+@pytest.mark.parametrize(
+    "unknown", ["missing", SimpleNamespace(is_neox_style=True), rotary(37), by_head()]
+)
 def test_an_unknown_embedding_is_refused(unknown: object) -> None:
     with pytest.raises(ValueError, match=r"""start with --kv-compress-config '{"ahead": false}'"""):
         found(rotary(64), unknown)

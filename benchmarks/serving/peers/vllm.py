@@ -65,8 +65,8 @@ class VLLM:
         running = [n for line in _RUNNING.findall(server.log_since(position)) if (n := int(line))]
         return Counters(
             decode_steps=None,
-            mean_running=statistics.fmean(running),
-            peak_running=max(running),
+            mean_running=statistics.fmean(running) if running else None,
+            peak_running=max(running, default=None),
             retractions=int(preempted),
             hit_rate=hits / asked if asked else 0.0,
             held=1.0,
@@ -76,9 +76,7 @@ class VLLM:
 
 def _totals(metrics: str) -> dict[str, float]:
     """The counters of :data:`_TOTALS`, summed over engines, from Prometheus' text."""
-    found = dict.fromkeys(_TOTALS, 0.0)
-    for family in text_string_to_metric_families(metrics):
-        for sample in family.samples:
-            if sample.name in found:
-                found[sample.name] += sample.value
-    return found
+    samples = [s for family in text_string_to_metric_families(metrics) for s in family.samples]
+    if missing := set(_TOTALS) - {sample.name for sample in samples}:
+        raise RuntimeError(f"vLLM's /metrics has no {', '.join(sorted(missing))}")
+    return {name: sum(s.value for s in samples if s.name == name) for name in _TOTALS}
