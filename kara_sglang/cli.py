@@ -155,6 +155,7 @@ def check_server_args(_result: None, record: Any) -> None:
             plugin.hook_parent,
             lambda: refusals.of_flags(resolved) + refusals.of_sharing(resolved, config),
             lambda: refusals.of_model_config(model_config_of(record)),
+            lambda: refusals.of_rotary(model_config_of(record), config),
         ):
             if lines := refused():
                 raise ValueError("; ".join(lines))

@@ -241,7 +241,7 @@ def check_model(plan: Plan) -> Iterator[Finding]:
         text = f"SGLang cannot read the config of {plan.model_path} ({one_line(error)})"
         yield Finding(BAD, "model", text, "give a model folder or a name that the hub knows")
         return
-    refused = refusals.of_model_config(model)
+    refused = refusals.of_model_config(model) or refusals.of_rotary(model, plan.config)
     yield from (Finding(BAD, "model", line) for line in refused)
     if refused:
         return

@@ -1,7 +1,7 @@
 """What compression does not support, said in one line before a server answers wrongly.
 
 Flags and the model's config decide most of it, in the launcher, before any model is loaded
-(:func:`of_flags`, :func:`of_model_config`). What only the real objects can tell is checked in the
+(:func:`of_flags`, :func:`of_model_config`, :func:`of_rotary`). What only the real objects can tell is checked in the
 scheduler (:func:`of_scheduler`). Each refusal names the flag or the feature and the way out.
 """
 
@@ -158,6 +158,29 @@ def of_model_config(model: Any) -> list[str]:
         f"model {name} {kind}, which --kv-compress does not support; serve it without --kv-compress"
         for kind in kinds
     ]
+
+
+UNKNOWN_ROTARY = (
+    "the plugin does not know this model's rotary embedding, so queries cannot be moved ahead; "
+    "start with --kv-compress-config '{\"ahead\": false}'"
+)
+
+
+def of_rotary(model: Any, config: KaraConfig) -> list[str]:
+    """Refusals that the model's config decides about ``ahead``; the rest of them needs the real objects
+    (``rotary.py``).
+
+    Parameters
+    ----------
+    model
+        SGLang's ``ModelConfig``.
+    config : KaraConfig
+    """
+    text = model.hf_text_config
+    scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    # Two tables, of which the length of the text decides (Phi3LongRoPEScaledRotaryEmbedding).
+    long = "longrope" in (scaling.get("rope_type"), scaling.get("type"))
+    return [UNKNOWN_ROTARY] if long and config.ahead and config.query_bytes else []
 
 
 def of_attention_layers(layers: list[Any]) -> list[str]:

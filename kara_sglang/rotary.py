@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kara_sglang.kernels.turn import Turn
+from kara_sglang.refusals import UNKNOWN_ROTARY
 
 
 def turn_of(model: torch.nn.Module, layers: list[Any], positions: int, device: torch.device) -> Turn:
@@ -43,10 +44,7 @@ def _of_layer(owner: torch.nn.Module | None, head_dim: int, positions: int) -> T
     row = positions - getattr(rotary, "position_start", 0)
     # HunYuan's models norm queries behind the rotation, number by number: the two do not commute.
     if cache is None or cache.dim() != 2 or len(cache) <= row or hasattr(owner, "query_layernorm"):
-        raise ValueError(
-            "the plugin does not know this model's rotary embedding, so queries cannot be moved ahead; "
-            "start with --kv-compress-config '{\"ahead\": false}'"
-        )
+        raise ValueError(UNKNOWN_ROTARY)
     cos, sin = cache[row].float().cpu().chunk(2)
     size = torch.hypot(cos, sin)  # some embeddings also scale, which is in the queries already
     return Turn.of_layer(cos / size, sin / size, head_dim, halves=rotary.is_neox_style)

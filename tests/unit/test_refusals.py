@@ -211,6 +211,20 @@ def test_refused_models(changes: dict[str, Any], kind: str) -> None:
     assert "model TinyForCausalLM " + kind in line and line.endswith("without --kv-compress")
 
 
+def test_a_rotary_embedding_of_two_tables_is_refused_in_the_launcher() -> None:
+    """Unless nothing is moved ahead, or no queries are recorded."""
+    for field in ("rope_scaling", "rope_parameters"):
+        for key in ("type", "rope_type"):
+            text = SimpleNamespace(**{field: {key: "longrope"}})
+            [line] = refusals.of_rotary(model(hf_text_config=text), KaraConfig())
+            assert line.endswith("""start with --kv-compress-config '{"ahead": false}'""")
+            assert refusals.of_rotary(model(hf_text_config=text), KaraConfig(ahead=False)) == []
+            assert refusals.of_rotary(model(hf_text_config=text), KaraConfig(selector="recent")) == []
+    yarn = SimpleNamespace(rope_scaling={"rope_type": "yarn"})
+    for text in (yarn, SimpleNamespace(rope_scaling=None), SimpleNamespace()):
+        assert refusals.of_rotary(model(hf_text_config=text), KaraConfig()) == []
+
+
 def test_the_models_fields_are_sglangs(tiny_config: Any) -> None:
     """A real ModelConfig has every attribute that is read, and a Llama passes."""
     from sglang.srt.configs.model_config import AttentionArch, ModelConfig
@@ -220,6 +234,7 @@ def test_the_models_fields_are_sglangs(tiny_config: Any) -> None:
         assert hasattr(real, name), name
     assert {"MHA", "MLA", "SSM"} <= {arch.name for arch in AttentionArch}
     assert refusals.of_model_config(real) == []
+    assert refusals.of_rotary(real, KaraConfig()) == []
 
 
 def layer(**changes: Any) -> SimpleNamespace:
