@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from kara_sglang.benchmarks.reuse import __main__ as program
 from kara_sglang.benchmarks.reuse import modes
 from kara_sglang.benchmarks.reuse.__main__ import ROWS, Sizes, draw, markdown, over_repetitions
+from kara_sglang.benchmarks.serving.peers import Setup
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "serving"
@@ -101,6 +103,13 @@ def test_what_the_documents_quote(result: dict, sizes: Sizes) -> None:
     ):
         assert sentence in section
     assert ours["peak_running"] / stock["peak_running"] == result["forks_ratio"] >= 1.8
+
+
+def test_a_server_is_up_before_it_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started = SimpleNamespace(wait=lambda: "ready")
+    monkeypatch.setattr(program, "Server", lambda *_arguments: started)
+    setup = Setup("m", "float32", 64, 16, 0.25, 16, None, (), {}, cpu=True)
+    assert program._start(ROWS[0], setup, 3408, tmp_path) == "ready"
 
 
 # -- both modes on one server --------------------------------------------------------------------------
