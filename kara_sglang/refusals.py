@@ -2,7 +2,8 @@
 
 Flags and the model's config decide most of it, in the launcher, before any model is loaded
 (:func:`of_flags`, :func:`of_model_config`, :func:`of_rotary`). What only the real objects can tell is
-checked in the scheduler (:func:`of_scheduler`). Each refusal names the flag or the feature and the way out.
+checked in the scheduler (:func:`of_scheduler`). Each refusal names the flag or the feature and the way
+out.
 """
 
 from __future__ import annotations
