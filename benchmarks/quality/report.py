@@ -6,7 +6,8 @@
 renders the tables of a result or draws its plot, and puts the tables of the committed results into
 documents, between the lines ``<!-- quality:NAME -->`` and ``<!-- end of quality -->``. A name is
 ``RESULT PART/GROUP`` with the file's name without its suffix, and ``@SHARE`` behind it for the rows of
-one share only, or ``RESULT PART/goals``. Marks of results that are not there stay as they are.
+one share only, or ``RESULT PART/goals``, or ``RESULT`` alone for one of ``reasoning.py``. Marks of
+results that are not there stay as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kara_sglang.benchmarks import marked
+from kara_sglang.benchmarks.quality import reasoning
 from kara_sglang.benchmarks.quality.estimates import (
     Estimate,
     Observation,
@@ -269,6 +271,8 @@ def put_into(document: str, folder: Path = RESULTS) -> str:
         if not path.is_file():
             return None
         result = json.loads(path.read_text())
+        if not place:
+            return reasoning.table(result["results"])
         part, _, group = place.partition("/")
         group, _, retain = group.partition("@")
         if group == "goals":  # of the first part that has all rows

@@ -559,7 +559,7 @@ def test_answers_are_graded_by_value():
     assert not right("18", "I do not know.")
 
 
-def test_accuracy_is_paired_over_the_problems():
+def test_accuracy_is_paired_over_the_problems(tmp_path: Path):
     def answer(right: bool, tokens: int, windows: int, cut: bool = False) -> dict:
         return {
             "right": right,
@@ -580,6 +580,9 @@ def test_accuracy_is_paired_over_the_problems():
     assert kara["accuracy_low"] < kara["accuracy"] < kara["accuracy_high"]
     assert (kara["output_tokens"], kara["truncated"], kara["windows"]) == (150, 0.125, 1)
     assert "| kara | 0.25 | 0.625 (" in reasoning.table([full, kara])
+    (tmp_path / "some.json").write_text(json.dumps({"results": [full, kara]}))
+    document = report.put_into("<!-- quality:some -->\n<!-- end of quality -->", tmp_path)
+    assert document == f"<!-- quality:some -->\n{reasoning.table([full, kara])}<!-- end of quality -->"
 
 
 @pytest.mark.parametrize(
