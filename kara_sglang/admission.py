@@ -83,6 +83,17 @@ def to_come(req: Req) -> int:
     return min(max(left, 0), schedule_policy.CLIP_MAX_NEW_TOKENS)
 
 
+def idle_slots(scheduler: Scheduler) -> int:
+    """KV slots that are free, or that the prefix cache would give up."""
+    free = scheduler.token_to_kv_pool_allocator.available_size()
+    return free + scheduler.tree_cache.evictable_size()
+
+
+def short_of_slots(scheduler: Scheduler, running: ScheduleBatch) -> bool:
+    """Whether a decode step may need more slots than there are: a page for each request."""
+    return idle_slots(scheduler) < len(running.reqs) * scheduler.page_size
+
+
 def needed(scheduler: Scheduler, running: ScheduleBatch, share: float) -> bool:
     """Whether requests need at least ``share`` of the KV pool uncompressed: what is held, what SGLang
     reserves for those that run, and all of those that wait, as far as there are rows for them.
@@ -96,9 +107,7 @@ def needed(scheduler: Scheduler, running: ScheduleBatch, share: float) -> bool:
 
 def _needs(scheduler: Scheduler, running: ScheduleBatch) -> Iterator[float]:
     """KV slots, part by part."""
-    idle = scheduler.token_to_kv_pool_allocator.available_size()
-    idle += scheduler.tree_cache.evictable_size()
-    yield scheduler.max_total_num_tokens - idle
+    yield scheduler.max_total_num_tokens - idle_slots(scheduler)
     ratio = scheduler.new_token_ratio_tracker.current
     for req in running.reqs:
         yield to_come(req) * (1.0 if req.sampling_params.ignore_eos else ratio)

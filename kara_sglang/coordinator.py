@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kara_sglang import policy
-from kara_sglang.admission import Forecast, needed
+from kara_sglang.admission import Forecast, needed, short_of_slots
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
@@ -263,7 +263,8 @@ class Coordinator:
                     waiting.append(self._candidate(index, req, state))
             elif req.kv.kv_committed_len >= state.due_at(self.geometry) and _goes_on(req):
                 ready.append(self._candidate(index, req, state))
-        due = self.policy.due(ready if self._acting else [])
+        ready = ready if self._acting else []
+        due = self.policy.due(ready, urgent=bool(ready) and short_of_slots(self.scheduler, batch))
         if due:
             self._compress(batch, due)
         if self.recorder is not None:

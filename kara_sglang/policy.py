@@ -53,7 +53,7 @@ class Policy(Protocol):
             the KV pool; it takes time.
         """
 
-    def due(self, candidates: Sequence[Candidate]) -> list[int]:
+    def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
         """Batch indices to compress in this step, ascending.
 
         Parameters
@@ -61,6 +61,9 @@ class Policy(Protocol):
         candidates : sequence of Candidate
             The running requests that could be compressed, in batch order; also those of negative
             ``overdue``, which never are. None where the policy does not act.
+        urgent : bool
+            Whether somebody would be retracted in this step for want of slots: nothing that could give
+            some back is put off then.
         """
 
 
@@ -68,7 +71,7 @@ class Periodic:
     """The paper's policy (section 4.3): one global step counter, a fixed period, at most n requests.
 
     The cost of compression is bounded whatever the number of running requests. Those that have waited
-    longest go first, the older on ties. No more go in one step than must.
+    longest go first, the older on ties. No more go in one step than must, unless slots run out.
     """
 
     def __init__(self, period: int, limit: int) -> None:
@@ -79,11 +82,11 @@ class Periodic:
     def acts(self, needed: Callable[[float], bool]) -> bool:
         return True
 
-    def due(self, candidates: Sequence[Candidate]) -> list[int]:
+    def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
         self.step += 1
-        if self.step % self.period:
+        if self.step % self.period and not urgent:
             return []
-        share = _share(candidates, self.period)
+        share = self.limit if urgent else _share(candidates, self.period)
         return _first(candidates, min(self.limit, share), lambda c: (-c.overdue, c.order))
 
 
@@ -99,7 +102,7 @@ class Threshold:
     def acts(self, needed: Callable[[float], bool]) -> bool:
         return True
 
-    def due(self, candidates: Sequence[Candidate]) -> list[int]:
+    def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
         long = [c for c in candidates if c.kv_len >= self.threshold]
         return _first(long, len(long), lambda c: (c.index,))
 
@@ -120,11 +123,11 @@ class Pressure:
     def acts(self, needed: Callable[[float], bool]) -> bool:
         return needed(self.min_usage)
 
-    def due(self, candidates: Sequence[Candidate]) -> list[int]:
+    def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
         self.step += 1
-        if self.step % self.period:
+        if self.step % self.period and not urgent:
             return []
-        share = _share(candidates, self.period)
+        share = self.limit if urgent else _share(candidates, self.period)
         return _first(candidates, min(self.limit, share), lambda c: (-c.gain, -c.uncompressed, c.order))
 
 

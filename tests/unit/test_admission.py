@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kara_sglang.admission import Forecast, adder_class, needed
+from kara_sglang.admission import Forecast, adder_class, needed, short_of_slots
 from kara_sglang.runtime import runtime
 from kara_sglang.state import Geometry
 
@@ -127,6 +127,17 @@ def test_adder_counts_on_compression_only_where_it_happens(monkeypatch: pytest.M
 def test_adder_is_stocks_without_a_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "coordinator", None)
     assert adder_class(lambda _scheduler: StockAdder, None) is StockAdder
+
+
+def test_a_step_may_need_a_page_for_each_request() -> None:
+    """Free slots and those that the prefix cache would give up count alike."""
+    for free, evictable, expected in ((48, 0, False), (40, 8, False), (47, 0, True), (0, 32, True)):
+        scheduler = SimpleNamespace(
+            page_size=16,
+            token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda n=free: n),
+            tree_cache=SimpleNamespace(evictable_size=lambda n=evictable: n),
+        )
+        assert short_of_slots(scheduler, SimpleNamespace(reqs=[1, 2, 3])) is expected
 
 
 def test_what_requests_need_is_summed_up_to_the_mark() -> None:

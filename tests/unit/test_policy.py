@@ -246,6 +246,16 @@ def test_auto_serves_everybody_before_it_upgrades_anybody() -> None:
     assert grants(waiting, 3, 4, "all") == []
 
 
+@pytest.mark.parametrize("make", [lambda n: Periodic(n, 8), lambda n: Pressure(n, 8, 0.8)])
+def test_nothing_is_put_off_when_slots_run_out(make: Callable) -> None:
+    """Nine fall due in one step: as many go as a pass takes, else one, and at the period."""
+    batch = [candidate(i, overdue=0, order=i) for i in range(9)]
+    assert len(make(1).due(batch)) == 1 and make(5).due(batch) == []
+    for period in (1, 5):
+        assert make(period).due(batch, urgent=True) == list(range(8))
+    assert make(1).due([candidate(0, overdue=-1)], urgent=True) == []
+
+
 def test_only_pressure_asks_what_is_needed() -> None:
     """Below its mark nothing is compressed; the others always act, whatever it would cost to ask."""
     for needed in (True, False):
