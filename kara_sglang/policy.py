@@ -62,8 +62,7 @@ class Policy(Protocol):
             The running requests that could be compressed, in batch order; also those of negative
             ``overdue``, which never are. None where the policy does not act.
         urgent : bool
-            Whether somebody would be retracted in this step for want of slots: nothing that could give
-            some back is put off then.
+            Whether this step may run out of slots: who may be compressed now is not put off then.
         """
 
 
@@ -84,7 +83,7 @@ class Periodic:
 
     def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
         self.step += 1
-        if self.step % self.period and not urgent:
+        if self.step % self.period:
             return []
         share = self.limit if urgent else _share(candidates, self.period)
         return _first(candidates, min(self.limit, share), lambda c: (-c.overdue, c.order))
@@ -125,7 +124,7 @@ class Pressure:
 
     def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
         self.step += 1
-        if self.step % self.period and not urgent:
+        if self.step % self.period:
             return []
         share = self.limit if urgent else _share(candidates, self.period)
         return _first(candidates, min(self.limit, share), lambda c: (-c.gain, -c.uncompressed, c.order))

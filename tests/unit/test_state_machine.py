@@ -1200,7 +1200,7 @@ def test_who_waits_for_a_recorder_gives_nothing_back() -> None:
     advance(world, 1)
     fresh = world.coordinator.reserve(waiting, 64)
     assert world.prefill(waiting)
-    world.coordinator.policy.due = lambda candidates: []  # nobody gives its recorder back
+    world.coordinator.policy.due = lambda candidates, urgent: []  # nobody gives its recorder back
     advance(world, 60)
     assert waiting.state.waits_for_recorder() and waiting.state.uncompressed(63) == 60
     world.coordinator.forecast = Forecast(world.coordinator.geometry)
