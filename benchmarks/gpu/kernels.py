@@ -202,7 +202,8 @@ def check(case: Case) -> dict[str, Any]:
                 rule=RULE,
             )
     error = ((case.scores - expected).abs() / expected).max().item()
-    require(error < 5e-3, f"score: relative error {error}")
+    # A turned query that falls between two 16-bit numbers may be rounded either way.
+    require(error < 0.03, f"score: relative error {error}")
 
     # Before anything has moved: a compacted window holds tokens twice, and equal scores are a toss-up.
     widened = copied(pool, torch.float32)
