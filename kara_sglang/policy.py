@@ -85,8 +85,8 @@ class Periodic:
         self.step += 1
         if self.step % self.period:
             return []
-        share = self.limit if urgent else _share(candidates, self.period)
-        return _first(candidates, min(self.limit, share), lambda c: (-c.overdue, c.order))
+        most = self.limit if urgent else min(self.limit, _share(candidates, self.period))
+        return _first(candidates, most, lambda c: (-c.overdue, c.order))
 
 
 class Threshold:
@@ -126,8 +126,8 @@ class Pressure:
         self.step += 1
         if self.step % self.period:
             return []
-        share = self.limit if urgent else _share(candidates, self.period)
-        return _first(candidates, min(self.limit, share), lambda c: (-c.gain, -c.uncompressed, c.order))
+        most = self.limit if urgent else min(self.limit, _share(candidates, self.period))
+        return _first(candidates, most, lambda c: (-c.gain, -c.uncompressed, c.order))
 
 
 def build(config: KaraConfig) -> Policy:

@@ -118,14 +118,14 @@ class Case:
         for ring in self.pool.rings:
             TritonKernels().record(ring, self.entries, self.queries)
 
-    def score(self) -> None:
+    def score(self, rule: AttentionRule = RULE) -> None:
         attention_scores(
             self.tables,
             range(self.model.layers),
             self.slots,
             self.voters,
             ring_len=self.pool.ring_len,
-            rule=RULE,
+            rule=rule,
             sums=self.sums,
             out=self.scores,
         )
@@ -173,7 +173,8 @@ def check(case: Case) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``score_error``: largest relative difference of a score. ``same_choice``: share of positions
+        ``score_error``: largest relative difference of a score; ``turned_score_error``: the same with
+        queries that are moved ahead, whose rounding may differ. ``same_choice``: share of positions
         that a whole pass and the reference's agree on; near ties may fall either way.
     """
     pool, settings = case.pool, case.settings
@@ -184,26 +185,11 @@ def check(case: Case) -> dict[str, Any]:
         for mine, other in zip(parts(ours), parts(theirs), strict=True):
             require(torch.equal(mine[:-1].view(torch.uint8), other[:-1].view(torch.uint8)), "record")
 
-    case.scores.fill_(float("nan"))
-    case.score()
-    expected = torch.empty_like(case.scores)
-    dot = dot_dtype(case.tables.key_dtype, case.tables.ring_dtype)
-    for layer, ring in enumerate(rings):
-        for job, slots in enumerate(case.slots.long()):
-            queries = reference_record.recorded(
-                ring, case.starts[job], case.voters.count, case.units[job], pool.ring_len
-            )
-            expected[layer, job] = reference_scores(
-                # As the kernel: what is multiplied has the product's type.
-                pool.turn.moved(queries, layer).to(dot),
-                pool.keys[layer].float()[slots],
-                pool.values[layer].float()[slots],
-                scale=pool.scales[layer],
-                rule=RULE,
-            )
-    error = ((case.scores - expected).abs() / expected).max().item()
+    error = score_error(case, dataclasses.replace(RULE, ahead=False))
+    require(error < 1e-3, f"score: relative error {error}")
     # A turned query that falls between two 16-bit numbers may be rounded either way.
-    require(error < 0.03, f"score: relative error {error}")
+    turned_error = score_error(case, RULE)
+    require(turned_error < 0.03, f"score of turned queries: relative error {turned_error}")
 
     # Before anything has moved: a compacted window holds tokens twice, and equal scores are a toss-up.
     widened = copied(pool, torch.float32)
@@ -227,7 +213,31 @@ def check(case: Case) -> dict[str, Any]:
         require(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), "compact")
 
     check_replay(case)
-    return {"score_error": error, "same_choice": same}
+    return {"score_error": error, "turned_score_error": turned_error, "same_choice": same}
+
+
+def score_error(case: Case, rule: AttentionRule) -> float:
+    """Largest relative difference of a score by ``rule``, which ``case.scores`` then holds."""
+    case.scores.fill_(float("nan"))
+    case.score(rule)
+    expected = torch.empty_like(case.scores)
+    pool = case.pool
+    dot = dot_dtype(case.tables.key_dtype, case.tables.ring_dtype)
+    for layer, ring in enumerate(pool.rings):
+        for job, slots in enumerate(case.slots.long()):
+            queries = reference_record.recorded(
+                ring, case.starts[job], case.voters.count, case.units[job], pool.ring_len
+            )
+            if rule.ahead:  # as the kernel: what is multiplied has the product's type
+                queries = pool.turn.moved(queries, layer).to(dot)
+            expected[layer, job] = reference_scores(
+                queries,
+                pool.keys[layer].float()[slots],
+                pool.values[layer].float()[slots],
+                scale=pool.scales[layer],
+                rule=rule,
+            )
+    return ((case.scores - expected).abs() / expected).max().item()
 
 
 def check_replay(case: Case) -> None:
