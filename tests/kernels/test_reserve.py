@@ -16,6 +16,15 @@ from kara_sglang.kernels.triton import TritonKernels, backend
 HEADS, GROUP, DIM = 2, 16, 16
 
 
+class Attention(torch.nn.Module):
+    """As in SGLang's models: what rotates queries stands beside the layer that attends."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.attn = RadixAttention(HEADS * GROUP, DIM, 0.25, HEADS, layer_id=layer)
+        self.rotary_emb = SimpleNamespace(cos_sin_cache=torch.ones(300, DIM), is_neox_style=True)
+
+
 @pytest.mark.parametrize("query_mem_gb", [0.01, 0])
 def test_whatever_a_request_asks_for_fits(monkeypatch, query_mem_gb):
     """Also where one window of one layer takes more than the usual scratch."""
@@ -26,10 +35,11 @@ def test_whatever_a_request_asks_for_fits(monkeypatch, query_mem_gb):
     monkeypatch.setattr(plugin, "active", lambda: config)
     monkeypatch.setattr(runtime, "pick", lambda device: (TritonKernels(), "a test"))
     monkeypatch.setattr(backend, "SCRATCH_BYTES", 0)
-    layers = [RadixAttention(HEADS * GROUP, DIM, 0.25, HEADS, layer_id=i) for i in range(2)]
-    model = SimpleNamespace(modules=lambda: layers)
-    runtime.after_load_model(None, SimpleNamespace(model=model, device="cpu", dtype=torch.bfloat16))
+    model = torch.nn.ModuleList(Attention(i) for i in range(2))
+    runner = SimpleNamespace(model=model, device="cpu", dtype=torch.bfloat16)
+    runtime.after_load_model(None, runner)
     assert fresh.refused == []
+    assert fresh.turn is None if not query_mem_gb else fresh.turn.cos.shape == (2, DIM)
     assert isinstance(fresh.kernels, TritonKernels)
     for kind in REGISTRY.values():
         if kind.needs_queries and not query_mem_gb:
