@@ -186,8 +186,8 @@ def reference_scores(pool: LayerPool, job: WindowJob, layer: int) -> torch.Tenso
             queries = pool.turn.moved(queries, layer)
     return job.selector.score(
         queries,
-        pool.keys[layer][slots],
-        pool.values[layer][slots],
+        pool.keys[layer].index_select(0, slots),
+        pool.values[layer].index_select(0, slots),
         scale=pool.scales[layer],
         seed=job.seed + layer,
     )

@@ -186,10 +186,11 @@ def recorded(ring: Ring, start: int, count: int, units: torch.Tensor, ring_len: 
     if count > ring_len:
         raise ValueError(f"{count} queries asked of a ring that holds {ring_len} tokens")
     offsets = torch.arange(start, start + count, device=ring.queries.device) % ring_len
-    entries = units[None, :] * ring_len + offsets[:, None]
+    entries = (units[None, :] * ring_len + offsets[:, None]).flatten()
     if ring.exponents is None:
-        rows = ring.queries[entries]  # (count, group or 1, num_kv_heads, head_dim)
+        rows = ring.queries.index_select(0, entries)
     else:
-        rows = ring.queries.view(torch.uint8)[entries].view(FP8).float()
-        rows *= power_of_two(ring.exponents[entries])[..., None]
-    return rows.transpose(1, 2)
+        # As bytes, which every operation knows.
+        rows = ring.queries.view(torch.uint8).index_select(0, entries).view(FP8).float()
+        rows *= power_of_two(ring.exponents.index_select(0, entries))[..., None]
+    return rows.unflatten(0, (count, -1)).transpose(1, 2)

@@ -70,4 +70,6 @@ class Turn:
     def moved(self, queries: torch.Tensor, layer: int) -> torch.Tensor:
         """One layer's ``queries``, shape ``(..., head_dim)``, moved ahead; float32."""
         queries = queries.float()
-        return queries * self.cos[layer] + queries[..., self.partner[layer].long()] * self.sin[layer]
+        runs = self.partner[layer, :: self.run] // self.run
+        partners = queries.unflatten(-1, (-1, self.run)).index_select(-2, runs).flatten(-2)
+        return queries * self.cos[layer] + partners.mul_(self.sin[layer])

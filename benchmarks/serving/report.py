@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from kara_sglang.benchmarks.serving.rows import STOCK
+from kara_sglang.benchmarks.serving.rows import EXACT, STOCK
 
 Result = dict[str, Any]
 
@@ -83,7 +83,7 @@ def headline(results: list[Result]) -> dict[str, Any]:
         mine, theirs = median(shared["kara-0.5"], "hit rate"), median(shared[STOCK], "hit rate")
         found["hit_rate_delta"] = 100 * (mine - theirs)  # points
     digests = {row: {r["probe"] for r in rs} for row, rs in points.get(ample, {}).items()}
-    for row in ("off", "identity"):
+    for row in EXACT:
         if row in digests and STOCK in digests:
             found[f"{row}_bit_exact"] = len(digests[row] | digests[STOCK]) == 1
     found["cpu_seconds_per_output_token"] = {

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STOCK = "stock"
+EXACT = ("off", "identity")
+"""Rows whose answers have to be stock's, bit for bit."""
 
 
 @dataclass(frozen=True, slots=True)
