@@ -27,6 +27,7 @@ from kara_sglang.benchmarks.quality import campaign, report, rows, texts
 from kara_sglang.benchmarks.quality.engine import EngineFailed, engine_arguments
 from kara_sglang.benchmarks.quality.script import write_json
 from kara_sglang.benchmarks.serving.server import end_on_sigterm
+from kara_sglang.config import PRESETS, KaraConfig
 from kara_sglang.embedded_model import EmbeddedModelMissing, embedded_model_path
 
 
@@ -87,7 +88,7 @@ def measure(
 
     folder = (options.folder or options.out.with_suffix(".run")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    _same_run(folder, {"model": model, "split": options.split})
+    _same_run(folder, {"model": model, "split": options.split} | _defaults())
     on_cpu = cpu_engine.is_installed()
     jobs = options.jobs or (min(2, len(os.sched_getaffinity(0))) if on_cpu else 1)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
@@ -124,7 +125,7 @@ def measure(
 
 
 def _same_run(folder: Path, identity: dict[str, str]) -> None:
-    """Refuse to mix cells of different models or texts."""
+    """Refuse to mix cells of different models, texts or defaults."""
     path = folder / "run.json"
     if path.is_file():
         before = json.loads(path.read_text())
@@ -132,6 +133,11 @@ def _same_run(folder: Path, identity: dict[str, str]) -> None:
             raise EngineFailed(f"{folder} holds another run ({before}); give --folder or remove it")
     else:
         write_json(path, identity)
+
+
+def _defaults() -> dict[str, str]:
+    """What rows mean that leave settings out, by preset."""
+    return {name: KaraConfig.from_settings({"preset": name}).to_json() for name in PRESETS}
 
 
 def _spent(folder: Path, seconds: float) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from kara_sglang.benchmarks.quality import __main__ as quality_main
 from kara_sglang.benchmarks.quality import (
     campaign,
     estimates,
@@ -22,6 +23,7 @@ from kara_sglang.benchmarks.quality import (
     tasks,
     texts,
 )
+from kara_sglang.benchmarks.quality.engine import EngineFailed
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.rows import Part, Row
 from kara_sglang.benchmarks.quality.script import (
@@ -410,6 +412,15 @@ def test_orders_hold_what_is_missing(small_part, tmp_path: Path, monkeypatch: py
         path.parent.mkdir(exist_ok=True)
         path.touch()
     assert campaign.orders(part, scripts, tmp_path, "model", 2) == []
+
+
+def test_a_run_folder_of_other_defaults_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    identity = {"model": "m"} | quality_main._defaults()
+    quality_main._same_run(tmp_path, identity)
+    quality_main._same_run(tmp_path, identity)
+    monkeypatch.setitem(quality_main.PRESETS, "default", {"ahead": False})
+    with pytest.raises(EngineFailed, match="holds another run"):
+        quality_main._same_run(tmp_path, {"model": "m"} | quality_main._defaults())
 
 
 # -- figures and tables ----------------------------------------------------------------------------
