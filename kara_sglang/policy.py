@@ -86,7 +86,12 @@ class Periodic:
         if self.step % self.period:
             return []
         most = self.limit if urgent else min(self.limit, _share(candidates, self.period))
-        return _first(candidates, most, lambda c: (-c.overdue, c.order))
+        return _first(candidates, most, self.rank)
+
+    @staticmethod
+    def rank(candidate: Candidate) -> tuple[int, ...]:
+        """What decides who goes first; smaller is earlier."""
+        return (-candidate.overdue, candidate.order)
 
 
 class Threshold:
@@ -106,7 +111,7 @@ class Threshold:
         return _first(long, len(long), lambda c: (c.index,))
 
 
-class Pressure:
+class Pressure(Periodic):
     """Nothing while all that run and wait fit the pool uncompressed; else those that free most.
 
     At low load no answer is touched at all. What is held now would say too little: a pool is full of
@@ -114,20 +119,15 @@ class Pressure:
     """
 
     def __init__(self, period: int, limit: int, min_usage: float) -> None:
-        self.period = period
-        self.limit = limit
+        super().__init__(period, limit)
         self.min_usage = min_usage
-        self.step = 0
 
     def acts(self, needed: Callable[[float], bool]) -> bool:
         return needed(self.min_usage)
 
-    def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
-        self.step += 1
-        if self.step % self.period:
-            return []
-        most = self.limit if urgent else min(self.limit, _share(candidates, self.period))
-        return _first(candidates, most, lambda c: (-c.gain, -c.uncompressed, c.order))
+    @staticmethod
+    def rank(candidate: Candidate) -> tuple[int, ...]:
+        return (-candidate.gain, -candidate.uncompressed, candidate.order)
 
 
 def build(config: KaraConfig) -> Policy:
@@ -147,8 +147,10 @@ def _share(candidates: Sequence[Candidate], period: int) -> int:
     return math.ceil(len(waited) / max(1, (SPREAD - max(waited)) // period))
 
 
-def _first(candidates: Sequence[Candidate], limit: int, key: Callable[[Candidate], tuple]) -> list[int]:
-    ready = sorted((c for c in candidates if c.overdue >= 0), key=key)
+def _first(
+    candidates: Sequence[Candidate], limit: int, rank: Callable[[Candidate], tuple[int, ...]]
+) -> list[int]:
+    ready = sorted((c for c in candidates if c.overdue >= 0), key=rank)
     return sorted(c.index for c in ready[:limit])
 
 
