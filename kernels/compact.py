@@ -24,9 +24,10 @@ def compact(buffer: torch.Tensor, slots: torch.Tensor, kept: torch.Tensor) -> No
     Notes
     -----
     Head h of slot ``slots[j]`` becomes head h of what ``slots[kept[h, j]]`` held. The other W - R
-    slots keep stale bytes; the caller frees them. Scratch: W + R rows.
+    slots keep stale bytes; the caller frees them. Scratch: R rows.
     """
-    num_kept, head_dim = kept.shape[1], buffer.shape[2]
-    window = buffer.index_select(0, slots)  # along one dimension at a time: far faster on a CPU
-    rows = window.gather(0, kept.T[:, :, None].expand(-1, -1, head_dim))
-    buffer.index_copy_(0, slots[:num_kept].long(), rows)
+    slots = slots.long()
+    num_kept = kept.shape[1]
+    heads = torch.arange(buffer.shape[1], device=buffer.device)[:, None]
+    rows = buffer[slots[kept], heads]  # (num_kv_heads, R, head_dim), a copy
+    buffer[slots[:num_kept], heads] = rows
