@@ -85,6 +85,8 @@ class Observation:
         The same share by the fact's distance in windows.
     by_offset
         The same share by where in its window a fact stands, of facts before the newest window.
+    by_kind
+        How many of each kind of fact were right, and how many there are.
     slots
         Mean KV slots held at the measured steps.
     """
@@ -95,6 +97,7 @@ class Observation:
     recall_logprob: float | None
     by_back: dict[int, float]
     by_offset: dict[float, float]
+    by_kind: dict[str, tuple[int, int]]
     slots: float
 
 
@@ -104,6 +107,7 @@ def observe(script: Script, cell: Cell) -> Observation:
     nll, exact, logprobs = None, [], []
     by_back: dict[int, list[float]] = {}
     by_offset: dict[float, list[float]] = {}
+    by_kind: dict[str, tuple[int, int]] = {}
     for probe in script.probes:
         where = [place[step] for step in range(probe.start, probe.stop)]
         average = math.fsum(cell.logprob[i] for i in where) / len(where)
@@ -114,6 +118,8 @@ def observe(script: Script, cell: Cell) -> Observation:
         exact.append(right)
         logprobs.append(average)
         by_back.setdefault(probe.back, []).append(right)
+        correct, asked = by_kind.get(probe.kind, (0, 0))
+        by_kind[probe.kind] = (correct + int(right), asked + 1)
         if probe.back and probe.offset is not None:
             by_offset.setdefault(probe.offset, []).append(right)
     return Observation(
@@ -123,6 +129,7 @@ def observe(script: Script, cell: Cell) -> Observation:
         recall_logprob=math.fsum(logprobs) / len(logprobs) if exact else None,
         by_back=_means(by_back),
         by_offset=_means(by_offset),
+        by_kind=by_kind,
         slots=math.fsum(cell.slots) / len(cell.slots),
     )
 

@@ -6,8 +6,8 @@
 renders the tables of a result or draws its plot, and puts the tables of the committed results into
 documents, between the lines ``<!-- quality:NAME -->`` and ``<!-- end of quality -->``. A name is
 ``RESULT PART/GROUP`` with the file's name without its suffix, and ``@SHARE`` behind it for the rows of
-one share only, or ``RESULT PART/goals``, or ``RESULT`` alone for one of ``reasoning.py``. Marks of
-results that are not there stay as they are.
+one share only, ``RESULT PART/kinds`` (or with a share), ``RESULT PART/goals``, or ``RESULT`` alone
+for one of ``reasoning.py``. Marks of results that are not there stay as they are.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def figures(part: Part, scripts: list[Script], folder: Path) -> list[dict[str, A
             "settings": row.settings,
             "texts": len(text),
             "facts": sum(len(s.probes) for s in scripts if s.probes[0].back is not None),
+            "recall_by_kind": _by_kind(mine),
         }
         values = {
             # The reference differs from itself by nothing; its cells hold no KL.
@@ -84,6 +85,15 @@ def figures(part: Part, scripts: list[Script], folder: Path) -> list[dict[str, A
             record[f"{name}_se"] = known(estimate.error)
         records.append(record)
     return records
+
+
+def _by_kind(cells: list[Observation]) -> dict[str, list[int]]:
+    """Per kind of fact how many were right, and how many there are."""
+    kinds = sorted({kind for cell in cells for kind in cell.by_kind})
+    return {
+        kind: [sum(cell.by_kind.get(kind, (0, 0))[i] for cell in cells) for i in (0, 1)]
+        for kind in kinds
+    }
 
 
 def goals(part: Part, scripts: list[Script], folder: Path) -> dict[str, Any]:
@@ -141,15 +151,7 @@ def _below_full(
 
 def table(records: list[dict[str, Any]], part: str, group: str, retain: str = "") -> str:
     """A Markdown table of a group's rows (of one share), the reference above them."""
-    chosen = [
-        r
-        for r in records
-        if r["part"] == part
-        and (
-            r["row"] == REFERENCE_ROW
-            or (r["group"] == group and (not retain or r["retain"] == float(retain)))
-        )
-    ]
+    chosen = _chosen(records, part, group, retain)
     lines = [
         "| row | retain | KL on text (nats) | perplexity | recall | log p of answers | KV held |",
         "|---|---|---|---|---|---|---|",
@@ -162,6 +164,30 @@ def table(records: list[dict[str, Any]], part: str, group: str, retain: str = ""
             f"{r['slots']:.0f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def kinds_table(records: list[dict[str, Any]], part: str, retain: str = "") -> str:
+    """The selectors' rows of a part (of one share): which kinds of facts they recall."""
+    chosen = _chosen(records, part, "selectors", retain)
+    kinds = list(chosen[0]["recall_by_kind"])
+    lines = [f"| row | retain | {' | '.join(kinds)} |", "|---|---|" + "---|" * len(kinds)]
+    for r in chosen:
+        cells = (f"{right} of {asked}" for right, asked in r["recall_by_kind"].values())
+        lines.append(f"| {r['row']} | {r['retain']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _chosen(records: list[dict[str, Any]], part: str, group: str, retain: str) -> list[dict[str, Any]]:
+    """A group's rows (of one share) with the reference above them."""
+    return [
+        r
+        for r in records
+        if r["part"] == part
+        and (
+            r["row"] == REFERENCE_ROW
+            or (r["group"] == group and (not retain or r["retain"] == float(retain)))
+        )
+    ]
 
 
 def _with_error(record: dict[str, Any], name: str, digits: int) -> str:
@@ -186,6 +212,10 @@ def markdown(result: dict[str, Any]) -> str:
     groups = dict.fromkeys((r["part"], r["group"]) for r in result["results"])
     for part, group in groups:
         lines += [f"## {part}: {group}", "", table(result["results"], part, group)]
+    for part in dict.fromkeys(
+        r["part"] for r in result["results"] if r["group"] == "selectors" and r["row"] != REFERENCE_ROW
+    ):
+        lines += [f"## {part}: facts by kind", "", kinds_table(result["results"], part)]
     if result["goals"]:
         lines += ["## Goals", "", goal_table(result["goals"])]
     return "\n".join(lines)
@@ -278,6 +308,8 @@ def put_into(document: str, folder: Path = RESULTS) -> str:
         if group == "goals":  # of the first part that has all rows
             if result["results"][0]["part"] == part and result["goals"]:
                 return goal_table(result["goals"])
+        elif group == "kinds" and any(r["part"] == part for r in result["results"]):
+            return kinds_table(result["results"], part, retain)
         elif any(r["part"] == part and r["group"] == group for r in result["results"]):
             return table(result["results"], part, group, retain)
         raise ValueError(f"{path.name} has no {place}")

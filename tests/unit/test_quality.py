@@ -468,6 +468,9 @@ def test_figures_come_from_the_cells(small_part, tmp_path: Path):
     assert kara["kl_text"] == pytest.approx(0.1) and kara["kl_text_se"] == pytest.approx(0.05)
     assert kara["recall"] == 1.0 and records["paper"]["recall"] == 0.0
     assert kara["recall_back_1"] == 1.0
+    assert kara["recall_by_kind"] == {"pair": [4, 4]}
+    assert records["paper"]["recall_by_kind"] == {"pair": [0, 4]}
+    assert "| paper | 0.5 | 0 of 4 |" in report.kinds_table(list(records.values()), "small", "0.5")
     assert records["paper"]["recall_below_full"] == 1.0
     assert kara["perplexity"] == pytest.approx(math.exp(1.05))
     assert kara["nll_over_full"] == pytest.approx(0.05)
