@@ -308,7 +308,10 @@ def put_into(document: str, folder: Path = RESULTS) -> str:
         if group == "goals":  # of the first part that has all rows
             if result["results"][0]["part"] == part and result["goals"]:
                 return goal_table(result["goals"])
-        elif group == "kinds" and any(r["part"] == part for r in result["results"]):
+        elif group == "kinds" and any(
+            r["part"] == part and r["group"] == "selectors" and r["row"] != REFERENCE_ROW
+            for r in result["results"]
+        ):
             return kinds_table(result["results"], part, retain)
         elif any(r["part"] == part and r["group"] == group for r in result["results"]):
             return table(result["results"], part, group, retain)

@@ -16,7 +16,7 @@ import requests
 
 from kara_sglang.benchmarks.serving.load import drive
 from kara_sglang.benchmarks.serving.peers import PEERS, Setup
-from kara_sglang.benchmarks.serving.rows import EXACT, STOCK, Row, rows
+from kara_sglang.benchmarks.serving.rows import Row, rows
 from kara_sglang.benchmarks.serving.scenarios import Cell
 from kara_sglang.benchmarks.serving.server import Server, Servers, Start
 
@@ -104,8 +104,8 @@ def run(
 
     starts = [start_of(one, setup) for one in then]
     server = servers.get((peer, row, setup_here), [s for s in starts if s[0].backend is not None])
-    to_compare = cell.scenario == "ample" and row.name in (STOCK, *EXACT)
-    probe = _probe(server) if to_compare else None
+    # Of all rows, also those that have to differ, so that all are as warm.
+    probe = _probe(server) if cell.scenario == "ample" and row.peer == "sglang" else None
     if row.peer == "sglang":
         server.post("/flush_cache", {})
         time.sleep(0.2)  # the log of what came before is written

@@ -48,7 +48,7 @@ class SGLang:
         environment = {}
         if setup.cpu:
             # The steps consist of operations so small that sharing them takes longer than doing them:
-            # on two cores a second thread doubles the tiny model's steps and adds a third to SmolLM2's.
+            # a second thread makes the tiny model's steps up to twice as long.
             environment = CPU_ENVIRONMENT | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         if not row.plugin:
             # A whitelist that names no plugin: SGLang as if ours were not installed.
