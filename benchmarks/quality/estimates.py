@@ -86,7 +86,7 @@ class Observation:
     by_offset
         The same share by where in its window a fact stands, of facts before the newest window.
     by_kind
-        How many of each kind of fact were right, and how many there are.
+        Per kind of fact whether each was right, 1 or 0.
     slots
         Mean KV slots held at the measured steps.
     """
@@ -97,7 +97,7 @@ class Observation:
     recall_logprob: float | None
     by_back: dict[int, float]
     by_offset: dict[float, float]
-    by_kind: dict[str, tuple[int, int]]
+    by_kind: dict[str, list[float]]
     slots: float
 
 
@@ -107,7 +107,7 @@ def observe(script: Script, cell: Cell) -> Observation:
     nll, exact, logprobs = None, [], []
     by_back: dict[int, list[float]] = {}
     by_offset: dict[float, list[float]] = {}
-    by_kind: dict[str, tuple[int, int]] = {}
+    by_kind: dict[str, list[float]] = {}
     for probe in script.probes:
         where = [place[step] for step in range(probe.start, probe.stop)]
         average = math.fsum(cell.logprob[i] for i in where) / len(where)
@@ -118,8 +118,7 @@ def observe(script: Script, cell: Cell) -> Observation:
         exact.append(right)
         logprobs.append(average)
         by_back.setdefault(probe.back, []).append(right)
-        correct, asked = by_kind.get(probe.kind, (0, 0))
-        by_kind[probe.kind] = (correct + int(right), asked + 1)
+        by_kind.setdefault(probe.kind, []).append(right)
         if probe.back and probe.offset is not None:
             by_offset.setdefault(probe.offset, []).append(right)
     return Observation(

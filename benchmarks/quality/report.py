@@ -89,11 +89,11 @@ def figures(part: Part, scripts: list[Script], folder: Path) -> list[dict[str, A
 
 def _by_kind(cells: list[Observation]) -> dict[str, list[int]]:
     """Per kind of fact how many were right, and how many there are."""
-    kinds = sorted({kind for cell in cells for kind in cell.by_kind})
-    return {
-        kind: [sum(cell.by_kind.get(kind, (0, 0))[i] for cell in cells) for i in (0, 1)]
-        for kind in kinds
-    }
+    found: dict[str, list[float]] = {}
+    for cell in cells:
+        for kind, right in cell.by_kind.items():
+            found.setdefault(kind, []).extend(right)
+    return {kind: [int(sum(right)), len(right)] for kind, right in sorted(found.items())}
 
 
 def goals(part: Part, scripts: list[Script], folder: Path) -> dict[str, Any]:
@@ -177,6 +177,12 @@ def kinds_table(records: list[dict[str, Any]], part: str, retain: str = "") -> s
     return "\n".join(lines) + "\n"
 
 
+def _with_selectors(records: list[dict[str, Any]]) -> list[str]:
+    """Parts that have selectors beside the reference, in their order."""
+    rows = (r for r in records if r["group"] == "selectors" and r["row"] != REFERENCE_ROW)
+    return list(dict.fromkeys(r["part"] for r in rows))
+
+
 def _chosen(records: list[dict[str, Any]], part: str, group: str, retain: str) -> list[dict[str, Any]]:
     """A group's rows (of one share) with the reference above them."""
     return [
@@ -212,9 +218,7 @@ def markdown(result: dict[str, Any]) -> str:
     groups = dict.fromkeys((r["part"], r["group"]) for r in result["results"])
     for part, group in groups:
         lines += [f"## {part}: {group}", "", table(result["results"], part, group)]
-    for part in dict.fromkeys(
-        r["part"] for r in result["results"] if r["group"] == "selectors" and r["row"] != REFERENCE_ROW
-    ):
+    for part in _with_selectors(result["results"]):
         lines += [f"## {part}: facts by kind", "", kinds_table(result["results"], part)]
     if result["goals"]:
         lines += ["## Goals", "", goal_table(result["goals"])]
@@ -308,10 +312,7 @@ def put_into(document: str, folder: Path = RESULTS) -> str:
         if group == "goals":  # of the first part that has all rows
             if result["results"][0]["part"] == part and result["goals"]:
                 return goal_table(result["goals"])
-        elif group == "kinds" and any(
-            r["part"] == part and r["group"] == "selectors" and r["row"] != REFERENCE_ROW
-            for r in result["results"]
-        ):
+        elif group == "kinds" and part in _with_selectors(result["results"]):
             return kinds_table(result["results"], part, retain)
         elif any(r["part"] == part and r["group"] == group for r in result["results"]):
             return table(result["results"], part, group, retain)

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--rows", help=f"only these: {all_rows}; stock is always run")
     p.add_argument("--repetitions", type=int, default=3)
-    p.add_argument("--quick", action="store_true", help="the headline figures only, in ten minutes")
+    p.add_argument("--quick", action="store_true", help="the headline figures only, under 10 minutes")
     p.add_argument("--out", type=Path, help="JSON file; a .md file and plots are written beside it")
     p.add_argument("--dir", type=Path, help="run directory; an interrupted run in it is resumed")
     p.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -305,6 +306,33 @@ def test_vllm_says_what_it_has_counted() -> None:
     del server.totals["prefix_cache_hits"]
     with pytest.raises(RuntimeError, match="no vllm:prefix_cache_hits_total"):
         vllm.mark(server)
+
+
+def test_every_sglang_server_has_one_thread_on_a_cpu_unless_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = ("model", "float32", 64, 16, 0.25, 16, None, (), {})
+    of = PEERS["sglang"].environment
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("stock", "off", "kara-0.5"):
+        row = rows(64)[name]
+        assert of(row, Setup(*given, cpu=True))["OMP_NUM_THREADS"] == "1"
+        assert "OMP_NUM_THREADS" not in of(row, Setup(*given, cpu=False))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert of(rows(64)["stock"], Setup(*given, cpu=True))["OMP_NUM_THREADS"] == "2"
+
+
+def test_servers_end_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=10)  # a stop that waits for the other one
+
+    def fake(_peer: str, _row: object, _setup: object, _log: Path) -> SimpleNamespace:
+        return SimpleNamespace(wait=lambda: None, stop=both.wait)
+
+    monkeypatch.setattr(server_module, "Server", fake)
+    starts = [("peer", SimpleNamespace(name=n), SimpleNamespace(pool=1, cpu=True)) for n in "ab"]
+    with server_module.Servers(2, tmp_path) as servers:
+        servers.get(*starts[:1], starts[1:])
+    assert not both.broken and both.n_waiting == 0
 
 
 def test_servers_that_take_turns_start_together(
