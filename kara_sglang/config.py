@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
         "score": "sum",
+        "neighbours": 1,
         "chunk_budget": 0.1,
         "ahead": False,
         "delay": 0,
@@ -68,6 +69,9 @@ class KaraConfig:
         ``sum`` of the attention that a key collects (the paper's), ``l2``: sum of its squares; with
         ``_v`` times the norm of the value, with ``_v4`` times its fourth power, with ``_k`` times the
         distance of the key's direction from that of the window's mean key.
+    neighbours
+        Tokens around each, itself included, with whose scores its own is blended; odd, 1 for none.
+        For ``kara`` and ``causal``.
     chunk_budget
         alpha: share of R that Token2Chunk may spend on filling gaps; 0 switches it off.
     chunk_width
@@ -112,6 +116,7 @@ class KaraConfig:
     delay_votes: bool = False
     ahead: bool = True
     score: Score = "l2_v4_k"
+    neighbours: int = 13
     chunk_budget: float = 0.0
     chunk_width: int = 8
     chunk_quantile: float = 0.8
@@ -233,6 +238,7 @@ _RANGES = (
     ("retain", lambda v: 0 < v <= 1, "a share with 0 < retain <= 1"),
     ("query_mem_gb", lambda v: v is None or 0 <= v <= 1e6, "between 0 and 1000000 (GiB)"),
     ("delay", lambda v: 0 <= v <= 65536, "between 0 and 65536 tokens"),
+    ("neighbours", lambda v: 1 <= v <= 255 and v % 2, "an odd number of tokens, 1 to 255"),
     ("chunk_budget", lambda v: 0 <= v <= 1, "a share of the kept tokens between 0 and 1"),
     ("chunk_width", lambda v: 2 <= v <= 65536, "between 2 and 65536 tokens"),
     ("chunk_quantile", lambda v: 0 <= v <= 1, "between 0 and 1"),

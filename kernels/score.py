@@ -14,6 +14,12 @@ import torch
 SCRATCH_BYTES = 64 << 20
 """Upper bound of the probability matrix in memory; heads, then queries, go in groups that fit."""
 
+NEIGHBOURS_SHARE = 0.6
+"""Weight of the neighbours' mean against the token's own score, see :func:`blend_neighbours`."""
+
+LEAST_SCORE = 1e-30
+"""What a score counts as at least where its logarithm is taken."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionRule:
@@ -28,6 +34,9 @@ class AttentionRule:
     key_distance
         Multiply by how far the key's direction is from that of the window's mean key, see
         :func:`key_distances`.
+    neighbours
+        Blend with the scores of so many nearest tokens, an odd number that counts the token itself,
+        see :func:`blend_neighbours`; 1: not at all.
     causal
         Query i sees keys j <= i only (a query behind the window sees them all).
     delay_votes
@@ -45,6 +54,7 @@ class AttentionRule:
     squared: bool = False
     value_norm: int = 0
     key_distance: bool = False
+    neighbours: int = 1
     causal: bool = False
     delay_votes: bool = True
     ahead: bool = False
@@ -113,6 +123,8 @@ def attention_scores(
         scores *= values.float().norm(dim=-1).T ** rule.value_norm
     if rule.key_distance:
         scores *= key_distances(keys)
+    if rule.neighbours > 1:
+        scores = blend_neighbours(scores, rule.neighbours)
     return share_heads(scores) if rule.per_layer else scores
 
 
@@ -126,6 +138,38 @@ def key_distances(keys: torch.Tensor) -> torch.Tensor:
     every = keys.float()
     cosine = torch.cosine_similarity(every, every.mean(dim=0, keepdim=True), dim=-1)
     return (1 - cosine.T).clamp_min_(0)
+
+
+def blend_neighbours(
+    scores: torch.Tensor, neighbours: int, share: float = NEIGHBOURS_SHARE
+) -> torch.Tensor:
+    """Each score as a weighted geometric mean of itself and of those around it.
+
+    A token of a name or a number is of use together with the tokens beside it, so among equal scores
+    the one in good company should stay. Token2Chunk (paper section 4.2) goes by the same thought; it
+    fills gaps after the choice, this weighs before it. Geometric, because scores range over decades:
+    with a mean of the scores themselves the largest would lift whatever lies beside it.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        ``(num_kv_heads, W)``, float32, at least 0.
+    neighbours : int
+        Odd; the token itself is one of them. At the window's ends there are fewer.
+    share : float
+        s below, between 0 and 1.
+
+    Returns
+    -------
+    torch.Tensor
+        ``exp((1 - s) log score + s mean(log score of the neighbours))``, of the shape and
+        dtype of ``scores``.
+    """
+    logs = scores.clamp_min(LEAST_SCORE).log_()
+    near = torch.nn.functional.avg_pool1d(
+        logs[None], neighbours, 1, neighbours // 2, count_include_pad=False
+    )[0]
+    return torch.lerp(logs, near, share).exp_()
 
 
 def share_heads(scores: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:

@@ -44,7 +44,15 @@ from kara_sglang.kernels.record import FP8, Ring
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
-from kara_sglang.kernels.triton import TritonKernels, compact, distance, record, score, select
+from kara_sglang.kernels.triton import (
+    TritonKernels,
+    compact,
+    distance,
+    neighbours,
+    record,
+    score,
+    select,
+)
 from kara_sglang.kernels.turn import Turn
 
 ARCHITECTURES = (80, 90, 100)
@@ -61,6 +69,7 @@ KERNELS = (
     (score, "log_sum_exp_kernel"),
     (score, "column_sum_kernel"),
     (distance, "distance_kernel"),
+    (neighbours, "neighbours_kernel"),
     (select, "select_kernel"),
     (compact, "compact_kernel"),
 )
@@ -195,7 +204,12 @@ def launches(
             chunks=ChunkRule(budget=0.1 if chunks else 0.0),
             # As by default, and chunks besides.
             rule=AttentionRule(
-                squared=not causal, value_norm=4, key_distance=True, ahead=ahead, causal=causal
+                squared=not causal,
+                value_norm=4,
+                key_distance=True,
+                neighbours=13,
+                ahead=ahead,
+                causal=causal,
             ),
         ),
         seed=0,

@@ -19,6 +19,7 @@ from typing import Any
 
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.benchmarks.gpu.report import write
+from kara_sglang.config import KaraConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Settings:
         Bytes of one recorded number: 1 for fp8, 2 for 16 bit.
     rotating
         One query head of each group is recorded instead of all.
+    neighbours
+        Tokens with whose scores each score is blended.
     """
 
     window: int = 512
@@ -40,6 +43,7 @@ class Settings:
     delay: int = 64
     query_bytes: int = 1
     rotating: bool = False
+    neighbours: int = KaraConfig().neighbours
 
     def voters(self, model: Model) -> int:
         """Recorded queries per KV head that vote: those of the window."""
@@ -109,12 +113,14 @@ def record(model: Model, settings: Settings) -> Work:
 
 def score(model: Model, settings: Settings) -> Work:
     """Both passes over queries and keys, the norms of the values, two more readings of the keys for
-    their distances, and the scores, which the distances multiply."""
+    their distances, and the scores, which the distances multiply, the neighbours blend and a copy puts
+    back. A logarithm counts as an exponential."""
     rows, width, dim = settings.voters(model), settings.window, model.head_dim
     queries, keys = rows * dim * settings.query_bytes, width * dim * 2
     sums, scores = rows * 2 * 4, width * 4
     per_pass = Work(bytes=queries + keys + sums, flops=2 * rows * width * dim, exps=rows * width)
-    per_head = per_pass * 2 + Work(bytes=3 * keys + 3 * scores)
+    logs = width * (settings.neighbours + 1)
+    per_head = per_pass * 2 + Work(bytes=3 * keys + 7 * scores, exps=logs + width)
     return per_head * (model.layers * model.kv_heads)
 
 

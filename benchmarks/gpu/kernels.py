@@ -45,7 +45,9 @@ from kara_sglang.kernels.triton.select import select
 from kara_sglang.kernels.turn import Turn
 
 DEVICE = torch.device("cuda")
-RULE = AttentionRule(squared=True, value_norm=4, key_distance=True, delay_votes=False, ahead=True)
+RULE = AttentionRule(
+    squared=True, value_norm=4, key_distance=True, neighbours=13, delay_votes=False, ahead=True
+)
 CHUNKS = ChunkRule(budget=0.1)
 PAGE = 16
 OTHER_CASES = (

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kara_sglang import cpu_engine
+from kara_sglang.benchmarks.processes import end_group
 from kara_sglang.benchmarks.quality import instrument, variants
 from kara_sglang.benchmarks.quality.script import (
     FOLDER_ENV,
@@ -123,19 +124,7 @@ def start(order: Order, folder: Path, name: str, threads: int) -> Iterator[subpr
     try:
         yield process
     finally:
-        stop(process)
-
-
-def stop(process: subprocess.Popen) -> None:
-    """End a process and its children."""
-    import signal
-
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
-            return
+        end_group(process)
 
 
 def carry_out(folder: Path, name: str) -> None:

@@ -79,7 +79,7 @@ class Part:
 SELECTORS = ("kara", "causal", "snapkv", "recent", "random")
 QUICK = ("kara", "random", "recent", "snapkv")
 
-PRODUCT = Variant(value=4, chunks=0, later=0, novel=1, ahead=1)
+PRODUCT = Variant(value=4, chunks=0, later=0, novel=1, ahead=1, near=13)
 """The variant that is the product's default; a test holds them together."""
 
 ABLATIONS = {
@@ -90,6 +90,7 @@ ABLATIONS = {
     "without the norm of V": replace(PRODUCT, value=0),
     "without the key's distance": replace(PRODUCT, novel=0),
     "queries where they are": replace(PRODUCT, ahead=0),
+    "without neighbours": replace(PRODUCT, near=1),
     "with the delay's votes": replace(PRODUCT, later=1),
 }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
-from kara_sglang.kernels.score import key_distances
+from kara_sglang.kernels.score import NEIGHBOURS_SHARE, blend_neighbours, key_distances
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.kernels.selectors.base import Selector
@@ -45,6 +45,9 @@ class Variant:
         A query does not vote for keys closer than so many tokens.
     pool
         The score is averaged over so many neighbours, an odd number (SnapKV's pooling).
+    near, share
+        The score is blended with those of so many neighbours, an odd number, as
+        :func:`kara_sglang.kernels.score.blend_neighbours` does.
     drop
         Instead of the probability's power times V's: the squared change of the attention's output
         when the key is dropped, ``(p / (1 - p))^2 |v - o|^2``.
@@ -66,6 +69,8 @@ class Variant:
     drop: int = 0
     novel: float = 0.0
     ahead: int = 0
+    near: int = 1
+    share: float = NEIGHBOURS_SHARE
 
     @property
     def name(self) -> str:
@@ -137,6 +142,8 @@ class VariantSelector(Selector):
             scores = torch.nn.functional.avg_pool1d(
                 scores[None], rule.pool, 1, rule.pool // 2, count_include_pad=False
             )[0]
+        if rule.near > 1:
+            scores = blend_neighbours(scores, rule.near, rule.share)
         if rule.layer:
             share = scores / scores.sum(dim=-1, keepdim=True)
             scores = share.sum(dim=0).expand_as(scores).clone()

@@ -17,6 +17,7 @@ from typing import Self
 import psutil
 import requests
 
+from kara_sglang.benchmarks.processes import end_group
 from kara_sglang.benchmarks.serving.peers import Peer, Setup
 from kara_sglang.benchmarks.serving.rows import Row
 
@@ -111,13 +112,7 @@ class Server:
             return file.read().decode(errors="replace")
 
     def stop(self) -> None:
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGTERM)
-            try:
-                self._process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+        end_group(self._process)
 
 
 Start = tuple[Peer, Row, Setup]

@@ -34,6 +34,7 @@ def _rule(config: KaraConfig) -> AttentionRule:
         squared=votes == "l2",
         value_norm=sum(powers),
         key_distance="k" in factors,
+        neighbours=config.neighbours,
         delay_votes=config.delay_votes,
         ahead=config.ahead,
         per_layer=config.granularity == "layer",

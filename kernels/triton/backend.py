@@ -23,9 +23,9 @@ _ALIGNMENT = 16  # bytes; also what Triton specialises pointers by, so that all 
 
 
 class TritonKernels:
-    """Up to five launches for a group of windows: three score, one selects, one moves. Copies fill the
-    scratch before, and where the heads of a layer share their tokens, two of torch's operations add up
-    the scores.
+    """Up to six launches for a group of windows: four score, one selects, one moves. Copies fill the
+    scratch before, one follows the fourth, and where the heads of a layer share their tokens, two of
+    torch's operations add up the scores.
 
     Windows with equal settings form a group: as many as fit the scratch with all layers, or one and as
     many layers as fit. Whatever a group needs lies in the scratch. Nothing synchronises and nothing is

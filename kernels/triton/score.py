@@ -3,9 +3,9 @@
 Two launches. The first walks the window's keys for a block of queries and leaves each query's
 log-sum-exp. The second walks the queries for a block of keys, makes the probabilities again from the
 logits and those sums, and adds them up per key. A third (``distance.py``) follows where the rule weighs
-by the distance of keys. Keys and values are read from the paged pool through
-their slots, queries from the ring through their units; sums are float32 and their order is fixed, so
-equal inputs give equal bits.
+by the distance of keys, a fourth (``neighbours.py``) where it blends the scores of neighbours. Keys and
+values are read from the paged pool through their slots, queries from the ring through their units; sums
+are float32 and their order is fixed, so equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import triton.language as tl
 from kara_sglang.kernels.score import AttentionRule, share_heads
 from kara_sglang.kernels.triton.distance import weigh_by_distance
 from kara_sglang.kernels.triton.fp8 import load_float, power_of_two
+from kara_sglang.kernels.triton.neighbours import blend_neighbours
 from kara_sglang.kernels.triton.pool import PoolTables, layer_buffer, stored_type, task
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -332,7 +333,8 @@ def attention_scores(
     rule : AttentionRule
     sums : torch.Tensor
         Scratch of ``2 * len(layers) * num_jobs * num_kv_heads * voters.rows`` float32; where the rule
-        is ``per_layer``, at least ``len(layers) * num_jobs * W``.
+        is ``per_layer``, at least ``len(layers) * num_jobs * W``, where it has ``neighbours``, at least
+        as many as ``out``.
     out : torch.Tensor
         Scores, shape ``(len(layers), num_jobs, num_kv_heads, W)``, float32, contiguous.
 
@@ -355,8 +357,10 @@ def attention_scores(
     if out.shape != (len(layers), num_jobs, tables.num_kv_heads, width):
         raise ValueError(f"scores of shape {tuple(out.shape)} for {len(layers)} layers")
     num_shared = len(layers) * num_jobs * width if rule.per_layer else 0
-    if sums.numel() < max(2 * head_rows * voters.rows, num_shared) or sums.dtype != torch.float32:
-        raise ValueError(f"{sums.numel()} sums for {head_rows * voters.rows} queries")
+    num_blended = out.numel() if rule.neighbours > 1 else 0
+    needed = max(2 * head_rows * voters.rows, num_shared, num_blended)
+    if sums.numel() < needed or sums.dtype != torch.float32:
+        raise ValueError(f"{sums.numel()} sums of {sums.dtype} where {needed} of float32 are needed")
     if voters.units.shape[0] != num_jobs or voters.starts.shape != (num_jobs,):
         raise ValueError(f"units and starts of {len(voters.units)} recorders for {num_jobs} windows")
     for tensor in (slots, out, sums, voters.units, voters.starts):
@@ -420,8 +424,10 @@ def attention_scores(
     )
     if rule.key_distance:
         weigh_by_distance(tables, layers, slots, out)
+    # The sums of the two launches are not needed any more.
+    if rule.neighbours > 1:
+        blend_neighbours(out, rule.neighbours, sums)
     if rule.per_layer:
-        # The sums of the two launches are not needed any more.
         share_heads(out, sums[:num_shared].view(len(layers), num_jobs, 1, width))
 
 

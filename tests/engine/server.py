@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import requests
+
+from kara_sglang.benchmarks.processes import end_group
 
 CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
@@ -134,7 +135,7 @@ def run(
     try:
         yield process
     finally:
-        stop(process)
+        end_group(process)
 
 
 def wait_until_ready(process: subprocess.Popen, port: int, log: Path, timeout: float) -> None:
@@ -147,17 +148,6 @@ def wait_until_ready(process: subprocess.Popen, port: int, log: Path, timeout: f
                 return
         time.sleep(0.5)
     raise AssertionError(f"no answer after {timeout} s:\n{log.read_text()[-6000:]}")
-
-
-def stop(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def in_parallel(calls: list) -> list:

@@ -14,7 +14,15 @@ import torch
 import triton
 from triton import knobs
 
-from kara_sglang.benchmarks.gpu.compiled import ARCHITECTURES, OTHER_SHAPES, Compiled, launches
+from kara_sglang.benchmarks.gpu.compiled import (
+    ARCHITECTURES,
+    OTHER_SHAPES,
+    SCORE,
+    SELECT,
+    Compiled,
+    launches,
+    of,
+)
 from kara_sglang.benchmarks.gpu.models import MODELS
 
 pytestmark = pytest.mark.skipif(
@@ -28,6 +36,7 @@ KERNELS = [
     "log_sum_exp_kernel",
     "column_sum_kernel",
     "distance_kernel",
+    "neighbours_kernel",
     "select_kernel",
     "compact_kernel",
 ]
@@ -88,14 +97,14 @@ def test_other_shapes(architecture, shape, settings):
 def test_products_of_32_bit_numbers(shape, key_dtype, ring_dtype):
     """Pairs that no 16-bit type holds. Only the score's kernels look at both types."""
     for architecture in (80, 90) if shape == "head_dim 256" else (90,):
-        for launch in launches(SHAPES[shape], key_dtype=key_dtype, ring_dtype=ring_dtype)[1:3]:
+        for launch in of(SCORE, launches(SHAPES[shape], key_dtype=key_dtype, ring_dtype=ring_dtype)):
             check(launch.compile(architecture))
 
 
 @pytest.mark.parametrize("chunks", [True, False], ids=["chunks", "no chunks"])
 @pytest.mark.parametrize("window", [256, 1024, 2048, 4096])
 def test_select_for_all_widths(window, chunks):
-    launch = launches(SHAPES["head_dim 64"], window=window, chunks=chunks)[3]
+    (launch,) = of(SELECT, launches(SHAPES["head_dim 64"], window=window, chunks=chunks))
     for architecture in ARCHITECTURES:
         check(launch.compile(architecture))
 

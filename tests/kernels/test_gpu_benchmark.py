@@ -149,7 +149,8 @@ def test_counts_of_one_window_by_hand():
     model, settings = MODELS[0], Settings()
     queries = 512 * 4  # those of the delay do not vote
     assert floors.score(model, settings).flops == 36 * 8 * 2 * (2 * queries * 512 * 128)
-    assert floors.score(model, settings).exps == 36 * 8 * 2 * (queries * 512)
+    logs = (1 + 13) * 512  # of each token, its own among its neighbours' and once more
+    assert floors.score(model, settings).exps == 36 * 8 * (2 * queries * 512 + logs + 512)
     assert floors.compact(model, settings).bytes == 36 * 8 * 2 * 256 * (2 * 256 + 4 + 8)
     assert floors.record(model, settings).bytes == 36 * 32 * (128 * (2 + 1) + 1)
     assert model.kv_bytes == 147_456

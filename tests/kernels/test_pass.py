@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 
 WIDTH, DELAY, GROUP = 48, 9, 3
 RING_LEN = WIDTH + DELAY + 6  # the ring holds more than one window's queries
-BEST = AttentionRule(squared=True, value_norm=1)
+BEST = AttentionRule(squared=True, value_norm=4, key_distance=True, neighbours=9)
 KARA = REGISTRY["kara"](chunks=ChunkRule(budget=0.2, quantile=0.5), rule=BEST)
 
 

@@ -12,8 +12,10 @@ import torch
 from kara_sglang.kernels import record
 from kara_sglang.kernels.backend import LayerPool
 from kara_sglang.kernels.record import Ring
-from kara_sglang.kernels.score import AttentionRule
+from kara_sglang.kernels.score import LEAST_SCORE, NEIGHBOURS_SHARE, AttentionRule
 from kara_sglang.kernels.score import attention_scores as reference_scores
+from kara_sglang.kernels.score import blend_neighbours as reference_blend
+from kara_sglang.kernels.triton.neighbours import blend_neighbours
 from kara_sglang.kernels.triton.pool import PoolTables
 from kara_sglang.kernels.triton.score import Voters, attention_scores, dot_dtype
 from kara_sglang.kernels.turn import Turn
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 FP8, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SUM, BEST = (
     AttentionRule(),
-    AttentionRule(squared=True, value_norm=4, key_distance=True, delay_votes=False),
+    AttentionRule(squared=True, value_norm=4, key_distance=True, neighbours=13, delay_votes=False),
 )
 
 AHEAD = dataclasses.replace(BEST, ahead=True)
@@ -36,6 +38,7 @@ def triton_scores(
     starts: list[int],
     count: int,
     rule: AttentionRule,
+    sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``(num_layers, num_jobs, num_kv_heads, W)``."""
     tables = PoolTables.of(pool)
@@ -43,7 +46,8 @@ def triton_scores(
     voters = Voters(units, torch.tensor(starts), voting.start, len(voting))
     shape = (tables.num_layers, slots.shape[0], tables.num_kv_heads)
     out = torch.full((*shape, slots.shape[1]), float("nan"))
-    sums = torch.full((2 * math.prod(shape) * voters.rows,), float("nan"))
+    if sums is None:
+        sums = torch.full((math.prod(shape) * max(2 * voters.rows, slots.shape[1]),), float("nan"))
     attention_scores(
         tables,
         range(tables.num_layers),
@@ -107,7 +111,17 @@ def brute_force(
                     mean = every.mean(axis=0)
                     lengths = np.linalg.norm(every, axis=-1) * np.linalg.norm(mean)
                     out[layer, job, head] *= 1 - every @ mean / lengths
+                out[layer, job, head] = blended(out[layer, job, head], rule.neighbours)
     return out
+
+
+def blended(scores: np.ndarray, neighbours: int) -> np.ndarray:
+    """One token at a time."""
+    reach = neighbours // 2
+    powers = np.maximum(scores, LEAST_SCORE) if reach else scores
+    around = [powers[max(0, at - reach) : at + reach + 1] for at in range(len(scores))]
+    means = np.array([np.prod(near ** (1 / len(near))) for near in around])
+    return powers ** (1 - NEIGHBOURS_SHARE) * means**NEIGHBOURS_SHARE if reach else scores
 
 
 def moved(query: np.ndarray, turn: Turn, layer: int) -> np.ndarray:
@@ -195,7 +209,8 @@ def test_rules_over_several_blocks(make, causal, last, count):
     slots = make.windows(1, 176, slots=256, seed=5, page=16)
     votes = last is None or count == 176  # of the delay
     far = last != 1
-    rule = AttentionRule(count == 205, 1, far, causal, delay_votes=votes, last_queries=last)
+    near = 1 + 2 * (last or 0)  # 41 neighbours of a single query's keys, scratch for no more than W
+    rule = AttentionRule(count == 205, 1, far, near, causal, delay_votes=votes, last_queries=last)
     check(pool, slots, torch.tensor([[1, 0]]), [100], count, rule)
 
 
@@ -208,13 +223,31 @@ def test_distances_of_keys_that_are_alike(make, kind):
         pool.keys[0] += 5
     else:
         pool.keys[0].fill_(kind == "equal")
-    plain = dataclasses.replace(BEST, key_distance=False)
+    far = dataclasses.replace(BEST, neighbours=1)
+    plain = dataclasses.replace(far, key_distance=False)
     scores, alone = (
-        triton_scores(pool, slots, torch.tensor([[0]]), [9], 60, rule)[0, 0] for rule in (BEST, plain)
+        triton_scores(pool, slots, torch.tensor([[0]]), [9], 60, rule)[0, 0] for rule in (far, plain)
     )
     every = pool.keys[0].double()[slots[0].long()]
     cosine = torch.cosine_similarity(every, every.mean(dim=0, keepdim=True), dim=-1)
     torch.testing.assert_close((scores / alone).double(), 1 - cosine.T, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 5, 255, 256, 257, 700])
+@pytest.mark.parametrize("neighbours", [3, 9, 255])
+def test_neighbours_across_blocks(width, neighbours):
+    """Rows do not see each other, blocks of a row do; scores of 0 and of 1e30 are among them."""
+    generator = torch.Generator().manual_seed(width)
+    sizes = 10.0 ** torch.tensor([[-20], [30]])  # of the two heads
+    scores = torch.rand(2, 3, 2, width, generator=generator) ** 9 * sizes
+    scores[torch.rand(scores.shape, generator=generator) < 0.1] = 0
+    expected = np.stack([blended(row, neighbours) for row in scores.double().view(-1, width).numpy()])
+    ours, scratch = scores.clone(), torch.full((scores.numel() + 3,), float("nan"))
+    blend_neighbours(ours, neighbours, scratch)
+    np.testing.assert_allclose(ours.double().view(-1, width).numpy(), expected, rtol=1e-4)
+    assert scratch[-3:].isnan().all()
+    theirs = torch.stack([reference_blend(of_head, neighbours) for of_head in scores.flatten(0, 1)])
+    np.testing.assert_allclose(theirs.double().view(-1, width).numpy(), expected, rtol=1e-4)
 
 
 def test_one_set_of_positions_per_layer(make):
@@ -231,7 +264,8 @@ def test_one_set_of_positions_per_layer(make):
 def test_a_window_of_a_thousand(make):
     pool = make.pool(11, heads=1, dim=64, slots=1024, units=1, ring_len=1010)
     slots = make.windows(1, 1000, slots=1024, seed=3)
-    check(pool, slots, torch.tensor([[0]]), [123_456_789_012], 1010, SUM, tolerance=1e-4)
+    rule = dataclasses.replace(SUM, neighbours=13)
+    check(pool, slots, torch.tensor([[0]]), [123_456_789_012], 1010, rule, tolerance=1e-4)
 
 
 @pytest.mark.parametrize(("width", "causal"), [(2048, True), (4096, False)])
@@ -315,6 +349,9 @@ def test_what_does_not_fit_is_refused(make):
         triton_scores(pool, slots, units, [16], 65, SUM)
     with pytest.raises(ValueError, match="units and starts of 1 recorders for 2 windows"):
         triton_scores(pool, slots.repeat(2, 1), units, [16], 48, SUM)
+    few = AttentionRule(neighbours=3, last_queries=1)
+    with pytest.raises(ValueError, match=r"5 sums of torch.float32 where 96 of float32 are needed"):
+        triton_scores(pool, slots, units, [16], 48, few, sums=torch.empty(5))
     with pytest.raises(ValueError, match="must be contiguous"):
         triton_scores(pool, slots[:, ::2], units, [16], 48, SUM)
     with pytest.raises(ValueError, match="the pool has no turn"):

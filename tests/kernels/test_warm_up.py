@@ -50,7 +50,11 @@ def coordinator_of(config: KaraConfig) -> Coordinator:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"query_dtype": "model", "score": "sum", "chunk_budget": 0.0}, {"selector": "recent"}],
+    [
+        {},
+        {"query_dtype": "model", "score": "sum", "neighbours": 1, "chunk_budget": 0.0},
+        {"selector": "recent"},
+    ],
     ids=str,
 )
 def test_no_request_needs_a_compiler(settings):
@@ -62,9 +66,12 @@ def test_no_request_needs_a_compiler(settings):
     warm = {launch.key for launch in launches}
     names = {launch.kernel.__name__ for launch in launches}
     unused = set() if config.score.endswith("_k") else {"distance_kernel"}
+    if config.neighbours == 1:
+        unused.add("neighbours_kernel")
     if recorder is None:
-        unused = {"record_kernel", "log_sum_exp_kernel", "column_sum_kernel", "distance_kernel"}
-    assert names == {name for _, name in KERNELS} - unused
+        assert names == {"select_kernel", "compact_kernel"}
+    else:
+        assert names == {name for _, name in KERNELS} - unused
 
     jobs = [
         WindowJob(

@@ -291,6 +291,7 @@ def test_variants_have_names_that_can_be_read_back():
         ("l2_v", Variant()),
         ("sum", Variant(power=1, value=0)),
         ("sum_v", Variant(power=1)),
+        ("l2", Variant(value=0, near=5)),
         (KaraConfig().score, rows.PRODUCT),
     ],
 )
@@ -298,7 +299,8 @@ def test_a_variant_without_changes_is_the_product_selector(score: str, variant: 
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(80, 2, 3, 16, generator=generator)
     keys, values = (torch.randn(64, 2, 16, generator=generator) for _ in range(2))
-    product = selectors.build("kara", KaraConfig(score=score, delay_votes=bool(variant.later)))
+    config = KaraConfig(score=score, neighbours=variant.near, delay_votes=bool(variant.later))
+    product = selectors.build("kara", config)
     expected = product.score(queries, keys, values, scale=0.25, seed=0)
     got = VariantSelector(variant=variant).score(queries, keys, values, scale=0.25, seed=0)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -168,6 +169,50 @@ def test_scores_of_ordinary_numbers(dtype: torch.dtype, score_name: str) -> None
     got = attention_scores(queries, keys, values, scale=32**-0.5, rule=AttentionRule(**rule))
     expected = brute_force(queries, keys, values, 32**-0.5, **rule)
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=100)
+@given(
+    st.integers(1, 40).flatmap(
+        lambda width: st.lists(
+            st.lists(
+                st.just(0.0) | st.floats(2.0**-120, 2.0**120, width=32), min_size=width, max_size=width
+            ),
+            min_size=1,
+            max_size=3,
+        )
+    ),
+    st.integers(0, 30).map(lambda reach: 2 * reach + 1),
+    st.floats(0, 1),
+)
+def test_neighbours_by_hand(rows: list[list[float]], neighbours: int, share: float) -> None:
+    """One token at a time, in float64; a score of 0 spoils its neighbours no more than a tiny one."""
+    scores = torch.tensor(rows, dtype=torch.float32)
+    before = scores.clone()
+    blended = score.blend_neighbours(scores, neighbours, share)
+    assert torch.equal(scores, before) and blended.dtype == torch.float32
+    for got, row in zip(blended.tolist(), scores.tolist(), strict=True):
+        logs = [math.log(max(x, score.LEAST_SCORE)) for x in row]
+        for place, own in enumerate(logs):
+            near = logs[max(0, place - neighbours // 2) : place + neighbours // 2 + 1]
+            expected = (1 - share) * own + share * sum(near) / len(near)
+            assert math.log(got[place]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_neighbours_come_after_everything_else_of_a_head(per_layer: bool) -> None:
+    """What a head would select by is blended, and heads of a layer add up what is blended."""
+    torch.manual_seed(7)
+    queries, keys, values = torch.randn(25, 2, 3, 8), torch.randn(20, 2, 8), torch.randn(20, 2, 8)
+    rule = AttentionRule(squared=True, value_norm=4, key_distance=True)
+    alone = attention_scores(queries, keys, values, scale=0.3, rule=rule)
+    expected = score.blend_neighbours(alone, 5)
+    assert not torch.allclose(expected, alone, rtol=0.1)
+    if per_layer:
+        expected = expected.sum(dim=0).expand_as(expected)
+    rule = dataclasses.replace(rule, neighbours=5, per_layer=per_layer)
+    got = attention_scores(queries, keys, values, scale=0.3, rule=rule)
+    torch.testing.assert_close(got, expected)
 
 
 def test_dtypes_may_differ() -> None:

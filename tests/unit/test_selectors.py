@@ -162,6 +162,7 @@ def test_settings_reach_the_rules(score: str, votes: bool) -> None:
         score=score,
         delay_votes=votes,
         ahead=not votes,
+        neighbours=3 + 2 * votes,
         chunk_budget=0.3,
         chunk_width=5,
         chunk_quantile=0.6,
@@ -172,6 +173,7 @@ def test_settings_reach_the_rules(score: str, votes: bool) -> None:
         squared="l2" in score,
         value_norm={"sum": 0, "l2": 0, "l2_v4": 4, "l2_v4_k": 4}.get(score, 1),
         key_distance=score.endswith("_k"),
+        neighbours=3 + 2 * votes,
         delay_votes=votes,
         ahead=not votes,
     )
