@@ -16,7 +16,7 @@ import requests
 
 from kara_sglang.benchmarks.serving.load import drive
 from kara_sglang.benchmarks.serving.peers import PEERS, Setup
-from kara_sglang.benchmarks.serving.rows import Row, rows
+from kara_sglang.benchmarks.serving.rows import STOCK, Row, rows
 from kara_sglang.benchmarks.serving.scenarios import Cell
 from kara_sglang.benchmarks.serving.server import Server, Servers, Start
 
@@ -55,21 +55,23 @@ def schedule(cells: list[Cell], repetitions: int, resident: int) -> Iterator[tup
     """The order of the runs: rows that are compared take turns, and each repetition begins with
     another one.
 
-    Where fewer servers than rows can stay up, a point's rows are taken in groups that fit. Stock SGLang
-    is in the first; rows of later groups are compared with its repetition of the same number.
-    ``resident`` 1 means a start per run.
+    Where fewer servers than rows can stay up, a point's rows are taken in groups that fit, stock SGLang
+    in each of them. Repetitions are numbered on from group to group, so a row is compared with what
+    stock did among the row's own group. ``resident`` 1 means a start per run.
     """
     points: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         points.setdefault((cell.scenario, cell.point), []).append(cell)
     for point in points.values():
-        size = resident if resident > 1 else len(point)
-        for first in range(0, len(point), size):
-            members = point[first : first + size]
+        stock = [cell for cell in point if cell.row == STOCK]
+        others = [cell for cell in point if cell.row != STOCK]
+        size = resident - len(stock) if resident > 1 else len(point)
+        for group, first in enumerate(range(0, max(1, len(others)), size)):
+            members = stock + others[first : first + size]
             for repetition in range(repetitions):
                 turn = repetition % len(members)
                 for cell in members[turn:] + members[:turn]:
-                    yield cell, repetition
+                    yield cell, group * repetitions + repetition
 
 
 def start_of(cell: Cell, setup: Setup) -> Start:
