@@ -9,11 +9,12 @@ import subprocess
 
 
 def end_group(process: subprocess.Popen, seconds: float = 30) -> None:
-    """End the group that ``process`` leads (``start_new_session``): first politely, and where it has
-    not ended after so many ``seconds``, by force. What a leader that has ended left is ended, too."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-            return
+    """End the group that ``process`` leads (``start_new_session``): ask, wait for the leader so many
+    ``seconds``, and then end by force what is left, also of a group whose leader ended by itself."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

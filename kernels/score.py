@@ -17,8 +17,9 @@ SCRATCH_BYTES = 64 << 20
 NEIGHBOURS_SHARE = 0.6
 """Weight of the neighbours' mean against the token's own score, see :func:`blend_neighbours`."""
 
-LEAST_SCORE = 1e-30
-"""What a score counts as at least where its logarithm is taken."""
+LEAST_SCORE, MOST_SCORE = 1e-30, 1e30
+"""What a score counts as at least and at most where its logarithm is taken: well inside float32, and
+far beyond scores other than 0 that models give."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,10 @@ class AttentionRule:
     ahead: bool = False
     last_queries: int | None = None
     per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 1 or self.neighbours % 2 == 0:
+            raise ValueError(f"neighbours must be an odd number of tokens, got {self.neighbours}")
 
     def voters(self, num_queries: int, width: int) -> range:
         """Which of ``num_queries`` recorded queries vote in a window of ``width`` tokens."""
@@ -153,7 +158,7 @@ def blend_neighbours(
     Parameters
     ----------
     scores : torch.Tensor
-        ``(num_kv_heads, W)``, float32, at least 0.
+        ``(num_kv_heads, W)``, float32, at least 0. What is no number makes its neighbours none.
     neighbours : int
         Odd; the token itself is one of them. At the window's ends there are fewer.
     share : float
@@ -165,7 +170,7 @@ def blend_neighbours(
         ``exp((1 - s) log score + s mean(log score of the neighbours))``, of the shape and
         dtype of ``scores``.
     """
-    logs = scores.clamp_min(LEAST_SCORE).log_()
+    logs = scores.clamp(LEAST_SCORE, MOST_SCORE).log_()
     near = torch.nn.functional.avg_pool1d(
         logs[None], neighbours, 1, neighbours // 2, count_include_pad=False
     )[0]

@@ -26,7 +26,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ from triton.runtime.jit import JITFunction, mangle_type
 
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.benchmarks.gpu.report import write
+from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
 from kara_sglang.kernels.record import FP8, Ring
-from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.triton import (
@@ -203,11 +203,9 @@ def launches(
         selector=KaraSelector(
             chunks=ChunkRule(budget=0.1 if chunks else 0.0),
             # As by default, and chunks besides.
-            rule=AttentionRule(
+            rule=replace(
+                KaraSelector.from_config(KaraConfig()).rule,
                 squared=not causal,
-                value_norm=4,
-                key_distance=True,
-                neighbours=13,
                 ahead=ahead,
                 causal=causal,
             ),

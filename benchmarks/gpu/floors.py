@@ -34,8 +34,6 @@ class Settings:
         Bytes of one recorded number: 1 for fp8, 2 for 16 bit.
     rotating
         One query head of each group is recorded instead of all.
-    neighbours
-        Tokens with whose scores each score is blended.
     """
 
     window: int = 512
@@ -43,7 +41,6 @@ class Settings:
     delay: int = 64
     query_bytes: int = 1
     rotating: bool = False
-    neighbours: int = KaraConfig().neighbours
 
     def voters(self, model: Model) -> int:
         """Recorded queries per KV head that vote: those of the window."""
@@ -119,7 +116,7 @@ def score(model: Model, settings: Settings) -> Work:
     queries, keys = rows * dim * settings.query_bytes, width * dim * 2
     sums, scores = rows * 2 * 4, width * 4
     per_pass = Work(bytes=queries + keys + sums, flops=2 * rows * width * dim, exps=rows * width)
-    logs = width * (settings.neighbours + 1)
+    logs = width * (KaraConfig().neighbours + 1)
     per_head = per_pass * 2 + Work(bytes=3 * keys + 7 * scores, exps=logs + width)
     return per_head * (model.layers * model.kv_heads)
 

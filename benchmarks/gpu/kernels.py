@@ -28,6 +28,7 @@ from kara_sglang.benchmarks.gpu import floors
 from kara_sglang.benchmarks.gpu.floors import DATASHEET, Gpu, Settings, Work
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.benchmarks.gpu.report import write
+from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import record as reference_record
 from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob, WindowShape
 from kara_sglang.kernels.compact import compact as reference_compact
@@ -45,9 +46,7 @@ from kara_sglang.kernels.triton.select import select
 from kara_sglang.kernels.turn import Turn
 
 DEVICE = torch.device("cuda")
-RULE = AttentionRule(
-    squared=True, value_norm=4, key_distance=True, neighbours=13, delay_votes=False, ahead=True
-)
+RULE = KaraSelector.from_config(KaraConfig()).rule
 CHUNKS = ChunkRule(budget=0.1)
 PAGE = 16
 OTHER_CASES = (

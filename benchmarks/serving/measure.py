@@ -27,6 +27,10 @@ CLIENT_METRICS = (
 )
 
 
+GROUP = 1000
+"""Repetitions of a point's second group of rows begin with this number, of the third with twice it."""
+
+
 class Journal:
     """Results of a run directory, one JSON line each; what is there is not measured again."""
 
@@ -56,8 +60,8 @@ def schedule(cells: list[Cell], repetitions: int, resident: int) -> Iterator[tup
     another one.
 
     Where fewer servers than rows can stay up, a point's rows are taken in groups that fit, stock SGLang
-    in each of them. Repetitions are numbered on from group to group, so a row is compared with what
-    stock did among the row's own group. ``resident`` 1 means a start per run.
+    in each of them. The repetitions of each group have numbers of their own (:data:`GROUP`), so a row
+    is compared with what stock did among the row's group. ``resident`` 1 means a start per run.
     """
     points: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
@@ -71,7 +75,7 @@ def schedule(cells: list[Cell], repetitions: int, resident: int) -> Iterator[tup
             for repetition in range(repetitions):
                 turn = repetition % len(members)
                 for cell in members[turn:] + members[:turn]:
-                    yield cell, group * repetitions + repetition
+                    yield cell, group * GROUP + repetition
 
 
 def start_of(cell: Cell, setup: Setup) -> Start:
@@ -90,7 +94,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure one cell once; ``then`` are the cells that come next, so that servers start together."""
     peer, row, setup_here = start_of(cell, setup)
-    seed = 1000 + repetition
+    seed = 1000 + repetition % GROUP  # all groups see the same requests
     work = folder / "clients" / cell.key.replace("/", "-").replace(" ", "-")
     result: dict[str, Any] = {
         "key": cell.key,

@@ -157,8 +157,8 @@ def _draw(selector: BlindSelector, jobs: list[WindowJob], layers: range, scores:
 def _regions(
     shape: WindowShape, num_jobs: int, num_layers: int
 ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    """Shapes and dtypes of slots, units, starts, what lies between the scores' two passes, scores and
-    positions."""
+    """Shapes and dtypes of slots, units, starts, what lies between the scores' two passes and later,
+    W numbers per head at most, while they are blended and added up, scores, and positions."""
     heads = num_layers, num_jobs, shape.num_kv_heads
     return (
         ((num_jobs, shape.width), torch.int32),

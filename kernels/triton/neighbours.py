@@ -6,16 +6,19 @@ import torch
 import triton
 import triton.language as tl
 
-from kara_sglang.kernels.score import LEAST_SCORE, NEIGHBOURS_SHARE
+from kara_sglang.kernels.score import LEAST_SCORE, MOST_SCORE, NEIGHBOURS_SHARE
 
 _BLOCK = 256
 _SHARE: tl.constexpr = tl.constexpr(NEIGHBOURS_SHARE)
 _LEAST: tl.constexpr = tl.constexpr(LEAST_SCORE)
+_MOST: tl.constexpr = tl.constexpr(MOST_SCORE)
 
 
 @triton.jit
 def _log(scores, position, inside):
-    return tl.log2(tl.maximum(tl.load(scores + position, mask=inside, other=1.0), _LEAST))
+    """0 outside; what is no number stays none, as in torch."""
+    score = tl.load(scores + position, mask=inside, other=1.0)
+    return tl.log2(tl.clamp(score, _LEAST, _MOST, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit(do_not_specialize=("width", "reach"))
@@ -30,7 +33,7 @@ def neighbours_kernel(out, scores, width, reach, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for step in range(-reach, reach + 1):
         neighbour = position + step
-        total += _log(scores, neighbour, (neighbour >= 0) & (neighbour < width))  # 0 where none is
+        total += _log(scores, neighbour, (neighbour >= 0) & (neighbour < width))
     count = tl.minimum(position + reach, width - 1) - tl.maximum(position - reach, 0) + 1
     own = _log(scores, position, inside)
     blended = own + _SHARE * (total / tl.maximum(count, 1).to(tl.float32) - own)

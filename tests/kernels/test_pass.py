@@ -120,8 +120,9 @@ def test_jobs_of_all_kinds_in_one_call(identical, make, pool):
         ((5, 3), [(5, 3)]),
     ],
 )
+@pytest.mark.parametrize("name", ["kara", "snapkv", "per layer"])
 def test_windows_and_layers_are_taken_in_groups_that_fit_the_scratch(
-    identical, make, monkeypatch, fits, expected
+    identical, make, monkeypatch, fits, expected, name
 ):
     """Five windows of three layers, with scratch for ``fits``: windows and layers."""
     pool = make.pool(1, layers=3, heads=1, dim=16, slots=512, units=20, ring_len=RING_LEN)
@@ -140,7 +141,7 @@ def test_windows_and_layers_are_taken_in_groups_that_fit_the_scratch(
         compact(tables, layers, slots, kept)
 
     monkeypatch.setattr(backend, "compact", noted)
-    check(identical, make, kernels, pool, jobs_for(make, [("snapkv", 16, 1)] * 5))
+    check(identical, make, kernels, pool, jobs_for(make, [(name, 16, 1)] * 5))
     assert taken == expected
 
 

@@ -12,7 +12,7 @@ import torch
 from kara_sglang.kernels import record
 from kara_sglang.kernels.backend import LayerPool
 from kara_sglang.kernels.record import Ring
-from kara_sglang.kernels.score import LEAST_SCORE, NEIGHBOURS_SHARE, AttentionRule
+from kara_sglang.kernels.score import LEAST_SCORE, MOST_SCORE, NEIGHBOURS_SHARE, AttentionRule
 from kara_sglang.kernels.score import attention_scores as reference_scores
 from kara_sglang.kernels.score import blend_neighbours as reference_blend
 from kara_sglang.kernels.triton.neighbours import blend_neighbours
@@ -118,7 +118,7 @@ def brute_force(
 def blended(scores: np.ndarray, neighbours: int) -> np.ndarray:
     """One token at a time."""
     reach = neighbours // 2
-    powers = np.maximum(scores, LEAST_SCORE) if reach else scores
+    powers = np.clip(scores, LEAST_SCORE, MOST_SCORE) if reach else scores
     around = [powers[max(0, at - reach) : at + reach + 1] for at in range(len(scores))]
     means = np.array([np.prod(near ** (1 / len(near))) for near in around])
     return powers ** (1 - NEIGHBOURS_SHARE) * means**NEIGHBOURS_SHARE if reach else scores
@@ -236,11 +236,13 @@ def test_distances_of_keys_that_are_alike(make, kind):
 @pytest.mark.parametrize("width", [1, 5, 255, 256, 257, 700])
 @pytest.mark.parametrize("neighbours", [3, 9, 255])
 def test_neighbours_across_blocks(width, neighbours):
-    """Rows do not see each other, blocks of a row do; scores of 0 and of 1e30 are among them."""
+    """Rows do not see each other, blocks of a row do; scores of 0, infinity and none are among them."""
     generator = torch.Generator().manual_seed(width)
     sizes = 10.0 ** torch.tensor([[-20], [30]])  # of the two heads
     scores = torch.rand(2, 3, 2, width, generator=generator) ** 9 * sizes
     scores[torch.rand(scores.shape, generator=generator) < 0.1] = 0
+    scores[0, 1, :, -1] = float("inf")
+    scores[1, 2, :, width // 2] = float("nan")
     expected = np.stack([blended(row, neighbours) for row in scores.double().view(-1, width).numpy()])
     ours, scratch = scores.clone(), torch.full((scores.numel() + 3,), float("nan"))
     blend_neighbours(ours, neighbours, scratch)

@@ -41,6 +41,7 @@ from kara_sglang.benchmarks.quality.variants import Variant, VariantSelector
 from kara_sglang.config import KaraConfig
 from kara_sglang.embedded_model import transformers_name
 from kara_sglang.kernels import selectors
+from kara_sglang.kernels.score import NEIGHBOURS_SHARE, AttentionRule
 
 VOCAB = 50
 
@@ -307,8 +308,17 @@ def test_a_variant_without_changes_is_the_product_selector(score: str, variant: 
 
 
 def test_the_ablations_start_from_the_default():
-    assert rows.PRODUCT.chunks == KaraConfig().chunk_budget
-    assert bool(rows.PRODUCT.later) == KaraConfig().delay_votes
+    selector = selectors.build("kara", KaraConfig())
+    assert selector.chunks.budget == rows.PRODUCT.chunks
+    assert selector.rule == AttentionRule(
+        squared=rows.PRODUCT.power == 2,
+        value_norm=int(rows.PRODUCT.value),
+        key_distance=rows.PRODUCT.novel == 1,
+        neighbours=rows.PRODUCT.near,
+        delay_votes=bool(rows.PRODUCT.later),
+        ahead=bool(rows.PRODUCT.ahead),
+    )
+    assert rows.PRODUCT.share == NEIGHBOURS_SHARE
 
 
 def test_what_variants_change():

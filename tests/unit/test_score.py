@@ -192,11 +192,20 @@ def test_neighbours_by_hand(rows: list[list[float]], neighbours: int, share: flo
     blended = score.blend_neighbours(scores, neighbours, share)
     assert torch.equal(scores, before) and blended.dtype == torch.float32
     for got, row in zip(blended.tolist(), scores.tolist(), strict=True):
-        logs = [math.log(max(x, score.LEAST_SCORE)) for x in row]
+        logs = [math.log(min(max(x, score.LEAST_SCORE), score.MOST_SCORE)) for x in row]
         for place, own in enumerate(logs):
             near = logs[max(0, place - neighbours // 2) : place + neighbours // 2 + 1]
             expected = (1 - share) * own + share * sum(near) / len(near)
             assert math.log(got[place]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("neighbours", [0, 2, -1])
+def test_neighbours_are_an_odd_number(neighbours: int) -> None:
+    """The token itself and as many on each side."""
+    with pytest.raises(
+        ValueError, match=f"neighbours must be an odd number of tokens, got {neighbours}"
+    ):
+        AttentionRule(neighbours=neighbours)
 
 
 @pytest.mark.parametrize("per_layer", [False, True])

@@ -18,7 +18,7 @@ from kara_sglang.benchmarks.serving import projection, scenarios, tables
 from kara_sglang.benchmarks.serving import server as server_module
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.load import Load, write_trace
-from kara_sglang.benchmarks.serving.measure import Journal, schedule
+from kara_sglang.benchmarks.serving.measure import GROUP, Journal, schedule
 from kara_sglang.benchmarks.serving.overhead import share
 from kara_sglang.benchmarks.serving.peers import PEERS, Setup
 from kara_sglang.benchmarks.serving.report import headline, markdown, ratios
@@ -149,7 +149,7 @@ def test_the_plan_runs_every_row_in_turn_with_stock(resident: int) -> None:
             assert sum(cell.row in names for _, names in of_cell) == 3
         for (_, _, repetition), names in of_cell:
             assert "stock" in names and (resident == 1 or len(names) <= resident)
-            assert (names[0] == "stock") is (repetition % 3 % len(names) == 0)
+            assert (names[0] == "stock") is (repetition % GROUP % len(names) == 0)
 
 
 def test_a_pool_holds_as_many_requests_as_it_says() -> None:

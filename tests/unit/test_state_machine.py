@@ -795,6 +795,7 @@ def random_setting(random: Random, real: bool) -> Setting:
         query_mem_gb=random.choice([None, 1.0]),
         delay=random.choice([0, 0, 1, 5, 16, 40]),
         score=random.choice(["sum", "sum_v", "l2", "l2_v", "l2_v4_k"]),
+        neighbours=random.choice([1, 3, 13]),
         delay_votes=random.choice([False, True]),
         chunk_budget=random.choice([0.0, 0.1, 0.5]),
         chunk_quantile=random.choice([0.0, 0.5]),
