@@ -84,8 +84,8 @@ class KaraConfig:
         ``head``: each KV head keeps its own tokens; ``layer``: the heads' scores are added up and all
         heads of a layer (of a rank) keep the same. For ``kara``, ``causal`` and ``snapkv``.
     query_heads
-        ``all`` query heads are recorded, ``rotating``: one of each GQA group in turn, ``auto``: all
-        while the ring has room and rotating when it has not.
+        ``all`` query heads are recorded, or the ``mean`` of each GQA group; ``auto``: all while the
+        ring has room and the mean when it has not.
     query_dtype
         ``fp8`` (e4m3) or ``model`` (the model's own).
     policy
@@ -122,7 +122,7 @@ class KaraConfig:
     chunk_quantile: float = 0.8
     last_queries: int = 32
     granularity: Literal["head", "layer"] = "head"
-    query_heads: Literal["auto", "all", "rotating"] = "auto"
+    query_heads: Literal["auto", "all", "mean"] = "auto"
     query_dtype: Literal["fp8", "model"] = "fp8"
     policy: Literal["periodic", "threshold", "pressure"] = "periodic"
     period: int = 1

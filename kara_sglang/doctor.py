@@ -281,14 +281,14 @@ def _query_ring(model: Any, config: KaraConfig) -> Finding:
         return Finding(BAD, "queries", text, f"raise it to {least / 2**30:.3f} or more")
     room = {
         "all": f"{ring.num_units // ring.shape.group}",
-        "rotating": f"{ring.num_units}",
-        "auto": f"{ring.num_units // ring.shape.group} (all heads) to {ring.num_units} (rotating)",
+        "mean": f"{ring.num_units}",
+        "auto": f"{ring.num_units // ring.shape.group} (all heads) to {ring.num_units} (mean)",
     }[config.query_heads]
     return Finding(
         OK,
         "queries",
-        f"{every:,} bytes a request with all heads, {unit:,} rotating, without tensor parallelism; "
-        f"{size} records {room} requests at once",
+        f"{every:,} bytes a request with all heads, {unit:,} with their mean, without tensor "
+        f"parallelism; {size} records {room} requests at once",
     )
 
 

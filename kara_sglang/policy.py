@@ -159,9 +159,9 @@ def grants(
 ) -> list[tuple[int, int]]:
     """Hand out the ring's free units: ``(batch index, units)`` for each request that gets some.
 
-    With ``heads`` (the setting ``query_heads``) at ``auto`` everybody gets a rotating recorder first,
-    the longest uncompressed first and the older on ties; what is then left upgrades them to all heads
-    in the same order.
+    With ``heads`` (the setting ``query_heads``) at ``auto`` everybody gets a recorder of the mean
+    first, the longest uncompressed first and the older on ties; what is then left upgrades them to all
+    heads in the same order.
     """
     least = cheapest(group, heads)
     line = sorted(waiting, key=lambda c: (-c.uncompressed, c.order))

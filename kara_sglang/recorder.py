@@ -25,12 +25,8 @@ class Recorder:
     """A request's share of the ring."""
 
     row: int  # req_pool_idx
-    units: tuple[int, ...]  # one per head of a GQA group, or a single one when rotating
+    units: tuple[int, ...]  # one per head of a GQA group, or a single one for their mean
     since: int  # logical position of the first recorded token
-
-    @property
-    def rotating(self) -> bool:
-        return len(self.units) == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +88,6 @@ class QueryRecorder:
         self.rings = self.ring.layers()
         self._free = list(range(self.num_units - 1, -1, -1))
         self.active: dict[int, Recorder] = {}  # by row
-        self._num_rotating = 0
         self._dirty: set[int] = set()
         self._entries: torch.Tensor | None = None
         self._step: list[torch.Tensor] = []  # queries of a step's layers so far
@@ -101,7 +96,6 @@ class QueryRecorder:
         """Make the device tables for ``num_rows`` rows of ``req_to_token``, before graph capture."""
         device = self.shape.device
         self.units = torch.full((num_rows, self.shape.group), -1, dtype=torch.int64, device=device)
-        self.rotating = torch.zeros((num_rows,), dtype=torch.bool, device=device)
 
     @property
     def free_units(self) -> int:
@@ -118,7 +112,7 @@ class QueryRecorder:
         return len(self.active)
 
     def acquire(self, row: int, num_units: int, since: int) -> Recorder:
-        """Hand ``num_units`` units (the group's size, or 1 to rotate) to a row."""
+        """Hand ``num_units`` units (the group's size, or 1 for the mean) to a row."""
         if row in self.active:
             raise RuntimeError(f"kv-compress: row {row} already has a recorder")
         if num_units > len(self._free):
@@ -126,7 +120,6 @@ class QueryRecorder:
         units = tuple(self._free.pop() for _ in range(num_units))
         recorder = Recorder(row, units, since)
         self.active[row] = recorder
-        self._num_rotating += recorder.rotating
         self._dirty.add(row)
         return recorder
 
@@ -135,7 +128,6 @@ class QueryRecorder:
         if self.active.get(recorder.row) is not recorder:
             raise RuntimeError(f"kv-compress: recorder of row {recorder.row} released twice")
         del self.active[recorder.row]
-        self._num_rotating -= recorder.rotating
         self._dirty.add(recorder.row)
         self._free.extend(recorder.units)
 
@@ -153,11 +145,10 @@ class QueryRecorder:
         group, device = self.shape.group, self.shape.device
         rows = sorted(self._dirty)
         active = [self.active.get(row) for row in rows]
-        units = [(r.units * group)[:group] if r is not None else (-1,) * group for r in active]
-        rotating = [r is not None and r.rotating and group > 1 for r in active]
+        none = (-1,) * group
+        units = [((r.units if r is not None else ()) + none)[:group] for r in active]
         where = to_device(torch.tensor(rows), device)
         self.units.index_copy_(0, where, to_device(torch.tensor(units), device))
-        self.rotating.index_copy_(0, where, to_device(torch.tensor(rotating), device))
         self._dirty.clear()
 
     def record(
@@ -174,16 +165,7 @@ class QueryRecorder:
         layer lost half their decode speed.
         """
         if layer == 0:
-            # A graph is replayed whoever rotates; a step outside of one need not ask.
-            asks = self._num_rotating or not kernels.records_steps
-            self._entries = plan(
-                positions,
-                rows,
-                self.units,
-                self.rotating if asks else None,
-                self.ring_len,
-                self.trash,
-            )
+            self._entries = plan(positions, rows, self.units, self.ring_len, self.trash)
             self._step.clear()
         assert self._entries is not None
         if not kernels.records_steps:

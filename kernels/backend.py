@@ -88,7 +88,7 @@ class WindowShape:
     kept
         R.
     units
-        Ring units of its recorder: the GQA group's size, 1 when rotating, 0 without queries.
+        Ring units of its recorder: the GQA group's size, 1 for the mean, 0 without queries.
     query_count
         Recorded tokens, W + delay.
     """

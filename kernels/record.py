@@ -2,9 +2,10 @@
 
 The ring is cut into *units*. A unit holds, for each of ``ring_len`` consecutive tokens, one query head
 of every KV head. A recorder that keeps **all** heads owns ``group`` units, unit g for head g of each
-GQA group; a **rotating** one owns a single unit and keeps head ``position % group``. The token at
-logical position p lies at ``p % ring_len`` of its unit, so nothing moves when the KV cache is
-compacted, and the delay's queries are still there when the next window begins.
+GQA group; one that keeps the **mean** owns a single unit, for the mean query of each group: logits are
+linear in the query, so it votes for what the heads of a group agree on. The token at logical position p
+lies at ``p % ring_len`` of its unit, so nothing moves when the KV cache is compacted, and the delay's
+queries are still there when the next window begins.
 """
 
 from __future__ import annotations
@@ -99,7 +100,6 @@ def plan(
     positions: torch.Tensor,
     rows: torch.Tensor,
     units: torch.Tensor,
-    rotating: torch.Tensor | None,
     ring_len: int,
     trash: int,
 ) -> torch.Tensor:
@@ -112,10 +112,8 @@ def plan(
     rows : torch.Tensor
         The requests' rows of ``req_to_token``, shape ``(batch,)``, int64.
     units : torch.Tensor
-        Units of each row's recorder, shape ``(num_rows, group)``, int64; -1 for a row without one. A
-        rotating recorder repeats its only unit.
-    rotating : torch.Tensor or None
-        Which recorders rotate, shape ``(num_rows,)``, bool; None where none does.
+        Units of each row's recorder, shape ``(num_rows, group)``, int64; -1 for a row without one, and
+        behind the only unit of one that keeps the mean.
     ring_len : int
         Tokens per unit.
     trash : int
@@ -127,12 +125,8 @@ def plan(
         Ring entries, shape ``(batch, group)``, int64.
     """
     units = units[rows]
-    idle = units < 0
-    if rotating is not None:
-        group = torch.arange(units.shape[1], device=units.device)
-        idle |= rotating[rows, None] & (positions[:, None] % units.shape[1] != group)
     entry = units * ring_len + positions[:, None] % ring_len
-    return torch.where(idle, trash, entry)
+    return torch.where(units < 0, trash, entry)
 
 
 def record(ring: Ring, entries: torch.Tensor, queries: Queries) -> None:
@@ -143,16 +137,24 @@ def record(ring: Ring, entries: torch.Tensor, queries: Queries) -> None:
     ring : Ring
         Written in place.
     entries : torch.Tensor
-        What :func:`plan` returned, shape ``(batch, group)``.
+        What :func:`plan` returned, shape ``(batch, group)``. The ring's last entry is the trash; where
+        a row's second head goes there, its first place takes the mean of the group.
     queries : torch.Tensor or list of torch.Tensor
         Post-RoPE queries, shape ``(batch, num_kv_heads * group * head_dim)`` or with the last
         dimension already split, any float dtype; where the ring has layers, a list with one per layer.
     """
+    eager = isinstance(queries, list)
     if isinstance(queries, list):
         queries = torch.stack(queries)
     batch, group = entries.shape
-    *layers, _, num_kv_heads, head_dim = ring.queries.shape
+    *layers, num_entries, num_kv_heads, head_dim = ring.queries.shape
     by_group = queries.view(*layers, batch, num_kv_heads, group, head_dim).transpose(-3, -2)
+    trash = num_entries - 1
+    alone = (entries[:, 1:2] == trash) & (entries[:, :1] != trash)
+    # A step's sequence of operations must not depend on who records where it may be captured.
+    if group > 1 and (not eager or alone.any()):
+        first = torch.where(alone[..., None], mean_of(by_group), by_group[..., 0, :, :])
+        by_group = torch.cat([first[..., None, :, :], by_group[..., 1:, :, :]], dim=-3)
     rows = by_group.reshape(*layers, batch * group, num_kv_heads, head_dim)
     where = entries.flatten()
     if ring.exponents is None:
@@ -162,6 +164,17 @@ def record(ring: Ring, entries: torch.Tensor, queries: Queries) -> None:
     # As bytes: index_copy_ does not know 8-bit floats.
     ring.queries.view(torch.uint8).index_copy_(-3, where, rows.view(torch.uint8))
     ring.exponents.index_copy_(-2, where, exponents)
+
+
+def mean_of(heads: torch.Tensor) -> torch.Tensor:
+    """The mean query of each group of ``(..., group, num_kv_heads, head_dim)``, float32.
+
+    Added up in the order of the heads, so that every implementation gives the same bits.
+    """
+    total = heads[..., 0, :, :].float()
+    for head in range(1, heads.shape[-3]):
+        total = total + heads[..., head, :, :]
+    return total * (1 / heads.shape[-3])
 
 
 def recorded(ring: Ring, start: int, count: int, units: torch.Tensor, ring_len: int) -> torch.Tensor:
@@ -174,7 +187,7 @@ def recorded(ring: Ring, start: int, count: int, units: torch.Tensor, ring_len: 
     start, count : int
         Tokens, with ``count <= ring_len``.
     units : torch.Tensor
-        The recorder's units, shape ``(group,)``, or ``(1,)`` for a rotating one.
+        The recorder's units, shape ``(group,)``, or ``(1,)`` for one that keeps the mean.
     ring_len : int
         Tokens per unit.
 

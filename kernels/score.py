@@ -87,7 +87,7 @@ def attention_scores(
     queries : torch.Tensor
         Post-RoPE queries of the window's tokens and, behind them, of the delay's tokens,
         shape ``(num_queries, num_kv_heads, heads_per_group, head_dim)``, num_queries >= W. Query i
-        belongs to the window's token i. With rotating heads ``heads_per_group`` is 1.
+        belongs to the window's token i. Where the mean was recorded ``heads_per_group`` is 1.
     keys, values : torch.Tensor
         The window's KV, shape ``(W, num_kv_heads, head_dim)``.
     scale : float

@@ -177,7 +177,7 @@ def launches(
     window: int = 512,
     retained: int = 256,
     delay: int = 64,
-    rotating: bool = False,
+    mean: bool = False,
     causal: bool = False,
     chunks: bool = True,
     ahead: bool = True,
@@ -187,7 +187,7 @@ def launches(
 ) -> list[Launch]:
     """The launches of one recording step and one pass over a full window, in order."""
     heads, dim = model.kv_heads, model.head_dim
-    num_units = 1 if rotating else model.group
+    num_units = 1 if mean else model.group
     ring_len = window + delay
     pool = LayerPool(
         keys=[torch.empty(window, heads, dim, dtype=key_dtype)],
@@ -264,7 +264,7 @@ def cases() -> list[tuple[str, list[Launch]]]:
         *found,
         (f"{first.name}, bf16 ring", of(SCORE, launches(first, ring_dtype=torch.bfloat16))),
         (f"{first.name}, fp8 keys", of((*SCORE, "distance_kernel"), launches(first, key_dtype=FP8))),
-        (f"{first.name}, rotating", of(SCORE, launches(first, rotating=True))),
+        (f"{first.name}, mean", of(SCORE, launches(first, mean=True))),
         (f"{first.name}, causal", of(SCORE, launches(first, causal=True))),
         *(
             (f"head_dim {model.head_dim}, {name}", of(SCORE, launches(model, **settings)))

@@ -32,24 +32,24 @@ class Settings:
         W, R and the delay, in tokens.
     query_bytes
         Bytes of one recorded number: 1 for fp8, 2 for 16 bit.
-    rotating
-        One query head of each group is recorded instead of all.
+    mean
+        The mean of each group is recorded instead of all its heads.
     """
 
     window: int = 512
     kept: int = 256
     delay: int = 64
     query_bytes: int = 1
-    rotating: bool = False
+    mean: bool = False
 
     def voters(self, model: Model) -> int:
         """Recorded queries per KV head that vote: those of the window."""
-        return self.window * (1 if self.rotating else model.group)
+        return self.window * (1 if self.mean else model.group)
 
 
 VARIANTS = {
     "W 512": Settings(),
-    "W 512, rotating": Settings(rotating=True),
+    "W 512, mean": Settings(mean=True),
     "W 1024": Settings(window=1024, kept=512),
 }
 
@@ -102,10 +102,10 @@ DATASHEET = (
 
 def record(model: Model, settings: Settings) -> Work:
     """One decode step of one recording request: queries read, and written to the ring."""
-    heads = model.kv_heads if settings.rotating else model.query_heads
+    written = model.kv_heads if settings.mean else model.query_heads
     exponent = 1 if settings.query_bytes == 1 else 0
-    numbers = model.head_dim * (2 + settings.query_bytes)
-    return Work(bytes=model.layers * heads * (numbers + exponent))
+    stored = written * (model.head_dim * settings.query_bytes + exponent)
+    return Work(bytes=model.layers * (model.query_heads * model.head_dim * 2 + stored))
 
 
 def score(model: Model, settings: Settings) -> Work:

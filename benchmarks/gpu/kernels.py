@@ -77,7 +77,7 @@ class Case:
         self.num_jobs = num_jobs
         heads, dim = model.kv_heads, model.head_dim
         width, ring_len = settings.window, settings.window + settings.delay
-        units = 1 if settings.rotating else model.group
+        units = 1 if settings.mean else model.group
         slots = num_jobs * width * 2  # half of the pool belongs to others
         entries = num_jobs * units * ring_len + 1
         ring_dtype = FP8 if settings.query_bytes == 1 else torch.bfloat16
@@ -110,7 +110,7 @@ class Case:
         group = model.group
         self.queries = torch.randn(batch, model.query_heads * dim, device=DEVICE, dtype=torch.bfloat16)
         picked = torch.randperm(entries - 1, device=DEVICE)[: num_jobs * group].view(-1, group)
-        if settings.rotating:
+        if settings.mean:
             picked[:, 1:] = entries - 1
         idle = torch.full((batch - num_jobs, group), entries - 1, device=DEVICE)
         self.entries = torch.cat([picked, idle])[torch.randperm(batch, device=DEVICE)]
@@ -428,9 +428,9 @@ def main() -> None:
         write(report, arguments.output)
     for model in (model for model in MODELS if model.name in arguments.models):
         for window in arguments.windows:
-            for rotating in (False, True):
-                settings = Settings(window=window, kept=window // 2, rotating=rotating)
-                print(f"{model.name}, W {window}, {'rotating' if rotating else 'all'} heads")
+            for mean in (False, True):
+                settings = Settings(window=window, kept=window // 2, mean=mean)
+                print(f"{model.name}, W {window}, {'mean' if mean else 'all'} heads")
                 checks = check(Case(model, settings, min(arguments.jobs, 2), layers=2))
                 print(f"  correct: {checks}")
                 case = Case(model, settings, arguments.jobs, layers=model.layers)

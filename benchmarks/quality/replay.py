@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from kara_sglang.benchmarks.quality.script import Cell, Script
-from kara_sglang.kernels.record import FP8
+from kara_sglang.kernels.record import FP8, mean_of
 from kara_sglang.kernels.select import select
 from kara_sglang.kernels.selectors.base import Selector
 from kara_sglang.kernels.turn import Turn
@@ -30,7 +30,7 @@ class Plan:
         None: not at all.
     window, kept, delay, page_size
         W, R, the delay, and what the first window's start is rounded up to.
-    fp8, rotating
+    fp8, mean
         What the recorder keeps of the queries.
     seed
         As the request's own option.
@@ -42,7 +42,7 @@ class Plan:
     delay: int
     page_size: int = 16
     fp8: bool = False
-    rotating: bool = False
+    mean: bool = False
     seed: int = 0
 
     def first(self, prompt: int) -> int:
@@ -236,9 +236,8 @@ class Replay:
         """What the recorder holds: ``(W + delay, num_kv_heads, group or 1, head_dim)``."""
         stop = start + plan.window + plan.delay
         queries = layer.queries[:, start:stop].transpose(0, 1).unflatten(1, (num_kv_heads, -1))
-        if plan.rotating:
-            head = torch.arange(start, stop) % queries.shape[2]
-            queries = queries[torch.arange(stop - start), :, head][:, :, None]
+        if plan.mean:
+            queries = mean_of(queries.transpose(1, 2))[:, :, None]
         if plan.fp8:
             limit = torch.finfo(FP8).max
             queries = queries.clamp(-limit, limit).to(FP8)

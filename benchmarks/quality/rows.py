@@ -122,7 +122,7 @@ def _ablations(window: int, retains: tuple[float, ...]) -> list[Row]:
         rows.append(row("without delay", "kara", retain, delay=0))
         rows.append(row("newest kept, without delay", newest.name, retain, delay=0))
     rows += [row("one index set per layer", "kara", r, granularity="layer") for r in retains]
-    rows += [row("rotating query heads", "kara", r, query_heads="rotating") for r in retains]
+    rows += [row("mean of the query heads", "kara", r, query_heads="mean") for r in retains]
     rows += [row("queries in full precision", "kara", r, query_dtype="model") for r in retains]
     return rows
 

@@ -4,7 +4,8 @@
         kara:chunks=0 kara:value=2
 
 Rows are ``paper`` (the paper's preset), ``kara`` (the defaults), any other selector, or a point of the
-space of ``variants.py``. Development texts by default: look at the held-out ones once, at the end.
+space of ``variants.py``; with ``@mean`` behind it the mean query of each group votes (``query_heads``),
+else all heads do. Development texts by default: look at the held-out ones once, at the end.
 ``--show sweep.json`` prints the table of a finished search again.
 """
 
@@ -29,13 +30,17 @@ from kara_sglang.config import KaraConfig
 from kara_sglang.embedded_model import embedded_model_path
 from kara_sglang.kernels import selectors
 
+MEAN = "@mean"
+
 
 def plan_of(name: str, window: int, retain: float) -> Plan:
     """What a server with default settings (``paper``: with that preset) would do for a request."""
+    mean, name = name.endswith(MEAN), name.removesuffix(MEAN)
     preset = "paper" if name == "paper" else "default"
     config = KaraConfig.from_settings({"window": window, "retain": retain, "preset": preset})
     selector = selectors.build("kara" if name == "paper" else name, config)
-    return Plan(selector, window, config.kept(16), config.delay, 16, fp8=config.query_dtype == "fp8")
+    fp8 = config.query_dtype == "fp8"
+    return Plan(selector, window, config.kept(16), config.delay, 16, fp8=fp8, mean=mean)
 
 
 def scripts_of(tokenizer: Any, split: str, limit: int | None, window: int, seeds: int) -> list[Script]:
@@ -132,7 +137,7 @@ def main() -> int:
     from transformers import AutoTokenizer
 
     names = list(dict.fromkeys(["paper", "kara", *options.rows]))
-    variants.register(names)
+    variants.register([name.removesuffix(MEAN) for name in names])
     model = options.model or str(embedded_model_path())
     tokenizer = AutoTokenizer.from_pretrained(model)
     scripts = scripts_of(tokenizer, options.split, options.texts, options.window, options.seeds)

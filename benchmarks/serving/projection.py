@@ -95,7 +95,7 @@ class Counted:
             window=round(self.window * longer),
             kept=round(self.window * longer * (self.retain or 1.0)),
             delay=round(self.delay * longer),
-            rotating=True,
+            mean=True,
         )
         pool = card.pool(model)
         if self.retain is not None:

@@ -28,7 +28,10 @@ def record_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """One program per (row, head of the group): it moves that head of every KV head."""
+    """One program per (row, head of the group): it moves that head of every KV head.
+
+    Where only the first head's place is kept, it gets the mean of the group.
+    """
     program = tl.program_id(0)
     entry = tl.load(entries + program)
     if entry == trash:
@@ -37,10 +40,14 @@ def record_kernel(
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     dim = tl.arange(0, BLOCK_DIM)[None, :]
     mask = (head < HEADS) & (dim < DIM)
-    query_head = head * GROUP + program % GROUP
-    value = tl.load(queries + row * row_stride + query_head * DIM + dim, mask=mask, other=0.0)
+    query = queries + row * row_stride + head * (GROUP * DIM) + dim
+    value = tl.load(query + program % GROUP * DIM, mask=mask, other=0.0).to(tl.float32)
+    if GROUP > 1:  # noqa: SIM102 - this one is decided when it is compiled
+        if tl.load(entries + row * GROUP + 1) == trash:
+            for other in range(1, GROUP):
+                value += tl.load(query + other * DIM, mask=mask, other=0.0).to(tl.float32)
+            value *= 1 / GROUP
     if TO_E4M3:
-        value = value.to(tl.float32)
         exponent = exponents_of(value, LOWEST, HIGHEST)
         value = to_e4m3(value * power_of_two(-exponent)[:, None])
         kv_head = tl.arange(0, BLOCK_HEADS)

@@ -154,7 +154,7 @@ def small_pool(tiny_model: Path, logs: Path) -> Iterator[Server]:
     flags = (
         *("--skip-tokenizer-init", "--page-size", "64", "--max-total-tokens", "2048"),
         *("--dtype", "bfloat16", "--kv-compress", "kara"),
-        # Room for about four recorders, so that they rotate heads, are passed on, and run out.
+        # Room for about four recorders, so that they keep the mean, are passed on, and run out.
         *("--kv-compress-window", "128", "--kv-compress-query-mem-gb", "0.0008"),
         *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
     )

@@ -65,7 +65,7 @@ def test_a_pass_of_qwen3_8b(architecture):
         ("head_dim 80", {}),
         ("head_dim 256", {}),
         ("head_dim 64", {"causal": True, "key_dtype": torch.float16}),
-        ("Qwen3-8B", {"key_dtype": torch.float8_e4m3fn, "rotating": True}),
+        ("Qwen3-8B", {"key_dtype": torch.float8_e4m3fn, "mean": True}),
         ("Qwen3-8B", {"causal": True, "chunks": False}),
         ("head_dim 96", {"causal": True, "window": 1024}),
         ("head_dim 128", {"ahead": False}),

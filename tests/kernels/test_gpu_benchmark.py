@@ -23,16 +23,16 @@ TINY = Model("tiny", 2, 6, 2, 32, 0.001)
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("rotating", [False, True])
-def test_its_checks_pass_on_right_kernels_and_fail_on_wrong_ones(monkeypatch, rotating):
+@pytest.mark.parametrize("mean", [False, True])
+def test_its_checks_pass_on_right_kernels_and_fail_on_wrong_ones(monkeypatch, mean):
     monkeypatch.setattr(kernels, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(kernels, "captured", lambda call: call)
-    settings = Settings(window=48, kept=16, delay=9, rotating=rotating)
+    settings = Settings(window=48, kept=16, delay=9, mean=mean)
     found = kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=2))
     assert found["score_error"] < 1e-4 < found["turned_score_error"] < 0.03
     assert found["same_choice"] == 1.0
 
-    if rotating:
+    if mean:
         monkeypatch.setattr(kernels, "captured", lambda call: lambda: None)
         with pytest.raises(AssertionError, match="wrong result: record in a replayed graph"):
             kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=1))

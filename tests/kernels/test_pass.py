@@ -102,7 +102,7 @@ def test_jobs_of_all_kinds_in_one_call(identical, make, pool):
         ("kara", 16, GROUP),
         ("random", 32, 0),
         ("kara", 32, GROUP),
-        ("kara", 16, 1),  # a rotating recorder
+        ("kara", 16, 1),  # a recorder of the mean
         ("snapkv", 16, GROUP),
         ("kara", 16, GROUP),
         ("per layer", 16, GROUP),

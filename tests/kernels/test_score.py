@@ -193,7 +193,7 @@ def test_groups_and_jobs(make, group, num_jobs):
     check(pool, slots, units, starts, 51, SUM)
 
 
-def test_seven_jobs_with_rotating_recorders(make):
+def test_seven_jobs_with_recorders_of_the_mean(make):
     pool = make.pool(7, heads=2, units=9, ring_len=70, slots=512)
     slots = make.windows(7, 48, slots=512, seed=7, page=16, dtype=torch.int64)
     units = torch.randperm(9)[:7].view(7, 1)

@@ -457,7 +457,7 @@ def test_sglangs_config_file(prepare: Any, base: list[str], yaml_file: Any) -> N
         "kv-compress-window: 128\n"
         "kv-compress-retain: 1\n"
         "kv-compress-query-mem-gb: 0.25\n"
-        "kv-compress-config:\n  delay: 0\n  debug_checks: true\n  query_heads: rotating\n"
+        "kv-compress-config:\n  delay: 0\n  debug_checks: true\n  query_heads: mean\n"
     )
     expected = KaraConfig(
         selector="snapkv",
@@ -466,7 +466,7 @@ def test_sglangs_config_file(prepare: Any, base: list[str], yaml_file: Any) -> N
         query_mem_gb=0.25,
         delay=0,
         debug_checks=True,
-        query_heads="rotating",
+        query_heads="mean",
     )
     prepare([*base, *words])
     assert plugin.active() == expected

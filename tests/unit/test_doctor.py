@@ -58,8 +58,8 @@ def test_a_healthy_environment_and_a_supported_model(capsys, tmp_path):
         assert any(line.startswith("ok") and hook.target in line for line in lines), hook.target
     queries = next(line for line in lines if line.startswith("ok   queries"))
     units = 2 * 2**30 // UNIT_BYTES
-    assert f"{4 * UNIT_BYTES:,} bytes" in queries and f"{UNIT_BYTES:,} rotating" in queries
-    assert f"{units // 4} (all heads) to {units} (rotating)" in queries
+    assert f"{4 * UNIT_BYTES:,} bytes" in queries and f"{UNIT_BYTES:,} with their mean" in queries
+    assert f"{units // 4} (all heads) to {units} (mean)" in queries
     assert lines[-1].startswith("This environment can serve with compression: ")
     assert str(tmp_path) in lines[-1]
 

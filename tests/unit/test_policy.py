@@ -206,7 +206,7 @@ waiting_lists = st.integers(0, 10).flatmap(
     waiting_lists,
     st.integers(0, 40),
     st.sampled_from([1, 2, 4, 7]),
-    st.sampled_from(["auto", "all", "rotating"]),
+    st.sampled_from(["auto", "all", "mean"]),
 )
 def test_grants(waiting, free, group, heads) -> None:
     """Never more units than there are, in order of need, and none kept back that somebody could use."""
@@ -216,7 +216,7 @@ def test_grants(waiting, free, group, heads) -> None:
     assert len({index for index, _ in given_out}) == len(given_out)
     used = sum(units for _, units in given_out)
     assert used <= free
-    allowed = {"all": {group}, "rotating": {1}, "auto": {1, group}}[heads]
+    allowed = {"all": {group}, "mean": {1}, "auto": {1, group}}[heads]
     assert {units for _, units in given_out} <= allowed
 
     def need(index: int) -> tuple[int, int]:
@@ -230,10 +230,10 @@ def test_grants(waiting, free, group, heads) -> None:
         assert free - used < cheapest
     if heads == "auto" and group > 1:
         full = [index for index, units in given_out if units == group]
-        rotating = [index for index, units in given_out if units == 1]
-        assert all(need(a) < need(b) for a in full for b in rotating)
+        of_mean = [index for index, units in given_out if units == 1]
+        assert all(need(a) < need(b) for a in full for b in of_mean)
         assert not (full and unserved), "somebody got all heads while another got none"
-        if rotating:
+        if of_mean:
             assert free - used < group - 1
 
 

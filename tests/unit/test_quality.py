@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -25,6 +26,7 @@ from kara_sglang.benchmarks.quality import (
 )
 from kara_sglang.benchmarks.quality.engine import EngineFailed
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
+from kara_sglang.benchmarks.quality.replay import Layer, Plan, Replay
 from kara_sglang.benchmarks.quality.rows import Part, Row
 from kara_sglang.benchmarks.quality.script import (
     FOLDER_ENV,
@@ -40,7 +42,7 @@ from kara_sglang.benchmarks.quality.tasks import PROMPT, SETTLE, Layout
 from kara_sglang.benchmarks.quality.variants import Variant, VariantSelector
 from kara_sglang.config import KaraConfig
 from kara_sglang.embedded_model import transformers_name
-from kara_sglang.kernels import selectors
+from kara_sglang.kernels import record, selectors
 from kara_sglang.kernels.score import NEIGHBOURS_SHARE, AttentionRule
 
 VOCAB = 50
@@ -319,6 +321,31 @@ def test_the_ablations_start_from_the_default():
         ahead=bool(rows.PRODUCT.ahead),
     )
     assert rows.PRODUCT.share == NEIGHBOURS_SHARE
+
+
+@pytest.mark.parametrize("name", ["paper", "kara", "snapkv"])
+def test_a_search_knows_whose_queries_vote(name: str):
+    every, mean = (search.plan_of(row, 128, 0.5) for row in (name, name + search.MEAN))
+    assert dataclasses.replace(every, mean=True) == mean and not every.mean
+
+
+def test_a_replay_keeps_what_the_recorder_keeps():
+    """The same queries through the ring and out of a replay's layer; 3 query heads, 2 KV heads."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(6, 40, 16, generator=generator)
+    layer = Layer(queries[:2], queries[:2], queries)
+    for mean in (False, True):
+        plan = Plan(None, 16, 8, 4, mean=mean)
+        got = Replay._recorded(layer, plan, 10, 2)
+        ring = record.Ring.zeros((3 * 20 + 1, 2, 16), torch.float32)
+        units = [0, -1, -1] if mean else [0, 1, 2]
+        for position in range(10, 30):
+            where = record.plan(
+                torch.tensor([position]), torch.tensor([0]), torch.tensor([units]), 20, 60
+            )
+            record.record(ring, where, queries[None, :, position])
+        kept = torch.tensor([unit for unit in units if unit >= 0])
+        assert torch.equal(got, record.recorded(ring, 10, 20, kept, 20))
 
 
 def test_what_variants_change():

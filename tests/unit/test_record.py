@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -51,6 +53,11 @@ def stored(queries: torch.Tensor, fp8: bool) -> torch.Tensor:
     return ((queries.double() / power).float().to(FP8).double() * power).float()
 
 
+def mean(heads: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What is recorded of a group in a single unit: float32, in the order of the heads."""
+    return functools.reduce(torch.add, heads) * (1 / len(heads))
+
+
 def flush(recorder: QueryRecorder) -> None:
     """As the coordinator does before a decode step."""
     if recorder.stale:
@@ -86,8 +93,7 @@ def check_recorded(recorder: QueryRecorder, request: Request, fp8: bool) -> None
         for i in range(count):
             truth = request.queries[first + i][layer]
             if heads < group:
-                turn = (first + i) % group
-                truth = truth[:, turn : turn + 1]
+                truth = mean(truth.unbind(dim=1))[:, None]
             assert torch.equal(got[i].float(), stored(truth, fp8).float()), (first + i, given)
 
 
@@ -174,8 +180,8 @@ def test_plan_sends_each_head_to_its_unit_or_to_the_trash(data: st.DataObject) -
     """Entry by entry, from the layout's description."""
     batch, group = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 5))
     ring_len = data.draw(st.integers(1, 9))
-    rows = [data.draw(st.sampled_from(["none", "all", "rotating"])) for _ in range(batch)]
-    units, rotating, positions, expected = [], [], [], []
+    rows = [data.draw(st.sampled_from(["none", "all", "mean"])) for _ in range(batch)]
+    units, positions, expected = [], [], []
     trash, next_unit = 1000, 0
     for kind in rows:
         position = data.draw(st.integers(0, 10_000))
@@ -186,22 +192,17 @@ def test_plan_sends_each_head_to_its_unit_or_to_the_trash(data: st.DataObject) -
             mine = [next_unit + g for g in range(group)]
             entries = [unit * ring_len + place for unit in mine]
         else:
-            mine = [next_unit] * group
-            entries = [
-                next_unit * ring_len + place if g == position % group else trash for g in range(group)
-            ]
+            mine = [next_unit] + [-1] * (group - 1)
+            entries = [next_unit * ring_len + place] + [trash] * (group - 1)
         next_unit += group
         units.append(mine)
-        rotating.append(kind == "rotating")
         positions.append(position)
         expected.append(entries)
     num_rows = batch + 2
     where = torch.tensor(data.draw(st.permutations(range(num_rows)))[:batch], dtype=torch.int64)
     table = torch.full((num_rows, group), 77)  # what stands in other rows must not matter
     table[where] = torch.tensor(units, dtype=torch.int64).reshape(batch, group)
-    who_rotates = torch.ones(num_rows, dtype=torch.bool)
-    who_rotates[where] = torch.tensor(rotating, dtype=torch.bool)
-    got = plan(torch.tensor(positions, dtype=torch.int64), where, table, who_rotates, ring_len, trash)
+    got = plan(torch.tensor(positions, dtype=torch.int64), where, table, ring_len, trash)
     assert got.dtype == torch.int64 and got.tolist() == expected
 
 
@@ -251,20 +252,20 @@ def test_a_reused_row_writes_into_its_own_units_only() -> None:
     new = recorder.acquire(1, 1, since=9)
     flush(recorder)
     assert set(other.units) == set(old.units) and not set(new.units) & set(other.units)
-    assert recorder.units[1].tolist() == [new.units[0]] * 2 and bool(recorder.rotating[1])
-    assert recorder.units[2].tolist() == list(other.units) and not bool(recorder.rotating[2])
+    assert recorder.units[1].tolist() == [new.units[0], -1]
+    assert recorder.units[2].tolist() == list(other.units)
     recorder.release(new)
     flush(recorder)
-    assert recorder.units[1].tolist() == [-1, -1] and not bool(recorder.rotating[1])
+    assert recorder.units[1].tolist() == [-1, -1]
 
 
 def test_nothing_reaches_the_tables_before_flush() -> None:
     """The step in flight still reads them; only ``flush`` runs behind it."""
     recorder = make()
     flush(recorder)
-    before = recorder.units.clone(), recorder.rotating.clone()
+    before = recorder.units.clone()
     given = recorder.acquire(1, 1, since=0)
-    assert torch.equal(recorder.units, before[0]) and torch.equal(recorder.rotating, before[1])
+    assert torch.equal(recorder.units, before)
     flush(recorder)
     tables = recorder.units.clone()
     recorder.release(given)
@@ -429,8 +430,8 @@ def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
     group, kv_heads, layers, batch = 3, 2, 2, 4
     recorder = make(group=group, kv_heads=kv_heads, layers=layers, units=8, fp8=fp8)
     flush(recorder)
-    tables = [recorder.units, recorder.rotating]
-    addresses = [t.data_ptr() for t in (*tables, *(ring.queries for ring in recorder.rings))]
+    table = recorder.units
+    addresses = [t.data_ptr() for t in (table, *(ring.queries for ring in recorder.rings))]
     # The graph's own inputs, which SGLang fills by copy before each replay.
     rows, positions = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
     queries = torch.zeros(layers, batch, kv_heads * group * 3)
@@ -457,10 +458,12 @@ def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
             if who not in held:
                 continue
             units = held[who].units
-            heads = range(group) if len(units) == group else [position % group]
+            heads = by_head[:, index].unbind(dim=2)
+            if len(units) == 1:
+                heads = [mean(heads)]
             for unit, head in zip(units, heads, strict=True):
                 place = (unit, position % recorder.ring_len)
-                expected[place] = stored(by_head[:, index, :, head], fp8).clone()
+                expected[place] = stored(head, fp8).clone()
     assert len(expected) > 100
     for unit in range(recorder.num_units):
         got = [
@@ -471,9 +474,9 @@ def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
             truth = expected.get((unit, place), torch.zeros(layers, kv_heads, 3))
             ours = torch.stack([layer[place, :, 0] for layer in got])
             assert torch.equal(ours.float(), truth.float()), (unit, place)
-    now = [t.data_ptr() for t in (*tables, *(ring.queries for ring in recorder.rings))]
+    now = [t.data_ptr() for t in (recorder.units, *(ring.queries for ring in recorder.rings))]
     assert now == addresses
-    assert recorder.units is tables[0] and recorder.rotating is tables[1]
+    assert recorder.units is table
 
 
 @pytest.mark.parametrize("fp8", [False, True])

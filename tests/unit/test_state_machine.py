@@ -158,7 +158,7 @@ class Request:
         self.kept = torch.empty((LAYERS, KV_HEADS, 0), dtype=torch.int64)  # up to the last window
         self.windows: list[Window] = []
         self.prefilled = 0
-        self.rotating = False
+        self.keeps_mean = False
         self.recorded_from: int | None = None
         self.prefix: Prefix | None = None
 
@@ -572,7 +572,7 @@ class World:
         self.allocator.freed = []
         for req in batch.reqs:  # a pass may take the recorder away
             recorder = req.state.recorder if req.state is not None else None
-            req.rotating = recorder is not None and recorder.rotating
+            req.keeps_mean = recorder is not None and len(recorder.units) < GROUP
             req.recorded_from = None if recorder is None else recorder.since
         self.coordinator.before_decode(batch)
         assert all(torch.equal(*pair) for pair in zip(before, copies, strict=True)), "in place"
@@ -656,9 +656,8 @@ class World:
         count = self.config.window + self.config.delay
         queries = self.log_q[req.token_at[start : start + count], layer]
         assert req.recorded_from is not None and req.recorded_from <= start
-        if req.rotating:
-            turns = [position % GROUP for position in range(start, start + count)]
-            queries = queries[torch.arange(count), :, turns][:, :, None]
+        if req.keeps_mean:
+            queries = sum(queries.unbind(dim=2))[:, :, None] * (1 / GROUP)
         if self.config.query_dtype == "fp8":
             power = 2.0 ** (queries.double().abs().amax(dim=-1, keepdim=True) / 448).log2().ceil()
             queries = ((queries / power).float().to(FP8).double() * power).float()
@@ -800,7 +799,7 @@ def random_setting(random: Random, real: bool) -> Setting:
         chunk_budget=random.choice([0.0, 0.1, 0.5]),
         chunk_quantile=random.choice([0.0, 0.5]),
         last_queries=random.choice([1, 8]),
-        query_heads=random.choice(["auto", "all", "rotating"]),
+        query_heads=random.choice(["auto", "all", "mean"]),
         query_dtype=random.choice(["fp8", "model"]),
         policy=random.choice(["periodic", "periodic", "threshold", "pressure"]),
         period=random.choice([1, 1, 3, 100]),
@@ -981,7 +980,7 @@ def test_seeds_come_from_the_prompt() -> None:
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("units", [1, GROUP])
 def test_warming_up_leaves_no_trace(selector: str, units: int) -> None:
-    """A pass over slots that nobody holds, also where the ring has room for one rotating recorder."""
+    """A pass over slots that nobody holds, also where the ring has room for a recorder of the mean."""
     config = KaraConfig(selector=selector, window=32, delay=2)
     world = World(Setting(config, page=16, units=units, trouble=0.0), seed=0)
     world.coordinator.warm_up()
@@ -1157,7 +1156,7 @@ def test_debug_checks_notice_a_bad_selection(kept: list[int]) -> None:
         world.coordinator.before_decode(world.batch)
 
 
-@pytest.mark.parametrize("heads", ["all", "rotating"])
+@pytest.mark.parametrize("heads", ["all", "mean"])
 def test_queries_that_were_overwritten_are_not_used(heads: str) -> None:
     """Where a pass comes too late for the ring, the window is the oldest one that it still covers."""
     world, req = one_request(selector="kara", query_heads=heads, period=150)
@@ -1177,7 +1176,7 @@ def test_windows_that_came_too_late_are_counted() -> None:
     assert world.coordinator.forecast.kept_promise < 0.2
 
 
-@pytest.mark.parametrize("heads,units", [("all", 2), ("all", 3), ("rotating", 1), ("auto", 1)])
+@pytest.mark.parametrize("heads,units", [("all", 2), ("all", 3), ("mean", 1), ("auto", 1)])
 @pytest.mark.parametrize("running", [2, 3])
 def test_recorders_go_round(heads: str, units: int, running: int) -> None:
     """With room for one recorder, each of two or three requests is compressed again and again."""
