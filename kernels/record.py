@@ -1,7 +1,7 @@
 """The ring of recorded queries: where a token's query lies, and how it gets there.
 
-The ring is cut into *units*. A unit holds, for each of ``ring_len`` consecutive tokens, one query head
-of every KV head. A recorder that keeps **all** heads owns ``group`` units, unit g for head g of each
+The ring is cut into *units*. A unit holds, for each of ``ring_len`` consecutive tokens, one query per
+KV head. A recorder that keeps **all** heads owns ``group`` units, unit g for head g of each
 GQA group; one that keeps the **mean** owns a single unit, for the mean query of each group: logits are
 linear in the query, so it votes for what the heads of a group agree on. The token at logical position p
 lies at ``p % ring_len`` of its unit, so nothing moves when the KV cache is compacted, and the delay's
@@ -141,7 +141,8 @@ def record(ring: Ring, entries: torch.Tensor, queries: Queries) -> None:
         a row's second head goes there, its first place takes the mean of the group.
     queries : torch.Tensor or list of torch.Tensor
         Post-RoPE queries, shape ``(batch, num_kv_heads * group * head_dim)`` or with the last
-        dimension already split, any float dtype; where the ring has layers, a list with one per layer.
+        dimension already split, any float dtype; where the ring has layers, a list with one per layer,
+        which must not be captured in a CUDA graph.
     """
     eager = isinstance(queries, list)
     if isinstance(queries, list):
@@ -149,12 +150,13 @@ def record(ring: Ring, entries: torch.Tensor, queries: Queries) -> None:
     batch, group = entries.shape
     *layers, num_entries, num_kv_heads, head_dim = ring.queries.shape
     by_group = queries.view(*layers, batch, num_kv_heads, group, head_dim).transpose(-3, -2)
-    trash = num_entries - 1
-    alone = (entries[:, 1:2] == trash) & (entries[:, :1] != trash)
-    # A step's sequence of operations must not depend on who records where it may be captured.
-    if group > 1 and (not eager or alone.any()):
-        first = torch.where(alone[..., None], mean_of(by_group), by_group[..., 0, :, :])
-        by_group = torch.cat([first[..., None, :, :], by_group[..., 1:, :, :]], dim=-3)
+    if group > 1:
+        trash = num_entries - 1
+        alone = (entries[:, 1:2] == trash) & (entries[:, :1] != trash)
+        # What may be captured must be the same operations whoever records.
+        if not eager or alone.any():
+            first = torch.where(alone[..., None], mean_of(by_group), by_group[..., 0, :, :])
+            by_group = torch.cat([first[..., None, :, :], by_group[..., 1:, :, :]], dim=-3)
     rows = by_group.reshape(*layers, batch * group, num_kv_heads, head_dim)
     where = entries.flatten()
     if ring.exponents is None:

@@ -577,6 +577,9 @@ def test_the_documents_tables_are_the_committed_results():
     searches = (results / "README.md").read_text()
     assert "<!-- search:search-5 -->\n| row |" in searches
     assert search.put_into(searches, results) == searches
+    for name in ("quick", "coder", "full", "half", "windows"):
+        result = json.loads((results / f"{name}.json").read_text())
+        assert (results / f"{name}.md").read_text() == report.markdown(result)
     for text in (document, readme):
         assert "<!-- quality:quick quick/selectors" in text
         assert report.put_into(text) == text

@@ -485,13 +485,14 @@ def test_a_step_in_one_call_is_its_layers_one_by_one(fp8: bool) -> None:
     recorders = [make(layers=3, units=4, fp8=fp8) for _ in range(2)]
     for recorder in recorders:
         recorder.acquire(1, 2, since=0)
+        recorder.acquire(3, 1, since=0)
         flush(recorder)
     generator = torch.Generator().manual_seed(1)
-    rows, positions = torch.tensor([1, 2]), torch.tensor([5, 9])
-    stale = torch.randn(2, 12, generator=generator)
+    rows, positions = torch.tensor([1, 2, 3]), torch.tensor([5, 9, 7])
+    stale = torch.randn(3, 12, generator=generator)
     recorders[0].record(KERNELS, 0, stale, rows, positions)
     for layer in range(3):
-        queries = 500 * torch.randn(2, 12, generator=generator)
+        queries = 500 * torch.randn(3, 12, generator=generator)
         for recorder, kernels in zip(recorders, (KERNELS, BY_LAYER), strict=True):
             recorder.record(kernels, layer, queries, rows, positions)
     for ours, theirs in zip(recorders[0].rings, recorders[1].rings, strict=True):
