@@ -87,6 +87,8 @@ class Observation:
         The same share by where in its window a fact stands, of facts before the newest window.
     by_kind
         Per kind of fact whether each was right, 1 or 0.
+    by_place
+        The same per place, ``windows before the newest/offset in the window``.
     slots
         Mean KV slots held at the measured steps.
     """
@@ -98,6 +100,7 @@ class Observation:
     by_back: dict[int, float]
     by_offset: dict[float, float]
     by_kind: dict[str, list[float]]
+    by_place: dict[str, list[float]]
     slots: float
 
 
@@ -108,6 +111,7 @@ def observe(script: Script, cell: Cell) -> Observation:
     by_back: dict[int, list[float]] = {}
     by_offset: dict[float, list[float]] = {}
     by_kind: dict[str, list[float]] = {}
+    by_place: dict[str, list[float]] = {}
     for probe in script.probes:
         where = [place[step] for step in range(probe.start, probe.stop)]
         average = math.fsum(cell.logprob[i] for i in where) / len(where)
@@ -119,6 +123,8 @@ def observe(script: Script, cell: Cell) -> Observation:
         logprobs.append(average)
         by_back.setdefault(probe.back, []).append(right)
         by_kind.setdefault(probe.kind, []).append(right)
+        if probe.offset is not None:
+            by_place.setdefault(f"{probe.back}/{probe.offset:g}", []).append(right)
         if probe.back and probe.offset is not None:
             by_offset.setdefault(probe.offset, []).append(right)
     return Observation(
@@ -129,6 +135,7 @@ def observe(script: Script, cell: Cell) -> Observation:
         by_back=_means(by_back),
         by_offset=_means(by_offset),
         by_kind=by_kind,
+        by_place=by_place,
         slots=math.fsum(cell.slots) / len(cell.slots),
     )
 

@@ -63,7 +63,8 @@ def figures(part: Part, scripts: list[Script], folder: Path) -> list[dict[str, A
             "settings": row.settings,
             "texts": len(text),
             "facts": sum(len(s.probes) for s in scripts if s.probes[0].back is not None),
-            "recall_by_kind": _by_kind(mine),
+            "recall_by_kind": _counts([o.by_kind for o in mine]),
+            "recall_by_place": _counts([o.by_place for o in mine]),
         }
         values = {
             # The reference differs from itself by nothing; its cells hold no KL.
@@ -87,13 +88,13 @@ def figures(part: Part, scripts: list[Script], folder: Path) -> list[dict[str, A
     return records
 
 
-def _by_kind(cells: list[Observation]) -> dict[str, list[int]]:
-    """Per kind of fact how many were right, and how many there are."""
+def _counts(cells: list[dict[str, list[float]]]) -> dict[str, list[int]]:
+    """Per kind or place of facts how many were right, and how many there are."""
     found: dict[str, list[float]] = {}
     for cell in cells:
-        for kind, right in cell.by_kind.items():
-            found.setdefault(kind, []).extend(right)
-    return {kind: [int(sum(right)), len(right)] for kind, right in sorted(found.items())}
+        for name, right in cell.items():
+            found.setdefault(name, []).extend(right)
+    return {name: [int(sum(right)), len(right)] for name, right in sorted(found.items())}
 
 
 def goals(part: Part, scripts: list[Script], folder: Path) -> dict[str, Any]:

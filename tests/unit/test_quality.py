@@ -509,6 +509,11 @@ def test_figures_come_from_the_cells(small_part, tmp_path: Path):
     assert kara["recall_back_1"] == 1.0
     assert kara["recall_by_kind"] == {"pair": [4, 4]}
     assert records["paper"]["recall_by_kind"] == {"pair": [0, 4]}
+    places = {f"{p.back}/{p.offset:g}" for s in scripts for p in s.probes if p.offset is not None}
+    assert len(places) > 1 and set(kara["recall_by_place"]) == places
+    assert sum(asked for _, asked in kara["recall_by_place"].values()) == 4
+    assert all(right == asked for right, asked in kara["recall_by_place"].values())
+    assert all(right == 0 for right, _ in records["paper"]["recall_by_place"].values())
     assert "| paper | 0.5 | 0 of 4 |" in report.kinds_table(list(records.values()), "small", "0.5")
     assert records["paper"]["recall_below_full"] == 1.0
     assert kara["perplexity"] == pytest.approx(math.exp(1.05))
@@ -577,6 +582,9 @@ def test_the_documents_tables_are_the_committed_results():
     searches = (results / "README.md").read_text()
     assert "<!-- search:search-5 -->\n| row |" in searches
     assert search.put_into(searches, results) == searches
+    windows = json.loads((results / "windows.json").read_text())["results"]
+    places = {r["row"]: r["recall_by_place"] for r in windows if r["retain"] in (0.5, 1)}
+    assert places["full"] == places["window 512"] == places["window 1024"]  # as docs/quality.md says
     for name in ("quick", "coder", "full", "half", "windows"):
         result = json.loads((results / f"{name}.json").read_text())
         assert (results / f"{name}.md").read_text() == report.markdown(result)
