@@ -81,8 +81,10 @@ class WindowShape:
 
     Attributes
     ----------
-    num_kv_heads
+    num_kv_heads, head_dim
         Of the rank.
+    dtype
+        Of K, or of the queries where they are wider.
     width
         W, tokens of the window.
     kept
@@ -94,6 +96,8 @@ class WindowShape:
     """
 
     num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
     width: int
     kept: int
     units: int

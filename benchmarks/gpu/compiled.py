@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -47,11 +48,13 @@ from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.triton import (
     TritonKernels,
     compact,
-    distance,
-    neighbours,
+    prepare,
     record,
     score,
     select,
+)
+from kara_sglang.kernels.triton import (
+    pool as pool_module,
 )
 from kara_sglang.kernels.turn import Turn
 
@@ -66,15 +69,16 @@ OTHER_SHAPES = (
 )
 KERNELS = (
     (record, "record_kernel"),
+    (prepare, "prepare_kernel"),
     (score, "log_sum_exp_kernel"),
     (score, "column_sum_kernel"),
-    (distance, "distance_kernel"),
-    (neighbours, "neighbours_kernel"),
+    (score, "one_pass_kernel"),
     (select, "select_kernel"),
     (compact, "compact_kernel"),
 )
 
 
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 SCORE, SELECT = ("log_sum_exp_kernel", "column_sum_kernel"), ("select_kernel",)
 
 
@@ -115,9 +119,7 @@ class Launch:
             number = value.data_ptr() if isinstance(value, torch.Tensor) else value
             if number % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-        options = {
-            name: self.arguments[name] for name in ("num_warps", "num_stages") if name in self.arguments
-        }
+        options = {name: self.arguments[name] for name in OPTIONS if name in self.arguments}
         return signature, constants, attributes, options
 
 
@@ -173,6 +175,7 @@ class Compiled:
 
 def launches(
     model: Model,
+    architecture: int,
     *,
     window: int = 512,
     retained: int = 256,
@@ -218,11 +221,11 @@ def launches(
     batch = 64
     queries = torch.empty(batch, model.query_heads * dim, dtype=torch.bfloat16)
     entries = torch.zeros(batch, model.group, dtype=torch.int64)
-    with caught() as found:
+    capability = divmod(architecture, 10)
+    with caught() as found, patch.object(pool_module, "capability_of", lambda device: capability):
         kernels = TritonKernels()
-        kernels.reserve(
-            torch.device("cpu"), WindowShape(heads, window, window, num_units, window + delay)
-        )
+        shape = WindowShape(heads, dim, key_dtype, window, window, num_units, window + delay)
+        kernels.reserve(torch.device("cpu"), shape)
         kernels.record(pool.rings[0], entries, queries)
         kernels.compress(pool, [job])
     return found

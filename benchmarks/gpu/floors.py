@@ -108,23 +108,29 @@ def record(model: Model, settings: Settings) -> Work:
     return Work(bytes=model.layers * (model.query_heads * model.head_dim * 2 + stored))
 
 
+def prepare(model: Model, settings: Settings) -> Work:
+    """K and V read, turned keys and a weight of each written. K is read twice, the second time from
+    the L2 cache."""
+    numbers = settings.window * model.head_dim
+    return Work(bytes=model.layers * model.kv_heads * (3 * 2 * numbers + 4 * settings.window))
+
+
 def score(model: Model, settings: Settings) -> Work:
-    """Both passes over queries and keys, the norms of the values, two more readings of the keys for
-    their distances, and the scores, which the distances multiply, the neighbours blend and a copy puts
-    back. A logarithm counts as an exponential."""
+    """Both passes over queries and turned keys; the queries' log-sum-exps and scales are written by the
+    first and read by the second, which reads the weights and writes the scores."""
     rows, width, dim = settings.voters(model), settings.window, model.head_dim
-    queries, keys = rows * dim * settings.query_bytes, width * dim * 2
-    sums, scores = rows * 2 * 4, width * 4
+    queries, keys, sums = rows * dim * settings.query_bytes, width * dim * 2, rows * 2 * 4
     per_pass = Work(bytes=queries + keys + sums, flops=2 * rows * width * dim, exps=rows * width)
-    logs = width * (KaraConfig().neighbours + 1)
-    per_head = per_pass * 2 + Work(bytes=3 * keys + 7 * scores, exps=logs + width)
+    per_head = per_pass * 2 + Work(bytes=2 * 4 * width)
     return per_head * (model.layers * model.kv_heads)
 
 
 def select(model: Model, settings: Settings) -> Work:
-    """Scores read, positions written; the rest stays in registers."""
+    """Scores read, blended scores and positions written; the logarithm of each score among its
+    neighbours' counts as an exponential, as does the blended score."""
     heads = model.layers * model.kv_heads
-    return Work(bytes=heads * (4 * settings.window + 4 * settings.kept))
+    logs = settings.window * (KaraConfig().neighbours + 2)
+    return Work(bytes=heads * 4 * (2 * settings.window + settings.kept), exps=heads * logs)
 
 
 def compact(model: Model, settings: Settings) -> Work:
@@ -133,12 +139,12 @@ def compact(model: Model, settings: Settings) -> Work:
     return Work(bytes=rows * (2 * 2 * model.head_dim + 4 + 2 * 4))
 
 
-KERNELS = (record, score, select, compact)
+KERNELS = (record, prepare, score, select, compact)
 
 
 def pass_floor(model: Model, settings: Settings, gpu: Gpu) -> float:
     """Seconds that a pass over one window takes at least, its kernels one after the other."""
-    return sum(gpu.floor(kernel(model, settings)) for kernel in (score, select, compact))
+    return sum(gpu.floor(kernel(model, settings)) for kernel in KERNELS if kernel is not record)
 
 
 def decode_step(model: Model, batch: int, context: int) -> Work:

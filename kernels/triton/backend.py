@@ -14,22 +14,22 @@ from kara_sglang.kernels.selectors.base import AttentionSelector, BlindSelector
 from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.pool import PoolTables
 from kara_sglang.kernels.triton.record import record
-from kara_sglang.kernels.triton.score import Voters, attention_scores
+from kara_sglang.kernels.triton.score import Scratch, Voters, attention_scores
 from kara_sglang.kernels.triton.select import select
 
-SCRATCH_BYTES = 32 << 20
+SCRATCH_BYTES = 64 << 20
 """Memory of a pass beside the pool, unless one window of one layer takes more."""
 _ALIGNMENT = 16  # bytes; also what Triton specialises pointers by, so that all passes look alike to it
 
 
 class TritonKernels:
-    """Up to six launches for a group of windows: four score, one selects, one moves. Copies fill the
-    scratch before, one follows the fourth, and where the heads of a layer share their tokens, two of
-    torch's operations add up the scores.
+    """Up to five launches for a group of windows: up to three score, one selects, one moves. Copies
+    fill the scratch before.
 
     Windows with equal settings form a group: as many as fit the scratch with all layers, or one and as
-    many layers as fit. Whatever a group needs lies in the scratch. Nothing synchronises and nothing is
-    copied from the device. All calls of an instance must be made on the same stream.
+    many layers as fit, in parts of about equal size. Whatever a group needs lies in the scratch.
+    Nothing synchronises and nothing is copied from the device. All calls of an instance must be made on
+    the same stream.
     """
 
     name = "triton"
@@ -59,7 +59,13 @@ class TritonKernels:
         for index, job in enumerate(jobs):
             num_units = 0 if job.units is None else len(job.units)
             shape = WindowShape(
-                tables.num_kv_heads, len(job.slots), job.kept, num_units, job.query_count
+                num_kv_heads=tables.num_kv_heads,
+                head_dim=tables.head_dim,
+                dtype=tables.dot,
+                width=len(job.slots),
+                kept=job.kept,
+                units=num_units,
+                query_count=job.query_count,
             )
             groups.setdefault((job.selector, shape), []).append(index)
 
@@ -95,7 +101,8 @@ class TritonKernels:
         if all_layers <= size:
             return min(num_jobs, size // all_layers), num_layers
         without_layers = _bytes(shape, 1, 0)
-        return 1, (size - without_layers) // (_bytes(shape, 1, 1) - without_layers)
+        fitting = (size - without_layers) // (_bytes(shape, 1, 1) - without_layers)
+        return 1, math.ceil(num_layers / math.ceil(num_layers / fitting))
 
     def _compress_alike(
         self, pool: LayerPool, jobs: list[WindowJob], shape: WindowShape, num_layers: int
@@ -113,16 +120,20 @@ class TritonKernels:
         selector = jobs[0].selector
         for first in range(0, tables.num_layers, num_layers):
             layers = range(first, min(first + num_layers, tables.num_layers))
-            slots, units, starts, sums, scores, kept = _carve(scratch, shape, len(jobs), len(layers))
+            slots, units, starts, *between, scores, kept = _carve(
+                scratch, shape, len(jobs), len(layers)
+            )
             if first == 0:  # where these three lie does not depend on the number of layers
                 torch.cat([job.slots for job in jobs], out=slots.view(-1))
                 fill(starts, torch.tensor([job.query_start for job in jobs]))
                 if shape.units:
                     torch.cat([job.units for job in jobs if job.units is not None], out=units.view(-1))
+            neighbours, shared = 1, False
             if isinstance(selector, AttentionSelector):
                 if not shape.units:
                     raise ValueError(f"{type(selector).__name__} needs recorded queries")
                 voting = selector.rule.voters(shape.query_count, shape.width)
+                neighbours, shared = selector.rule.neighbours, selector.rule.per_layer
                 attention_scores(
                     tables,
                     layers,
@@ -130,7 +141,7 @@ class TritonKernels:
                     Voters(units, starts, voting.start, len(voting)),
                     ring_len=pool.ring_len,
                     rule=selector.rule,
-                    sums=sums,
+                    scratch=Scratch(*between),
                     out=scores,
                 )
             elif isinstance(selector, BlindSelector):
@@ -139,7 +150,7 @@ class TritonKernels:
                 for layer in layers:
                     for place, job in enumerate(jobs):
                         scores[layer - first, place] = reference_scores(pool, job, layer)
-            select(scores, shape.kept, selector.chunks, kept)
+            select(scores, shape.kept, selector.chunks, kept, neighbours=neighbours, shared=shared)
             compact(tables, layers, slots, kept)
             yield layers, kept
 
@@ -157,14 +168,17 @@ def _draw(selector: BlindSelector, jobs: list[WindowJob], layers: range, scores:
 def _regions(
     shape: WindowShape, num_jobs: int, num_layers: int
 ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    """Shapes and dtypes of slots, units, starts, what lies between the scores' two passes and later,
-    W numbers per head at most, while they are blended and added up, scores, and positions."""
+    """Shapes and dtypes of slots, units, starts, what lies between the score's launches, scores, and
+    positions."""
     heads = num_layers, num_jobs, shape.num_kv_heads
+    dot = torch.float32 if shape.dtype == torch.float32 else torch.float16
+    rows = shape.units * shape.query_count
+    width = shape.width if shape.units else 0
     return (
         ((num_jobs, shape.width), torch.int32),
         ((num_jobs, shape.units), torch.int64),
         ((num_jobs,), torch.int64),
-        ((2 * math.prod(heads) * shape.units * shape.query_count,), torch.float32),
+        *Scratch.regions(heads, width, shape.head_dim, rows, dot),
         ((*heads, shape.width), torch.float32),
         ((*heads, shape.kept), torch.int32),
     )

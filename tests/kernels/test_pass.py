@@ -126,7 +126,7 @@ def test_windows_and_layers_are_taken_in_groups_that_fit_the_scratch(
 ):
     """Five windows of three layers, with scratch for ``fits``: windows and layers."""
     pool = make.pool(1, layers=3, heads=1, dim=16, slots=512, units=20, ring_len=RING_LEN)
-    shape = WindowShape(1, WIDTH, 16, 1, WIDTH + DELAY)
+    shape = WindowShape(1, 16, torch.float32, WIDTH, 16, 1, WIDTH + DELAY)
     monkeypatch.setattr(backend, "SCRATCH_BYTES", 0)
     kernels = TritonKernels()
     kernels.reserve(torch.device("cpu"), shape)
@@ -149,7 +149,8 @@ def test_groups_of_selectors_that_bring_their_own_scores(identical, make, pool, 
     """Drawn on the host or computed by torch: the numbers of the right layer and window each."""
     monkeypatch.setattr(backend, "SCRATCH_BYTES", 0)
     kernels = TritonKernels()
-    kernels.reserve(torch.device("cpu"), WindowShape(2, WIDTH, WIDTH, GROUP, WIDTH + DELAY))
+    shape = WindowShape(2, 32, torch.float32, WIDTH, WIDTH, GROUP, WIDTH + DELAY)
+    kernels.reserve(torch.device("cpu"), shape)
     names = ["random", "recent", "norm", "random", "norm", "random", "norm", "identity", "random"]
     jobs = jobs_for(make, [(name, WIDTH if name == "identity" else 16, 0) for name in names])
     check(identical, make, kernels, pool, jobs)
@@ -217,8 +218,9 @@ def test_a_pass_allocates_nothing_that_grows(make, name):
     kept = width if SELECTORS[name].keeps_all else 256
     job = WindowJob(slots, kept, SELECTORS[name], 0, 0, width + delay, units if needs_queries else None)
     kernels = TritonKernels()
-    reserved = kernels.reserve(torch.device("cpu"), WindowShape(heads, width, width, 4, width + delay))
-    assert reserved == 32 << 20
+    shape = WindowShape(heads, 16, torch.bfloat16, width, width, 4, width + delay)
+    reserved = kernels.reserve(torch.device("cpu"), shape)
+    assert reserved == 64 << 20
     start = kernels._scratch.data_ptr()
     with caught() as launches:
         kernels.compress(pool, [job])
@@ -400,7 +402,7 @@ def test_nothing_is_uploaded_from_pageable_memory(make, monkeypatch):
         for job in jobs_for(make, wanted)
     ]
     kernels = TritonKernels()
-    kernels.reserve(device, WindowShape(2, WIDTH, WIDTH, GROUP, WIDTH + DELAY))
+    kernels.reserve(device, WindowShape(2, 32, torch.float32, WIDTH, WIDTH, GROUP, WIDTH + DELAY))
     shape = AttentionShape(3, 2 * GROUP, 2, 32, torch.float32, device)
     recorder = QueryRecorder(shape, WIDTH, DELAY, 10**6, fp8=True)
     recorder.allocate_tables(8)
