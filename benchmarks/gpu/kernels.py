@@ -41,7 +41,7 @@ from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.triton import TritonKernels
 from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.pool import PoolTables
-from kara_sglang.kernels.triton.score import Scratch, Voters, attention_scores
+from kara_sglang.kernels.triton.score import Scratch, Voters, attention_scores, recorders_of
 from kara_sglang.kernels.triton.select import select
 from kara_sglang.kernels.turn import Turn
 
@@ -97,10 +97,10 @@ class Case:
         pages = torch.randperm(slots // PAGE, device=DEVICE)[: num_jobs * width // PAGE]
         self.slots = (pages[:, None] * PAGE + torch.arange(PAGE, device=DEVICE)).int()
         self.slots = self.slots.view(num_jobs, width)
-        self.units = torch.arange(num_jobs * units, device=DEVICE).view(num_jobs, units)
+        self.units = [tuple(range(units * job, units * (job + 1))) for job in range(num_jobs)]
         self.starts = [16 + 1003 * job for job in range(num_jobs)]
         self.tables = PoolTables.of(self.pool)
-        self.voters = Voters(self.units, torch.tensor(self.starts, device=DEVICE), 0, width)
+        self.voters = Voters(recorders_of(self.jobs(), ring_len).to(DEVICE), 0, width)
         self.scores = torch.empty(layers, num_jobs, heads, width, device=DEVICE)
         regions = Scratch.regions(
             (layers, num_jobs, heads), width, dim, self.voters.rows, self.tables.dot
@@ -125,22 +125,23 @@ class Case:
             TritonKernels().record(ring, self.entries, self.queries)
 
     def score(self, rule: AttentionRule = RULE) -> None:
-        attention_scores(
+        for launch in attention_scores(
             self.tables,
             range(self.model.layers),
             self.slots,
             self.voters,
-            ring_len=self.pool.ring_len,
             rule=rule,
             scratch=self.scratch,
             out=self.scores,
-        )
+        ):
+            launch()
 
     def select(self) -> None:
-        select(self.scores, self.settings.kept, CHUNKS, self.kept, neighbours=RULE.neighbours)
+        select(self.scores, self.settings.kept, CHUNKS, self.kept, neighbours=RULE.neighbours)()
 
     def compact(self) -> None:
-        compact(self.tables, range(self.model.layers), self.slots, self.kept)
+        for launch in compact(self.tables, self.slots, self.kept):
+            launch()
 
     def kernels(self) -> TritonKernels:
         """The server's kernels, with the scratch that it would reserve."""
@@ -149,12 +150,13 @@ class Case:
         kernels.reserve(
             DEVICE,
             WindowShape(
+                num_layers=self.model.layers,
                 num_kv_heads=self.model.kv_heads,
                 head_dim=self.model.head_dim,
                 dtype=self.tables.dot,
                 width=settings.window,
                 kept=settings.window,
-                units=self.units.shape[1],
+                units=len(self.units[0]),
                 query_count=settings.window + settings.delay,
             ),
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,8 +38,19 @@ from kara_sglang.kernels.triton import prepare, score
 from kara_sglang.kernels.triton.score import Tile, Tiles
 
 LARGEST_ERROR = 5e-3
-PREPARE = ((8192, 8), (4096, 4), (8192, 4), (4096, 8), (2048, 4), (16384, 8), (16384, 16))
-"""Numbers of K at once, and warps."""
+PREPARE = (
+    (2048, 4, 4),
+    (2048, 4, 2),
+    (2048, 4, 8),
+    (2048, 4, 1),
+    (4096, 4, 4),
+    (4096, 4, 2),
+    (4096, 8, 4),
+    (4096, 8, 8),
+    (8192, 8, 4),
+    (8192, 8, 2),
+)
+"""Numbers of K at once, warps, and parts of a window."""
 LOG_SUM_EXP = (
     Tile(128, 128, 8, 2),
     Tile(128, 128, 8, 3),
@@ -70,7 +82,6 @@ COLUMN_SUM = (
     Tile(128, 256, 16, 3),
     Tile(64, 512, 16, 3),
 )
-ONE_PASS = (Tile(64, 512, 8, 3), Tile(64, 512, 8, 2), Tile(64, 512, 16, 3))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,22 +97,17 @@ def candidates(chosen: Tiles) -> Iterator[Candidate]:
     """The most promising first; the other kernels stay as ``chosen``."""
 
     def tiles(**changed: Tile) -> Callable[[], Any]:
-        found = chosen._replace(one_pass=None)._replace(**changed)
+        found = chosen._replace(**changed)
         return lambda: patch.object(score, "tiles_for", lambda *arguments: found)
 
-    for name, sizes in (
-        ("log_sum_exp", LOG_SUM_EXP),
-        ("column_sum", COLUMN_SUM),
-        ("one_pass", ONE_PASS),
-    ):
+    for name, sizes in (("log_sum_exp", LOG_SUM_EXP), ("column_sum", COLUMN_SUM)):
         for size in sizes:
             label = "{} queries, {} keys, {} warps, {} stages".format(*size)
             yield Candidate(f"{name}_kernel", label, tiles(**{name: size}))
-    for numbers, warps in PREPARE:
+    for numbers, warps, parts in PREPARE:
+        used = functools.partial(patch.multiple, prepare, NUMBERS=numbers, WARPS=warps, PARTS=parts)
         yield Candidate(
-            "prepare_kernel",
-            f"{numbers} numbers, {warps} warps",
-            lambda numbers=numbers, warps=warps: patch.multiple(prepare, NUMBERS=numbers, WARPS=warps),
+            "prepare_kernel", f"{numbers} numbers, {warps} warps, {parts} programs", used
         )
 
 
@@ -141,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 8], help="windows at once")
-    parser.add_argument("--kernels", nargs="+", help="only these, such as one_pass_kernel")
+    parser.add_argument("--kernels", nargs="+", help="only these, such as prepare_kernel")
     parser.add_argument("--seconds", type=float, default=120, help="begin nothing after this long")
     parser.add_argument("--output", type=Path, help="write the results there as JSON")
     arguments = parser.parse_args()
@@ -154,7 +160,7 @@ def main() -> None:
     cases = [Case(model, settings, jobs, layers=model.layers) for jobs in arguments.jobs]
     expected = [expected_scores(case, RULE) for case in cases]
     tables = cases[0].tables
-    chosen = score.tiles_for(tables.head_dim, tables.dot, settings.window, tables.capability)
+    chosen = score.tiles_for(tables, RULE.causal)
     print(f"{torch.cuda.get_device_name()}, triton {triton.__version__}, W {settings.window}: {chosen}")
     report = {
         "gpu": torch.cuda.get_device_name(),

@@ -41,8 +41,8 @@ class PoolTables:
         Bytes (a power of two, at most 16) that divide every address.
     capability
         Compute capability of the GPU.
-    source
-        What the tables were made from; see :meth:`matches`.
+    pool
+        What the tables were made from.
     """
 
     keys: torch.Tensor
@@ -61,7 +61,7 @@ class PoolTables:
     dot: torch.dtype
     alignment: int
     capability: tuple[int, int]
-    source: tuple[object, ...]
+    pool: LayerPool
 
     @classmethod
     def of(cls, pool: LayerPool) -> Self:
@@ -131,12 +131,8 @@ class PoolTables:
             dot=torch.float32 if torch.float32 in stored else torch.float16,
             alignment=math.gcd(16, *keys, *values, *_addresses(rings)),
             capability=capability_of(device),
-            source=_source(pool),
+            pool=pool,
         )
-
-    def matches(self, pool: LayerPool) -> bool:
-        """Whether the tables still describe ``pool``; buffers may have been made anew."""
-        return self.source == _source(pool)
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
@@ -151,14 +147,6 @@ def table(addresses: list[int], device: torch.device) -> torch.Tensor:
 
 def _addresses(buffers: list[torch.Tensor]) -> list[int]:
     return [buffer.data_ptr() for buffer in buffers]
-
-
-def _source(pool: LayerPool) -> tuple[object, ...]:
-    """All that the tables depend on: a buffer may be freed and another made at its address."""
-    rings = [ring.queries for ring in pool.rings]
-    exponents = [ring.exponents for ring in pool.rings if ring.exponents is not None]
-    buffers = (*pool.keys, *pool.values, *rings, *exponents)
-    return (*((b.data_ptr(), b.shape, b.stride(), b.dtype) for b in buffers), *pool.scales, pool.turn)
 
 
 def stored_type(dtype: torch.dtype) -> tl.dtype:

@@ -27,11 +27,15 @@ from kara_sglang.kernels.triton.fp8 import (
     power_of_two,
     size_of,
 )
+from kara_sglang.kernels.triton.launch import Launch
 from kara_sglang.kernels.triton.pool import PoolTables, layer_buffer, stored_type, task, within
 
-NUMBERS = 8192  # of K, and about as many of V, that a program holds at once
-WARPS = 8
+# The sizes that benchmarks/gpu/tiles.py found fastest on an H100 (docs/kernels.md).
+NUMBERS = 2048  # of K, and about as many of V, that a program holds at once
+WARPS = 4
+PARTS = 4  # programs that share a window and head, so that one window fills a GPU
 
+_UNROLL: tl.constexpr = tl.constexpr(2)  # blocks of the first walk whose loads are on their way
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _TINY: tl.constexpr = tl.constexpr(1e-8)  # torch.cosine_similarity's
 # Smaller keys lose nothing to float16 either, and no product with a query's own power underflows.
@@ -43,19 +47,16 @@ _HIGHEST: tl.constexpr = tl.constexpr(EXPONENTS[1])
 def _rows(
     buffer,
     slots,
-    first,
+    position,
+    is_token,
     column,
     inside,
-    WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     STORED: tl.constexpr,
     NATIVE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
-    """Some ``column``s of one head of a block of a window's tokens, float32, 0 where not ``inside``."""
-    position = first + tl.arange(0, BLOCK_K)
-    is_token = within(position, WIDTH, BLOCK_K)
+    """Some ``column``s of one head of some tokens of a window, float32, 0 where not ``inside``."""
     slot = tl.load(slots + position, mask=is_token, other=0).to(tl.int64)
     rows = buffer + (slot * (HEADS * DIM))[:, None] + column[None, :]
     return load_float(rows, is_token[:, None] & inside[None, :], STORED, NATIVE).to(tl.float32)
@@ -89,12 +90,16 @@ def prepare_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """One program per (layer, window, head) walks the window twice: mean and largest, then the rest.
+    """One program per (layer, window, head, part of the window) walks the whole window for the mean and
+    the largest, and then its own part for the rest.
 
     Keys are turned back unless ``AHEAD`` is 0; else it is the turn's ``run``.
     """
-    index, layer, job, head = task(1, num_jobs, first_layer, HEADS)
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK_K * PARTS - 1) // (BLOCK_K * PARTS)  # of a part
+    part = tl.program_id(0) % PARTS
+    index, layer, job, head = task(PARTS, num_jobs, first_layer, HEADS)
     key_buffer = layer_buffer(keys, layer, KEY, ALIGN) + head * DIM
     value_buffer = layer_buffer(values, layer, KEY, ALIGN) + head * VALUE_DIM
     slots += job * WIDTH
@@ -104,61 +109,64 @@ def prepare_kernel(
     is_value = within(value_dim, VALUE_DIM, BLOCK_V)
 
     total = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
-    largest = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.int32)
-    for first in range(0, WIDTH, BLOCK_K):
-        key = _rows(key_buffer, slots, first, dim, is_dim, WIDTH, HEADS, DIM, KEY, NATIVE, BLOCK_K)
+    largest = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    for first in tl.range(0, WIDTH, BLOCK_K, loop_unroll_factor=_UNROLL):
+        position = first + tl.arange(0, BLOCK_K)
+        is_token = within(position, WIDTH, BLOCK_K)
+        key = _rows(key_buffer, slots, position, is_token, dim, is_dim, HEADS, DIM, KEY, NATIVE)
         total += key
-        largest = tl.maximum(largest, size_of(key))
+        largest = tl.maximum(largest, tl.abs(key))
     mean = tl.sum(total, axis=0)
     # The direction of the sum is that of the mean; the bound on its length is the mean's.
     direction = mean / tl.maximum(tl.sqrt(tl.sum(mean * mean, axis=0)), _TINY * WIDTH)
     scale = tl.load(scales + layer) * _LOG2_E
     shrink = 1.0
     if tl.float16 == DOT:
-        exponent = exponent_of(tl.max(tl.max(largest, axis=1), axis=0), _LOWEST, _HIGHEST)
+        size = size_of(tl.max(tl.max(largest, axis=1), axis=0))
+        exponent = exponent_of(size, _LOWEST, _HIGHEST)
         scale *= power_of_two(exponent)
         shrink = power_of_two(-exponent)
-    tl.store(key_scales + index, scale)
+    tl.store(key_scales + index, scale, mask=part == 0)
 
     if AHEAD:
-        partner = tl.load(partners + layer * DIM + dim, mask=is_dim, other=0)
-        partner = tl.max_contiguous(tl.multiple_of(partner, AHEAD), AHEAD)
+        # Spelled out by runs, so that the compiler knows how wide it may load.
+        run = tl.load(partners + layer * DIM + dim // AHEAD * AHEAD, mask=is_dim, other=0) // AHEAD
+        partner = run * AHEAD + dim % AHEAD
         cosine = tl.load(cosines + layer * DIM + dim, mask=is_dim, other=0) * shrink
         sine = tl.load(sines + layer * DIM + dim, mask=is_dim, other=0) * shrink
     turned += index.to(tl.int64) * (WIDTH * DIM)
     weights += index.to(tl.int64) * WIDTH
-    for first in range(0, WIDTH, BLOCK_K):
-        position = first + tl.arange(0, BLOCK_K)
-        is_token = within(position, WIDTH, BLOCK_K)
-        key = _rows(key_buffer, slots, first, dim, is_dim, WIDTH, HEADS, DIM, KEY, NATIVE, BLOCK_K)
+    for block in range(BLOCKS):
+        position = (part * BLOCKS + block) * BLOCK_K + tl.arange(0, BLOCK_K)
+        is_token = within(position, WIDTH, BLOCKS * PARTS * BLOCK_K)
+        key = _rows(key_buffer, slots, position, is_token, dim, is_dim, HEADS, DIM, KEY, NATIVE)
+        # All loads before the first store, which the compiler would not move them across.
         if AHEAD:
             other = _rows(
-                key_buffer, slots, first, partner, is_dim, WIDTH, HEADS, DIM, KEY, NATIVE, BLOCK_K
+                key_buffer, slots, position, is_token, partner, is_dim, HEADS, DIM, KEY, NATIVE
             )
             back = key * cosine[None, :] - other * sine[None, :]
         else:
             back = key * shrink
-        place = position[:, None] * DIM + dim[None, :]
-        tl.store(turned + place, back.to(DOT), mask=is_token[:, None] & is_dim[None, :])
-
         weight = tl.full((BLOCK_K,), 1.0, dtype=tl.float32)
         if VALUE_NORM:
             value = _rows(
                 value_buffer,
                 slots,
-                first,
+                position,
+                is_token,
                 value_dim,
                 is_value,
-                WIDTH,
                 HEADS,
                 VALUE_DIM,
                 KEY,
                 NATIVE,
-                BLOCK_K,
             )
             norm = tl.sqrt(tl.sum(value * value, axis=1))
             for _ in tl.static_range(VALUE_NORM):
                 weight *= norm
+        place = position[:, None] * DIM + dim[None, :]
+        tl.store(turned + place, back.to(DOT), mask=is_token[:, None] & is_dim[None, :])
         if DISTANCE:
             length = tl.sqrt(tl.sum(key * key, axis=1))
             cosine_to_mean = tl.sum(key * direction[None, :], axis=1) / tl.maximum(length, _TINY)
@@ -174,8 +182,8 @@ def prepare(
     turned: torch.Tensor,
     key_scales: torch.Tensor,
     weights: torch.Tensor,
-) -> None:
-    """Read the windows' keys and values for their score.
+) -> Launch:
+    """What reads the windows' keys and values for their score.
 
     Parameters
     ----------
@@ -197,19 +205,24 @@ def prepare(
     """
     num_jobs, width = slots.shape
     turn = tables.turn
-    turns = (turn.cos, turn.sin, turn.partner) if rule.ahead else (None, None, None)
     block_d = triton.next_power_of_2(tables.head_dim)
-    prepare_kernel[(len(layers) * num_jobs * tables.num_kv_heads,)](
-        turned,
-        key_scales,
-        weights,
-        tables.keys,
-        tables.values,
-        tables.scales,
-        *turns,
-        slots,
-        layers.start,
-        num_jobs,
+    block_k = min(NUMBERS // block_d, triton.next_power_of_2(width))
+    parts = min(PARTS, triton.cdiv(width, block_k))
+    return Launch(
+        prepare_kernel,
+        len(layers) * num_jobs * tables.num_kv_heads * parts,
+        turned=turned,
+        key_scales=key_scales,
+        weights=weights,
+        keys=tables.keys,
+        values=tables.values,
+        scales=tables.scales,
+        cosines=turn.cos if rule.ahead else None,
+        sines=turn.sin if rule.ahead else None,
+        partners=turn.partner if rule.ahead else None,
+        slots=slots,
+        first_layer=layers.start,
+        num_jobs=num_jobs,
         WIDTH=width,
         HEADS=tables.num_kv_heads,
         DIM=tables.head_dim,
@@ -221,9 +234,10 @@ def prepare(
         AHEAD=turn.run if rule.ahead else 0,
         VALUE_NORM=rule.value_norm,
         DISTANCE=rule.key_distance,
-        BLOCK_K=min(NUMBERS // block_d, triton.next_power_of_2(width)),
+        BLOCK_K=block_k,
         BLOCK_D=block_d,
         BLOCK_V=triton.next_power_of_2(tables.value_dim),
+        PARTS=parts,
         num_warps=WARPS,
         enable_fp_fusion=True,
     )

@@ -3,9 +3,8 @@
 ``prepare.py`` leaves the keys of each window and head turned and in one piece. Then two launches. The
 first walks the keys for a block of queries and leaves each query's log-sum-exp. The second walks the
 queries for a block of keys, makes the probabilities again from the logits and those sums, and adds them
-up per key. Where all keys of a window fit the memory of a multiprocessor one launch does both. Queries
-are read from the ring through their units; sums are float32 and their order is fixed, so equal inputs
-give equal bits.
+up per key. Queries are read from the ring through their units; sums are float32 and their order is
+fixed, so equal inputs give equal bits.
 
 Matrix instructions leave columns 8i + 2j and 8i + 2j + 1 of a row in one thread. What is added up along
 a row is therefore kept as four sums, one for each j, until the end: :func:`_by_thread`.
@@ -21,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kara_sglang.kernels.backend import WindowJob
 from kara_sglang.kernels.record import EXPONENTS
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.triton.fp8 import (
@@ -30,6 +30,7 @@ from kara_sglang.kernels.triton.fp8 import (
     power_of_two,
     size_of,
 )
+from kara_sglang.kernels.triton.launch import Launch
 from kara_sglang.kernels.triton.pool import PoolTables, layer_buffer, stored_type, task, within
 from kara_sglang.kernels.triton.prepare import prepare
 
@@ -48,10 +49,10 @@ def _by_thread(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _recorder(units, job, UNITS: tl.constexpr, BLOCK_U: tl.constexpr):
-    """The units of a window's recorder."""
+def _units(recorder, UNITS: tl.constexpr, BLOCK_U: tl.constexpr):
+    """A recorder's units, int64."""
     which = tl.arange(0, BLOCK_U)
-    return tl.load(units + job * UNITS + which, mask=which < UNITS, other=0)
+    return tl.load(recorder + 1 + which, mask=which < UNITS, other=0).to(tl.int64)
 
 
 @triton.jit
@@ -124,8 +125,7 @@ def log_sum_exp_kernel(
     exponents,
     turned,
     key_scales,
-    units,
-    starts,
+    recorders,
     first_layer,
     num_jobs,
     first_query,
@@ -154,11 +154,12 @@ def log_sum_exp_kernel(
     BLOCKS: tl.constexpr = (COUNT + BLOCK_Q - 1) // BLOCK_Q
     index, layer, job, head = task(UNITS * BLOCKS, num_jobs, first_layer, HEADS)
     member = tl.program_id(0) // BLOCKS % UNITS
-    unit = tl.load(units + job * UNITS + member)
+    recorder = recorders + job * (1 + UNITS)
+    unit = tl.load(recorder + 1 + member).to(tl.int64)
     voter = tl.program_id(0) % BLOCKS * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = within(voter, COUNT, BLOCK_Q)
     token = first_query + voter
-    place = _places((tl.load(starts + job) % ring_len).to(tl.int32), token, ring_len)
+    place = _places(tl.load(recorder), token, ring_len)
     ring = layer_buffer(rings, layer, RING, ALIGN) + head * DIM
     query, exponent = _queries(
         ring, unit, place, inside, ring_len, HEADS, DIM, RING, DOT, NATIVE, BLOCK_D, 1
@@ -211,8 +212,7 @@ def column_sum_kernel(
     weights,
     rings,
     turned,
-    units,
-    starts,
+    recorders,
     first_layer,
     num_jobs,
     first_query,
@@ -237,7 +237,9 @@ def column_sum_kernel(
     STEPS: tl.constexpr = (COUNT + BLOCK_Q - 1) // BLOCK_Q
     index, layer, job, head = task(BLOCKS, num_jobs, first_layer, HEADS)
     ring = layer_buffer(rings, layer, RING, ALIGN) + head * DIM
-    start = (tl.load(starts + job) % ring_len).to(tl.int32)
+    recorder = recorders + job * (1 + UNITS)
+    start = tl.load(recorder)
+    units = _units(recorder, UNITS, BLOCK_U)
     sums += index.to(tl.int64) * (2 * UNITS * COUNT)
 
     dim = tl.arange(0, BLOCK_D)
@@ -249,10 +251,9 @@ def column_sum_kernel(
         other=0.0,
     )
     score = tl.zeros((BLOCK_K, 4, 2), dtype=tl.float32)
-    recorder = _recorder(units, job, UNITS, BLOCK_U)
     for step in range(UNITS * STEPS):
         member = step // STEPS
-        unit = _member(recorder, member)
+        unit = _member(units, member)
         voter = step % STEPS * BLOCK_Q + tl.arange(0, BLOCK_Q)
         inside = within(voter, COUNT, BLOCK_Q)
         token = first_query + voter
@@ -274,108 +275,39 @@ def column_sum_kernel(
     tl.store(scores + place, score * weight, mask=is_key)
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
-def one_pass_kernel(
-    scores,
-    weights,
-    rings,
-    exponents,
-    turned,
-    key_scales,
-    units,
-    starts,
-    first_layer,
-    num_jobs,
-    first_query,
-    ring_len,
-    WIDTH: tl.constexpr,
-    COUNT: tl.constexpr,
-    HEADS: tl.constexpr,
-    UNITS: tl.constexpr,
-    DIM: tl.constexpr,
-    RING: tl.constexpr,
-    DOT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    NATIVE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    SQUARED: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-):
-    """One program per (layer, window, head), with all its keys at hand: ``BLOCK_K`` is at least W."""
-    STEPS: tl.constexpr = (COUNT + BLOCK_Q - 1) // BLOCK_Q
-    index, layer, job, head = task(1, num_jobs, first_layer, HEADS)
-    ring = layer_buffer(rings, layer, RING, ALIGN) + head * DIM
-    if tl.float8e4nv == RING:
-        exponents = layer_buffer(exponents, layer, tl.int8, 1) + head
-    start = (tl.load(starts + job) % ring_len).to(tl.int32)
-    scale = tl.load(key_scales + index)
-
-    dim = tl.arange(0, BLOCK_D)
-    position = tl.arange(0, BLOCK_K)
-    is_key = within(position, WIDTH, BLOCK_K)
-    key = tl.load(
-        turned + index.to(tl.int64) * (WIDTH * DIM) + position[None, :] * DIM + dim[:, None],
-        mask=is_key[None, :] & within(dim, DIM, BLOCK_D)[:, None],
-        other=0.0,
-    )
-    # Matrix instructions leave rows r and r + 8 of 16 in one thread, too.
-    score = tl.zeros((BLOCK_Q // 16, 8, BLOCK_K), dtype=tl.float32)
-    recorder = _recorder(units, job, UNITS, BLOCK_U)
-    for step in range(UNITS * STEPS):
-        unit = _member(recorder, step // STEPS)
-        voter = step % STEPS * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        inside = within(voter, COUNT, BLOCK_Q)
-        token = first_query + voter
-        place = _places(start, token, ring_len)
-        query, exponent = _queries(
-            ring, unit, place, inside, ring_len, HEADS, DIM, RING, DOT, NATIVE, BLOCK_D, 1
-        )
-        query_scale = _query_scales(
-            exponents, exponent, unit, place, inside, ring_len, scale, HEADS, RING
-        )
-        products = tl.dot(query, key, input_precision="tf32")
-        visible = is_key[None, :]
-        if CAUSAL:
-            visible = visible & (position[None, :] <= token[:, None])
-        products = tl.where(visible, products, _HIDDEN)
-        bound = tl.max(products, axis=1) * query_scale
-        powers = tl.exp2(products * query_scale[:, None] - bound[:, None])
-        share = tl.where(inside, 1.0 / tl.sum(powers, axis=1), 0.0)
-        probability = powers * share[:, None]
-        if SQUARED:
-            probability *= probability
-        score += tl.sum(tl.reshape(probability, (BLOCK_Q // 16, 2, 8, BLOCK_K)), axis=1)
-    place = index.to(tl.int64) * WIDTH + position
-    weight = tl.load(weights + place, mask=is_key, other=0.0)
-    tl.store(scores + place, tl.sum(tl.sum(score, axis=1), axis=0) * weight, mask=is_key)
-
-
 @dataclass(frozen=True, slots=True)
 class Voters:
     """Which recorded queries score the windows of one call.
 
     Attributes
     ----------
-    units
-        The recorders' units, shape ``(num_jobs, group)`` or ``(num_jobs, 1)``, int64.
-    starts
-        Logical position of each window's first token, shape ``(num_jobs,)``, int64.
+    recorders
+        A row per window, int32, shape ``(num_jobs, 1 + group)`` or ``(num_jobs, 2)``: where in a unit
+        the query of the window's first token lies (its logical position modulo the ring's length), and
+        the recorder's units.
     first, count
         Tokens from the window's start on that are left out, and that vote.
     """
 
-    units: torch.Tensor
-    starts: torch.Tensor
+    recorders: torch.Tensor
     first: int
     count: int
 
     @property
+    def units(self) -> int:
+        """Units of a recorder."""
+        return self.recorders.shape[1] - 1
+
+    @property
     def rows(self) -> int:
         """Recorded query heads per window and KV head."""
-        return self.count * self.units.shape[1]
+        return self.count * self.units
+
+
+def recorders_of(jobs: list[WindowJob], ring_len: int) -> torch.Tensor:
+    """:attr:`Voters.recorders` of windows with equally many units, on the host."""
+    rows = [(job.query_start % ring_len, *(job.units or ())) for job in jobs]
+    return torch.tensor(rows, dtype=torch.int32)
 
 
 class Scratch(NamedTuple):
@@ -407,13 +339,12 @@ def attention_scores(
     slots: torch.Tensor,
     voters: Voters,
     *,
-    ring_len: int,
     rule: AttentionRule,
     scratch: Scratch,
     out: torch.Tensor,
-) -> None:
-    """As :func:`kara_sglang.kernels.score.attention_scores`, for many windows and layers at once, up to
-    the neighbours' blend and the sum over heads, which ``select.py`` makes.
+) -> list[Launch]:
+    """What computes :func:`kara_sglang.kernels.score.attention_scores` for many windows and layers at
+    once, up to the neighbours' blend and the sum over heads, which ``select.py`` makes.
 
     Parameters
     ----------
@@ -424,8 +355,6 @@ def attention_scores(
         The windows' slots in token order, shape ``(num_jobs, W)``, integer, contiguous.
     voters : Voters
         ``rule.voters`` is already in it.
-    ring_len : int
-        Tokens per ring unit.
     rule : AttentionRule
     scratch : Scratch
         Overwritten.
@@ -444,6 +373,7 @@ def attention_scores(
         raise ValueError("scores need recorded queries, and the pool has no ring")
     if rule.ahead and tables.turn is None:
         raise ValueError("queries cannot be moved ahead: the pool has no turn")
+    ring_len = tables.pool.ring_len
     if voters.first + voters.count > ring_len:
         raise ValueError(
             f"{voters.first + voters.count} queries asked of a ring that holds {ring_len} tokens"
@@ -456,17 +386,18 @@ def attention_scores(
             raise ValueError(
                 f"{part.numel()} {name} of {part.dtype} where {math.prod(shape)} of {dtype} are needed"
             )
-    if voters.units.shape[0] != num_jobs or voters.starts.shape != (num_jobs,):
-        raise ValueError(f"units and starts of {len(voters.units)} recorders for {num_jobs} windows")
-    for tensor in (slots, out, *scratch, voters.units, voters.starts):
+    if len(voters.recorders) != num_jobs or voters.recorders.dtype != torch.int32:
+        raise ValueError(
+            f"{len(voters.recorders)} recorders of {voters.recorders.dtype} for {num_jobs} windows"
+        )
+    for tensor in (slots, out, *scratch, voters.recorders):
         if not tensor.is_contiguous():
-            raise ValueError("slots, scores, scratch, units and starts must be contiguous")
-    prepare(tables, layers, slots, rule, scratch.turned, scratch.key_scales, scratch.weights)
+            raise ValueError("slots, scores, scratch and recorders must be contiguous")
     arguments = {
         "rings": tables.rings,
         "turned": scratch.turned,
-        "units": voters.units,
-        "starts": voters.starts,
+        "sums": scratch.sums,
+        "recorders": voters.recorders,
         "first_layer": layers.start,
         "num_jobs": num_jobs,
         "first_query": voters.first,
@@ -474,7 +405,7 @@ def attention_scores(
         "WIDTH": width,
         "COUNT": voters.count,
         "HEADS": tables.num_kv_heads,
-        "UNITS": voters.units.shape[1],
+        "UNITS": voters.units,
         "DIM": tables.head_dim,
         "RING": stored_type(tables.ring_dtype),
         "DOT": stored_type(tables.dot),
@@ -484,29 +415,30 @@ def attention_scores(
         "BLOCK_D": triton.next_power_of_2(tables.head_dim),
         "enable_fp_fusion": True,
     }
-    logits = {
-        "exponents": tables.exponents,
-        "key_scales": scratch.key_scales,
-        "SQUARED": rule.squared,
-    }
-    columns = {
-        "scores": out,
-        "weights": scratch.weights,
-        "BLOCK_U": triton.next_power_of_2(voters.units.shape[1]),
-    }
-    tiles = tiles_for(tables.head_dim, tables.dot, width, tables.capability)
+    tiles = tiles_for(tables, rule.causal)
+    rows, columns = tiles.log_sum_exp, tiles.column_sum
     programs = math.prod(heads)
-    if tiles.one_pass is not None:
-        one_pass_kernel[(programs,)](**arguments, **logits, **columns, **tiles.one_pass._asdict())
-        return
-    blocks = triton.cdiv(voters.count, tiles.log_sum_exp.BLOCK_Q) * voters.units.shape[1]
-    log_sum_exp_kernel[(programs * blocks,)](
-        sums=scratch.sums, **arguments, **logits, **tiles.log_sum_exp._asdict()
-    )
-    blocks = triton.cdiv(width, tiles.column_sum.BLOCK_K)
-    column_sum_kernel[(programs * blocks,)](
-        sums=scratch.sums, **arguments, **columns, **tiles.column_sum._asdict()
-    )
+    return [
+        prepare(tables, layers, slots, rule, scratch.turned, scratch.key_scales, scratch.weights),
+        Launch(
+            log_sum_exp_kernel,
+            programs * voters.units * triton.cdiv(voters.count, rows.BLOCK_Q),
+            exponents=tables.exponents,
+            key_scales=scratch.key_scales,
+            SQUARED=rule.squared,
+            **arguments,
+            **rows._asdict(),
+        ),
+        Launch(
+            column_sum_kernel,
+            programs * triton.cdiv(width, columns.BLOCK_K),
+            scores=out,
+            weights=scratch.weights,
+            BLOCK_U=triton.next_power_of_2(voters.units),
+            **arguments,
+            **columns._asdict(),
+        ),
+    ]
 
 
 class Tile(NamedTuple):
@@ -520,18 +452,23 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Of the launches of one call: those of the two passes, or that of the only one."""
+    """Of the two passes over the logits."""
 
     log_sum_exp: Tile
     column_sum: Tile
-    one_pass: Tile | None
 
 
-def tiles_for(head_dim: int, dot: torch.dtype, width: int, capability: tuple[int, int]) -> Tiles:
-    """Sizes that spill no register on sm_80, sm_90 and sm_100 (docs/kernels.md has the table)."""
-    if dot == torch.float32:
-        small = Tile(32, 32, 4, 1) if head_dim <= 128 else Tile(32, 16, 4, 1)
-        return Tiles(small, Tile(32, 32, 4, 1), None)
-    if head_dim <= 128:
-        return Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 3), None)
-    return Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), None)
+def tiles_for(tables: PoolTables, causal: bool) -> Tiles:
+    """Sizes that spill no register on sm_80, sm_90 and sm_100.
+
+    For fp8 queries of up to 128 numbers, all keys visible, they are the fastest of those that
+    ``benchmarks/gpu/tiles.py`` timed on an H100, for windows of 512 as of 1024; the others were not
+    timed. Wider queries leave room for fewer blocks at a time, and ``causal`` takes more registers.
+    """
+    if tables.dot == torch.float32:
+        rows = Tile(32, 32, 4, 1) if tables.head_dim <= 128 else Tile(16, 32, 4, 1)
+        return Tiles(rows, Tile(32, 32, 4, 1))
+    if tables.head_dim > 128:
+        return Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
+    columns = Tile(64, 128 if causal else 256, 8, 3 if tables.ring_dtype.itemsize == 1 else 2)
+    return Tiles(Tile(128, 128, 8, 2), columns)

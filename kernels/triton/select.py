@@ -19,6 +19,7 @@ import triton.language as tl
 
 from kara_sglang.kernels.score import LEAST_SCORE, MOST_SCORE, NEIGHBOURS_SHARE
 from kara_sglang.kernels.select import ChunkRule
+from kara_sglang.kernels.triton.launch import Launch
 
 _SHARE: tl.constexpr = tl.constexpr(NEIGHBOURS_SHARE)
 _LEAST: tl.constexpr = tl.constexpr(LEAST_SCORE)
@@ -74,21 +75,21 @@ def _smaller(a, b):
 
 
 @triton.jit
-def _log(scores, position, inside):
-    """0 outside; what is no number stays none, as in torch."""
-    score = tl.load(scores + position, mask=inside, other=1.0)
-    return tl.log2(tl.clamp(score, _LEAST, _MOST, propagate_nan=tl.PropagateNan.ALL))
-
-
-@triton.jit
 def _blended(scores, position, width, REACH: tl.constexpr):
-    """As :func:`kara_sglang.kernels.score.blend_neighbours`, ``REACH`` neighbours on either side."""
+    """As :func:`kara_sglang.kernels.score.blend_neighbours`, ``REACH`` neighbours on either side; leaves
+    logarithms in place of the scores, so that each is taken once."""
+    inside = position < width
+    score = tl.load(scores + position, mask=inside, other=1.0)
+    # What is no number stays none, as in torch.
+    own = tl.log2(tl.clamp(score, _LEAST, _MOST, propagate_nan=tl.PropagateNan.ALL))
+    tl.store(scores + position, own, mask=inside)
+    tl.debug_barrier()  # other threads have stored theirs
     total = tl.zeros(position.shape, dtype=tl.float32)
     for step in range(-REACH, REACH + 1):
         neighbour = position + step
-        total += _log(scores, neighbour, (neighbour >= 0) & (neighbour < width))
+        is_token = (neighbour >= 0) & (neighbour < width)
+        total += tl.load(scores + neighbour, mask=is_token, other=0.0)
     count = tl.minimum(position + REACH, width - 1) - tl.maximum(position - REACH, 0) + 1
-    own = _log(scores, position, position < width)
     return tl.exp2(own + _SHARE * (total / tl.maximum(count, 1).to(tl.float32) - own))
 
 
@@ -122,7 +123,7 @@ def select_kernel(
                 score += _blended(scores + head * width, position, width, REACH)
             else:
                 score += tl.load(scores + head * width + position, mask=inside, other=0.0)
-        tl.debug_barrier()  # all threads have read their neighbours' scores
+        tl.debug_barrier()  # all threads have read their neighbours' logarithms
         tl.store(scores + position, score, mask=inside)
         tl.debug_barrier()  # and may read them again
     else:
@@ -176,16 +177,16 @@ def select(
     *,
     neighbours: int = 1,
     shared: bool = False,
-) -> None:
-    """As :func:`kara_sglang.kernels.select.select`, into ``out``; before, as
+) -> Launch:
+    """What does as :func:`kara_sglang.kernels.select.select`, into ``out``; before, as
     :func:`kara_sglang.kernels.score.blend_neighbours` and, where heads share their tokens,
     :func:`kara_sglang.kernels.score.share_heads`.
 
     Parameters
     ----------
     scores : torch.Tensor
-        Shape ``(..., num_kv_heads, W)``, float32, contiguous. Left as what decided: blended, and the
-        sum over the heads in the place of the first where they share their tokens.
+        Shape ``(..., num_kv_heads, W)``, float32, contiguous. Overwritten by what decides: blended, and
+        the sum over the heads in the place of the first where they share their tokens.
     kept : int
         R, with 1 <= R <= W.
     chunks : ChunkRule
@@ -212,19 +213,23 @@ def select(
         raise ValueError("scores and positions must be contiguous")
     block = triton.next_power_of_2(width)
     heads = scores.shape[-2] if shared else 1
-    select_kernel[(scores.numel() // (heads * width),)](
-        out,
-        scores,
-        width,
-        kept,
-        chunks.extra(kept),
-        chunks.best(width),
-        chunks.width,
+    return Launch(
+        select_kernel,
+        scores.numel() // (heads * width),
+        out=out,
+        scores=scores,
+        width=width,
+        num_kept=kept,
+        extra=chunks.extra(kept),
+        best=chunks.best(width),
+        chunk_width=chunks.width,
         HEADS=heads,
         REACH=neighbours // 2,
         # Not "extra > 0": an R too small for any gap would need another compilation.
         CHUNKS=chunks.budget > 0,
         BLOCK=block,
         SHIFT=block.bit_length() - 1,
-        num_warps=min(max(block // 256, 1), 4),  # more would spill registers (docs/kernels.md)
+        # Up to 16 scores a thread: more threads would wait for each other longer, fewer would spill.
+        num_warps=min(max(block // 256, 1), max(block // 512, 4)),
+        enable_fp_fusion=True,
     )

@@ -37,7 +37,7 @@ def test_its_checks_pass_on_right_kernels_and_fail_on_wrong_ones(monkeypatch, me
         with pytest.raises(AssertionError, match="wrong result: record in a replayed graph"):
             kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=1))
     else:
-        monkeypatch.setattr(kernels, "compact", lambda *args, **kwargs: None)
+        monkeypatch.setattr(kernels, "compact", lambda *args: [])
         with pytest.raises(AssertionError, match="wrong result: compact"):
             kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=1))
 
@@ -76,8 +76,9 @@ def test_tiles_reports_what_fails_and_goes_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tiles, "launch_times", times)
     monkeypatch.setattr(tiles, "LOG_SUM_EXP", [score.Tile(16, 16, 4, 2), score.Tile(17, 16, 4, 2)])
     monkeypatch.setattr(tiles, "COLUMN_SUM", [score.Tile(16, 16, 4, 2)])
-    monkeypatch.setattr(tiles, "ONE_PASS", [score.Tile(16, 16, 4, 2)])  # less than a window of keys
-    monkeypatch.setattr(tiles, "PREPARE", [(512, 4)])
+    monkeypatch.setattr(tiles, "PREPARE", [(512, 4, 2), (512, 4, 3)])
+    found = iter([1e-3] * 6 + [float("nan")])  # three sizes of two cases each, then a wrong one
+    monkeypatch.setattr(tiles, "relative", lambda ours, theirs: next(found))
     output = tmp_path / "tiles.json"
     words = ["tiles.py", "--window", "48", "--jobs", "1", "2", "--output", str(output)]
     monkeypatch.setattr("sys.argv", words)
@@ -85,7 +86,8 @@ def test_tiles_reports_what_fails_and_goes_on(monkeypatch, tmp_path, capsys):
     results = json.loads(output.read_text())["results"]
     assert [each["us_per_window"] for each in results if "failed" not in each] == [[80.0, 40.0]] * 3
     failed = {each["label"]: each["failed"] for each in results if "failed" in each}
-    assert len(failed) == 2 and "relative error nan" in failed["16 queries, 16 keys, 4 warps, 2 stages"]
+    assert failed["512 numbers, 4 warps, 3 programs"] == "relative error nan"
+    assert len(failed) == 2 and "InterpreterError" in failed["17 queries, 16 keys, 4 warps, 2 stages"]
     printed = capsys.readouterr().out
     assert printed.count("80.0") == 6 and printed.count("InterpreterError") == 1
 
@@ -158,7 +160,7 @@ def test_the_check_with_flashinfer(monkeypatch, make, page):
     library = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=PlainFlashInfer)
     kernels = make.kernels()
     assert paged_decode.check(library, kernels, page, width=48, kept=16) < 1e-3
-    monkeypatch.setattr(backend, "compact", lambda *args: None)
+    monkeypatch.setattr(backend, "compact", lambda *args: [])
     assert paged_decode.check(library, kernels, page, width=48, kept=16) > 0.02
 
 

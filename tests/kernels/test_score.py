@@ -43,22 +43,24 @@ def triton_scores(
     """``(num_layers, num_jobs, num_kv_heads, W)``, as they are when they have been selected by."""
     tables = dataclasses.replace(PoolTables.of(pool), capability=capability)
     voting = rule.voters(count, slots.shape[1])
-    voters = Voters(units, torch.tensor(starts), voting.start, len(voting))
+    rows = [[start % pool.ring_len, *of] for start, of in zip(starts, units.tolist(), strict=True)]
+    voters = Voters(torch.tensor(rows, dtype=torch.int32), voting.start, len(voting))
     heads = (tables.num_layers, slots.shape[0], tables.num_kv_heads)
     out = torch.full((*heads, slots.shape[1]), float("nan"))
     regions = Scratch.regions(heads, slots.shape[1], tables.head_dim, voters.rows, tables.dot)
-    attention_scores(
+    launches = attention_scores(
         tables,
         range(tables.num_layers),
         slots,
         voters,
-        ring_len=pool.ring_len,
         rule=rule,
         scratch=Scratch(*(torch.full(shape, float("nan"), dtype=dtype) for shape, dtype in regions)),
         out=out,
     )
     kept = torch.empty((*heads, 1), dtype=torch.int32)
-    select(out, 1, ChunkRule(), kept, neighbours=rule.neighbours, shared=rule.per_layer)
+    select_by = select(out, 1, ChunkRule(), kept, neighbours=rule.neighbours, shared=rule.per_layer)
+    for launch in (*launches, select_by):
+        launch()
     return out
 
 
@@ -142,7 +144,7 @@ def check(pool, slots, units, starts, count, rule, tolerance=2e-5):
     np.testing.assert_allclose(ours, expected, rtol=tolerance, atol=1e-7)
     for layer in range(len(pool.keys)):
         for job, window in enumerate(slots.long()):
-            queries = record.recorded(pool.rings[layer], starts[job], count, units[job], pool.ring_len)
+            queries = record.recorded(pool.rings[layer], starts[job], count, units[job].tolist(), pool.ring_len)
             if rule.ahead:
                 queries = pool.turn.moved(queries, layer)
             theirs = reference_scores(
@@ -247,7 +249,7 @@ def test_neighbours_across_blocks(width, neighbours):
     scores[1, 2, :, width // 2] = float("nan")
     expected = np.stack([blended(row, neighbours) for row in scores.double().view(-1, width).numpy()])
     ours, kept = scores.clone(), torch.empty(2, 3, 2, 1, dtype=torch.int32)
-    select(ours, 1, ChunkRule(), kept, neighbours=neighbours)
+    select(ours, 1, ChunkRule(), kept, neighbours=neighbours)()
     np.testing.assert_allclose(ours.double().view(-1, width).numpy(), expected, rtol=1e-4)
     theirs = torch.stack([reference_blend(of_head, neighbours) for of_head in scores.flatten(0, 1)])
     np.testing.assert_allclose(theirs.double().view(-1, width).numpy(), expected, rtol=1e-4)
@@ -355,7 +357,7 @@ def test_what_does_not_fit_is_refused(make):
     slots, units = make.windows(1, 48, slots=256, seed=1), torch.tensor([[0, 3]])
     with pytest.raises(ValueError, match="65 queries asked of a ring that holds 64 tokens"):
         triton_scores(pool, slots, units, [16], 65, SUM)
-    with pytest.raises(ValueError, match="units and starts of 1 recorders for 2 windows"):
+    with pytest.raises(ValueError, match="1 recorders of torch.int32 for 2 windows"):
         triton_scores(pool, slots.repeat(2, 1), units, [16], 48, SUM)
     with pytest.raises(ValueError, match="must be contiguous"):
         triton_scores(pool, slots[:, ::2], units, [16], 48, SUM)

@@ -344,7 +344,7 @@ def test_a_replay_keeps_what_the_recorder_keeps():
                 torch.tensor([position]), torch.tensor([0]), torch.tensor([units]), 20, 60
             )
             record.record(ring, where, queries[None, :, position])
-        kept = torch.tensor([unit for unit in units if unit >= 0])
+        kept = tuple(unit for unit in units if unit >= 0)
         assert torch.equal(got, record.recorded(ring, 10, 20, kept, 20))
 
 
