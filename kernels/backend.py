@@ -20,8 +20,9 @@ from kara_sglang.kernels.turn import Turn
 
 @dataclass(frozen=True, slots=True)
 class LayerPool:
-    """The KV pool and the ring, layer by layer. Kernels know a pool again by its object, so buffers that
-    are made anew need another one.
+    """The KV pool and the ring, layer by layer.
+
+    Kernels know a pool again by its object, so buffers that are made anew need another one.
 
     Attributes
     ----------

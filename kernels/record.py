@@ -182,9 +182,7 @@ def mean_of(heads: torch.Tensor) -> torch.Tensor:
     return total * (1 / heads.shape[-3])
 
 
-def recorded(
-    ring: Ring, start: int, count: int, units: Sequence[int], ring_len: int
-) -> torch.Tensor:
+def recorded(ring: Ring, start: int, count: int, units: Sequence[int], ring_len: int) -> torch.Tensor:
     """Read ``count`` tokens' queries from logical position ``start`` on.
 
     Parameters

@@ -5,7 +5,8 @@ Triton's wheel brings ptxas and cuobjdump, so neither a GPU nor CUDA is needed::
     python -m kara_sglang.benchmarks.gpu.compiled
 
 prints two tables of docs/kernels.md: registers per thread, spilled bytes per thread, and shared memory
-per program; and the instructions that the score's loops issue. Another release of Triton is tried without touching the environment::
+per program; and the instructions that the score's loops issue. Another release of Triton is tried
+without touching the environment::
 
     pip install --target DIR --no-deps triton==3.8.0
     PYTHONPATH=DIR python -m kara_sglang.benchmarks.gpu.compiled

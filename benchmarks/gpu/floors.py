@@ -19,7 +19,6 @@ from typing import Any
 
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.benchmarks.gpu.report import write
-from kara_sglang.config import KaraConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +125,11 @@ def score(model: Model, settings: Settings) -> Work:
 
 
 def select(model: Model, settings: Settings) -> Work:
-    """Scores read, blended scores and positions written; the logarithm of each score among its
-    neighbours' counts as an exponential, as does the blended score."""
+    """Scores read, blended scores and positions written; the logarithm of each score counts as an
+    exponential, as does the blended score."""
     heads = model.layers * model.kv_heads
-    logs = settings.window * (KaraConfig().neighbours + 2)
-    return Work(bytes=heads * 4 * (2 * settings.window + settings.kept), exps=heads * logs)
+    numbers = 2 * settings.window
+    return Work(bytes=heads * 4 * (numbers + settings.kept), exps=heads * numbers)
 
 
 def compact(model: Model, settings: Settings) -> Work:

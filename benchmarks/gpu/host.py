@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from kara_sglang.benchmarks import machine
 from kara_sglang.benchmarks.gpu.compiled import caught
 from kara_sglang.benchmarks.gpu.floors import Settings
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
@@ -116,6 +117,15 @@ def measure(windows: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def show(found: dict[str, Any]) -> None:
+    """Print the table of docs/kernels.md."""
+    print("| windows | launches | host, us | launches left out, us | first pass, us |")
+    print("|---|---|---|---|---|")
+    for row in found["rows"]:
+        cells = (row[name] for name in ("us", "without_launches_us", "first_us"))
+        print(f"| {row['windows']} | {row['launches']} |", " | ".join(f"{us:.0f}" for us in cells), "|")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=2000)
@@ -124,7 +134,7 @@ def main() -> None:
     driver.set_active(Driver())
     rows = [measure(windows, arguments.repeats) for windows in WINDOWS]
     report = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": machine.kind(),
         "versions": {
             "torch": torch.__version__,
             "triton": triton.__version__,
@@ -134,11 +144,7 @@ def main() -> None:
         "goal_us": GOAL_US,
         "rows": rows,
     }
-    print("| windows | launches | host, us | launches left out, us | first pass, us |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        cells = (row[name] for name in ("us", "without_launches_us", "first_us"))
-        print(f"| {row['windows']} | {row['launches']} |", " | ".join(f"{us:.0f}" for us in cells), "|")
+    show(report)
     write(report, arguments.output)
 
 

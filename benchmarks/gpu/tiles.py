@@ -106,9 +106,7 @@ def candidates(chosen: Tiles) -> Iterator[Candidate]:
             yield Candidate(f"{name}_kernel", label, tiles(**{name: size}))
     for numbers, warps, parts in PREPARE:
         used = functools.partial(patch.multiple, prepare, NUMBERS=numbers, WARPS=warps, PARTS=parts)
-        yield Candidate(
-            "prepare_kernel", f"{numbers} numbers, {warps} warps, {parts} programs", used
-        )
+        yield Candidate("prepare_kernel", f"{numbers} numbers, {warps} warps, {parts} programs", used)
 
 
 def measure(cases: list[Case], expected: list[torch.Tensor], candidate: Candidate) -> dict[str, Any]:
@@ -118,6 +116,7 @@ def measure(cases: list[Case], expected: list[torch.Tensor], candidate: Candidat
         case.scores.fill_(float("nan"))
         try:
             with candidate.used():
+                case.score()
                 times = launch_times(case.score, repeats=5)
         except Exception as error:  # whatever the compiler or the driver says
             found["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:120]}"

@@ -201,9 +201,7 @@ class TritonKernels:
                     scratch=Scratch(*_carve(between, _inner(shape, num_jobs, len(layers)))),
                     out=scores[first : layers.stop],
                 )
-        chosen = select(
-            scores, shape.kept, selector.chunks, kept, neighbours=neighbours, shared=shared
-        )
+        chosen = select(scores, shape.kept, selector.chunks, kept, neighbours=neighbours, shared=shared)
         return Plan(slots, recorders, scores, kept, score, [chosen, *compact(tables, slots, kept)])
 
 

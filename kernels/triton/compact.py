@@ -89,8 +89,8 @@ def compact(tables: PoolTables, slots: torch.Tensor, kept: torch.Tensor) -> list
     num_kept = kept.shape[-1]
     if kept.shape != (tables.num_layers, num_jobs, tables.num_kv_heads, num_kept) or num_kept > width:
         raise ValueError(
-            f"positions of shape {tuple(kept.shape)} for {tables.num_layers} layers, {num_jobs} windows of "
-            f"{width} slots and {tables.num_kv_heads} KV heads"
+            f"positions of shape {tuple(kept.shape)} for {tables.num_layers} layers, {num_jobs} "
+            f"windows of {width} slots and {tables.num_kv_heads} KV heads"
         )
     if kept.dtype != torch.int32 or not kept.is_contiguous() or not slots.is_contiguous():
         raise ValueError("positions must be int32, positions and slots contiguous")

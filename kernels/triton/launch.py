@@ -22,7 +22,7 @@ class Launch:
     programs : int
         Size of the grid.
     arguments
-        By name; compiler options among them. Tensors are kept: their addresses are what was compiled for.
+        By name, compiler options among them. Tensors are kept, as their addresses decide what fits.
     """
 
     __slots__ = ("_again", "arguments", "kernel", "programs")

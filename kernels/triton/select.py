@@ -76,8 +76,10 @@ def _smaller(a, b):
 
 @triton.jit
 def _blended(scores, position, width, REACH: tl.constexpr):
-    """As :func:`kara_sglang.kernels.score.blend_neighbours`, ``REACH`` neighbours on either side; leaves
-    logarithms in place of the scores, so that each is taken once."""
+    """As :func:`kara_sglang.kernels.score.blend_neighbours`, ``REACH`` neighbours on either side.
+
+    Leaves logarithms in place of the scores, so that each is taken once.
+    """
     inside = position < width
     score = tl.load(scores + position, mask=inside, other=1.0)
     # What is no number stays none, as in torch.

@@ -1,8 +1,8 @@
 """The kernels as the compiler makes them for sm_80, sm_90 and sm_100; no GPU is needed.
 
 What the interpreter cannot show: that they compile, that nothing is spilled, that memory is accessed
-16 bytes at a time, that copies run ahead of what they are for, and that the in-place move keeps its order
-of loads, barrier and stores.
+16 bytes at a time, that copies run ahead of what they are for, and that the in-place move keeps its
+order of loads, barrier and stores.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.skipif(
 
 SHAPES = {model.name: model for model in (*MODELS, *OTHER_SHAPES)}
 MOST_SHARED = {80: 99, 90: 227, 100: 227}
-"""KiB that a program may have (CUDA C++ Programming Guide, technical specifications). sm_80 has 163, but
-what is compiled for it must fit sm_86 and sm_89, too."""
+"""KiB that a program may have (CUDA C++ Programming Guide, technical specifications). sm_80 has 163,
+but what is compiled for it must fit sm_86 and sm_89, too."""
 
 
 def check(result: Compiled) -> None:

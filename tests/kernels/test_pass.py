@@ -19,7 +19,6 @@ from kara_sglang.kernels.selectors import REGISTRY, Selector
 from kara_sglang.kernels.triton import TritonKernels, backend
 from kara_sglang.kernels.triton.pool import PoolTables
 from kara_sglang.kernels.triton.score import attention_scores
-from kara_sglang.kernels.turn import Turn
 from kara_sglang.recorder import AttentionShape, QueryRecorder
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -164,7 +163,9 @@ def test_a_window_that_does_not_fit_is_refused(make, pool):
         TritonKernels().compress(pool, jobs)
     kernels = TritonKernels()
     kernels._scratch = torch.empty(1000, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match=r"1 x WindowShape\(.* takes 17168 bytes of scratch, 1000 were"):
+    with pytest.raises(
+        RuntimeError, match=r"1 x WindowShape\(.* takes 17168 bytes of scratch, 1000 were"
+    ):
         kernels.compress(pool, jobs)
 
 

@@ -144,7 +144,9 @@ def check(pool, slots, units, starts, count, rule, tolerance=2e-5):
     np.testing.assert_allclose(ours, expected, rtol=tolerance, atol=1e-7)
     for layer in range(len(pool.keys)):
         for job, window in enumerate(slots.long()):
-            queries = record.recorded(pool.rings[layer], starts[job], count, units[job].tolist(), pool.ring_len)
+            queries = record.recorded(
+                pool.rings[layer], starts[job], count, units[job].tolist(), pool.ring_len
+            )
             if rule.ahead:
                 queries = pool.turn.moved(queries, layer)
             theirs = reference_scores(
@@ -333,6 +335,22 @@ def test_queries_far_beyond_what_fp8_can_hold(make, key_dtype):
     assert error(ring) < 0.03 < 0.1 < error(Ring(queries.clamp(-448, 448)))
 
 
+@pytest.mark.parametrize("rule", [BEST, AHEAD], ids=["as they are", "turned"])
+def test_keys_and_queries_far_beyond_what_float16_can_hold(make, rule):
+    """bfloat16 keys of up to 3e8 against queries of 1e-8, and the other way round: both are divided by
+    powers of two before they become float16, and nothing overflows or vanishes."""
+    pool = make.pool(5, heads=3, dtype=torch.bfloat16, ring_dtype=torch.bfloat16, units=1, ring_len=50)
+    sizes = torch.tensor([1e8, 1.0, 1e-7])[:, None]
+    keys = [(key.float() * sizes).bfloat16() for key in pool.keys]
+    rings = [Ring((ring.queries.float() / sizes).bfloat16()) for ring in pool.rings]
+    assert keys[0].abs().max() > 1e3 * torch.finfo(torch.float16).max
+    large = dataclasses.replace(pool, keys=keys, rings=rings)
+    arguments = make.windows(1, 48, slots=256, seed=1), torch.tensor([[0]]), [0], 50, rule
+    expected = brute_force(large, *arguments)
+    ours = triton_scores(large, *arguments).double().numpy()
+    np.testing.assert_allclose(ours, expected, rtol=5e-3 if rule.ahead else 2e-5)
+
+
 @pytest.mark.parametrize("key_dtype", [FP8, E5M2], ids=str)
 def test_a_scale_of_the_keys_folds_into_that_of_the_layer(make, key_dtype):
     """fp8 keys with k_scale: what is stored is K / k_scale, and the layer's scale takes k_scale."""
@@ -357,7 +375,7 @@ def test_what_does_not_fit_is_refused(make):
     slots, units = make.windows(1, 48, slots=256, seed=1), torch.tensor([[0, 3]])
     with pytest.raises(ValueError, match="65 queries asked of a ring that holds 64 tokens"):
         triton_scores(pool, slots, units, [16], 65, SUM)
-    with pytest.raises(ValueError, match="1 recorders of torch.int32 for 2 windows"):
+    with pytest.raises(ValueError, match=r"1 recorders of torch\.int32 for 2 windows"):
         triton_scores(pool, slots.repeat(2, 1), units, [16], 48, SUM)
     with pytest.raises(ValueError, match="must be contiguous"):
         triton_scores(pool, slots[:, ::2], units, [16], 48, SUM)

@@ -466,8 +466,7 @@ def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
     assert len(expected) > 100
     for unit in range(recorder.num_units):
         got = [
-            recorded(ring, 0, recorder.ring_len, (unit,), recorder.ring_len)
-            for ring in recorder.rings
+            recorded(ring, 0, recorder.ring_len, (unit,), recorder.ring_len) for ring in recorder.rings
         ]
         for place in range(recorder.ring_len):
             truth = expected.get((unit, place), torch.zeros(layers, kv_heads, 3))
