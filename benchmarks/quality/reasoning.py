@@ -39,7 +39,7 @@ from kara_sglang.config import KaraConfig
 
 MODULE = "kara_sglang.benchmarks.quality.reasoning"
 INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
-ROWS = ("full", "kara", "random", "recent", "snapkv")
+ROWS = ("full", "kara", "keys", "random", "recent", "snapkv")
 
 
 @dataclass(frozen=True, slots=True)

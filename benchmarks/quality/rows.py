@@ -76,8 +76,8 @@ class Part:
     texts: int | None
 
 
-SELECTORS = ("kara", "causal", "snapkv", "recent", "random")
-QUICK = ("kara", "random", "recent", "snapkv")
+SELECTORS = ("kara", "causal", "snapkv", "keys", "recent", "random")
+QUICK = ("kara", "keys", "random", "recent", "snapkv")
 
 PRODUCT = Variant(value=4, chunks=0, later=0, novel=1, ahead=1, near=13)
 """The variant that is the product's default; a test holds them together."""
