@@ -44,6 +44,7 @@ from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
 from kara_sglang.kernels.record import FP8, Ring
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
+from kara_sglang.kernels.selectors.keys import KeysSelector
 from kara_sglang.kernels.triton import (
     TritonKernels,
     compact,
@@ -52,6 +53,7 @@ from kara_sglang.kernels.triton import (
     record,
     score,
     select,
+    weights,
 )
 from kara_sglang.kernels.turn import Turn
 
@@ -69,6 +71,7 @@ KERNELS = (
     (score, "log_sum_exp_kernel"),
     (score, "column_sum_kernel"),
     (distance, "distance_kernel"),
+    (weights, "weights_kernel"),
     (neighbours, "neighbours_kernel"),
     (select, "select_kernel"),
     (compact, "compact_kernel"),
@@ -76,6 +79,7 @@ KERNELS = (
 
 
 SCORE, SELECT = ("log_sum_exp_kernel", "column_sum_kernel"), ("select_kernel",)
+WEIGHTS = ("weights_kernel",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +181,7 @@ def launches(
     window: int = 512,
     retained: int = 256,
     delay: int = 64,
+    votes: bool = True,
     mean: bool = False,
     causal: bool = False,
     chunks: bool = True,
@@ -185,7 +190,8 @@ def launches(
     key_dtype: torch.dtype = torch.bfloat16,
     ring_dtype: torch.dtype = FP8,
 ) -> list[Launch]:
-    """The launches of one recording step and one pass over a full window, in order."""
+    """The launches of one recording step and one pass over a full window, in order; without ``votes``
+    the window's tokens are chosen without queries."""
     heads, dim = model.kv_heads, model.head_dim
     num_units = 1 if mean else model.group
     ring_len = window + delay
@@ -197,23 +203,24 @@ def launches(
         scales=[dim**-0.5],
         turn=Turn.of_layer(torch.ones(dim // 2), torch.zeros(dim // 2), dim, halves=halves),
     )
+    kara = KaraSelector(
+        chunks=ChunkRule(budget=0.1 if chunks else 0.0),
+        # As by default, and chunks besides.
+        rule=replace(
+            KaraSelector.from_config(KaraConfig()).rule,
+            squared=not causal,
+            ahead=ahead,
+            causal=causal,
+        ),
+    )
     job = WindowJob(
         slots=torch.arange(window, dtype=torch.int32),
         kept=retained,
-        selector=KaraSelector(
-            chunks=ChunkRule(budget=0.1 if chunks else 0.0),
-            # As by default, and chunks besides.
-            rule=replace(
-                KaraSelector.from_config(KaraConfig()).rule,
-                squared=not causal,
-                ahead=ahead,
-                causal=causal,
-            ),
-        ),
+        selector=kara if votes else KeysSelector.from_config(KaraConfig()),
         seed=0,
         query_start=0,
         query_count=window + delay,
-        units=torch.arange(num_units),
+        units=torch.arange(num_units) if votes else None,
     )
     batch = 64
     queries = torch.empty(batch, model.query_heads * dim, dtype=torch.bfloat16)
@@ -256,14 +263,22 @@ class _Catcher:
         self._found.append(Launch(self._kernel, positional | kwargs))
 
 
+def both_passes(model: Model, **settings: Any) -> list[Launch]:
+    """Each kernel once: :func:`launches`, and what only a pass without votes launches."""
+    return launches(model, **settings) + of(WEIGHTS, launches(model, votes=False, **settings))
+
+
 def cases() -> list[tuple[str, list[Launch]]]:
     """What the table shows: a name, and launches."""
-    found = [(model.name, launches(model)) for model in (*MODELS, *OTHER_SHAPES)]
+    found = [(model.name, both_passes(model)) for model in (*MODELS, *OTHER_SHAPES)]
     first = MODELS[0]
     return [
         *found,
         (f"{first.name}, bf16 ring", of(SCORE, launches(first, ring_dtype=torch.bfloat16))),
-        (f"{first.name}, fp8 keys", of((*SCORE, "distance_kernel"), launches(first, key_dtype=FP8))),
+        (
+            f"{first.name}, fp8 keys",
+            of((*SCORE, "distance_kernel", *WEIGHTS), both_passes(first, key_dtype=FP8)),
+        ),
         (f"{first.name}, mean", of(SCORE, launches(first, mean=True))),
         (f"{first.name}, causal", of(SCORE, launches(first, causal=True))),
         *(

@@ -121,6 +121,15 @@ def score(model: Model, settings: Settings) -> Work:
     return per_head * (model.layers * model.kv_heads)
 
 
+def weights(model: Model, settings: Settings) -> Work:
+    """Scores without queries: keys read twice, values once, and the scores, which the neighbours blend
+    and a copy puts back. A logarithm counts as an exponential."""
+    width = settings.window
+    logs = width * (KaraConfig().neighbours + 1)
+    per_head = Work(bytes=width * (3 * model.head_dim * 2 + 5 * 4), exps=logs + width)
+    return per_head * (model.layers * model.kv_heads)
+
+
 def select(model: Model, settings: Settings) -> Work:
     """Scores read, positions written; the rest stays in registers."""
     heads = model.layers * model.kv_heads
@@ -133,7 +142,7 @@ def compact(model: Model, settings: Settings) -> Work:
     return Work(bytes=rows * (2 * 2 * model.head_dim + 4 + 2 * 4))
 
 
-KERNELS = (record, score, select, compact)
+KERNELS = (record, score, weights, select, compact)
 
 
 def pass_floor(model: Model, settings: Settings, gpu: Gpu) -> float:

@@ -35,19 +35,24 @@ from kara_sglang.kernels.compact import compact as reference_compact
 from kara_sglang.kernels.record import FP8, Ring, to_fp8
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.score import attention_scores as reference_scores
+from kara_sglang.kernels.score import weight_scores as reference_weights
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.select import select as reference_select
+from kara_sglang.kernels.selectors.base import Selector
 from kara_sglang.kernels.selectors.kara import KaraSelector
+from kara_sglang.kernels.selectors.keys import KeysSelector
 from kara_sglang.kernels.triton import TritonKernels
 from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.pool import PoolTables
 from kara_sglang.kernels.triton.score import Voters, attention_scores, dot_dtype
 from kara_sglang.kernels.triton.select import select
+from kara_sglang.kernels.triton.weights import weight_scores
 from kara_sglang.kernels.turn import Turn
 
 DEVICE = torch.device("cuda")
 RULE = KaraSelector.from_config(KaraConfig()).rule
 CHUNKS = ChunkRule(budget=0.1)
+KARA, KEYS = KaraSelector(chunks=CHUNKS, rule=RULE), KeysSelector.from_config(KaraConfig())
 PAGE = 16
 OTHER_CASES = (
     (Model("head_dim 64", 1, 12, 4, 64, 0), torch.float16, 1),
@@ -131,6 +136,16 @@ class Case:
             out=self.scores,
         )
 
+    def weights(self) -> None:
+        weight_scores(
+            self.tables,
+            range(self.model.layers),
+            self.slots,
+            rule=KEYS.rule,
+            scratch=self.sums,
+            out=self.scores,
+        )
+
     def select(self) -> None:
         select(self.scores, self.settings.kept, CHUNKS, self.kept)
 
@@ -153,16 +168,16 @@ class Case:
         )
         return kernels
 
-    def jobs(self) -> list[WindowJob]:
+    def jobs(self, selector: Selector = KARA) -> list[WindowJob]:
         return [
             WindowJob(
                 slots=self.slots[job],
                 kept=self.settings.kept,
-                selector=KaraSelector(chunks=CHUNKS, rule=RULE),
+                selector=selector,
                 seed=0,
                 query_start=self.starts[job],
                 query_count=self.settings.window + self.settings.delay,
-                units=self.units[job],
+                units=self.units[job] if selector.needs_queries else None,
             )
             for job in range(self.num_jobs)
         ]
@@ -175,8 +190,9 @@ def check(case: Case) -> dict[str, Any]:
     -------
     dict
         ``score_error``: largest relative difference of a score; ``turned_score_error``: the same with
-        queries that are moved ahead, whose rounding may differ. ``same_choice``: share of positions
-        that a whole pass and the reference's agree on; near ties may fall either way.
+        queries that are moved ahead, whose rounding may differ. ``weight_error``: the same without
+        queries. ``same_choice``: share of positions that a whole pass and the reference's agree on;
+        near ties may fall either way.
     """
     pool, settings = case.pool, case.settings
     rings = [Ring(*(part.clone() for part in parts(ring))) for ring in pool.rings]
@@ -186,6 +202,8 @@ def check(case: Case) -> dict[str, Any]:
         for mine, other in zip(parts(ours), parts(theirs), strict=True):
             require(torch.equal(mine[:-1].view(torch.uint8), other[:-1].view(torch.uint8)), "record")
 
+    weight_error = error_of_weights(case)
+    require(weight_error < 1e-3, f"weights: relative error {weight_error}")
     error = score_error(case, dataclasses.replace(RULE, ahead=False))
     require(error < 1e-3, f"score: relative error {error}")
     # A turned query that falls between two 16-bit numbers may be rounded either way.
@@ -214,7 +232,25 @@ def check(case: Case) -> dict[str, Any]:
         require(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), "compact")
 
     check_replay(case)
-    return {"score_error": error, "turned_score_error": turned_error, "same_choice": same}
+    return {
+        "weight_error": weight_error,
+        "score_error": error,
+        "turned_score_error": turned_error,
+        "same_choice": same,
+    }
+
+
+def error_of_weights(case: Case) -> float:
+    """Largest relative difference of a score without queries, which ``case.scores`` then holds."""
+    case.scores.fill_(float("nan"))
+    case.weights()
+    expected = torch.empty_like(case.scores)
+    for layer, (keys, values) in enumerate(zip(case.pool.keys, case.pool.values, strict=True)):
+        for job, slots in enumerate(case.slots.long()):
+            expected[layer, job] = reference_weights(
+                keys.float()[slots], values.float()[slots], KEYS.rule
+            )
+    return ((case.scores - expected).abs() / expected).max().item()
 
 
 def score_error(case: Case, rule: AttentionRule) -> float:
@@ -371,7 +407,7 @@ def measure(case: Case, gpu: Gpu) -> dict[str, Any]:
     """Time of each kernel over all layers and windows, beside its floor."""
     results: dict[str, Any] = {}
     moving = (case.kept != torch.arange(case.settings.kept, device=DEVICE)).float().mean().item()
-    for name in ("record", "score", "select", "compact"):
+    for name in ("record", "weights", "score", "select", "compact"):
         work: Work = getattr(floors, name)(case.model, case.settings) * case.num_jobs
         if name == "compact":  # rows that stay are not touched
             work = dataclasses.replace(work, bytes=round(work.bytes * moving))
@@ -385,14 +421,16 @@ def measure(case: Case, gpu: Gpu) -> dict[str, Any]:
             "flop_per_s": work.flops / took,
         }
         print(f"  {name:8} {took * 1e6:9.1f} us, floor {floor * 1e6:9.1f} us, {floor / took:6.1%}")
-    kernels, jobs = case.kernels(), case.jobs()
-    kernels.compress(case.pool, jobs)
-    took = timed(lambda: kernels.compress(case.pool, jobs))
+    kernels = case.kernels()
     step = gpu.floor(floors.decode_step(case.model, 64, 4096))
     steps = case.settings.window - case.settings.kept
-    share = took / case.num_jobs * 64 / (steps * step)
-    results["pass"] = {"us": took * 1e6, "share_of_decode_floor": share}
-    print(f"  whole pass, launched from the host: {took * 1e6:.1f} us, {share:.2%} of decode's floor")
+    for name, selector in (("pass", KARA), ("pass without queries", KEYS)):
+        jobs = case.jobs(selector)
+        kernels.compress(case.pool, jobs)
+        took = timed(lambda jobs=jobs: kernels.compress(case.pool, jobs))
+        share = took / case.num_jobs * 64 / (steps * step)
+        results[name] = {"us": took * 1e6, "share_of_decode_floor": share}
+        print(f"  {name}, launched from the host: {took * 1e6:.1f} us, {share:.2%} of decode's floor")
     return results
 
 

@@ -45,7 +45,7 @@ from kara_sglang.config import KaraConfig
 
 MODULE = "kara_sglang.benchmarks.quality.reasoning"
 INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
-ROWS = ("full", "again", "kara", "random", "recent", "snapkv", "paper")
+ROWS = ("full", "again", "kara", "keys", "random", "recent", "snapkv", "paper")
 WHOLE = ("full", "again")
 """Rows that are not compressed."""
 SERVER_SETTINGS = {"paper": {"preset": "paper"}}

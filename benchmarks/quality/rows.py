@@ -78,8 +78,8 @@ class Part:
 
 
 PAPER = "paper"
-SELECTORS = ("kara", "causal", "snapkv", "recent", "random", PAPER)
-QUICK = ("kara", "random", "recent", "snapkv", PAPER)
+SELECTORS = ("kara", "causal", "snapkv", "keys", "recent", "random", PAPER)
+QUICK = ("kara", "keys", "random", "recent", "snapkv", PAPER)
 
 PRODUCT = Variant(value=4, chunks=0, later=0, novel=1, ahead=1, near=13)
 """The variant that is the product's default; a test holds them together."""

@@ -11,11 +11,13 @@ from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape, refer
 from kara_sglang.kernels.copies import fill, to_device
 from kara_sglang.kernels.record import Queries, Ring
 from kara_sglang.kernels.selectors.base import AttentionSelector, BlindSelector
+from kara_sglang.kernels.selectors.keys import KeysSelector
 from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.pool import PoolTables
 from kara_sglang.kernels.triton.record import record
 from kara_sglang.kernels.triton.score import Voters, attention_scores
 from kara_sglang.kernels.triton.select import select
+from kara_sglang.kernels.triton.weights import weight_scores
 
 SCRATCH_BYTES = 32 << 20
 """Memory of a pass beside the pool, unless one window of one layer takes more."""
@@ -133,6 +135,8 @@ class TritonKernels:
                     sums=sums,
                     out=scores,
                 )
+            elif isinstance(selector, KeysSelector):
+                weight_scores(tables, layers, slots, rule=selector.rule, scratch=sums, out=scores)
             elif isinstance(selector, BlindSelector):
                 _draw(selector, jobs, layers, scores)
             else:  # arithmetic of its own, for one window of one layer at a time
@@ -164,7 +168,7 @@ def _regions(
         ((num_jobs, shape.width), torch.int32),
         ((num_jobs, shape.units), torch.int64),
         ((num_jobs,), torch.int64),
-        ((2 * math.prod(heads) * shape.units * shape.query_count,), torch.float32),
+        ((math.prod(heads) * max(2 * shape.units * shape.query_count, shape.width),), torch.float32),
         ((*heads, shape.width), torch.float32),
         ((*heads, shape.kept), torch.int32),
     )

@@ -19,7 +19,9 @@ from kara_sglang.benchmarks.gpu.compiled import (
     OTHER_SHAPES,
     SCORE,
     SELECT,
+    WEIGHTS,
     Compiled,
+    both_passes,
     launches,
     of,
 )
@@ -57,6 +59,21 @@ def test_a_pass_of_qwen3_8b(architecture):
         assert_wide(result)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_pass_without_queries(architecture):
+    results = [launch.compile(architecture) for launch in launches(SHAPES["Qwen3-8B"], votes=False)]
+    assert [result.kernel for result in results] == [
+        "record_kernel",
+        "weights_kernel",
+        "neighbours_kernel",
+        "select_kernel",
+        "compact_kernel",
+    ]
+    for result in results:
+        check(result)
+        assert_wide(result)
+
+
 @pytest.mark.parametrize(
     ("shape", "settings"),
     [
@@ -79,7 +96,7 @@ def test_a_pass_of_qwen3_8b(architecture):
 )
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_other_shapes(architecture, shape, settings):
-    for launch in launches(SHAPES[shape], **settings):
+    for launch in both_passes(SHAPES[shape], **settings):
         check(launch.compile(architecture))
 
 
@@ -99,6 +116,14 @@ def test_products_of_32_bit_numbers(shape, key_dtype, ring_dtype):
     for architecture in (80, 90) if shape == "head_dim 256" else (90,):
         for launch in of(SCORE, launches(SHAPES[shape], key_dtype=key_dtype, ring_dtype=ring_dtype)):
             check(launch.compile(architecture))
+
+
+@pytest.mark.parametrize("key_dtype", [torch.float32, torch.float16, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("shape", ["head_dim 80", "head_dim 256"])
+def test_weights_of_other_types(shape, key_dtype):
+    (launch,) = of(WEIGHTS, launches(SHAPES[shape], votes=False, key_dtype=key_dtype))
+    for architecture in ARCHITECTURES:
+        check(launch.compile(architecture))
 
 
 @pytest.mark.parametrize("chunks", [True, False], ids=["chunks", "no chunks"])
@@ -121,7 +146,7 @@ def test_the_table_of_the_documentation():
         row[0]: row[1:4] for row in rows if len(row) == 5 and "Qwen3-8B" in row[4].split("; ")
     }
     compiled = {}
-    for launch in launches(SHAPES["Qwen3-8B"]):
+    for launch in both_passes(SHAPES["Qwen3-8B"]):
         results = [launch.compile(architecture) for architecture in ARCHITECTURES]
         compiled[results[0].kernel] = [result.cell for result in results]
     assert documented == compiled
@@ -141,6 +166,7 @@ def assert_wide(result: Compiled) -> None:
         "record_kernel": r"ld\.global\.v4\.b32",
         "log_sum_exp_kernel": r"cp\.async\.cg\.shared\.global .* 0x10,",
         "column_sum_kernel": r"cp\.async\.cg\.shared\.global .* 0x10,",
+        "weights_kernel": r"ld\.global\.v4\.b32",
         "compact_kernel": r"st\.global\.v2\.b64",
     }.get(result.kernel)
     if wide:

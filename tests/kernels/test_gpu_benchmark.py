@@ -30,6 +30,7 @@ def test_its_checks_pass_on_right_kernels_and_fail_on_wrong_ones(monkeypatch, me
     settings = Settings(window=48, kept=16, delay=9, mean=mean)
     found = kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=2))
     assert found["score_error"] < 1e-4 < found["turned_score_error"] < 0.03
+    assert found["weight_error"] < 1e-4
     assert found["same_choice"] == 1.0
 
     if mean:

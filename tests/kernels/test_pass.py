@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 from kara_sglang.benchmarks.gpu.compiled import caught
 from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob, WindowShape
 from kara_sglang.kernels.record import FP8, Ring
-from kara_sglang.kernels.score import AttentionRule
+from kara_sglang.kernels.score import AttentionRule, WeightRule
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors import REGISTRY, Selector
 from kara_sglang.kernels.triton import TritonKernels, backend
@@ -41,6 +41,7 @@ SELECTORS = {
     "kara": KARA,
     "causal": REGISTRY["causal"](rule=dataclasses.replace(BEST, causal=True)),
     "snapkv": REGISTRY["snapkv"](rule=AttentionRule(causal=True, last_queries=20)),
+    "keys": REGISTRY["keys"](rule=WeightRule(value_norm=4, key_distance=True, neighbours=9)),
     "per layer": REGISTRY["kara"](rule=dataclasses.replace(BEST, per_layer=True)),
     "recent": REGISTRY["recent"](),
     "random": REGISTRY["random"](),
@@ -106,6 +107,7 @@ def test_jobs_of_all_kinds_in_one_call(identical, make, pool):
         ("snapkv", 16, GROUP),
         ("kara", 16, GROUP),
         ("per layer", 16, GROUP),
+        ("keys", 16, 0),
         ("identity", WIDTH, 0),
     ]
     check(identical, make, make.kernels(), pool, jobs_for(make, settings))
@@ -120,13 +122,14 @@ def test_jobs_of_all_kinds_in_one_call(identical, make, pool):
         ((5, 3), [(5, 3)]),
     ],
 )
-@pytest.mark.parametrize("name", ["kara", "snapkv", "per layer"])
+@pytest.mark.parametrize("name", ["kara", "snapkv", "keys", "per layer"])
 def test_windows_and_layers_are_taken_in_groups_that_fit_the_scratch(
     identical, make, monkeypatch, fits, expected, name
 ):
     """Five windows of three layers, with scratch for ``fits``: windows and layers."""
     pool = make.pool(1, layers=3, heads=1, dim=16, slots=512, units=20, ring_len=RING_LEN)
-    shape = WindowShape(1, WIDTH, 16, 1, WIDTH + DELAY)
+    units = 1 if SELECTORS[name].needs_queries else 0
+    shape = WindowShape(1, WIDTH, 16, units, WIDTH + DELAY)
     monkeypatch.setattr(backend, "SCRATCH_BYTES", 0)
     kernels = TritonKernels()
     kernels.reserve(torch.device("cpu"), shape)
@@ -141,7 +144,7 @@ def test_windows_and_layers_are_taken_in_groups_that_fit_the_scratch(
         compact(tables, layers, slots, kept)
 
     monkeypatch.setattr(backend, "compact", noted)
-    check(identical, make, kernels, pool, jobs_for(make, [(name, 16, 1)] * 5))
+    check(identical, make, kernels, pool, jobs_for(make, [(name, 16, units)] * 5))
     assert taken == expected
 
 
@@ -150,7 +153,7 @@ def test_groups_of_selectors_that_bring_their_own_scores(identical, make, pool, 
     monkeypatch.setattr(backend, "SCRATCH_BYTES", 0)
     kernels = TritonKernels()
     kernels.reserve(torch.device("cpu"), WindowShape(2, WIDTH, WIDTH, GROUP, WIDTH + DELAY))
-    names = ["random", "recent", "norm", "random", "norm", "random", "norm", "identity", "random"]
+    names = ["random", "recent", "norm", "random", "keys", "random", "norm", "identity", "random"]
     jobs = jobs_for(make, [(name, WIDTH if name == "identity" else 16, 0) for name in names])
     check(identical, make, kernels, pool, jobs)
 
@@ -197,7 +200,7 @@ def is_tensor(thing: object) -> bool:
     return isinstance(thing, torch.Tensor)
 
 
-@pytest.mark.parametrize("name", ["kara", "snapkv", "per layer", "recent", "identity"])
+@pytest.mark.parametrize("name", ["kara", "snapkv", "keys", "per layer", "recent", "identity"])
 def test_a_pass_allocates_nothing_that_grows(make, name):
     """80 layers of 64 windows of 512 tokens, far more than the scratch: each launch reads and writes
     tensors that lie in the memory that was reserved, or in the pool's tables."""
@@ -344,7 +347,8 @@ def test_no_operation_of_a_pass_waits_for_the_device(make, pool):
         x[x > 0].sum().item()
     assert len(control.seen) == 2
     kernels = make.kernels()
-    jobs = jobs_for(make, [("kara", 16, GROUP), ("recent", 16, 0), ("random", 16, 0)])
+    settings = [("kara", 16, GROUP), ("keys", 16, 0), ("recent", 16, 0), ("random", 16, 0)]
+    jobs = jobs_for(make, settings)
     with Synchronising() as mode:
         kernels.compress(pool, jobs)
     assert mode.seen == []
@@ -390,7 +394,8 @@ def test_nothing_is_uploaded_from_pageable_memory(make, monkeypatch):
         ring_len=RING_LEN,
         scales=made.scales,
     )
-    wanted = [("kara", 16, GROUP), ("kara", 32, 1), ("recent", 16, 0), ("random", 16, 0)]
+    wanted = [("kara", 16, GROUP), ("kara", 32, 1), ("keys", 16, 0), ("recent", 16, 0)]
+    wanted.append(("random", 16, 0))
     jobs = [
         dataclasses.replace(
             job,

@@ -69,7 +69,7 @@ def test_no_request_needs_a_compiler(settings):
     if config.neighbours == 1:
         unused.add("neighbours_kernel")
     if recorder is None:
-        assert names == {"select_kernel", "compact_kernel"}
+        assert names == {"weights_kernel", "neighbours_kernel", "select_kernel", "compact_kernel"}
     else:
         assert names == {name for _, name in KERNELS} - unused
 

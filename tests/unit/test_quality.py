@@ -395,7 +395,7 @@ def test_the_quick_rows_are_what_the_readme_promises():
     (part,) = rows.quick()
     assert {(row.name, row.retain) for row in part.rows} == {(REFERENCE_ROW, 1.0)} | {
         (name, retain)
-        for name in ("paper", "kara", "random", "recent", "snapkv")
+        for name in ("paper", "kara", "keys", "random", "recent", "snapkv")
         for retain in (0.5, 0.25)
     }
 
@@ -403,7 +403,7 @@ def test_the_quick_rows_are_what_the_readme_promises():
 def test_the_servers_are_few_and_the_reference_is_first():
     (part,) = rows.quick()
     found = campaign.servers(part.rows)
-    assert [len(members) for members in found] == [9, 2]
+    assert [len(members) for members in found] == [11, 2]
     assert found[0][0].name == REFERENCE_ROW
     assert {row.name for row in found[1]} == {"paper"}
 
@@ -571,7 +571,7 @@ def test_a_run_can_be_of_some_rows_only():
     assert keys(rows.full(), None, None) == everything
     assert keys(rows.full(), ["kara"], [0.2]) == [["full", "kara@0.2"]]
     assert keys(rows.full(), ["window 512"], None) == [["full", "window-512@0.5", "window-512@0.25"]]
-    with pytest.raises(ValueError, match="--rows kvllm: there is full, kara, random, recent"):
+    with pytest.raises(ValueError, match="--rows kvllm: there is full, kara, keys, random, recent"):
         rows.only(rows.quick(), ["kara", "kvllm"], None)
     with pytest.raises(ValueError, match=r"--shares 0.4: there is 1.0, 0.5, 0.25"):
         rows.only(rows.quick(), None, [0.4])
