@@ -355,7 +355,7 @@ def collect(
                 server = serve(options, json.loads(own), folder / f"server-{number}.log")
                 stack.callback(server.stop)
                 url = server.url
-            write_json(folder / "machine.json", machine())  # of those who answer, not of the grader
+            write_json(folder / "answered.json", answered())
             pool = stack.enter_context(ThreadPoolExecutor(options.parallel))
             waiting = {pool.submit(ask, url, p, row, options): (p, row) for p, row in todo}
             try:
@@ -365,6 +365,11 @@ def collect(
             except BaseException:
                 pool.shutdown(cancel_futures=True, wait=False)
                 raise
+
+
+def answered() -> dict[str, Any]:
+    """On what the answers were given; they may be graded elsewhere."""
+    return {"machine": machine(), "dtype": "float32" if cpu_engine.is_installed() else "model"}
 
 
 def place(folder: Path, row: Row, problem: Problem) -> Path:
@@ -386,8 +391,7 @@ def grade(
     return {
         "meta": {
             "command": shown,
-            "machine": json.loads((folder / "machine.json").read_text()),
-            "dtype": "float32" if cpu_engine.is_installed() else "model",
+            **json.loads((folder / "answered.json").read_text()),
             "data": options.data.name,
             "model": Path(options.model or coder_model.FOLDER_NAME).name,
             "window": options.window,
