@@ -13,9 +13,9 @@ and in between it states facts, each of them once::
 Some tokens are asked for: was the right one the most likely? ``total`` needs the step before and is
 the restated regime. The others need a fact that stands in a compressed window and nowhere else:
 ``use`` a price in the middle of a step, ``copy`` a price, ``name`` an identifier, ``chain`` first the
-item that a price leads to and then that item's price. The distance of a fact is counted in windows, from
-where it stands to where it is needed. One script is one observation: intervals are percentiles of a
-bootstrap over scripts.
+item that a price leads to and then that item's price. The distance of a fact is counted in windows,
+from where it stands to where it is needed. One script is one observation: intervals are percentiles of
+a bootstrap over scripts.
 """
 
 from __future__ import annotations
