@@ -33,8 +33,8 @@ def configure(selector: str = "kara", **settings: Any) -> KaraConfig | None:
     Parameters
     ----------
     selector : str
-        What ``--kv-compress`` takes: ``none``, ``kara``, ``causal``, ``snapkv``, ``recent``,
-        ``random`` or ``identity``. ``none`` switches compression off again.
+        What ``--kv-compress`` takes: ``none``, ``kara``, ``causal``, ``snapkv``, ``keys``,
+        ``recent``, ``random`` or ``identity``. ``none`` switches compression off again.
     **settings
         Fields of :class:`kara_sglang.config.KaraConfig`, e.g. ``window=512, retain=0.5``.
 

@@ -71,7 +71,7 @@ class KaraConfig:
         distance of the key's direction from that of the window's mean key.
     neighbours
         Tokens around each, itself included, with whose scores its own is blended; odd, 1 for none.
-        For ``kara`` and ``causal``.
+        For ``kara``, ``causal`` and ``keys``.
     chunk_budget
         alpha: share of R that Token2Chunk may spend on filling gaps; 0 switches it off.
     chunk_width
@@ -82,7 +82,7 @@ class KaraConfig:
         How many of the newest queries ``snapkv`` looks through.
     granularity
         ``head``: each KV head keeps its own tokens; ``layer``: the heads' scores are added up and all
-        heads of a layer (of a rank) keep the same. For ``kara``, ``causal`` and ``snapkv``.
+        heads of a layer (of a rank) keep the same. For ``kara``, ``causal``, ``snapkv`` and ``keys``.
     query_heads
         ``all`` query heads are recorded, or the ``mean`` of each GQA group; ``auto``: all while the
         ring has room and the mean when it has not.

@@ -1,8 +1,9 @@
-"""Attention scores of a window's keys: the torch reference and the CPU path.
+"""Scores of a window's keys: the torch reference and the CPU path.
 
 Paper section 4.1: inside the window every query attends every key, with no causal mask, and a key's
-score is the attention that it collects. Here for one request and one layer at a time; all tensors
-come in and go out, nothing of SGLang is imported.
+score is the attention that it collects. What K and V say by themselves multiplies it, or is the score
+where no query votes. Here for one request and one layer at a time; all tensors come in and go out,
+nothing of SGLang is imported.
 """
 
 from __future__ import annotations
@@ -23,13 +24,11 @@ far beyond scores other than 0 that models give."""
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionRule:
-    """How attention turns into a score.
+class WeightRule:
+    """What K and V say of a token by themselves, and who shares a score.
 
     Attributes
     ----------
-    squared
-        Sum the squares of the probabilities instead of the probabilities (the paper's).
     value_norm
         Multiply by the Euclidean norm of the key's value to this power; 0: not at all.
     key_distance
@@ -38,6 +37,29 @@ class AttentionRule:
     neighbours
         Blend with the scores of so many nearest tokens, an odd number that counts the token itself,
         see :func:`blend_neighbours`; 1: not at all.
+    per_layer
+        Add up the scores of the KV heads, so that all heads of a layer keep the same tokens. Under
+        tensor parallelism: all heads of a rank.
+    """
+
+    value_norm: int = 0
+    key_distance: bool = False
+    neighbours: int = 1
+    per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 1 or self.neighbours % 2 == 0:
+            raise ValueError(f"neighbours must be an odd number of tokens, got {self.neighbours}")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRule(WeightRule):
+    """How attention turns into a score, which is then weighed.
+
+    Attributes
+    ----------
+    squared
+        Sum the squares of the probabilities instead of the probabilities (the paper's).
     causal
         Query i sees keys j <= i only (a query behind the window sees them all).
     delay_votes
@@ -47,24 +69,13 @@ class AttentionRule:
         :func:`attention_scores` has done it.
     last_queries
         Let only this many of the newest of them vote; None: all.
-    per_layer
-        Add up the scores of the KV heads, so that all heads of a layer keep the same tokens. Under
-        tensor parallelism: all heads of a rank.
     """
 
     squared: bool = False
-    value_norm: int = 0
-    key_distance: bool = False
-    neighbours: int = 1
     causal: bool = False
     delay_votes: bool = True
     ahead: bool = False
     last_queries: int | None = None
-    per_layer: bool = False
-
-    def __post_init__(self) -> None:
-        if self.neighbours < 1 or self.neighbours % 2 == 0:
-            raise ValueError(f"neighbours must be an odd number of tokens, got {self.neighbours}")
 
     def voters(self, num_queries: int, width: int) -> range:
         """Which of ``num_queries`` recorded queries vote in a window of ``width`` tokens."""
@@ -124,6 +135,32 @@ def attention_scores(
             if rule.squared:
                 probabilities.square_()
             scores[heads] += probabilities.sum(dim=1)
+    return _weighed(scores, keys, values, rule)
+
+
+def weight_scores(keys: torch.Tensor, values: torch.Tensor, rule: WeightRule) -> torch.Tensor:
+    """Score every key of a window by what K and V say alone, as if all votes were equal.
+
+    Parameters
+    ----------
+    keys, values : torch.Tensor
+        The window's KV, shape ``(W, num_kv_heads, head_dim)``.
+    rule : WeightRule
+
+    Returns
+    -------
+    torch.Tensor
+        Scores, shape ``(num_kv_heads, W)``, float32.
+    """
+    width, num_kv_heads, _ = keys.shape
+    equal = torch.ones((num_kv_heads, width), dtype=torch.float32, device=keys.device)
+    return _weighed(equal, keys, values, rule)
+
+
+def _weighed(
+    scores: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: WeightRule
+) -> torch.Tensor:
+    """``scores``, ``(num_kv_heads, W)``, which are overwritten, weighed and shared by ``rule``."""
     if rule.value_norm:
         scores *= values.float().norm(dim=-1).T ** rule.value_norm
     if rule.key_distance:

@@ -46,6 +46,7 @@ from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
 from kara_sglang.kernels.record import FP8, Ring
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
+from kara_sglang.kernels.selectors.keys import KeysSelector
 from kara_sglang.kernels.triton import TritonKernels, record
 from kara_sglang.kernels.triton import launch as launch_module
 from kara_sglang.kernels.triton import pool as pool_module
@@ -73,7 +74,7 @@ KERNELS = (
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 LOGITS = ("log_sum_exp_kernel", "column_sum_kernel")
 SCORE = ("prepare_kernel", *LOGITS)
-SELECT = ("select_kernel",)
+WEIGHTS, SELECT = ("prepare_kernel",), ("select_kernel",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +206,7 @@ def launches(
     window: int = 512,
     retained: int = 256,
     delay: int = 64,
+    votes: bool = True,
     mean: bool = False,
     causal: bool = False,
     chunks: bool = True,
@@ -213,7 +215,8 @@ def launches(
     key_dtype: torch.dtype = torch.bfloat16,
     ring_dtype: torch.dtype = FP8,
 ) -> list[Launch]:
-    """The launches of one recording step and one pass over a full window, in order."""
+    """The launches of one recording step and one pass over a full window, in order; without ``votes``
+    the window's tokens are chosen without queries."""
     heads, dim = model.kv_heads, model.head_dim
     num_units = 1 if mean else model.group
     ring_len = window + delay
@@ -225,23 +228,24 @@ def launches(
         scales=[dim**-0.5],
         turn=Turn.of_layer(torch.ones(dim // 2), torch.zeros(dim // 2), dim, halves=halves),
     )
+    kara = KaraSelector(
+        chunks=ChunkRule(budget=0.1 if chunks else 0.0),
+        # As by default, and chunks besides.
+        rule=replace(
+            KaraSelector.from_config(KaraConfig()).rule,
+            squared=not causal,
+            ahead=ahead,
+            causal=causal,
+        ),
+    )
     job = WindowJob(
         slots=torch.arange(window, dtype=torch.int32),
         kept=retained,
-        selector=KaraSelector(
-            chunks=ChunkRule(budget=0.1 if chunks else 0.0),
-            # As by default, and chunks besides.
-            rule=replace(
-                KaraSelector.from_config(KaraConfig()).rule,
-                squared=not causal,
-                ahead=ahead,
-                causal=causal,
-            ),
-        ),
+        selector=kara if votes else KeysSelector.from_config(KaraConfig()),
         seed=0,
         query_start=0,
         query_count=window + delay,
-        units=tuple(range(num_units)),
+        units=tuple(range(num_units)) if votes else None,
     )
     batch = 64
     queries = torch.empty(batch, model.query_heads * dim, dtype=torch.bfloat16)
@@ -299,6 +303,7 @@ def cases(architecture: int) -> list[tuple[str, list[Launch]]]:
     ):
         found.append((f"{first.name}, {name}", of(SCORE, made(first, **settings))))
     for model in OTHER_SHAPES:
+        found.append((f"head_dim {model.head_dim}, keys", of(WEIGHTS, made(model, votes=False))))
         if model.head_dim not in (128, 256):
             continue
         for name, settings in (

@@ -124,6 +124,12 @@ def score(model: Model, settings: Settings) -> Work:
     return per_head * (model.layers * model.kv_heads)
 
 
+def weights(model: Model, settings: Settings) -> Work:
+    """The score without queries: K and V read, K once more from the L2 cache, scores written."""
+    numbers = settings.window * model.head_dim
+    return Work(bytes=model.layers * model.kv_heads * (2 * 2 * numbers + 4 * settings.window))
+
+
 def select(model: Model, settings: Settings) -> Work:
     """Scores read, blended scores and positions written; the logarithm of each score counts as an
     exponential, as does the blended score."""
@@ -138,12 +144,13 @@ def compact(model: Model, settings: Settings) -> Work:
     return Work(bytes=rows * (2 * 2 * model.head_dim + 4 + 2 * 4))
 
 
-KERNELS = (record, prepare, score, select, compact)
+PASS = (prepare, score, select, compact)
+KERNELS = (record, *PASS, weights)
 
 
 def pass_floor(model: Model, settings: Settings, gpu: Gpu) -> float:
     """Seconds that a pass over one window takes at least, its kernels one after the other."""
-    return sum(gpu.floor(kernel(model, settings)) for kernel in KERNELS if kernel is not record)
+    return sum(gpu.floor(kernel(model, settings)) for kernel in PASS)
 
 
 def decode_step(model: Model, batch: int, context: int) -> Work:

@@ -6,7 +6,8 @@ Starts both, one after the other, for each attention backend, and sends them the
 
 Sent one by one, both servers compute the same shapes, so the tokens must be equal. Sent all at once
 they are batched as they come, which may change last bits; the stock server gets them twice, to show how
-much that is. SGLang's own checks for leaks and double frees are on. Works without a GPU, too.
+much that is. SGLang's own checks for leaks and double frees are on. Works without a GPU, too. With
+``--pool`` the servers of all backends are up at the same time, each with so many KV slots.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
+import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import requests
 
 from kara_sglang import cpu_engine
 from kara_sglang.benchmarks.gpu.report import write
-from kara_sglang.benchmarks.machine import machine
+from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.serving.__main__ import GPU_SCALE, resolve_model
 from kara_sglang.benchmarks.serving.peers import Setup
 from kara_sglang.benchmarks.serving.peers.sglang import SGLang
@@ -32,6 +35,7 @@ from kara_sglang.benchmarks.serving.scenarios import Scale
 from kara_sglang.benchmarks.serving.server import Server, end_on_sigterm
 from kara_sglang.embedded_model import EmbeddedModelMissing
 
+MODULE = "kara_sglang.benchmarks.gpu.identity"
 WINDOWS = 3
 """Windows that each answer has."""
 PROMPTS = (
@@ -128,15 +132,18 @@ def check(setup: Setup, backend: str, logs: Path) -> dict[str, Any]:
     # Windows start at a page, the last token has no KV, and passes of a batch are spread over 32 steps.
     output = WINDOWS * setup.window + setup.delay + setup.page_size + 34
     known = rows(setup.window)
-    answers: dict[str, list[Answers]] = {}
-    for name, times in ((STOCK, 2), ("identity", 1)):
+
+    def answers(name: str, times: int) -> list[Answers]:
         server = Server(Checked(), known[name], setup, logs / f"{backend}-{name}.log").wait()
         try:
-            answers[name] = [ask(server, output, together=False)]
-            answers[name] += [ask(server, output, together=True) for _ in range(times)]
+            one_by_one = ask(server, output, together=False)
+            return [one_by_one, *(ask(server, output, together=True) for _ in range(times))]
         finally:
             server.stop()
-    (stock, batch, again), (identity, batch_identity) = answers[STOCK], answers["identity"]
+
+    with ThreadPoolExecutor(1 if setup.pool is None else 2) as pool:
+        both = pool.map(answers, (STOCK, "identity"), (2, 1))
+        (stock, batch, again), (identity, batch_identity) = both
     for found, expected in ((stock, 0), (identity, WINDOWS), (batch_identity, WINDOWS)):
         if found.windows != [expected] * len(PROMPTS):
             raise RuntimeError(f"{found.windows} windows were compressed, {expected} each were due")
@@ -158,11 +165,20 @@ def main() -> int:
     parser.add_argument("--model", default="tiny", help="tiny, smollm2, a folder or a hub name")
     parser.add_argument("--dtype", help="default: float32 for tiny, else bfloat16")
     parser.add_argument("--backends", nargs="+", default=backends, help=f"default: {usual}")
+    parser.add_argument("--window", type=int, default=scale.window)
+    parser.add_argument(
+        "--pool", type=int, help="KV slots of a server; all servers are up at once then"
+    )
     parser.add_argument("--server-args", default="", help="more flags for both servers, as one word")
     parser.add_argument("--output", type=Path, help="write the results there as JSON")
     options = parser.parse_args()
     end_on_sigterm()
-    report: dict[str, Any] = {"machine": machine(), "model": options.model, "backends": {}}
+    report: dict[str, Any] = {
+        "command": command(MODULE, sys.argv[1:]),
+        "machine": machine(),
+        "model": Path(options.model).name,
+        "backends": {},
+    }
     good = True
     folder = Path(tempfile.mkdtemp(prefix="kara-identity-"))  # logs stay
     try:
@@ -172,21 +188,25 @@ def main() -> int:
     setup = Setup(
         model=model,
         dtype=options.dtype or ("float32" if options.model == "tiny" else "bfloat16"),
-        window=scale.window,
+        window=options.window,
         delay=scale.delay,
         query_mem_gb=0,
         page_size=scale.page_size,
-        pool=None,
+        pool=options.pool,
         server_args=tuple(shlex.split(options.server_args)),
         pythons={},
         cpu=cpu,
     )
-    for backend in options.backends:
+
+    def found_with(backend: str) -> dict[str, Any]:
         try:
-            found = check(setup, backend, folder)
+            return check(setup, backend, folder)
         except (RuntimeError, requests.RequestException) as error:  # the other backends may do
-            found = {"failed": str(error)}
             print(f"{backend}: {error}\nlogs of its servers: {folder}")
+            return {"failed": str(error)}
+
+    workers = ThreadPoolExecutor(1 if options.pool is None else len(options.backends))
+    for backend, found in zip(options.backends, workers.map(found_with, options.backends), strict=True):
         report["backends"][backend] = found
         good &= "failed" not in found and not found["one_by_one"]["part_at"]
         for name, result in found.items():

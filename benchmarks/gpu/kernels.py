@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import platform
 import shutil
 import statistics
@@ -35,12 +36,16 @@ from kara_sglang.kernels.compact import compact as reference_compact
 from kara_sglang.kernels.record import FP8, Ring, to_fp8
 from kara_sglang.kernels.score import AttentionRule, blend_neighbours
 from kara_sglang.kernels.score import attention_scores as reference_scores
+from kara_sglang.kernels.score import weight_scores as reference_weights
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.select import select as reference_select
+from kara_sglang.kernels.selectors.base import Selector
 from kara_sglang.kernels.selectors.kara import KaraSelector
+from kara_sglang.kernels.selectors.keys import KeysSelector
 from kara_sglang.kernels.triton import TritonKernels
 from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.pool import PoolTables
+from kara_sglang.kernels.triton.prepare import weight_scores
 from kara_sglang.kernels.triton.score import Scratch, Voters, attention_scores, recorders_of
 from kara_sglang.kernels.triton.select import select
 from kara_sglang.kernels.turn import Turn
@@ -48,6 +53,7 @@ from kara_sglang.kernels.turn import Turn
 DEVICE = torch.device("cuda")
 RULE = KaraSelector.from_config(KaraConfig()).rule
 CHUNKS = ChunkRule(budget=0.1)
+KARA, KEYS = KaraSelector(chunks=CHUNKS, rule=RULE), KeysSelector.from_config(KaraConfig())
 PAGE = 16
 OTHER_CASES = (
     (Model("head_dim 64", 1, 12, 4, 64, 0), torch.float16, 1),
@@ -136,6 +142,10 @@ class Case:
         ):
             launch()
 
+    def weights(self) -> None:
+        layers = range(self.model.layers)
+        weight_scores(self.tables, layers, self.slots, rule=KEYS.rule, out=self.scores)()
+
     def select(self) -> None:
         select(self.scores, self.settings.kept, CHUNKS, self.kept, neighbours=RULE.neighbours)()
 
@@ -167,16 +177,16 @@ class Case:
         )
         return kernels
 
-    def jobs(self) -> list[WindowJob]:
+    def jobs(self, selector: Selector = KARA) -> list[WindowJob]:
         return [
             WindowJob(
                 slots=self.slots[job],
                 kept=self.settings.kept,
-                selector=KaraSelector(chunks=CHUNKS, rule=RULE),
+                selector=selector,
                 seed=0,
                 query_start=self.starts[job],
                 query_count=self.settings.window + self.settings.delay,
-                units=self.units[job],
+                units=self.units[job] if selector.needs_queries else None,
             )
             for job in range(self.num_jobs)
         ]
@@ -189,8 +199,9 @@ def check(case: Case) -> dict[str, Any]:
     -------
     dict
         ``score_error``: largest relative difference of a score; ``turned_score_error``: the same with
-        queries that are moved ahead, for which keys are rounded to float16. ``same_choice``: share of
-        positions that a whole pass and the reference's agree on; near ties may fall either way.
+        queries that are moved ahead, for which keys are rounded to float16. ``weight_error``: the same
+        without queries. ``same_choice``: share of positions that a whole pass and the reference's agree
+        on; near ties may fall either way.
     """
     pool, settings = case.pool, case.settings
     rings = [Ring(*(part.clone() for part in parts(ring))) for ring in pool.rings]
@@ -200,6 +211,8 @@ def check(case: Case) -> dict[str, Any]:
         for mine, other in zip(parts(ours), parts(theirs), strict=True):
             require(torch.equal(mine[:-1].view(torch.uint8), other[:-1].view(torch.uint8)), "record")
 
+    weight_error = error_of_weights(case)
+    require(weight_error < 1e-3, f"weights: relative error {weight_error}")
     error = score_error(case, dataclasses.replace(RULE, ahead=False))
     require(error < 1e-3, f"score: relative error {error}")
     turned_error = score_error(case, RULE)
@@ -231,7 +244,24 @@ def check(case: Case) -> dict[str, Any]:
         require(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), "compact")
 
     check_replay(case)
-    return {"score_error": error, "turned_score_error": turned_error, "same_choice": same}
+    return {
+        "weight_error": weight_error,
+        "score_error": error,
+        "turned_score_error": turned_error,
+        "same_choice": same,
+    }
+
+
+def error_of_weights(case: Case) -> float:
+    """Largest relative difference of a score without queries, before neighbours are blended."""
+    case.scores.fill_(float("nan"))
+    case.weights()
+    expected = torch.empty_like(case.scores)
+    rule = dataclasses.replace(KEYS.rule, neighbours=1)
+    for layer, (keys, values) in enumerate(zip(case.pool.keys, case.pool.values, strict=True)):
+        for job, slots in enumerate(case.slots.long()):
+            expected[layer, job] = reference_weights(keys.float()[slots], values.float()[slots], rule)
+    return relative(case.scores, expected)
 
 
 def score_error(case: Case, rule: AttentionRule) -> float:
@@ -440,7 +470,7 @@ def measure(case: Case, gpu: Gpu) -> dict[str, Any]:
     """Time of each kernel over all layers and windows, beside its floor."""
     results: dict[str, Any] = {}
     moving = (case.kept != torch.arange(case.settings.kept, device=DEVICE)).float().mean().item()
-    for name in ("record", "score", "select", "compact"):
+    for name in ("record", "weights", "score", "select", "compact"):
         work: Work = getattr(floors, name)(case.model, case.settings) * case.num_jobs
         before = Work()
         if name == "score":
@@ -459,26 +489,25 @@ def measure(case: Case, gpu: Gpu) -> dict[str, Any]:
             "flop_per_s": work.flops / took,
         }
         print(f"  {name:8} {took * 1e6:9.1f} us, floor {floor * 1e6:9.1f} us, {floor / took:6.1%}")
-    kernels, jobs = case.kernels(), case.jobs()
-    alone = timed(lambda: kernels.compress(case.pool, jobs[:1]), before=case.mix)
-    took = timed(lambda: kernels.compress(case.pool, jobs), before=case.mix)
+    kernels = case.kernels()
     step = gpu.floor(floors.decode_step(case.model, 64, 4096))
     steps = case.settings.window - case.settings.kept
-    share = took / case.num_jobs * 64 / (steps * step)
-    results["pass"] = {
-        "us": took * 1e6,
-        "one_window_us": alone * 1e6,
-        "share_of_decode_floor": share,
-    }
-    for name, some in (("launches_us", jobs), ("one_window_launches_us", jobs[:1])):
-        case.mix()
-        results[name] = launch_times(lambda some=some: kernels.compress(case.pool, some), repeats=1)
-        for kernel, took_us in list(results[name].items())[:8]:
-            print(f"    {kernel[:40]:40} {took_us:9.1f} us of a pass over {len(some)}")
-    print(
-        f"  whole pass, launched from the host: {took * 1e6:.1f} us, {share:.2%} of decode's floor; "
-        f"over one window {alone * 1e6:.1f} us"
-    )
+    for name, selector in (("pass", KARA), ("pass without queries", KEYS)):
+        jobs = case.jobs(selector)
+        found: dict[str, Any] = {}
+        for prefix, some in (("one_window_", jobs[:1]), ("", jobs)):
+            call = functools.partial(kernels.compress, case.pool, some)
+            found[f"{prefix}us"] = timed(call, before=case.mix) * 1e6
+            case.mix()
+            found[f"{prefix}launches_us"] = launch_times(call, repeats=1)
+            for kernel, took_us in list(found[f"{prefix}launches_us"].items())[:8]:
+                print(f"    {kernel[:40]:40} {took_us:9.1f} us of a {name} over {len(some)}")
+        share = found["us"] / 1e6 / case.num_jobs * 64 / (steps * step)
+        results[name] = {**found, "share_of_decode_floor": share}
+        print(
+            f"  {name}, launched from the host: {found['us']:.1f} us, {share:.2%} of decode's floor; "
+            f"over one window {found['one_window_us']:.1f} us"
+        )
     return results
 
 

@@ -36,7 +36,7 @@ def settings_of(run: dict[str, Any]) -> str:
 
 def kernels(result: dict[str, Any]) -> str:
     """Time of each kernel over all layers and windows, and the share of its floor that it reaches."""
-    names = ("record", "score", "select", "compact")
+    names = ("record", "weights", "score", "select", "compact")
     rows = []
     for run in result["runs"]:
         took = [run["kernels"][name] for name in names]
@@ -49,14 +49,13 @@ def passes(result: dict[str, Any]) -> str:
     """What each kernel of a pass takes, what all of them and the copies take, and the whole pass."""
     rows = []
     for run in result["runs"]:
-        done = run["kernels"]
-        for windows, launches, whole in (
-            (1, done["one_window_launches_us"], done["pass"]["one_window_us"]),
-            (run["jobs"], done["launches_us"], done["pass"]["us"]),
-        ):
-            took = [launches[f"{name}_kernel"] for name in _LAUNCHES]
-            cells = [f"{us:.0f}" for us in (*took, sum(launches.values()), whole)]
-            rows.append([settings_of(run), str(windows), *cells])
+        for name, label in (("pass", ""), ("pass without queries", ", `keys`")):
+            done = run["kernels"][name]
+            for prefix, windows in (("one_window_", 1), ("", run["jobs"])):
+                launches = done[f"{prefix}launches_us"]
+                took = [launches.get(f"{kernel}_kernel", 0.0) for kernel in _LAUNCHES]
+                cells = (*took, sum(launches.values()), done[f"{prefix}us"])
+                rows.append([settings_of(run) + label, str(windows), *(f"{us:.0f}" for us in cells)])
     return table(["settings", "windows", *_LAUNCHES, "all on the GPU", "from the host"], rows)
 
 

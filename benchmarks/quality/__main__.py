@@ -113,7 +113,7 @@ def measure(
         scripts = campaign.scripts_of(part, tokenizer, options.split)
         for script in scripts:
             script.save(folder)
-        stages = campaign.orders(part, scripts, folder, model, jobs)
+        stages = campaign.orders(part.rows, scripts, folder, model, jobs)
         total = len(part.rows) * len(scripts)
         left = sum(len(order.requests) for stage in stages for order in stage)
         with tqdm(total=total, initial=total - left, desc=part.name, unit="cell") as bar:

@@ -17,7 +17,7 @@ from kara_sglang.benchmarks.quality.rows import Part, Row
 from kara_sglang.benchmarks.quality.script import Script, cell_path, reference_path
 from kara_sglang.config import KaraConfig
 
-RUNNING = 32
+RUNNING = 32 if cpu_engine.is_installed() else 128
 """Requests that one engine runs at once; their KV takes memory."""
 
 
@@ -50,7 +50,7 @@ def servers(rows: list[Row]) -> list[list[Row]]:
     )
 
 
-def query_memory(model: str, settings: dict[str, Any]) -> float:
+def query_memory(model: str, settings: dict[str, Any], running: int) -> float:
     """GiB that let every running request record all its heads, so that no row depends on the load."""
     import torch
     from transformers import AutoConfig
@@ -67,24 +67,34 @@ def query_memory(model: str, settings: dict[str, Any]) -> float:
         dtype=torch.float32,
     )
     ring = recorder_of(shape, KaraConfig.from_settings(settings))
-    return (RUNNING + 1) * ring.shape.group * ring.unit_bytes / 2**30
+    return (running + 1) * ring.shape.group * ring.unit_bytes / 2**30
 
 
 def orders(
-    part: Part, scripts: list[Script], folder: Path, model: str, shards: int
+    rows: list[Row],
+    scripts: list[Script],
+    folder: Path,
+    model: str,
+    shards: int,
+    running: int | None = None,
 ) -> list[list[Order]]:
-    """What is left to do: a list of stages, each of them orders that can run side by side."""
+    """What is left to do: a list of stages, each of them orders that can run side by side.
+
+    ``running`` requests at once, by default :data:`RUNNING`.
+    """
+    running = running or RUNNING
     stages = []
-    for members in servers(part.rows):
+    for members in servers(rows):
         settings = {"selector": "kara"} | members[0].settings
         config = KaraConfig.from_settings(settings)
         todo = [
             (row, script) for script in scripts for row in members if not is_done(folder, row, script)
         ]
-        arguments: dict[str, Any] = {"max_running_requests": RUNNING}
-        if cpu_engine.is_installed():
-            longest = max(len(script.prompt) + len(script.forced) for script in scripts)
-            arguments["max_total_tokens"] = RUNNING * (longest + 2 * PAGE_SIZE)
+        longest = max(len(script.prompt) + len(script.forced) for script in scripts)
+        arguments = {
+            "max_running_requests": running,
+            "max_total_tokens": running * (longest + 2 * PAGE_SIZE),
+        }
         stage = []
         for shard in range(shards):
             mine = {script.name for script in scripts[shard::shards]}
@@ -101,7 +111,7 @@ def orders(
                 if script.name in mine
             ]
             if requests:
-                memory = {"query_mem_gb": query_memory(model, settings)}
+                memory = {"query_mem_gb": query_memory(model, settings, running)}
                 stage.append(Order(model, settings | memory, arguments, requests))
         if stage:
             stages.append(stage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,8 +77,9 @@ class Part:
     texts: int | None
 
 
-SELECTORS = ("kara", "causal", "snapkv", "recent", "random")
-QUICK = ("kara", "random", "recent", "snapkv")
+PAPER = "paper"
+SELECTORS = ("kara", "causal", "snapkv", "keys", "recent", "random", PAPER)
+QUICK = ("kara", "keys", "random", "recent", "snapkv", PAPER)
 
 PRODUCT = Variant(value=4, chunks=0, later=0, novel=1, ahead=1, near=13)
 """The variant that is the product's default; a test holds them together."""
@@ -100,14 +102,17 @@ def _server(window: int, **settings: Any) -> dict[str, Any]:
     return {"window": window, "policy": "threshold"} | settings
 
 
-def _full(window: int) -> Row:
+def reference(window: int) -> Row:
+    """The full cache on a server with windows of so many tokens."""
     return Row(REFERENCE_ROW, "selectors", None, 1.0, _server(window))
 
 
-def _selectors(names: tuple[str, ...], window: int, retains: tuple[float, ...]) -> list[Row]:
-    rows = [Row(name, "selectors", name, r, _server(window)) for r in retains for name in names]
+def selectors(names: Sequence[str], window: int, retains: Sequence[float]) -> list[Row]:
+    """Every selector at every share; ``paper`` is ``kara`` on a server with the preset of that name."""
+    own = [name for name in names if name != PAPER]
+    rows = [Row(name, "selectors", name, r, _server(window)) for r in retains for name in own]
     paper = _server(window, preset="paper")
-    return rows + [Row("paper", "selectors", "kara", retain, paper) for retain in retains]
+    return rows + [Row(PAPER, "selectors", "kara", r, paper) for r in retains if PAPER in names]
 
 
 def _ablations(window: int, retains: tuple[float, ...]) -> list[Row]:
@@ -158,7 +163,7 @@ def only(parts: list[Part], names: list[str] | None, shares: list[float] | None)
 def quick() -> list[Part]:
     """Minutes on two cores: the main rows at two shares, a small window, few texts."""
     window = 128
-    rows = [_full(window), *_selectors(QUICK, window, (0.5, 0.25))]
+    rows = [reference(window), *selectors(QUICK, window, (0.5, 0.25))]
     text = Layout(window, 1, tail=window, stride=2)
     recall = Layout(window, 2, facts=3)
     return [Part("quick", rows, text, recall, 8)]
@@ -168,13 +173,13 @@ def full() -> list[Part]:
     """Everything that the documents report."""
     window, retains = 256, (0.75, 0.5, 0.3, 0.2)
     identity = Row("identity", "selectors", "identity", 1.0, _server(window))
-    main = [_full(window), identity, *_selectors(SELECTORS, window, retains)]
+    main = [reference(window), identity, *selectors(SELECTORS, window, retains)]
     main += _ablations(window, (0.5,))
     text = Layout(window, 1, tail=window, stride=2)
     parts = [Part("main", main, text, Layout(window, 3, facts=4), None)]
 
     wide = 1024
-    sweep = [_full(wide)]
+    sweep = [reference(wide)]
     for size in (wide, 512, 256, 128):
         sweep += [Row(f"window {size}", "windows", "kara", r, _server(size)) for r in (0.5, 0.25)]
     text = Layout(wide, 1, tail=256, stride=2)

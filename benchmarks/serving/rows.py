@@ -88,6 +88,8 @@ def rows(window: int) -> dict[str, Row]:
             selector="kara",
             settings={"policy": "pressure"},
         ),
+        Row("keys-0.5", "no queries recorded, half of each window kept", selector="keys"),
+        Row("keys-0.25", "no queries recorded, a quarter kept", selector="keys", retain=0.25),
         Row("random", "random tokens, half of each window kept", selector="random"),
         Row("recent", "the newest tokens, half of each window kept", selector="recent"),
         Row("kvllm", "KvLLM's policy in our engine, half kept", "sglang", "snapkv", 0.5, kvllm),

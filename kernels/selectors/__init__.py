@@ -9,6 +9,7 @@ from kara_sglang.kernels.selectors.base import Selector
 from kara_sglang.kernels.selectors.causal import CausalSelector
 from kara_sglang.kernels.selectors.identity import IdentitySelector
 from kara_sglang.kernels.selectors.kara import KaraSelector
+from kara_sglang.kernels.selectors.keys import KeysSelector
 from kara_sglang.kernels.selectors.random import RandomSelector
 from kara_sglang.kernels.selectors.recent import RecentSelector
 from kara_sglang.kernels.selectors.snapkv import SnapKVSelector
@@ -20,6 +21,7 @@ REGISTRY: dict[str, type[Selector]] = {
     "kara": KaraSelector,
     "causal": CausalSelector,
     "snapkv": SnapKVSelector,
+    "keys": KeysSelector,
     "recent": RecentSelector,
     "random": RandomSelector,
     "identity": IdentitySelector,

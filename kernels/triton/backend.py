@@ -13,10 +13,13 @@ import torch
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape, reference_scores
 from kara_sglang.kernels.copies import fill, to_device
 from kara_sglang.kernels.record import Queries, Ring
+from kara_sglang.kernels.score import WeightRule
 from kara_sglang.kernels.selectors.base import AttentionSelector, BlindSelector, Selector
+from kara_sglang.kernels.selectors.keys import KeysSelector
 from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.launch import Launch
 from kara_sglang.kernels.triton.pool import PoolTables
+from kara_sglang.kernels.triton.prepare import weight_scores
 from kara_sglang.kernels.triton.record import record
 from kara_sglang.kernels.triton.score import Scratch, Voters, attention_scores, recorders_of
 from kara_sglang.kernels.triton.select import select
@@ -122,8 +125,9 @@ class TritonKernels:
         tables, selector = self._tables, settings.selector
         assert tables is not None
         torch.cat([job.slots for job in jobs], out=plan.slots.view(-1))
-        if plan.score:
+        if settings.units:
             fill(plan.recorders, recorders_of(jobs, tables.pool.ring_len))
+        if plan.score:
             for launch in plan.score:
                 launch()
         elif isinstance(selector, BlindSelector):
@@ -183,12 +187,14 @@ class TritonKernels:
         slots, recorders, scores, kept = _carve(scratch, _outer(shape, num_jobs))
         between = scratch[_bytes(_outer(shape, num_jobs)) :]
         score: list[Launch] = []
-        neighbours, shared = 1, False
-        if isinstance(selector, AttentionSelector):
+        rule = WeightRule()
+        if isinstance(selector, KeysSelector):
+            rule = selector.rule
+            score.append(weight_scores(tables, range(shape.num_layers), slots, rule=rule, out=scores))
+        elif isinstance(selector, AttentionSelector):
             if not shape.units:
                 raise ValueError(f"{type(selector).__name__} needs recorded queries")
             rule = selector.rule
-            neighbours, shared = rule.neighbours, rule.per_layer
             voting = rule.voters(shape.query_count, shape.width)
             for first in range(0, shape.num_layers, layers_at_once):
                 layers = range(first, min(first + layers_at_once, shape.num_layers))
@@ -201,7 +207,9 @@ class TritonKernels:
                     scratch=Scratch(*_carve(between, _inner(shape, num_jobs, len(layers)))),
                     out=scores[first : layers.stop],
                 )
-        chosen = select(scores, shape.kept, selector.chunks, kept, neighbours=neighbours, shared=shared)
+        chosen = select(
+            scores, shape.kept, selector.chunks, kept, neighbours=rule.neighbours, shared=rule.per_layer
+        )
         return Plan(slots, recorders, scores, kept, score, [chosen, *compact(tables, slots, kept)])
 
 

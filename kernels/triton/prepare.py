@@ -1,15 +1,16 @@
-"""What a window's score needs of K and V, once per window and head, in all layers of a pass.
+"""What a window's score needs of K and V, once per window and head, in all layers of a pass; or all of
+the score, where no query votes.
 
-The score multiplies every recorded query with every key, several times over. So the keys are read
-through their slots once and written one behind the other, in the type that matrix units multiply, and
-whatever depends on the key alone is done here:
+An attention score multiplies every recorded query with every key, several times over. So the keys are
+read through their slots once and written one behind the other, in the type that matrix units multiply,
+and whatever depends on the key alone is done here:
 
 * *The turn.* ``R(W) q . k = q . R(-W) k``: where queries are moved ahead, W keys are turned back
   instead of W times as many queries as a group has heads.
 * *A power of two* per window and head, by which keys are divided, so that float16 holds whatever
   bfloat16 did. It goes into the softmax scale.
 * *The weight* of each key's score: the norm of its value and the distance of its direction from the
-  window's mean key.
+  window's mean key. By itself it is the score without votes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kara_sglang.kernels.record import EXPONENTS
-from kara_sglang.kernels.score import AttentionRule
+from kara_sglang.kernels.score import AttentionRule, WeightRule
 from kara_sglang.kernels.triton.fp8 import (
     NATIVE_E4M3,
     exponent_of,
@@ -95,7 +96,8 @@ def prepare_kernel(
     """One program per (layer, window, head, part of the window) walks the whole window for the mean and
     the largest, and then its own part for the rest.
 
-    Keys are turned back unless ``AHEAD`` is 0; else it is the turn's ``run``.
+    Keys are written as ``DOT`` unless that is None, and turned back unless ``AHEAD`` is 0; else it is
+    the turn's ``run``.
     """
     BLOCKS: tl.constexpr = (WIDTH + BLOCK_K * PARTS - 1) // (BLOCK_K * PARTS)  # of a part
     part = tl.program_id(0) % PARTS
@@ -119,22 +121,22 @@ def prepare_kernel(
     mean = tl.sum(total, axis=0)
     # The direction of the sum is that of the mean; the bound on its length is the mean's.
     direction = mean / tl.maximum(tl.sqrt(tl.sum(mean * mean, axis=0)), _TINY * WIDTH)
-    scale = tl.load(scales + layer) * _LOG2_E
-    shrink = 1.0
-    if tl.float16 == DOT:
-        size = size_of(tl.max(tl.max(largest, axis=1), axis=0))
-        exponent = exponent_of(size, _LOWEST, _HIGHEST)
-        scale *= power_of_two(exponent)
-        shrink = power_of_two(-exponent)
-    tl.store(key_scales + index, scale, mask=part == 0)
-
+    if DOT is not None:
+        scale = tl.load(scales + layer) * _LOG2_E
+        shrink = 1.0
+        if tl.float16 == DOT:
+            size = size_of(tl.max(tl.max(largest, axis=1), axis=0))
+            exponent = exponent_of(size, _LOWEST, _HIGHEST)
+            scale *= power_of_two(exponent)
+            shrink = power_of_two(-exponent)
+        tl.store(key_scales + index, scale, mask=part == 0)
+        turned += index.to(tl.int64) * (WIDTH * DIM)
     if AHEAD:
         # Spelled out by runs, so that the compiler knows how wide it may load.
         run = tl.load(partners + layer * DIM + dim // AHEAD * AHEAD, mask=is_dim, other=0) // AHEAD
         partner = run * AHEAD + dim % AHEAD
         cosine = tl.load(cosines + layer * DIM + dim, mask=is_dim, other=0) * shrink
         sine = tl.load(sines + layer * DIM + dim, mask=is_dim, other=0) * shrink
-    turned += index.to(tl.int64) * (WIDTH * DIM)
     weights += index.to(tl.int64) * WIDTH
     for block in range(BLOCKS):
         position = (part * BLOCKS + block) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -146,7 +148,7 @@ def prepare_kernel(
                 key_buffer, slots, position, is_token, partner, is_dim, HEADS, DIM, KEY, NATIVE
             )
             back = key * cosine[None, :] - other * sine[None, :]
-        else:
+        elif DOT is not None:
             back = key * shrink
         weight = tl.full((BLOCK_K,), 1.0, dtype=tl.float32)
         if VALUE_NORM:
@@ -165,12 +167,14 @@ def prepare_kernel(
             norm = tl.sqrt(tl.sum(value * value, axis=1))
             for _ in tl.static_range(VALUE_NORM):
                 weight *= norm
-        place = position[:, None] * DIM + dim[None, :]
-        tl.store(turned + place, back.to(DOT), mask=is_token[:, None] & is_dim[None, :])
+        if DOT is not None:
+            place = position[:, None] * DIM + dim[None, :]
+            tl.store(turned + place, back.to(DOT), mask=is_token[:, None] & is_dim[None, :])
         if DISTANCE:
             length = tl.sqrt(tl.sum(key * key, axis=1))
             cosine_to_mean = tl.sum(key * direction[None, :], axis=1) / tl.maximum(length, _TINY)
-            weight *= tl.maximum(1 - cosine_to_mean, 0.0)
+            # What is no number stays none, as in torch.
+            weight *= tl.maximum(1 - cosine_to_mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(weights + position, weight, mask=is_token)
 
 
@@ -203,23 +207,60 @@ def prepare(
         Written: what the attention of each key is multiplied by, shape ``(len(layers), num_jobs,
         num_kv_heads, W)``, float32.
     """
+    turns: dict[str, object] = {"AHEAD": 0, "cosines": None, "sines": None, "partners": None}
+    if rule.ahead:
+        turn = tables.turn
+        turns = {
+            "AHEAD": turn.run,
+            "cosines": turn.cos,
+            "sines": turn.sin,
+            "partners": turn.partner,
+        }
+    dot = stored_type(tables.dot)
+    parts = {"turned": turned, "key_scales": key_scales, "weights": weights}
+    return _launch(tables, layers, slots, rule, DOT=dot, **parts, **turns)
+
+
+def weight_scores(
+    tables: PoolTables, layers: range, slots: torch.Tensor, *, rule: WeightRule, out: torch.Tensor
+) -> Launch:
+    """What computes :func:`kara_sglang.kernels.score.weight_scores` for many windows and layers at
+    once, up to the neighbours' blend and the sum over heads, which ``select.py`` makes.
+
+    Parameters
+    ----------
+    tables, layers, slots
+        As :func:`prepare`'s.
+    rule : WeightRule
+    out : torch.Tensor
+        Scores, shape ``(len(layers), num_jobs, num_kv_heads, W)``, float32, contiguous.
+
+    Raises
+    ------
+    ValueError
+        Where shapes do not fit, or a tensor has gaps.
+    """
+    if out.shape != (len(layers), len(slots), tables.num_kv_heads, slots.shape[1]):
+        raise ValueError(f"scores of shape {tuple(out.shape)} for {len(layers)} layers")
+    if not slots.is_contiguous() or not out.is_contiguous():
+        raise ValueError("slots and scores must be contiguous")
+    no_keys = dict.fromkeys(("turned", "key_scales", "cosines", "sines", "partners", "DOT"))
+    return _launch(tables, layers, slots, rule, weights=out, AHEAD=0, **no_keys)
+
+
+def _launch(
+    tables: PoolTables, layers: range, slots: torch.Tensor, rule: WeightRule, **arguments: object
+) -> Launch:
     num_jobs, width = slots.shape
-    turn = tables.turn
     block_d = triton.next_power_of_2(tables.head_dim)
     block_k = min(NUMBERS // block_d, triton.next_power_of_2(width))
     parts = min(PARTS, triton.cdiv(width, block_k))
     return Launch(
         prepare_kernel,
         len(layers) * num_jobs * tables.num_kv_heads * parts,
-        turned=turned,
-        key_scales=key_scales,
-        weights=weights,
         keys=tables.keys,
         values=tables.values,
         scales=tables.scales,
-        cosines=turn.cos if rule.ahead else None,
-        sines=turn.sin if rule.ahead else None,
-        partners=turn.partner if rule.ahead else None,
         slots=slots,
         first_layer=layers.start,
         num_jobs=num_jobs,
@@ -228,10 +269,8 @@ def prepare(
         DIM=tables.head_dim,
         VALUE_DIM=tables.value_dim,
         KEY=stored_type(tables.key_dtype),
-        DOT=stored_type(tables.dot),
         ALIGN=tables.alignment,
         NATIVE=tables.capability >= NATIVE_E4M3,
-        AHEAD=turn.run if rule.ahead else 0,
         VALUE_NORM=rule.value_norm,
         DISTANCE=rule.key_distance,
         BLOCK_K=block_k,
@@ -240,4 +279,5 @@ def prepare(
         PARTS=parts,
         num_warps=WARPS,
         enable_fp_fusion=True,
+        **arguments,
     )

@@ -63,7 +63,7 @@ def test_short_requests_are_untouched(kara: Server, stock: Server) -> None:
     assert all(answer["meta_info"]["kv_compress"]["windows"] == 0 for answer in answers)
 
 
-@pytest.mark.parametrize("selector", ["kara", "causal", "snapkv", "recent", "random"])
+@pytest.mark.parametrize("selector", ["kara", "causal", "snapkv", "keys", "recent", "random"])
 def test_every_selector_compresses_reproducibly(kara: Server, selector: str) -> None:
     """Each selector runs on the engine, frees the same slots, and gives the same answer twice."""
     answers = []

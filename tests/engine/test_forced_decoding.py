@@ -32,6 +32,7 @@ ROWS = {
     "kara": 0.5,
     "causal": 0.25,
     "snapkv": 0.5,
+    "keys": 0.5,
     "recent": 0.25,
     "random": 0.5,
     VARIANT: 0.5,

@@ -22,6 +22,7 @@ from kara_sglang.benchmarks.gpu.compiled import (
     OTHER_SHAPES,
     SCORE,
     SELECT,
+    WEIGHTS,
     Compiled,
     issued,
     launches,
@@ -52,6 +53,26 @@ def test_a_pass_of_qwen3_8b(architecture):
     for result in results:
         check(result)
         assert_wide(result)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_pass_without_queries(architecture):
+    made = launches(SHAPES["Qwen3-8B"], architecture, votes=False)
+    results = [launch.compile(architecture) for launch in made]
+    kernels = ["record_kernel", "prepare_kernel", "select_kernel", "compact_kernel"]
+    assert [result.kernel for result in results] == kernels
+    for result in results:
+        check(result)
+        assert_wide(result)
+
+
+@pytest.mark.parametrize("key_dtype", [torch.float32, torch.float16, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("shape", ["head_dim 80", "head_dim 256"])
+def test_weights_of_other_types(shape, key_dtype):
+    for architecture in ARCHITECTURES:
+        made = launches(SHAPES[shape], architecture, votes=False, key_dtype=key_dtype)
+        (launch,) = of(WEIGHTS, made)
+        check(launch.compile(architecture))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +160,7 @@ def assert_wide(result: Compiled) -> None:
     assert allowed, f"{result.kernel} accesses memory by {narrow}"
     wide = {
         "record_kernel": r"ld\.global\.v4\.b32",
-        "prepare_kernel": r"st\.global\.v4\.b32",
+        "prepare_kernel": r"ld\.global\.v4\.b32",
         "log_sum_exp_kernel": r"cp\.async\.cg\.shared\.global .* 0x10,",
         "column_sum_kernel": r"cp\.async\.cg\.shared\.global .* 0x10,",
         "compact_kernel": r"st\.global\.v2\.b64",

@@ -40,6 +40,7 @@ def test_its_checks_pass_on_right_kernels_and_fail_on_wrong_ones(monkeypatch, me
     settings = Settings(window=48, kept=16, delay=9, mean=mean)
     found = kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=2))
     assert found["score_error"] < 1e-4 < found["turned_score_error"] < 0.005
+    assert found["weight_error"] < 1e-4
     assert found["same_choice"] > 0.99  # near ties may fall either way
 
     if mean:
@@ -226,20 +227,20 @@ def test_the_documented_tables_of_gpus_are_the_committed_results():
 
 
 def test_tables_of_a_gpu(tmp_path):
-    launches = {"prepare": 1.0, "log_sum_exp": 2.0, "column_sum": 3.0, "select": 4.0, "compact": 5.0}
-    done = {name: {"us": 99.6, "of_floor": 0.5} for name in ("record", "score", "select", "compact")}
-    done["launches_us"] = {f"{name}_kernel": 8 * us for name, us in launches.items()} | {"Memcpy": 1.0}
-    done["one_window_launches_us"] = {f"{name}_kernel": us for name, us in launches.items()}
-    done["pass"] = {"us": 300.0, "one_window_us": 40.0}
+    names = ("record", "weights", "score", "select", "compact")
+    done = {name: {"us": 99.6, "of_floor": 0.5} for name in names}
+    took = {"prepare_kernel": 1.0, "log_sum_exp_kernel": 2.0, "select_kernel": 4.0, "Memcpy": 5.0}
+    done["pass"] = {"one_window_us": 20.0, "one_window_launches_us": took, "us": 40.0}
+    done["pass"]["launches_us"] = {name: 2 * us for name, us in took.items()}
+    done["pass without queries"] = done["pass"]
     run = {"model": "M", "settings": {"window": 512, "mean": True}, "jobs": 8, "kernels": done}
     (tmp_path / "it.json").write_text(json.dumps({"runs": [run]}))
-    marks = "".join(
-        f"<!-- gpu:{name} -->\nold\n<!-- end of gpu -->\n" for name in ("it kernels", "it passes")
-    )
+    views = ("it kernels", "it passes")
+    marks = "".join(f"<!-- gpu:{view} -->\nold\n<!-- end of gpu -->\n" for view in views)
     lines = tables.render(marks, tmp_path).splitlines()
-    assert lines[3] == "| M, W 512, mean | 8 | 100 (50%) | 100 (50%) | 100 (50%) | 100 (50%) |"
-    assert lines[-3] == "| M, W 512, mean | 1 | 1 | 2 | 3 | 4 | 5 | 15 | 40 |"
-    assert lines[-2] == "| M, W 512, mean | 8 | 8 | 16 | 24 | 32 | 40 | 121 | 300 |"
+    assert lines[3] == "| M, W 512, mean | 8 |" + " 100 (50%) |" * 5
+    assert lines[-5] == "| M, W 512, mean | 1 | 1 | 2 | 0 | 4 | 0 | 12 | 20 |"
+    assert lines[-2] == "| M, W 512, mean, `keys` | 8 | 2 | 4 | 0 | 8 | 0 | 24 | 40 |"
     missing = marks.replace("it ", "another ")
     assert tables.render(missing, tmp_path) == missing
     with pytest.raises(ValueError, match="a mark is gpu:RESULT VIEW with kernels or passes"):

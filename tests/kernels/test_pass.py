@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 from kara_sglang.benchmarks.gpu.compiled import caught
 from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob, WindowShape
 from kara_sglang.kernels.record import FP8, Ring
-from kara_sglang.kernels.score import AttentionRule
+from kara_sglang.kernels.score import AttentionRule, WeightRule
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors import REGISTRY, Selector
 from kara_sglang.kernels.triton import TritonKernels, backend
@@ -40,6 +40,7 @@ SELECTORS = {
     "kara": KARA,
     "causal": REGISTRY["causal"](rule=dataclasses.replace(BEST, causal=True)),
     "snapkv": REGISTRY["snapkv"](rule=AttentionRule(causal=True, last_queries=20)),
+    "keys": REGISTRY["keys"](rule=WeightRule(value_norm=4, key_distance=True, neighbours=9)),
     "per layer": REGISTRY["kara"](rule=dataclasses.replace(BEST, per_layer=True)),
     "recent": REGISTRY["recent"](),
     "random": REGISTRY["random"](),
@@ -105,6 +106,7 @@ def test_jobs_of_all_kinds_in_one_call(identical, make, pool):
         ("snapkv", 16, GROUP),
         ("kara", 16, GROUP),
         ("per layer", 16, GROUP),
+        ("keys", 16, 0),
         ("identity", WIDTH, 0),
     ]
     check(identical, make, make.kernels(), pool, jobs_for(make, settings))
@@ -152,7 +154,7 @@ def test_groups_of_selectors_that_bring_their_own_scores(identical, make, pool, 
     kernels = TritonKernels()
     shape = WindowShape(3, 2, 32, torch.float32, WIDTH, WIDTH, GROUP, WIDTH + DELAY)
     kernels.reserve(torch.device("cpu"), shape)
-    names = ["random", "recent", "norm", "random", "norm", "random", "norm", "identity", "random"]
+    names = ["random", "recent", "norm", "random", "keys", "random", "norm", "identity", "random"]
     jobs = jobs_for(make, [(name, WIDTH if name == "identity" else 16, 0) for name in names])
     check(identical, make, kernels, pool, jobs)
 
@@ -201,7 +203,7 @@ def is_tensor(thing: object) -> bool:
     return isinstance(thing, torch.Tensor)
 
 
-@pytest.mark.parametrize("name", ["kara", "snapkv", "per layer", "recent", "identity"])
+@pytest.mark.parametrize("name", ["kara", "snapkv", "keys", "per layer", "recent", "identity"])
 def test_a_pass_allocates_nothing_that_grows(make, name):
     """80 layers of 64 windows of 512 tokens, far more than the scratch: each launch reads and writes
     tensors that lie in the memory that was reserved, or in the pool's tables."""
@@ -332,7 +334,8 @@ def test_no_operation_of_a_pass_waits_for_the_device(make, pool):
         x[x > 0].sum().item()
     assert len(control.seen) == 2
     kernels = make.kernels()
-    jobs = jobs_for(make, [("kara", 16, GROUP), ("recent", 16, 0), ("random", 16, 0)])
+    settings = [("kara", 16, GROUP), ("keys", 16, 0), ("recent", 16, 0), ("random", 16, 0)]
+    jobs = jobs_for(make, settings)
     with Synchronising() as mode:
         kernels.compress(pool, jobs)
     assert mode.seen == []
@@ -378,7 +381,8 @@ def test_nothing_is_uploaded_from_pageable_memory(make, monkeypatch):
         ring_len=RING_LEN,
         scales=made.scales,
     )
-    wanted = [("kara", 16, GROUP), ("kara", 32, 1), ("recent", 16, 0), ("random", 16, 0)]
+    wanted = [("kara", 16, GROUP), ("kara", 32, 1), ("keys", 16, 0), ("recent", 16, 0)]
+    wanted.append(("random", 16, 0))
     jobs = [
         dataclasses.replace(
             job,

@@ -216,7 +216,15 @@ def test_rules_over_several_blocks(make, causal, last, count):
     votes = last is None or count == 176  # of the delay
     far = last != 1
     near = 1 + 2 * (last or 0)  # 41 neighbours of a single query's keys, scratch for no more than W
-    rule = AttentionRule(count == 205, 1, far, near, causal, delay_votes=votes, last_queries=last)
+    rule = AttentionRule(
+        squared=count == 205,
+        value_norm=1,
+        key_distance=far,
+        neighbours=near,
+        causal=causal,
+        delay_votes=votes,
+        last_queries=last,
+    )
     check(pool, slots, torch.tensor([[1, 0]]), [100], count, rule)
 
 

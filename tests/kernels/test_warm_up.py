@@ -67,7 +67,7 @@ def test_no_request_needs_a_compiler(settings):
     warm = {launch.key for launch in launches}
     names = {launch.kernel.__name__ for launch in launches}
     if recorder is None:
-        assert names == {"select_kernel", "compact_kernel"}
+        assert names == {"prepare_kernel", "select_kernel", "compact_kernel"}
     else:
         assert names == set(KERNELS)
 

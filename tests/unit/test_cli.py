@@ -44,7 +44,7 @@ def test_help_shows_units_and_defaults(parser: argparse.ArgumentParser) -> None:
     """Each flag with its unit and default; the config flag with every key and its default."""
     text = " ".join(parser.format_help().split())
     for piece in (
-        *("--kv-compress {none,kara,causal,snapkv,recent,random,identity}", ENV),
+        *("--kv-compress {none,kara,causal,snapkv,keys,recent,random,identity}", ENV),
         *("--kv-compress-window TOKENS", "multiple of the page size. Default: 512"),
         *("--kv-compress-retain SHARE", "0 < SHARE <= 1", "Default: 0.5"),
         *("--kv-compress-query-mem-gb GIB", "GiB per rank", "Default: 2 if"),

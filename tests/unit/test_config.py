@@ -95,7 +95,7 @@ def test_presets_are_left_alone(preset: str) -> None:
 
 WRONG_TYPE: list[tuple[str, Any, str]] = [
     ("selector", 1, "--kv-compress must be one of"),
-    ("selector", "none", "one of kara, causal, snapkv, recent, random, identity"),
+    ("selector", "none", "one of kara, causal, snapkv, keys, recent, random, identity"),
     ("selector", "Kara", "--kv-compress must be one of"),
     ("selector", ["kara"], "--kv-compress must be one of"),
     ("selector", None, "--kv-compress must be one of"),
@@ -251,7 +251,10 @@ def test_a_selector_that_needs_queries_needs_memory(selector: str) -> None:
     """Said in terms of the flags, with a way out."""
     if selector in ("kara", "causal", "snapkv"):
         text = refusal({"selector": selector, "query_mem_gb": 0})
-        assert "--kv-compress-query-mem-gb 0 leaves no room" in text and "recent or random" in text
+        assert (
+            "--kv-compress-query-mem-gb 0 leaves no room" in text
+            and "choose keys or recent or random" in text
+        )
         assert KaraConfig(selector=selector).query_bytes == 2 * 2**30
     else:
         assert KaraConfig(selector=selector, query_mem_gb=0).query_bytes == 0

@@ -124,7 +124,7 @@ def test_selectors_that_the_server_cannot_serve(selector: str) -> None:
             parse({"selector": selector}, NO_QUERIES)
         text = str(caught.value)
         assert "kv_compress.selector" in text and "--kv-compress-query-mem-gb" in text
-        assert "choose recent or random or identity" in text
+        assert "choose keys or recent or random or identity" in text
     else:
         assert parse({"selector": selector}, NO_QUERIES).selector == selector
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from kara_sglang.benchmarks.quality import (
     estimates,
     instrument,
     reasoning,
+    regimes,
     report,
     rows,
     search,
@@ -392,7 +395,7 @@ def test_the_quick_rows_are_what_the_readme_promises():
     (part,) = rows.quick()
     assert {(row.name, row.retain) for row in part.rows} == {(REFERENCE_ROW, 1.0)} | {
         (name, retain)
-        for name in ("paper", "kara", "random", "recent", "snapkv")
+        for name in ("paper", "kara", "keys", "random", "recent", "snapkv")
         for retain in (0.5, 0.25)
     }
 
@@ -400,7 +403,7 @@ def test_the_quick_rows_are_what_the_readme_promises():
 def test_the_servers_are_few_and_the_reference_is_first():
     (part,) = rows.quick()
     found = campaign.servers(part.rows)
-    assert [len(members) for members in found] == [9, 2]
+    assert [len(members) for members in found] == [11, 2]
     assert found[0][0].name == REFERENCE_ROW
     assert {row.name for row in found[1]} == {"paper"}
 
@@ -435,7 +438,7 @@ def fill(folder: Path, part: Part, scripts: list[Script], kl: dict[str, float]) 
 def test_orders_hold_what_is_missing(small_part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     part, scripts = small_part
     monkeypatch.setattr(campaign, "query_memory", lambda *_: 1.0)
-    stages = campaign.orders(part, scripts, tmp_path, "model", 2)
+    stages = campaign.orders(part.rows, scripts, tmp_path, "model", 2)
     assert [len(stage) for stage in stages] == [2, 2]
     assert sum(len(order.requests) for stage in stages for order in stage) == 6 * 4
     kara = next(r for r in stages[0][0].requests if r[0] == "kara@0.5")
@@ -444,13 +447,13 @@ def test_orders_hold_what_is_missing(small_part, tmp_path: Path, monkeypatch: py
     assert stages[1][0].settings["preset"] == "paper" and paper[3] == 2
     fill(tmp_path, part, scripts, dict.fromkeys((r.name for r in part.rows), 0.2))
     # The full cache's cells lack their references, so only those of the text scripts are missing.
-    (stage,) = campaign.orders(part, scripts, tmp_path, "model", 2)
+    (stage,) = campaign.orders(part.rows, scripts, tmp_path, "model", 2)
     assert sorted(r[:2] for order in stage for r in order.requests) == [("full", "ta"), ("full", "tb")]
     for script in scripts:
         path = reference_path(tmp_path, script.name)
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    assert campaign.orders(part, scripts, tmp_path, "model", 2) == []
+    assert campaign.orders(part.rows, scripts, tmp_path, "model", 2) == []
 
 
 def test_a_run_folder_of_other_defaults_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -568,7 +571,7 @@ def test_a_run_can_be_of_some_rows_only():
     assert keys(rows.full(), None, None) == everything
     assert keys(rows.full(), ["kara"], [0.2]) == [["full", "kara@0.2"]]
     assert keys(rows.full(), ["window 512"], None) == [["full", "window-512@0.5", "window-512@0.25"]]
-    with pytest.raises(ValueError, match="--rows kvllm: there is full, kara, random, recent"):
+    with pytest.raises(ValueError, match="--rows kvllm: there is full, kara, keys, random, recent"):
         rows.only(rows.quick(), ["kara", "kvllm"], None)
     with pytest.raises(ValueError, match=r"--shares 0.4: there is 1.0, 0.5, 0.25"):
         rows.only(rows.quick(), None, [0.4])
@@ -623,30 +626,177 @@ def test_answers_are_graded_by_value():
     assert not right("18", "I do not know.")
 
 
-def test_accuracy_is_paired_over_the_problems(tmp_path: Path):
-    def answer(right: bool, tokens: int, windows: int, cut: bool = False) -> dict:
-        return {
-            "right": right,
-            "tokens": tokens,
-            "cut": cut,
-            "seconds": 2.0,
-            "kv_compress": {"windows": windows} if windows else None,
-        }
+def _answer(right: bool, tokens: int, windows: int, cut: bool = False) -> dict:
+    kv_compress = {"windows": windows} if windows else None
+    return {"right": right, "tokens": tokens, "cut": cut, "kv_compress": kv_compress}
 
+
+def test_accuracy_is_paired_over_the_problems(tmp_path: Path):
+    asked = reasoning.rows_of(["full", "random", "kara"], [0.25])
+    assert [row.key for row in asked] == ["full", "random@0.25", "kara@0.25"]
     answers = {
-        "full": {n: answer(n < 6, 100, 0) for n in range(8)},
-        "kara": {n: answer(n < 5, 150, 1, cut=n == 7) for n in range(8)},
+        "full": {n: _answer(n < 6, 100, 0) for n in range(8)},
+        "random@0.25": {n: _answer(n < 2, 100, 1) for n in range(8)},
+        "kara@0.25": {n: _answer(n < 5, 150, n % 2, cut=n == 7) for n in range(8)},
     }
-    full, kara = reasoning.figures(answers, 0.25)
+    full, random, kara = found = reasoning.figures(answers, asked, window=64)
     assert (full["accuracy"], full["retain"]) == (0.75, 1.0)
-    assert kara["accuracy_over_full"] == pytest.approx(-0.125)
-    assert kara["accuracy_over_full_se"] == pytest.approx(0.125)
+    assert full["over_full"] == [0, 0, 0] and full["over_random"] is None
+    value, low, high = kara["over_full"]
+    assert value == pytest.approx(-0.125) and low == pytest.approx(-0.375) and high == 0
+    assert kara["over_random"][0] == pytest.approx(0.375) and kara["over_random"][1] > 0
+    assert random["over_random"] is None
+    assert kara["longer_than_full"] == pytest.approx([0.5, 0.5, 0.5])
     assert kara["accuracy_low"] < kara["accuracy"] < kara["accuracy_high"]
-    assert (kara["output_tokens"], kara["truncated"], kara["windows"]) == (150, 0.125, 1)
-    assert "| kara | 0.25 | 0.625 (" in reasoning.table([full, kara])
-    (tmp_path / "some.json").write_text(json.dumps({"results": [full, kara]}))
+    assert (kara["output_tokens"], kara["truncated"], kara["windows"]) == (150, 0.125, 0.5)
+    assert kara["requests_compressed"] == 0.5
+    assert kara["tokens_compressed"] == pytest.approx(4 * 64 / 1200)
+    assert kara["graded"] == "11111000"
+    assert "| kara | 0.25 | 62.5 (" in reasoning.table(found)
+    (tmp_path / "some.json").write_text(json.dumps({"results": found}))
     document = report.put_into("<!-- quality:some -->\n<!-- end of quality -->", tmp_path)
-    assert document == f"<!-- quality:some -->\n{reasoning.table([full, kara])}<!-- end of quality -->"
+    assert document == f"<!-- quality:some -->\n{reasoning.table(found)}<!-- end of quality -->"
+
+
+def test_the_bootstrap_is_paired_and_covers_the_mean():
+    """Equal answers in the same places differ by nothing, whatever is drawn; a known share has the
+    binomial's interval."""
+    ours = np.array([1.0, 0.0] * 200)
+    assert reasoning.difference(ours, ours) == [0, 0, 0]
+    value, low, high = reasoning.difference(ours, np.zeros(400))
+    assert (
+        value == 0.5 and low == pytest.approx(0.45, abs=0.01) and high == pytest.approx(0.55, abs=0.01)
+    )
+
+
+def test_rows_have_their_servers_and_options():
+    made = {
+        row.key: row for row in reasoning.rows_of(["full", "again", "recent", "paper"], [0.5, 0.25])
+    }
+    assert list(made) == ["full", "again", "recent@0.5", "paper@0.5", "recent@0.25", "paper@0.25"]
+    assert made["again"].options is False
+    assert made["recent@0.25"].options == {"selector": "recent", "retain": 0.25}
+    assert made["paper@0.5"].options == {"selector": "kara", "retain": 0.5}
+    assert made["paper@0.5"].settings == {"preset": "paper"} and made["recent@0.5"].settings == {}
+
+
+class _Asked:
+    """Stands in for a server: remembers how it was started and what it was asked."""
+
+    def __init__(self) -> None:
+        self.settings: list[dict] = []
+        self.stopped = 0
+
+    def serve(self, _options, own: dict, _log) -> _Asked:
+        self.settings.append(own)
+        self.url = "http://nowhere"
+        return self
+
+    def stop(self) -> None:
+        self.stopped += 1
+
+
+def test_answers_are_collected_once_and_graded_later(tmp_path: Path, monkeypatch):
+    pytest.importorskip("math_verify", reason="pip install 'math-verify[antlr4_13_2]'")
+    asked: list[tuple[int, str]] = []
+
+    def ask(_url, problem, row, _options):
+        asked.append((problem.number, row.key))
+        text = "\\boxed{18}" if row.key != "paper@0.5" else "\\boxed{17}"
+        return {"text": text, "tokens": 10, "cut": False, "seconds": 1.0, "kv_compress": None}
+
+    servers = _Asked()
+    monkeypatch.setattr(reasoning, "serve", servers.serve)
+    monkeypatch.setattr(reasoning, "ask", ask)
+    data = tmp_path / "problems.jsonl"
+    data.write_text('{"question": "q", "answer": "#### 18"}\n' * 3)
+    arguments = [
+        *("--out", str(tmp_path / "out.json"), "--data", str(data)),
+        *("--rows", "full", "random", "paper"),
+    ]
+    assert reasoning.main([*arguments, "--collect"]) == 0
+    assert not (tmp_path / "out.json").exists()
+    assert servers.settings == [{}, {"preset": "paper"}] and servers.stopped == 2
+    assert len(asked) == len(set(asked)) == 9
+    assert reasoning.main(arguments) == 0
+    assert len(asked) == 9, "what is there is not asked again"
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [r["accuracy"] for r in result["results"]] == [1, 1, 0]
+    assert "--collect" not in result["meta"]["command"]
+    answered = json.loads((tmp_path / "out.run" / "answered.json").read_text())
+    assert answered.items() <= result["meta"].items()
+
+
+# -- regimes ---------------------------------------------------------------------------------------
+
+
+def test_facts_of_the_regimes_are_stated_once_and_asked_for_once():
+    script = regimes.script_of(encode, 3, window=256, windows=4, facts=5)
+    text = decode(script.forced)
+    kinds = Counter(probe.kind for probe in script.probes)
+    assert set(kinds) == {regimes.RESTATED, *regimes.ONCE}
+    first = -len(script.prompt) % 16
+    for probe in script.probes:
+        answer = text[probe.start : probe.stop].strip()
+        start = text.rfind("\n", 0, probe.start) + 1
+        line, before = text[start : probe.start], text[:start]
+        assert first + 4 * 256 <= probe.start, "asked for before all windows are full"
+        if probe.kind == regimes.RESTATED:
+            assert probe.back is None and answer.isdigit()
+            continue
+        if line.endswith(", which is"):  # of a chain's second half, or of a step
+            item = line.removesuffix(", which is").split("price of ")[-1]
+            stated = f"The price of {item} is "
+        else:
+            stated = line.replace("Recall: the", "The") + " "
+        assert before.count(stated) == 1 and before.split(stated)[1].startswith(answer + ".")
+        assert probe.back == (probe.start - before.index(stated)) // 256
+        if probe.kind in ("name", "copy", "use"):
+            item = stated.split()[3]
+            assert len(re.findall(rf"\b{item}\b", before)) == 1
+
+
+def test_the_running_total_is_right():
+    text = decode(regimes.script_of(encode, 0, window=256, windows=3, facts=5).forced)
+    prices = dict(re.findall(r"The price of (\w+) is (\d+)\.", text))
+    pattern = r"Step \d+: (add|take away) (the price of \w+, which is )?(\d+)\. The total is (\d+)\."
+    steps = re.findall(pattern, text)
+    assert len(steps) == text.count("Step ") > 20
+    total = None
+    for verb, what, price, said in steps:
+        if what:
+            assert prices[what.split()[3].strip(",")] == price
+        if total is not None:
+            total += int(price) if verb == "add" else -int(price)
+            assert int(said) == total and 100 <= total < 1000
+        total = int(said)
+
+
+def test_shares_of_the_regimes_are_paired_over_scripts(tmp_path: Path):
+    """Every answer of the full cache is right; another row loses what was stated once, except one
+    script's; the null row loses all of it."""
+    scripts = [regimes.script_of(encode, n, window=256, windows=3, facts=5) for n in range(3)]
+    compared = [rows.reference(256), *rows.selectors(["kara", "random"], 256, [0.5])]
+    for row in compared:
+        for number, script in enumerate(scripts):
+            top = []
+            for step in script.measured():
+                (probe,) = (p for p in script.probes if p.start <= step < p.stop)
+                lost = row.name == "random" or (row.name == "kara" and number)
+                top.append(probe.back is None or not lost)
+            none = [0.0] * len(top)
+            Cell(none, top, [0] * len(top), []).save(tmp_path, row.key, script.name)
+    full, kara, random = regimes.figures(scripts, tmp_path, compared)
+    assert [r["restated"]["share"][0] for r in (full, kara, random)] == [1, 1, 1]
+    asked = sum(p.back is not None for p in scripts[0].probes)
+    share = asked / full["once"]["asked"]
+    assert kara["once"]["share"][0] == pytest.approx(share)
+    assert kara["once"]["over_full"] == pytest.approx([share - 1, -1, 0])
+    assert kara["once"]["over_random"] == pytest.approx([share, 0, 1])
+    assert full["once"]["over_random"] is None
+    total = sum(found["asked"] for found in full["by_back"].values())
+    assert total == full["once"]["asked"] == sum(full[kind]["asked"] for kind in regimes.ONCE)
+    assert "| kara | 0.5 | 100.0 |" in regimes.table([full, kara, random])
 
 
 @pytest.mark.parametrize(

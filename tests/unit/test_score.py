@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kara_sglang.kernels import score
-from kara_sglang.kernels.score import AttentionRule, attention_scores
+from kara_sglang.kernels.score import AttentionRule, WeightRule, attention_scores, weight_scores
 
 DTYPES = (
     torch.float32,
@@ -224,6 +224,43 @@ def test_neighbours_come_after_everything_else_of_a_head(per_layer: bool) -> Non
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("norm", [0, 1, 4])
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_are_factors_of_a_score(norm: int, far: bool, dtype: torch.dtype) -> None:
+    """Without votes a score is what votes would be multiplied by; each factor by its definition."""
+    torch.manual_seed(8)
+    queries = torch.randn(25, 2, 3, 8)
+    keys, values = torch.randn(20, 2, 8).to(dtype), torch.randn(20, 2, 8).to(dtype)
+    weights = weight_scores(keys, values, WeightRule(value_norm=norm, key_distance=far))
+    assert weights.shape == (2, 20) and weights.dtype == torch.float32
+    for head in range(2):
+        every = keys[:, head].double()
+        mean = every.mean(dim=0)
+        for token in range(20):
+            expected = math.sqrt(sum(v**2 for v in values[token, head].double().tolist())) ** norm
+            if far:
+                lengths = every[token].norm() * mean.norm()
+                expected *= 1 - float(every[token] @ mean / lengths)
+            assert float(weights[head, token]) == pytest.approx(expected, rel=1e-4)
+    rule = AttentionRule(squared=True, value_norm=norm, key_distance=far)
+    votes = attention_scores(queries, keys, values, scale=0.3, rule=AttentionRule(squared=True))
+    got = attention_scores(queries, keys, values, scale=0.3, rule=rule)
+    torch.testing.assert_close(got, votes * weights)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_weights_are_blended_and_shared_as_scores_are(per_layer: bool) -> None:
+    torch.manual_seed(9)
+    keys, values = torch.randn(20, 3, 8), torch.randn(20, 3, 8)
+    rule = WeightRule(value_norm=4, key_distance=True)
+    expected = score.blend_neighbours(weight_scores(keys, values, rule), 5)
+    if per_layer:
+        expected = expected.sum(dim=0).expand_as(expected)
+    rule = dataclasses.replace(rule, neighbours=5, per_layer=per_layer)
+    torch.testing.assert_close(weight_scores(keys, values, rule), expected)
+
+
 def test_dtypes_may_differ() -> None:
     """fp8 queries against bfloat16 keys, as the recorder and the pool store them."""
     torch.manual_seed(1)
@@ -260,7 +297,8 @@ def test_equal_keys_have_bitwise_equal_scores() -> None:
     torch.manual_seed(3)
     keys = torch.randn(4, 2, 8).repeat(8, 1, 1)
     queries = torch.randn(40, 2, 3, 8)
-    scores = attention_scores(queries, keys, keys, scale=0.35, rule=AttentionRule(True, True))
+    rule = AttentionRule(squared=True, value_norm=1)
+    scores = attention_scores(queries, keys, keys, scale=0.35, rule=rule)
     assert (scores.view(2, 8, 4) == scores[:, None, :4]).all()
 
 
@@ -320,5 +358,7 @@ def test_inputs_are_left_alone() -> None:
     torch.manual_seed(6)
     tensors = torch.randn(9, 2, 2, 4), torch.randn(8, 2, 4), torch.randn(8, 2, 4)
     copies = [tensor.clone() for tensor in tensors]
-    attention_scores(*tensors, scale=0.5, rule=AttentionRule(True, 1, causal=True, last_queries=3))
+    rule = AttentionRule(squared=True, value_norm=1, causal=True, last_queries=3)
+    attention_scores(*tensors, scale=0.5, rule=rule)
+    weight_scores(*tensors[1:], dataclasses.replace(rule, key_distance=True, neighbours=3))
     assert all(torch.equal(*pair) for pair in zip(tensors, copies, strict=True))

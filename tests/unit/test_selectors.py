@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from kara_sglang.config import SELECTORS, KaraConfig
-from kara_sglang.kernels.score import AttentionRule
+from kara_sglang.kernels.score import AttentionRule, WeightRule
 from kara_sglang.kernels.select import ChunkRule, select
 from kara_sglang.kernels.selectors import REGISTRY, Selector, build
 
@@ -184,6 +185,17 @@ def test_settings_reach_the_rules(score: str, votes: bool) -> None:
     assert snapkv.chunks == ChunkRule()
 
 
+@pytest.mark.parametrize("settings", [{}, {"preset": "paper"}, {"score": "sum", "chunk_budget": 0.3}])
+def test_keys_is_karas_default_score_without_votes(settings: dict[str, Any]) -> None:
+    """Its factors are fixed, because ``score`` may name none; no chunks, whatever kara has."""
+    config = KaraConfig.from_settings(settings | {"neighbours": 7})
+    keys, kara = build("keys", config), build("kara", KaraConfig(neighbours=7))
+    assert keys.rule == WeightRule(value_norm=4, key_distance=True, neighbours=7)
+    for factor in dataclasses.fields(WeightRule):
+        assert getattr(keys.rule, factor.name) == getattr(kara.rule, factor.name)
+    assert keys.chunks == ChunkRule() and not keys.needs_queries and not keys.ahead
+
+
 def test_the_paper_preset_is_the_papers_score() -> None:
     """Plain sum over the queries of the window, Token2Chunk on."""
     config = KaraConfig.from_settings({"preset": "paper"})
@@ -206,7 +218,7 @@ def test_snapkv_looks_through_the_newest_queries_only() -> None:
     assert torch.equal(scored(many, tensors), scored(everyone, tensors))
 
 
-@pytest.mark.parametrize("name", ["kara", "causal", "snapkv"])
+@pytest.mark.parametrize("name", ["kara", "causal", "snapkv", "keys"])
 def test_granularity_layer_adds_up_the_heads(name: str) -> None:
     """All heads of a layer get the sum of what each would get alone, so they keep the same tokens."""
     tensors = inputs(SHAPES[-1])

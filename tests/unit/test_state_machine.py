@@ -1190,6 +1190,22 @@ def test_recorders_go_round(heads: str, units: int, running: int) -> None:
     assert min(counts) >= 5, counts
 
 
+def test_who_needs_no_queries_takes_no_recorder() -> None:
+    """On a server that records: others find the whole ring, and its own windows come all the same."""
+    config = KaraConfig(window=8, delay=2, query_heads="all")
+    world = World(Setting(config, units=GROUP, trouble=0.0, num_pages=2000), seed=0)
+    keys = Request(0, [1, 2, 3], 10_000, {"selector": "keys"})
+    kara = Request(1, [1, 2, 4], 10_000, None)
+    assert world.prefill(keys)
+    advance(world, 30)
+    assert world.recorder.in_use == 0 and len(keys.windows) == 3
+    assert world.prefill(kara)
+    advance(world, 30)
+    assert set(world.recorder.active) == {kara.kv.req_pool_idx}
+    assert len(kara.windows) == 3 and len(keys.windows) == 7
+    assert world.coordinator.totals.skipped == {}
+
+
 def test_who_waits_for_a_recorder_gives_nothing_back() -> None:
     """What went by unrecorded stays: admission must not count on it, however long it is."""
     config = KaraConfig(window=8, delay=2, query_heads="all")

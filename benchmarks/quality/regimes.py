@@ -1,0 +1,420 @@
+"""Two regimes of a long answer told apart: what each step repeats, and what was stated once.
+
+    python -m kara_sglang.benchmarks.quality.regimes --model DIR --out regimes.json
+
+An answer is forced token by token through the real engine. It is a list of steps with a running total,
+and in between it states facts, each of them once::
+
+    The price of tea is 23.
+    Step 12: add 14. The total is 214.
+    ...
+    Step 40: add the price of tea, which is 23. The total is 237.
+
+Some tokens are asked for: was the right one the most likely? ``total`` needs the step before and is
+the restated regime. The others need a fact that stands in a compressed window and nowhere else:
+``use`` a price in the middle of a step, ``copy`` a price, ``name`` an identifier, ``chain`` first the
+item that a price leads to and then that item's price. The distance of a fact is counted in windows,
+from where it stands to where it is needed. One script is one observation: intervals are percentiles of
+a bootstrap over scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from kara_sglang import __version__, cpu_engine
+from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.quality import campaign
+from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed
+from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
+from kara_sglang.benchmarks.quality.rows import Row, reference, selectors
+from kara_sglang.benchmarks.quality.script import Cell, Probe, Script, write_json
+from kara_sglang.benchmarks.quality.tasks import NAMES, SETTLE, WORDS, Encode, encoder
+from kara_sglang.benchmarks.serving.server import end_on_sigterm
+from kara_sglang.embedded_model import EmbeddedModelMissing, embedded_model_path
+from kara_sglang.kernels.selectors import REGISTRY
+
+MODULE = "kara_sglang.benchmarks.quality.regimes"
+RESTATED = "total"
+ONCE = ("use", "copy", "name", "chain")
+SOURCE = "source"
+NULL_ROW = "random"
+RESAMPLES = 10_000
+
+SHOWN = """Below is a list of steps. Do what each step says and write the new total.
+
+The price of rice is 31.
+Step 1: add 14. The total is 590.
+The function of oil is open_copper_door.
+Step 2: add 25. The total is 615.
+The price of salt is the price of rice.
+Step 3: take away the price of rice, which is 31. The total is 584.
+Recall: the price of salt is the price of rice, which is 31.
+Recall: the function of oil is open_copper_door.
+Step 4: add 12. The total is 596.
+
+Below is another list of steps. Do what each step says and write the new total.
+
+"""
+"""The prompt: one example of each kind. A prompt is never compressed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """Stated once by the line ``stated``.
+
+    Attributes
+    ----------
+    kind
+        One of :data:`ONCE`, or ``source``: where a chain ends, never asked for by itself.
+    item
+        What the line is about.
+    value
+        What it says of the item: a price, a function, or the index of the fact that a chain leads to.
+    stated
+        The line.
+    """
+
+    kind: str
+    item: str
+    value: int | str
+    stated: str
+
+
+class Writer:
+    """Forced tokens so far, what is measured of them, and the running total."""
+
+    def __init__(self, encode: Encode, rng: random.Random, window: int) -> None:
+        self._encode, self._rng, self._window = encode, rng, window
+        self.tokens: list[int] = []
+        self.probes: list[Probe] = []
+        self._total, self._step = rng.randrange(200, 400), 0
+
+    def write(self, text: str) -> int:
+        """Write what is not measured; returns the index of its first token."""
+        start = len(self.tokens)
+        self.tokens += self._encode(text)
+        return start
+
+    def asked(self, kind: str, answer: str, place: int | None = None) -> None:
+        """Write what is measured: it stands at token ``place``, or is repeated by each step."""
+        start = len(self.tokens)
+        self.tokens += self._encode(answer)
+        back = None if place is None else (start - place) // self._window
+        self.probes.append(Probe(kind, start, len(self.tokens), back=back))
+
+    def step(self, price: int, what: str = "", place: int | None = None, measured: bool = True) -> None:
+        """Add ``price`` to the total or take it away; it is that of ``what``, whose line is at
+        ``place``, or stands in the step itself."""
+        self._step += 1
+        adds = self._total < 600  # so the total keeps its three digits
+        self._total += price if adds else -price
+        self.write(f"Step {self._step}: {'add' if adds else 'take away'}")
+        if what:
+            self.write(f" the price of {what}, which is")
+            self.asked("use", f" {price}", place)
+            self.write(". The total is")
+        else:
+            self.write(f" {price}. The total is")
+        if measured:
+            self.asked(RESTATED, f" {self._total}")
+        else:
+            self.write(f" {self._total}")
+        self.write(".\n")
+
+    def plain_step(self, measured: bool) -> None:
+        """A step that names its price."""
+        self.step(self._rng.randrange(11, 50), measured=measured)
+
+
+def script_of(encode: Encode, number: int, *, window: int, windows: int, facts: int) -> Script:
+    """One forced answer.
+
+    Parameters
+    ----------
+    encode
+        The model's tokenizer.
+    number
+        Seed, and part of the name.
+    window, windows
+        W, and how many windows are compressed before anything is asked for.
+    facts
+        Facts stated per window; ``windows * facts`` at most as many as there are ``NAMES``.
+    """
+    rng = random.Random(f"regimes {number}")
+    prompt = encode(SHOWN)
+    writer = Writer(encode, rng, window)
+    base = -len(prompt) % PAGE_SIZE  # the first window starts at a page
+    stated = facts_of(rng, windows * facts)
+    places: list[int] = []
+    for i, fact in enumerate(stated):
+        while len(writer.tokens) < base + round((i + 0.5) / facts * window):
+            writer.plain_step(measured=False)
+        places.append(writer.write(fact.stated + "\n"))
+    while len(writer.tokens) < base + windows * window + SETTLE:
+        writer.plain_step(measured=False)
+    asked = [i for i, fact in enumerate(stated) if fact.kind != SOURCE]
+    rng.shuffle(asked)
+    for i in asked:
+        fact, place = stated[i], places[i]
+        if fact.kind == "use":
+            assert isinstance(fact.value, int)
+            writer.step(fact.value, fact.item, place)
+            continue
+        what = "function" if fact.kind == "name" else "price"
+        writer.write(f"Recall: the {what} of {fact.item} is")
+        if fact.kind == "chain":
+            assert isinstance(fact.value, int)
+            source = stated[fact.value]
+            writer.write(" the price of")
+            writer.asked("chain", f" {source.item}", place)
+            writer.write(", which is")
+            writer.asked("chain", f" {source.value}", places[fact.value])
+        else:
+            writer.asked(fact.kind, f" {fact.value}", place)
+        writer.write(".\n")
+        writer.plain_step(measured=True)
+    name = f"regimes-{number}-w{window}x{windows}"
+    return Script(name, "regimes", prompt, writer.tokens, writer.probes)
+
+
+def facts_of(rng: random.Random, count: int) -> list[Fact]:
+    """``count`` facts in random order, all kinds about equally often."""
+    kinds = [(*ONCE, SOURCE)[i % 5] for i in range(count)]
+    rng.shuffle(kinds)
+    # Of the two lines of a chain the one with the price comes first.
+    ends = [i for i, kind in enumerate(kinds) if kind in ("chain", SOURCE)]
+    for i, place in enumerate(ends):
+        kinds[place] = (SOURCE, "chain")[i % 2] if i // 2 < len(ends) // 2 else "copy"
+    items = rng.sample(NAMES, count)
+    facts: list[Fact] = []
+    source = -1
+    for place, (item, kind) in enumerate(zip(items, kinds, strict=True)):
+        if kind == "chain":
+            line = f"The price of {item} is the price of {items[source]}."
+            facts.append(Fact(kind, item, source, line))
+        elif kind == "name":
+            function = "_".join(rng.sample(WORDS, 3))
+            facts.append(Fact(kind, item, function, f"The function of {item} is {function}."))
+        else:
+            price = rng.randrange(11, 50)
+            facts.append(Fact(kind, item, price, f"The price of {item} is {price}."))
+            if kind == SOURCE:
+                source = place
+    return facts
+
+
+def right(script: Script, cell: Cell) -> list[bool]:
+    """Per probe whether each of its tokens was the most likely one."""
+    place = {step: i for i, step in enumerate(script.measured())}
+    return [all(cell.top[place[s]] for s in range(p.start, p.stop)) for p in script.probes]
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Right answers and questions per script, ``(scripts,)`` each."""
+
+    right: np.ndarray
+    asked: np.ndarray
+
+    def share(self) -> tuple[float, float, float]:
+        """Share of right answers and its 95 % interval."""
+        drawn = _drawn(len(self.asked))
+        shares = self.right[drawn].sum(axis=1) / np.maximum(self.asked[drawn].sum(axis=1), 1)
+        return (self._share(), *_interval(shares))
+
+    def over(self, other: Counted) -> tuple[float, float, float]:
+        """How much larger than ``other``'s the share is, paired over scripts, and its 95 % interval."""
+        drawn = _drawn(len(self.asked))
+        asked = np.maximum(self.asked[drawn].sum(axis=1), 1)
+        apart = (self.right - other.right)[drawn].sum(axis=1) / asked
+        return (self._share() - other._share(), *_interval(apart))
+
+    def _share(self) -> float:
+        return float(self.right.sum() / max(1, self.asked.sum()))
+
+
+def _drawn(scripts: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(scripts, size=(RESAMPLES, scripts))
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    return [float(value) for value in np.percentile(values, (2.5, 97.5))]
+
+
+def counted(
+    scripts: Sequence[Script], folder: Path, row: Row, kinds: Sequence[str], back: range | None = None
+) -> Counted:
+    """What a row got right of the questions of some kinds, at some distances."""
+    rights, askeds = [], []
+    for script in scripts:
+        found = right(script, Cell.load(folder, row.key, script.name))
+        mine = [
+            ok
+            for ok, probe in zip(found, script.probes, strict=True)
+            if probe.kind in kinds and (back is None or probe.back in back)
+        ]
+        rights.append(sum(mine))
+        askeds.append(len(mine))
+    return Counted(np.array(rights, dtype=float), np.array(askeds, dtype=float))
+
+
+def figures(scripts: Sequence[Script], folder: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One record per row: shares of right answers by kind, regime and distance."""
+    backs = sorted({p.back for s in scripts for p in s.probes if p.back is not None})
+    by_key = {row.key: row for row in rows}
+    full = by_key[REFERENCE_ROW]
+    groups = {"restated": (RESTATED,), "once": ONCE} | {kind: (kind,) for kind in ONCE}
+    records = []
+    for row in rows:
+        null = by_key.get(Row(NULL_ROW, "", NULL_ROW, row.retain).key)
+        record: dict[str, Any] = {"row": row.name, "retain": row.retain, "by_back": {}}
+        for name, kinds in groups.items():
+            mine = counted(scripts, folder, row, kinds)
+            record[name] = {
+                "asked": int(mine.asked.sum()),
+                "share": mine.share(),
+                "over_full": mine.over(counted(scripts, folder, full, kinds)),
+                "over_random": mine.over(counted(scripts, folder, null, kinds)) if null else None,
+            }
+        for back in backs:
+            mine = counted(scripts, folder, row, ONCE, range(back, back + 1))
+            record["by_back"][back] = {"asked": int(mine.asked.sum()), "share": mine.share()}
+        records.append(record)
+    return records
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The records in Markdown, in percent and points."""
+    lines = [
+        "| row | retain | restated | stated once | over full (95 %) | over random (95 %) | use "
+        "| copy | name | chain |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def points(found: Sequence[float] | None) -> str:
+        if found is None:
+            return ""
+        value, low, high = (100 * part for part in found)
+        return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+    for r in records:
+        cells = [f"{100 * r[name]['share'][0]:.1f}" for name in ("restated", "once")]
+        kinds = [f"{100 * r[kind]['share'][0]:.1f}" for kind in ONCE]
+        over = ["", ""]
+        if r["row"] != REFERENCE_ROW:
+            over = [points(r["once"]["over_full"])]
+            over.append("" if r["row"] == NULL_ROW else points(r["once"]["over_random"]))
+        lines.append(f"| {r['row']} | {r['retain']:g} | " + " | ".join([*cells, *over, *kinds]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Share of right answers against the fact's distance, a panel per share that is kept."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shares = sorted({r["retain"] for r in records if r["row"] != REFERENCE_ROW}, reverse=True)
+    figure, panels = plt.subplots(1, len(shares), figsize=(5.5 * len(shares), 4), sharey=True)
+    for panel, share in zip(np.atleast_1d(panels), shares, strict=True):
+        for r in records:
+            if r["retain"] != share and r["row"] != REFERENCE_ROW:
+                continue
+            backs = sorted(int(back) for back in r["by_back"])
+            found = {int(back): value for back, value in r["by_back"].items()}
+            backs = [back for back in backs if found[back]["asked"] >= 30]
+            values = [100 * found[back]["share"][0] for back in backs]
+            dash = "--" if r["row"] == REFERENCE_ROW else "-"
+            (line,) = panel.plot(backs, values, dash, marker=".", label=r["row"])
+            low, high = ([100 * found[back]["share"][i] for back in backs] for i in (1, 2))
+            panel.fill_between(backs, low, high, alpha=0.12, color=line.get_color())
+        panel.set_title(f"stated once, {share:g} of each window kept")
+        panel.set_xlabel("distance of the fact, in windows")
+        panel.grid(alpha=0.3)
+    np.atleast_1d(panels)[0].set_ylabel("right answers, %")
+    np.atleast_1d(panels)[-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
+    parser.add_argument("--model", help="model folder; by default the embedded one")
+    parser.add_argument("--scripts", type=int, default=40, help="forced answers per row")
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--windows", type=int, default=8, help="windows before the first question")
+    parser.add_argument("--facts", type=int, default=3, help="per window")
+    parser.add_argument("--retain", nargs="+", type=float, default=[0.5, 0.25], metavar="SHARE")
+    parser.add_argument("--rows", nargs="+", metavar="SELECTOR", help="default: all and paper")
+    parser.add_argument("--plot", type=Path, help="draw shares by distance into this file")
+    parser.add_argument("--folder", type=Path, help="run folder; by default --out without its suffix")
+    parser.add_argument("--running", type=int, help="answers at once")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    from transformers import AutoTokenizer
+
+    options = parse(arguments)
+    names = options.rows or [*(n for n in REGISTRY if n not in ("identity", "causal")), "paper"]
+    rows = [reference(options.window), *selectors(names, options.window, tuple(options.retain))]
+    folder = (options.folder or options.out.with_suffix(".run")).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        model = options.model or str(embedded_model_path())
+        encode = encoder(AutoTokenizer.from_pretrained(model))
+        scripts = [
+            script_of(
+                encode,
+                number,
+                window=options.window,
+                windows=options.windows,
+                facts=options.facts,
+            )
+            for number in range(options.scripts)
+        ]
+        for script in scripts:
+            script.save(folder)
+        stages = campaign.orders(rows, scripts, folder, model, 1, options.running)
+        left = sum(len(order.requests) for stage in stages for order in stage)
+        total = len(rows) * len(scripts)
+        threads = len(os.sched_getaffinity(0))
+        with tqdm(total=total, initial=total - left, desc="regimes", unit="cell") as bar:
+            campaign.carry_out(stages, folder, "regimes", threads, bar.update)
+    except (EmbeddedModelMissing, EngineFailed) as error:
+        print(f"regimes: {error}", file=sys.stderr)
+        return 1
+    meta = {
+        "command": command(MODULE, arguments),
+        "machine": machine(),
+        "model": Path(model).name,
+        "dtype": "float32" if cpu_engine.is_installed() else "model",
+        "kara_sglang": __version__,
+        "scripts": len(scripts),
+        "tokens_per_script": [min(lengths := [len(s.forced) for s in scripts]), max(lengths)],
+    }
+    records = figures(scripts, folder, rows)
+    write_json(options.out, {"meta": meta, "results": records})
+    print(table(records))
+    if options.plot:
+        plot(json.loads(options.out.read_text())["results"], options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    end_on_sigterm()
+    raise SystemExit(main(sys.argv[1:]))
