@@ -96,3 +96,17 @@ def test_no_request_needs_a_compiler(settings):
             kernels.record(recorder.rings[1], entries, queries)
     assert len(launches) > 2 * len(jobs)
     assert {launch.key for launch in launches} - warm == set()
+
+
+def test_kernels_see_when_buffers_are_made_anew():
+    """A pool is one object, so that a pass need not look at its buffers, until SGLang has others."""
+    coordinator = coordinator_of(KaraConfig(window=128, delay=16))
+    buffers = coordinator.scheduler.token_to_kv_pool_allocator.get_kvcache()
+    known = coordinator._pool()
+    assert coordinator._pool() is known
+    buffers.v_buffer = [buffer.clone() for buffer in buffers.v_buffer]
+    other = coordinator._pool()
+    assert other is not known and other.values is buffers.v_buffer
+    with caught():
+        coordinator.warm_up()
+    assert coordinator.kernels._tables.pool is other
