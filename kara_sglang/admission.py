@@ -2,8 +2,7 @@
 
 Stock SGLang reserves one KV slot for every token that a request may still generate, so what a pass
 frees would stay empty (``managers/schedule_policy.py``, ``PrefillAdder``). Here the reserve follows the
-settings: over a window's W tokens a request grows by R slots. How far that is kept is measured, because
-windows without a recorder stay uncompressed.
+settings: over a window's W tokens a request grows by R slots, whoever chooses them.
 """
 
 from __future__ import annotations
@@ -23,56 +22,28 @@ if TYPE_CHECKING:
 
     from kara_sglang.coordinator import Coordinator
 
-_MEMORY = 0.95
-"""Weight that the past keeps when another window is seen: the average looks back some 20 windows."""
 
-
-class Forecast:
-    """Slots that requests take for tokens to come, from settings and from what was measured.
+def growth(geometry: Geometry, tokens: float, uncompressed: int, kept: int) -> float:
+    """Most KV slots by which a request grows while it generates ``tokens``.
 
     Parameters
     ----------
     geometry : Geometry
+    tokens : float
+        Tokens to come.
+    uncompressed : int
+        Tokens from the next window's start on, so far.
+    kept : int
+        R of this request.
     """
-
-    def __init__(self, geometry: Geometry) -> None:
-        self.geometry = geometry
-        # Slots that windows gave back, and would have given back had all been compressed; decayed.
-        # The first value stands for one window that kept its promise.
-        self._freed = self._promised = float(geometry.window)
-
-    @property
-    def kept_promise(self) -> float:
-        """Share of the promised slots that windows really gave back lately, 0 to 1."""
-        return self._freed / self._promised
-
-    def observe(self, promised: int, freed: int) -> None:
-        """A window went by that should have freed ``promised`` slots and freed ``freed``."""
-        if promised:
-            self._promised = _MEMORY * self._promised + promised
-            self._freed = _MEMORY * self._freed + freed
-
-    def growth(self, tokens: float, uncompressed: int, kept: int) -> float:
-        """Most KV slots by which a request grows while it generates ``tokens``.
-
-        Parameters
-        ----------
-        tokens : float
-            Tokens to come.
-        uncompressed : int
-            Tokens from the next window's start on, so far.
-        kept : int
-            R of this request.
-        """
-        window, delay = self.geometry.window, self.geometry.delay
-        ahead = uncompressed + tokens
-        taken = max(0, int((ahead - delay) // window))
-        at_the_end = ahead - taken * (window - kept)
-        # Right before its last compression it holds a whole window and its delay.
-        before_last = (taken - 1) * kept + window + delay if taken else 0
-        nominal = min(max(at_the_end, before_last) - uncompressed, tokens)
-        # A window that is overdue will give slots back, but memory that is not free yet is no reserve.
-        return max(0.0, tokens - self.kept_promise * (tokens - nominal))
+    window, delay = geometry.window, geometry.delay
+    ahead = uncompressed + tokens
+    taken = max(0, int((ahead - delay) // window))
+    at_the_end = ahead - taken * (window - kept)
+    # Right before its last compression it holds a whole window and its delay.
+    before_last = (taken - 1) * kept + window + delay if taken else 0
+    # A window that is overdue will give slots back, but memory that is not free yet is no reserve.
+    return max(0.0, min(max(at_the_end, before_last) - uncompressed, tokens))
 
 
 def to_come(req: Req) -> int:
@@ -156,6 +127,9 @@ def _compressed(base: type, coordinator: Coordinator) -> type:
             return admission
 
         def _reserve(self, req: Req, tokens: float) -> float:
-            return coordinator.reserve(req, tokens) if self._counts_on_compression else tokens
+            if not self._counts_on_compression:
+                return tokens
+            running = len(self.running_batch.reqs) + len(self.can_run_list) + 1
+            return coordinator.reserve(req, tokens, running)
 
     return CompressedPrefillAdder
