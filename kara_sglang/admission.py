@@ -32,13 +32,14 @@ def growth(geometry: Geometry, tokens: float, uncompressed: int, kept: int) -> f
     tokens : float
         Tokens to come.
     uncompressed : int
-        Tokens from the next window's start on, so far.
+        Tokens from the next window's start on, so far; negative in front of the first one.
     kept : int
         R of this request.
     """
     window, delay = geometry.window, geometry.delay
     ahead = uncompressed + tokens
-    taken = max(0, int((ahead - delay) // window))
+    # No pass takes a request whose last token is on its way, and that one never has any KV.
+    taken = max(0, int((ahead - 3 - delay) // window))
     at_the_end = ahead - taken * (window - kept)
     # Right before its last compression it holds a whole window and its delay.
     before_last = (taken - 1) * kept + window + delay if taken else 0

@@ -8,6 +8,7 @@ every length, page-table edit and freed slot is known on the host beforehand.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 import zlib
@@ -31,7 +32,7 @@ from kara_sglang.policy import Candidate
 from kara_sglang.radix_integration import exact
 from kara_sglang.radix_integration.prefix import forget_match, prefix_of, removed
 from kara_sglang.recorder import QueryRecorder
-from kara_sglang.state import STATE, Geometry, RequestState, Voters
+from kara_sglang.state import STATE, Geometry, RequestState, Voters, ceil_align
 from kara_sglang.stats import Totals
 from kara_sglang.trace.tracer import Tracer
 
@@ -76,6 +77,8 @@ class Coordinator:
         self.turn = turn
         self.geometry = Geometry(scheduler.page_size, config.window, config.delay)
         self.policy = policy.build(config)
+        # What admission counts on: the last windows of all requests may wait for their passes.
+        self._latest = dataclasses.replace(self.geometry, delay=config.delay + self.policy.wait)
         self.totals = Totals()
         context = scheduler.metrics_collector_context
         self.metrics: Metrics | None = None
@@ -181,15 +184,14 @@ class Coordinator:
             state: RequestState | None = getattr(req, STATE)
             if state is None:
                 return tokens
-            held, kept = req.kv.kv_committed_len, state.kept
-            uncompressed = state.uncompressed(held)
+            held, kept, base = req.kv.kv_committed_len, state.kept, state.base
         else:
             options = self._options(req)
             if not options.enabled or _skip_reason(req) is not None:
                 return tokens
             held, kept = len(req.origin_input_ids) + len(req.output_ids), self._kept(options)
-            uncompressed = 0
-        grown = growth(self.geometry, tokens, uncompressed, kept)
+            base = ceil_align(held, self.geometry.page_size)
+        grown = growth(self._latest, tokens, held - base, kept)
         grown = max(grown, min(tokens, self.policy.floor - held))
         # Where passes fall behind, what they leave is held as in stock SGLang.
         return tokens - self.policy.in_time(running, self.geometry.window) * (tokens - grown)

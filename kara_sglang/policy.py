@@ -47,9 +47,12 @@ class Policy(Protocol):
     ----------
     floor
         KV slots that a request must hold to be compressed.
+    wait
+        Steps that a window which is due may wait for its pass although passes keep up.
     """
 
     floor: int
+    wait: int
 
     def acts(self, needed: Callable[[float], bool]) -> bool:
         """Whether anybody is compressed as things stand; if not, admission must not count on it.
@@ -89,6 +92,7 @@ class Periodic:
     def __init__(self, period: int, limit: int) -> None:
         self.period = period
         self.limit = limit
+        self.wait = period - 1
         self.step = 0
 
     def acts(self, needed: Callable[[float], bool]) -> bool:
@@ -102,7 +106,8 @@ class Periodic:
         return _first(candidates, most, self.rank)
 
     def in_time(self, running: int, window: int) -> float:
-        return min(1.0, self.limit * window / (self.period * running))
+        # One window of a request in a pass, and so many requests.
+        return min(1.0, window / self.period * min(1.0, self.limit / running))
 
     @staticmethod
     def rank(candidate: Candidate) -> tuple[int, ...]:
@@ -115,6 +120,8 @@ class Threshold:
 
     The more requests run, the more steps carry a pass.
     """
+
+    wait = 0
 
     def __init__(self, threshold: int) -> None:
         self.floor = threshold

@@ -149,9 +149,9 @@ def test_settings_choose_the_policy() -> None:
     shared = {"period": 3, "max_requests_per_pass": 5, "threshold": 77, "min_pool_usage": 0.6}
     periodic = policy.build(KaraConfig(policy="periodic", **shared))
     assert isinstance(periodic, Periodic) and (periodic.period, periodic.limit) == (3, 5)
-    assert periodic.floor == 0
+    assert (periodic.floor, periodic.wait) == (0, 2)
     threshold = policy.build(KaraConfig(policy="threshold", **shared))
-    assert isinstance(threshold, Threshold) and threshold.floor == 77
+    assert isinstance(threshold, Threshold) and (threshold.floor, threshold.wait) == (77, 0)
     pressure = policy.build(KaraConfig(policy="pressure", **shared))
     assert isinstance(pressure, Pressure) and pressure.min_usage == 0.6
     assert [bool(pressure.due([candidate(i) for i in range(9)])) for _ in range(3)] == [
