@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
     from kara_sglang.coordinator import Coordinator
 
+LOOK_EVERY = 8
+"""Steps from one look at the queue to the next where each step has a pass: a look adds up what is
+reserved for all running requests."""
+
 
 def growth(geometry: Geometry, tokens: float, uncompressed: int, kept: int) -> float:
     """Most KV slots by which a request grows while it generates ``tokens``.
@@ -45,6 +49,27 @@ def growth(geometry: Geometry, tokens: float, uncompressed: int, kept: int) -> f
     before_last = (taken - 1) * kept + window + delay if taken else 0
     # A window that is overdue will give slots back, but memory that is not free yet is no reserve.
     return max(0.0, min(max(at_the_end, before_last) - uncompressed, tokens))
+
+
+class Latch:
+    """Lets SGLang look at its queue again when passes have changed what is free.
+
+    A request that finds no room sets ``ScheduleBatch.batch_is_full``, and SGLang clears it when a
+    running request leaves (``managers/scheduler.py``, ``_get_new_batch_prefill_raw``). With long
+    answers that can be thousands of steps, in which what passes free would stand empty. When it looks,
+    SGLang checks all of its own limits anew.
+    """
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._changed = False
+
+    def step(self, running: ScheduleBatch, *, passed: bool) -> None:
+        """Called in each decode step, with whether it has had a pass."""
+        self._step += 1
+        self._changed |= passed
+        if self._changed and self._step % LOOK_EVERY == 0:
+            running.batch_is_full = self._changed = False
 
 
 def to_come(req: Req) -> int:

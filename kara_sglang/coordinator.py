@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kara_sglang import policy
-from kara_sglang.admission import growth, needed, short_of_slots
+from kara_sglang.admission import Latch, growth, needed, short_of_slots
 from kara_sglang.config import KaraConfig
 from kara_sglang.handout import Handout
 from kara_sglang.kernels import selectors
@@ -79,6 +79,7 @@ class Coordinator:
         self.policy = policy.build(config)
         # What admission counts on: the last windows of all requests may wait for their passes.
         self._latest = dataclasses.replace(self.geometry, delay=config.delay + self.policy.wait)
+        self.latch = Latch()
         self.totals = Totals()
         context = scheduler.metrics_collector_context
         self.metrics: Metrics | None = None
@@ -260,6 +261,7 @@ class Coordinator:
         due = self.policy.due(ready, urgent=bool(ready) and short_of_slots(self.scheduler, batch))
         if due:
             self._compress(batch, due)
+        self.latch.step(batch, passed=bool(due))
         if self.handout is not None:
             self._hand_out([batch.reqs[index] for index in due], beginning)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -49,6 +50,28 @@ def test_pool_grows_by_what_a_window_frees(kara: Server) -> None:
     assert report["windows"] == 10
     assert report["kv_slots_held"] == report["logical_length"] - 10 * (window - kept)
     assert kara.state()["slots_freed"] - started["slots_freed"] == 10 * (window - kept)
+    kara.assert_nothing_leaked()
+
+
+def test_what_passes_free_is_filled_while_long_answers_run(kara: Server) -> None:
+    """Answers whose end SGLang cannot know: those that found no room come in before anybody leaves."""
+    kara.flush()
+    before = len(kara.log_text())
+
+    def hang_up(index: int) -> None:
+        params = {"max_new_tokens": 7500, "temperature": 0, "logit_bias": {"2": -100}}  # no end of text
+        body = {"input_ids": prompt(50, 200 + index), "sampling_params": params, "stream": True}
+        with requests.post(kara.url + "/generate", json=body, stream=True, timeout=300) as response:
+            for count, line in enumerate(response.iter_lines()):
+                if line and count > 2 * 800:  # each chunk is followed by an empty line
+                    break
+
+    in_parallel([lambda i=i: hang_up(i) for i in range(8)])
+    log = kara.log_text()[before:]
+    running = [int(count) for count in re.findall(r"Decode batch, #running-req: (\d+)", log)]
+    left = next((i for i, n in enumerate(running) if i and n < running[i - 1]), len(running))
+    assert running[0] <= 5 and max(running[:left]) == 8, running
+    assert "Retract requests" not in log
     kara.assert_nothing_leaked()
 
 

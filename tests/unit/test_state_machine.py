@@ -23,6 +23,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from kara_sglang.admission import LOOK_EVERY
 from kara_sglang.config import SELECTORS, KaraConfig
 from kara_sglang.coordinator import STATE, Coordinator
 from kara_sglang.handout import MOST_IN_A_ROW
@@ -312,6 +313,7 @@ class World:
             orig_seq_lens=torch.empty(0, dtype=torch.int32),
             seq_lens_sum=None,
             req_to_token_pool=rows,
+            batch_is_full=False,
         )
         self.scheduler.running_batch = self.batch
         self.tree: list[Prefix] = []
@@ -1429,6 +1431,27 @@ def test_below_the_threshold_nothing_is_promised(threshold: int) -> None:
     reserve = 3 + world.coordinator.reserve(req, 400, 1)
     peak = max(whole_life(world, req))
     assert peak - 1 <= reserve <= peak + 8
+
+
+@pytest.mark.parametrize("selector", ["kara", "identity"])
+def test_passes_let_sglang_look_at_its_queue(selector: str) -> None:
+    """Only they do, within a few steps, and not in each step when each has a pass."""
+    world, _ = one_request(selector=selector, window=4, delay=0)
+    full, looked = [], 0
+    for _ in range(60):
+        before = len(world.batch.reqs[0].windows)
+        world.batch.batch_is_full = True
+        advance(world, 1)
+        full.append((len(world.batch.reqs[0].windows) > before, world.batch.batch_is_full))
+        looked += not world.batch.batch_is_full
+    assert sum(passed for passed, _ in full) >= 14
+    assert 60 // LOOK_EVERY - 1 <= looked <= 60 // LOOK_EVERY
+    world.coordinator.policy.due = lambda *_, **__: []
+    world.batch.batch_is_full = True
+    advance(world, LOOK_EVERY)
+    world.batch.batch_is_full = True  # what was passed before was looked at
+    advance(world, 4 * LOOK_EVERY)
+    assert world.batch.batch_is_full
 
 
 def answer(world: World, steps: int) -> None:
