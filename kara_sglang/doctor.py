@@ -106,7 +106,7 @@ def check_packages(_plan: Plan) -> Iterator[Finding]:
         yield Finding(BAD, "SGLang", "is not installed", way_out)
     elif lines := versions.of_version(_settings_or_default()):
         yield from (Finding(BAD, "SGLang", line) for line in lines)
-    elif sglang in versions.TESTED:
+    elif versions.is_tested(sglang):
         yield Finding(OK, "SGLang", f"{sglang} (tested: {tested})")
     else:
         yield Finding(NOTE, "SGLang", f"{sglang} was not tested with this plugin ({tested} were)")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kara_sglang import handshake, hooks, plugin, policy, refusals
+from kara_sglang.compat.running_batch import drop_finished
 from kara_sglang.config import KaraConfig
 from kara_sglang.coordinator import Coordinator
 from kara_sglang.kernels.backend import Kernels, WindowShape
@@ -208,7 +209,10 @@ def after_get_init_info(result: dict[str, Any], _scheduler: Scheduler) -> None:
 
 def before_update_running_batch(_scheduler: Scheduler, batch: ScheduleBatch) -> None:
     """BEFORE ``Scheduler.update_running_batch``: the pass, ahead of the memory check."""
-    if runtime.coordinator is not None and batch.reqs:
+    if runtime.coordinator is None:
+        return
+    drop_finished(batch)
+    if batch.reqs:
         runtime.coordinator.before_decode(batch)
 
 

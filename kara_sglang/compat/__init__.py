@@ -8,7 +8,7 @@
     SGLang's source, installed or in a wheel, as syntax trees.
 ``report.py`` and ``python -m kara_sglang.compat``
     Both tables against a wheel that is not installed.
-``controller.py``, ``flags.py``
-    One module for each seam that is not the same in all versions. What SGLang has decides, not its
-    number.
+``flags.py``, ``running_batch.py``
+    One module for each seam that is not the same in all tested versions, beside ``handshake.py``. What
+    SGLang has decides, not its number.
 """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kara_sglang import hooks
 from kara_sglang.compat import surface
 from kara_sglang.compat.source import Source, body, parameters
-from kara_sglang.compat.versions import TESTED
+from kara_sglang.compat.versions import is_tested
 from kara_sglang.hooks import Hook
 
 SUPPORTED, LIKELY, BROKEN = "supported", "likely", "broken"
@@ -58,8 +58,13 @@ class Findings:
     changes: list[Change]
 
     @property
+    def lacking(self) -> int:
+        """How many entries do not fit."""
+        return len(self.unfit) + len(self.unfit_sharing)
+
+    @property
     def fit(self) -> str:
-        return f"{self.entries - len(self.unfit) - len(self.unfit_sharing)} of {self.entries}"
+        return f"{self.entries - self.lacking} of {self.entries}"
 
     @property
     def changed(self) -> str:
@@ -103,7 +108,7 @@ class Report:
     def _verdict(self, unfit: bool) -> str:
         if unfit:
             return BROKEN
-        return SUPPORTED if self.version in TESTED else LIKELY
+        return SUPPORTED if is_tested(self.version) else LIKELY
 
     def __str__(self) -> str:
         tables = {"hook": self.hooks, "uses": self.uses}
@@ -158,12 +163,12 @@ def compare(source: Source, against: Source) -> Report:
 def markdown(reports: list[Report]) -> str:
     """A table with a row for each report."""
     lines = [
-        "| SGLang | hooks that fit | hooked functions with other code | attributes, functions, "
-        "registries | used functions with other code | exact prefixes | compressed prefixes |",
+        "| SGLang | hooks missing | hooked functions with other code | attributes, functions, "
+        "registries missing | used functions with other code | exact prefixes | compressed prefixes |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {made.version} | {made.hooks.fit} | {made.hooks.changed} | {made.uses.fit} "
+        f"| {made.version} | {made.hooks.lacking} | {made.hooks.changed} | {made.uses.lacking} "
         f"| {made.uses.changed} | {made.exact} | {made.compressed} |"
         for made in reports
     ]

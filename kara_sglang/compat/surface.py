@@ -290,6 +290,9 @@ SURFACE = (
     Used(
         "managers.schedule_batch.ScheduleBatch",
         (
+            "batch_is_full",
+            "batch_size()",
+            "filter_batch()",
             "forward_mode",
             "orig_seq_lens",
             "req_to_token_pool",

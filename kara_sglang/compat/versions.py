@@ -25,7 +25,7 @@ def of_version(config: KaraConfig) -> list[str]:
     settings allow that. Whether hooks and attributes fit is checked beside it, in every case.
     """
     installed = version("sglang")
-    if installed in TESTED or (is_newer(installed) and config.untested_sglang):
+    if is_tested(installed) or (is_newer(installed) and config.untested_sglang):
         return []
     line = (
         f"SGLang {installed} is installed, --kv-compress was tested with {' and '.join(TESTED)}: "
@@ -42,7 +42,7 @@ def of_version(config: KaraConfig) -> list[str]:
 def warn_if_untested() -> None:
     """Say in the log that the server runs with a version that nobody has tested."""
     installed = version("sglang")
-    if installed not in TESTED:
+    if not is_tested(installed):
         logger.warning(
             "kv-compress: SGLang %s was not tested with this plugin (%s were). All hooks and "
             "attributes are there, but what they do may have changed: check answers against a server "
@@ -50,6 +50,11 @@ def warn_if_untested() -> None:
             installed,
             " and ".join(TESTED),
         )
+
+
+def is_tested(installed: str) -> bool:
+    """Whether a version is one of :data:`TESTED`, whoever built it (``0.5.23+cu130``)."""
+    return installed.partition("+")[0] in TESTED
 
 
 def is_newer(installed: str) -> bool:

@@ -35,6 +35,7 @@ FILES = [
     for path in (
         *(ROOT / "kara_sglang").glob("*.py"),
         ROOT / "kara_sglang" / "trace" / "tracer.py",
+        ROOT / "kara_sglang" / "compat" / "running_batch.py",
         *(ROOT / "radix_integration").glob("*.py"),
     )
     if path.name not in _COMMANDS
