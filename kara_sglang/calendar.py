@@ -19,25 +19,29 @@ class Calendar:
 
     def __init__(self) -> None:
         self.step = 0
-        self._dates: dict[int, list[tuple[Req, RequestState]]] = {}
+        self._dates: dict[int, dict[int, tuple[Req, RequestState]]] = {}  # by step, by order
 
     def next_step(self) -> list[tuple[Req, RequestState]]:
-        """Go on by a step; returns those that have a date in it."""
+        """Go on by a step; returns those that have a date in it, and forgets the dates."""
         self.step += 1
-        due = []
-        for req, state in self._dates.pop(self.step, ()):
-            if state.look_at == self.step:  # else it has another date, or left
-                state.look_at = 0
-                due.append((req, state))
+        due = list(self._dates.pop(self.step, {}).values())
+        for _, state in due:
+            state.look_at = 0
         return due
 
     def look_in(self, steps: int, req: Req, state: RequestState) -> None:
         """Make the request's date so many steps from now, instead of any that it has."""
         if steps <= 0:
             raise ValueError(f"kv-compress: a date {steps} steps from now")
+        self.forget(state)
         state.look_at = self.step + steps
-        self._dates.setdefault(state.look_at, []).append((req, state))
+        self._dates.setdefault(state.look_at, {})[state.order] = req, state
 
     def forget(self, state: RequestState) -> None:
-        """The request has left."""
-        state.look_at = 0
+        """The request has no date any more."""
+        if state.look_at:
+            same_step = self._dates[state.look_at]
+            del same_step[state.order]
+            if not same_step:
+                del self._dates[state.look_at]
+            state.look_at = 0
