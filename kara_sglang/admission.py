@@ -104,10 +104,15 @@ def needed(scheduler: Scheduler, running: ScheduleBatch, share: float) -> bool:
 
 def _needs(scheduler: Scheduler, running: ScheduleBatch) -> Iterator[float]:
     """KV slots, part by part."""
+    from sglang.srt.managers import schedule_policy
+
     yield scheduler.max_total_num_tokens - idle_slots(scheduler)
-    ratio = scheduler.new_token_ratio_tracker.current
-    for req in running.reqs:
-        yield to_come(req) * (1.0 if req.sampling_params.ignore_eos else ratio)
+    ratio, most = scheduler.new_token_ratio_tracker.current, schedule_policy.CLIP_MAX_NEW_TOKENS
+    for req in running.reqs:  # all of them, so without a call for each
+        params = req.sampling_params
+        left = params.max_new_tokens - len(req.output_ids)
+        if left > 0:
+            yield min(left, most) * (1.0 if params.ignore_eos else ratio)
     rows = scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running)
     for req in itertools.islice(scheduler.waiting_queue, max(rows, 0)):
         yield len(req.origin_input_ids) + len(req.output_ids) + to_come(req)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import time
 import zlib
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from kara_sglang import policy
-from kara_sglang.admission import Latch, growth, needed, short_of_slots
+from kara_sglang.admission import LOOK_EVERY, Latch, growth, needed, short_of_slots
+from kara_sglang.calendar import Calendar
 from kara_sglang.config import KaraConfig
 from kara_sglang.handout import Handout
 from kara_sglang.kernels import selectors
@@ -90,6 +92,10 @@ class Coordinator:
         self._layers: LayerPool | None = None
         self._without_queries = self._selectors["keys"]
         self.handout = Handout(recorder, config.query_heads) if recorder is not None else None
+        self.calendar = Calendar()
+        self._ready: dict[int, tuple[Req, RequestState]] = {}  # with a window that is due, by order
+        self._acting = False  # whether the policy did when it was asked last
+        self._sizes: tuple[int, int] | None = None  # of batch and queue then; None: ask again
         self._arrivals = 0
         if config.prefix_reuse == "compressed":
             scheduler.tree_cache.settings_of = self.sharing_settings
@@ -233,6 +239,8 @@ class Coordinator:
                 self.tracer.end(req, state)
             if self.handout is not None:
                 self.handout.leave(state)
+            self.calendar.forget(state)
+            self._ready.pop(state.order, None)
         running = self.scheduler.running_batch.reqs
         if not any(other is not req and other.kv.holds_kv for other in running):
             self.export(leaving=req)  # the last one leaves; a pass or a log line exports otherwise
@@ -245,25 +253,54 @@ class Coordinator:
         Called before SGLang's memory check and before it prepares the decode step, so that freed pages
         can spare a retraction.
         """
-        ready: list[Candidate] = []
-        beginning: list[tuple[Req, RequestState]] = []
-        for index, req in enumerate(batch.reqs):
-            state = getattr(req, STATE) if hasattr(req, STATE) else self._admit(req)
-            if state is None:
-                continue
-            kv_len = req.kv.kv_committed_len
-            if kv_len >= state.due_at(self.geometry) and _goes_on(req):
-                ready.append(self._candidate(index, req, state))
-            if state.begins_window(kv_len, self.geometry):
-                beginning.append((req, state))
-        if ready and not self.acts(batch):
-            ready = []
-        due = self.policy.due(ready, urgent=bool(ready) and short_of_slots(self.scheduler, batch))
+        looked_at = self.calendar.next_step() + self._newcomers(batch)
+        for req, state in looked_at:
+            if req.kv.kv_committed_len >= self._ready_at(state):
+                self._ready[state.order] = req, state
+        due = self._due(batch)
         if due:
             self._compress(batch, due)
+            self._sizes = None
+            for req, state in due:
+                if req.kv.kv_committed_len < self._ready_at(state):
+                    del self._ready[state.order]
         self.latch.step(batch, passed=bool(due))
         if self.handout is not None:
-            self._hand_out([batch.reqs[index] for index in due], beginning)
+            self._hand_out(due, looked_at)
+        for req, state in looked_at + due:
+            self._make_date(req, state)
+
+    def _newcomers(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
+        """Those that decode for the first time. SGLang appends them to its batch
+        (``ScheduleBatch.merge_batch``), and keeps the order when others leave."""
+        new = list(itertools.takewhile(lambda req: not hasattr(req, STATE), reversed(batch.reqs)))
+        admitted = [(req, self._admit(req)) for req in reversed(new)]
+        return [(req, state) for req, state in admitted if state is not None]
+
+    def _ready_at(self, state: RequestState) -> int:
+        """KV length from which on the policy may take the request's next window."""
+        return max(state.due_at(self.geometry), self.policy.floor)
+
+    def _make_date(self, req: Req, state: RequestState) -> None:
+        """Look again when a window is due, or when one begins that wants a recorder. Who is ready needs
+        no date for the former: it is made when the window has been taken."""
+        kv_len = req.kv.kv_committed_len
+        dates = [self._ready_at(state) - kv_len]
+        if self.handout is not None and state.selector.needs_queries and state.recorder is None:
+            dates.append(state.next_window(kv_len, self.geometry) or self.geometry.window)
+        dates = [steps for steps in dates if steps > 0]
+        if dates:
+            self.calendar.look_in(min(dates), req, state)
+
+    def _due(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
+        """Whose window is compressed in this step, as the policy says."""
+        sizes = len(batch.reqs), len(self.scheduler.waiting_queue)
+        if self._ready and (sizes != self._sizes or self.calendar.step % LOOK_EVERY == 0):
+            self._acting, self._sizes = self.acts(batch), sizes
+        ready = [one for one in self._ready.values() if _goes_on(one[0])] if self._acting else []
+        candidates = [self._candidate(index, *one) for index, one in enumerate(ready)]
+        urgent = bool(ready) and short_of_slots(self.scheduler, batch)
+        return [ready[index] for index in self.policy.due(candidates, urgent=urgent)]
 
     def _candidate(self, index: int, req: Req, state: RequestState) -> Candidate:
         kv_len = req.kv.kv_committed_len
@@ -276,20 +313,26 @@ class Coordinator:
             gain=self.geometry.window - state.kept,
         )
 
-    def _hand_out(self, compressed: list[Req], beginning: list[tuple[Req, RequestState]]) -> None:
+    def _hand_out(
+        self,
+        compressed: list[tuple[Req, RequestState]],
+        looked_at: list[tuple[Req, RequestState]],
+    ) -> None:
         """Recorders: from those that were compressed, to those of which a window begins."""
-        for req in compressed:
-            state: RequestState = getattr(req, STATE)
+        for req, state in compressed:
             useful = self._falls_due(req, state.due_at(self.geometry))
             self.handout.pass_on(state, useful=useful)
         asking = []
-        for req, state in beginning:
-            if state.selector.needs_queries and state.recorder is None:
-                due_at = req.kv.kv_committed_len + self.geometry.window + self.geometry.delay
-                if self._falls_due(req, due_at):
-                    asking.append((req, state))
-                else:
-                    self.handout.withdraw(state)
+        for req, state in looked_at:
+            kv_len = req.kv.kv_committed_len
+            if not state.selector.needs_queries or state.recorder is not None:
+                continue
+            if state.next_window(kv_len, self.geometry) > 0:
+                continue
+            if self._falls_due(req, kv_len + self.geometry.window + self.geometry.delay):
+                asking.append((req, state))
+            else:
+                self.handout.withdraw(state)
         if asking:
             self.handout.ask(asking)
         if self.recorder.stale:
@@ -310,17 +353,19 @@ class Coordinator:
 
     # -- the pass ----------------------------------------------------------------------------------
 
-    def _compress(self, batch: ScheduleBatch, due: list[int]) -> None:
+    def _compress(self, batch: ScheduleBatch, due: list[tuple[Req, RequestState]]) -> None:
         started = time.perf_counter()
+        places = {id(req): index for index, req in enumerate(batch.reqs)}
         geometry = self.geometry
         jobs: list[WindowJob] = []
         freed = torch.zeros_like(batch.seq_lens_cpu)
         to_free: list[tuple[torch.Tensor, int]] = []
         without_queries = 0
 
-        for index in due:
-            req = batch.reqs[index]
-            state: RequestState = getattr(req, STATE)
+        for req, state in due:
+            index = places.get(id(req))
+            if index is None:
+                raise RuntimeError(f"kv-compress: request {req.rid} is no longer in the running batch")
             if self._generation(req) != state.generation:
                 raise RuntimeError(f"kv-compress: the row of request {req.rid} has a new owner")
             state.check(geometry, req.kv.kv_committed_len, req.kv.cache_protected_len)
@@ -358,7 +403,7 @@ class Coordinator:
             if self.config.debug_checks:
                 _check_kept(kept, jobs, geometry.page_size)
             if self.tracer is not None:
-                self.tracer.add([getattr(batch.reqs[index], STATE) for index in due], kept)
+                self.tracer.add([state for _, state in due], kept)
 
         # Rebound, never written in place: overlap scheduling keeps older batches in flight.
         batch.seq_lens = batch.seq_lens - to_device(freed, batch.seq_lens.device)
@@ -371,7 +416,7 @@ class Coordinator:
             allocator.free_segment(slots, start_pos=start)
         allocator.free_group_end()
         if self.config.debug_checks:
-            self._check_ranks_agree(batch, due)
+            self._check_ranks_agree(due)
         seconds = time.perf_counter() - started
         self.totals.add_pass(len(due), without_queries, int(freed.sum()), seconds)
         self.export()
@@ -404,12 +449,12 @@ class Coordinator:
                     f"{int(batch.seq_lens[index])} KV slots, {state.removed} were removed"
                 )
 
-    def _check_ranks_agree(self, batch: ScheduleBatch, due: list[int]) -> None:
+    def _check_ranks_agree(self, due: list[tuple[Req, RequestState]]) -> None:
         """All tensor-parallel ranks took the same windows of the same requests."""
         scheduler = self.scheduler
         if scheduler.tp_size == 1:
             return
-        taken = [(batch.reqs[i].rid, getattr(batch.reqs[i], STATE).base) for i in due]
+        taken = [(req.rid, state.base) for req, state in due]
         mine = zlib.crc32(repr(taken).encode())
         bounds = torch.tensor([mine, -mine])
         torch.distributed.all_reduce(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Candidate:
     """A request as a policy sees it; lengths in tokens."""
 
-    index: int  # position in the batch
+    index: int  # position among the candidates
     order: int  # age: smaller came first
     kv_len: int  # KV slots that it holds
     overdue: int  # beyond the length at which its next window can be compressed; negative: not due
@@ -65,13 +65,13 @@ class Policy(Protocol):
         """
 
     def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
-        """Batch indices to compress in this step, ascending.
+        """Indices of the candidates to compress in this step, ascending.
 
         Parameters
         ----------
         candidates : sequence of Candidate
-            The running requests that could be compressed, in batch order; also those of negative
-            ``overdue``, which never are. None where the policy does not act.
+            The running requests that could be compressed; also those of negative ``overdue``, which
+            never are. None where the policy does not act.
         urgent : bool
             Whether this step may run out of slots: who may be compressed now is not put off then.
         """

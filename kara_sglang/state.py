@@ -81,15 +81,18 @@ class RequestState:
     order: int = 0  # age: smaller came first
     in_vain: int = 0  # windows in a row that began without a recorder though it wanted one
     voted: int = 0  # windows that its present recorder's queries have chosen
+    look_at: int = 0  # decode step of its date in the calendar; 0: none
     traced: list[TracedWindow] = field(default_factory=list)  # filled with --kv-compress-trace only
 
     def due_at(self, geometry: Geometry) -> int:
         """KV length from which on the next window can be compressed."""
         return self.base + geometry.window + geometry.delay
 
-    def begins_window(self, kv_len: int, geometry: Geometry) -> bool:
-        """Whether the next token is a window's first; windows follow each other without a gap."""
-        return kv_len >= self.base and (kv_len - self.base) % geometry.window == 0
+    def next_window(self, kv_len: int, geometry: Geometry) -> int:
+        """Tokens to come before a window's first one; windows follow each other without a gap."""
+        if kv_len < self.base:
+            return self.base - kv_len
+        return -(kv_len - self.base) % geometry.window
 
     def uncompressed(self, kv_len: int) -> int:
         """Tokens from the next window's start on."""

@@ -551,6 +551,11 @@ class World:
         if self.chance(trouble):
             self.random.choice(batch.reqs).to_finish = Finish("abort")
         self.before_decode()
+        if self.chance(trouble):
+            # SGLang lets a step pass where requests that are about to end will make room.
+            self.process_results(self.in_flight)
+            self.in_flight = []
+            return
         # With overlap, the step in flight may be a request's last: it takes no further one.
         in_flight = [req for req in self.in_flight if req in batch.reqs]
         self.drop([req for req in in_flight if req.next_output_finishes_by_length()])
@@ -1126,7 +1131,8 @@ def test_commit_and_beginnings_of_windows() -> None:
     """Host arithmetic of windows: one begins at the base and at each W tokens behind it."""
     one = state(selector=REGISTRY["kara"]())
     assert one.due_at(GEOMETRY) == 38 and one.uncompressed(19) == 0 and one.uncompressed(25) == 5
-    assert [n for n in range(60) if one.begins_window(n, GEOMETRY)] == [20, 36, 52]
+    assert [n for n in range(60) if one.next_window(n, GEOMETRY) == 0] == [20, 36, 52]
+    assert [one.next_window(n, GEOMETRY) for n in (3, 19, 21, 35, 37)] == [17, 1, 15, 1, 15]
     assert one.commit(GEOMETRY, "none") == Window(20, 20, 16, 8, "none")
     assert (one.base, one.removed) == (28, 8)
     assert one.commit(GEOMETRY, "mean") == Window(36, 28, 16, 8, "mean")
@@ -1431,6 +1437,41 @@ def test_below_the_threshold_nothing_is_promised(threshold: int) -> None:
     reserve = 3 + world.coordinator.reserve(req, 400, 1)
     peak = max(whole_life(world, req))
     assert peak - 1 <= reserve <= peak + 8
+
+
+@pytest.mark.parametrize("units", [7, 2])
+@pytest.mark.parametrize("policy", ["periodic", "pressure", "threshold"])
+def test_a_step_costs_what_happens_in_it(policy: str, units: int) -> None:
+    """Seven requests run for 600 steps, and each is looked at when a window falls due, when one begins
+    that wants a recorder, and never else; nobody is a candidate for long, or asks what is needed."""
+    config = KaraConfig(
+        window=50, delay=5, query_heads="mean", policy=policy, threshold=300, min_pool_usage=1.0
+    )
+    world = World(Setting(config, units=units, trouble=0.0, num_pages=20_000, real=False), seed=0)
+    coordinator = world.coordinator
+    count: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            count[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("_make_date", "_candidate", "acts", "_newcomers"):
+        setattr(coordinator, name, counted(name, getattr(coordinator, name)))
+    for i in range(7):
+        assert world.prefill(Request(i, [1, 2, i], 1000, None))
+        answer(world, 3)
+    answer(world, 600)
+    windows = 7 * 13
+    assert count["_newcomers"] == 621
+    assert count["_make_date"] <= 4 * windows
+    # A candidate for at most so many steps as windows that fall due nearby are spread over.
+    assert count["_candidate"] <= (0 if policy == "pressure" else 8 * windows)
+    assert count["acts"] <= 621 // LOOK_EVERY + 2 * windows
+    taken = sum(len(req.windows) for req in world.batch.reqs)
+    assert taken == 0 if policy == "pressure" else 7 * 11 <= taken <= windows
 
 
 @pytest.mark.parametrize("selector", ["kara", "identity"])
