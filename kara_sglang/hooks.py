@@ -93,6 +93,13 @@ CLI_HOOKS = (
 # Registered in the server's parent process once compression is switched on.
 PARENT_HOOKS = (
     Hook(
+        "managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        "before",
+        ("self", "obj", "input_ids"),
+        "serving:check_input",
+        "refuses prompts that hold no token or what is none; an error is HTTP 400",
+    ),
+    Hook(
         "sampling.sampling_params.SamplingParams.verify",
         "after",
         ("self", "vocab_size"),

@@ -8,6 +8,8 @@ compression, because a compressed row is a row like any other whose key has one 
   for a beginning of them. The logically longest wins, exact KV wins ties. Only the winner is touched,
   so a compressed copy of what is there exactly ages out.
 * **insert**: a row with windows is inserted under its physical key.
+* **strangers**: a text with an id that is no token takes no part, because it could pass for a physical
+  key. The launcher refuses such texts; here it does not matter who let one in.
 * **lengths**: ``req.prefix_len`` stays logical, ``cache_protected_len`` and all else that counts slots
   is physical (:mod:`~kara_sglang.radix_integration.prefill`).
 
@@ -28,6 +30,7 @@ from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
@@ -40,7 +43,7 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from kara_sglang.radix_integration.keys import physical_key, seed_of
+from kara_sglang.radix_integration.keys import first_stranger, physical_key, seed_of
 from kara_sglang.radix_integration.layout import Layout, LayoutIndex
 from kara_sglang.radix_integration.prefix import PREFIX, Prefix, layout_of, prefix_of, removed
 from kara_sglang.refusals import CACHE_BACKEND
@@ -68,6 +71,8 @@ class CompressedRadixCache(UnifiedRadixCache):
     settings_of : callable
         ``Req`` -> the settings of its windows as bytes, None where it takes and leaves exact KV only.
         Until the coordinator has set it, nobody takes part.
+    vocab_size : int
+        Token ids of the model are smaller; nothing is a token before the coordinator has set it.
     layouts : LayoutIndex
     debug_checks : bool
         Check the interval map of each row that is inserted.
@@ -75,6 +80,7 @@ class CompressedRadixCache(UnifiedRadixCache):
 
     def __init__(self, params: CacheInitParams) -> None:
         self.settings_of: Callable[[Req], bytes | None] = lambda _req: None
+        self.vocab_size = 0
         self.layouts = LayoutIndex()
         self.debug_checks = False
         super().__init__(params)
@@ -93,7 +99,11 @@ class CompressedRadixCache(UnifiedRadixCache):
         MatchResult
             ``device_prefix_len`` in tokens, ``cache_protected_len`` in slots where they differ.
         """
-        if params.req is None or self.disable:
+        if self.disable:
+            return super().match_prefix(params)
+        if not self._may_take_part(params.req, _ids_of(params.key)):
+            params = dataclasses.replace(params, key=_nothing_of(params.key))
+        if params.req is None:
             return super().match_prefix(params)
         prefix = self._prefix(params.req)
         prefix.windows = ()
@@ -111,6 +121,22 @@ class CompressedRadixCache(UnifiedRadixCache):
             full_kv_hit_length=slots + layout.removed,
             cache_protected_len=slots,
         )
+
+    def touch_prefix(self, key: RadixKey) -> None:
+        """Keep a waiting text's prefix young; it must not split a window's node."""
+        if self._may_take_part(None, _ids_of(key)):
+            super().touch_prefix(key)
+
+    def _may_take_part(self, req: Req | None, ids: array | memoryview) -> bool:
+        """Whether ``ids`` are tokens, but for what SGLang has put in place of the request's own images
+        and sounds: numbers of up to 62 bits, drawn by a hash."""
+        if first_stranger(ids, self.vocab_size) is None:
+            return True
+        if req is None or req.multimodal_inputs is None:
+            return False
+        own = [value for item in req.multimodal_inputs.mm_items for value in item.padding_values()]
+        unsigned = np.frombuffer(ids, dtype=np.uint64)
+        return bool(np.isin(unsigned[unsigned >= self.vocab_size], np.array(own, np.uint64)).all())
 
     def _find(self, settings: bytes, key: RadixKey) -> tuple[RadixKey, Layout] | None:
         """The physical key under which more of the text is cached than under its tokens.
@@ -163,6 +189,8 @@ class CompressedRadixCache(UnifiedRadixCache):
             Tokens at the end of a prefill, slots at the end of the request, as SGLang's callers
             (``mem_cache/common.py``) have them.
         """
+        if not self.disable and not self._may_take_part(req, req.full_untruncated_fill_ids):
+            return  # as with SGLang's own ``skip_radix_cache_insert``
         layout = layout_of(req)
         if not layout.windows or self.disable:
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
@@ -206,3 +234,13 @@ class CompressedRadixCache(UnifiedRadixCache):
                 f"kv-compress: request {req.rid} matched {slots} slots, the path holds {len(path)}"
             )
         return path[:slots]
+
+
+def _ids_of(key: RadixKey) -> memoryview:
+    """The ids of a key without bigrams, within its limit."""
+    return memoryview(key.token_ids)[: len(key)]
+
+
+def _nothing_of(key: RadixKey) -> RadixKey:
+    """The empty beginning of a key."""
+    return RadixKey(array("q"), key.extra_key, cache_salt=key.cache_salt)

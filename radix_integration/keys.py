@@ -6,6 +6,10 @@ is as large, and a text that differs anywhere up to the window's end gets other 
 have the same length, as the tree demands, exact and compressed rows share the nodes of their exact
 part, and a match never ends inside a window.
 
+All of it rests on texts that hold tokens only: a "text" of ids could claim to be any window. SGLang
+lets a client send any number as a token id, so :func:`first_stranger` looks at every text, once where
+requests come in and once more where keys meet the tree.
+
 Python's ``hash()`` is not used: all tensor-parallel ranks must get the same ids.
 """
 
@@ -23,6 +27,14 @@ FIRST_ID = 1 << 32
 """Ids of windows start here, above every token id."""
 
 _NUM_IDS = (1 << 61) - FIRST_ID  # the tree was tried with ids up to 2^61
+
+
+def first_stranger(ids: array | memoryview, vocab_size: int) -> int | None:
+    """Index of the first of ``ids`` (int64) that is no token: outside [0, ``vocab_size``); or None."""
+    unsigned = np.frombuffer(ids, dtype=np.uint64)  # a negative one is larger than any token
+    if not len(unsigned) or unsigned.max() < vocab_size:
+        return None
+    return int((unsigned >= vocab_size).argmax())
 
 
 def seed_of(settings: bytes, extra_key: str | None, cache_salt: str | None) -> bytes:
