@@ -359,12 +359,13 @@ class Coordinator:
             state.check(geometry, req.kv.kv_committed_len, req.kv.cache_protected_len)
             self._check_lengths(batch, index, req, state)
             slots = self._splice(batch, req, state)
+            seed = state.seed + 1_000_003 * len(state.windows)
             jobs.append(
                 WindowJob(
                     slots=slots,
                     kept=state.kept,
                     selector=state.selector,
-                    seed=state.seed + 1_000_003 * len(state.windows),
+                    seed=seed,
                     query_start=start,
                     query_count=geometry.window + geometry.delay,
                     units=self.recorder.units_of(state.recorder)
@@ -375,7 +376,7 @@ class Coordinator:
             to_free.append((slots[state.kept :], state.base + state.kept))
             if not state.shares:
                 exact.bar_insert(req, state)
-            window = state.commit(geometry)
+            window = state.commit(geometry, self._mark(state, seed))
             req.kv.kv_committed_len -= window.freed
             req.kv.kv_allocated_len -= window.freed
             self.forecast.observe(window.freed, window.freed)
@@ -406,6 +407,15 @@ class Coordinator:
             self._check_ranks_agree(batch, due)
         self.totals.add_pass(windows, int(freed.sum()), time.perf_counter() - started)
         self.export()
+
+    def _mark(self, state: RequestState, seed: int) -> str:
+        """Names what decides which tokens the next window keeps and no setting says: two windows that
+        differ in it are two windows to the prefix cache."""
+        if state.selector.seeded:
+            return f"seed {seed}"
+        if not state.selector.needs_queries:
+            return ""
+        return "all" if len(state.recorder.units) == self.recorder.shape.group else "mean"
 
     def _splice(self, batch: ScheduleBatch, req: Req, state: RequestState) -> torch.Tensor:
         """Cut the window's last W - R slots out of the row; returns all W slots, in token order.

@@ -51,6 +51,7 @@ class Window:
     kv_start: int  # KV index of its first kept token
     width: int  # W, tokens that it covered
     kept: int  # R, slots that it holds now
+    mark: str = ""  # how its tokens were chosen, as far as settings leave it open
 
     @property
     def freed(self) -> int:
@@ -107,9 +108,9 @@ class RequestState:
         passed, self.base = base - self.base, base
         return passed
 
-    def commit(self, geometry: Geometry) -> Window:
+    def commit(self, geometry: Geometry, mark: str = "") -> Window:
         """Account for the compression of the window at ``base``."""
-        window = Window(self.base + self.removed, self.base, geometry.window, self.kept)
+        window = Window(self.base + self.removed, self.base, geometry.window, self.kept, mark)
         self.windows.append(window)
         self.removed += window.freed
         self.base += window.kept

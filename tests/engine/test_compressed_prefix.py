@@ -210,7 +210,7 @@ def forged(settings: dict[str, Any], text: list[int], base: int, windows: int) -
     kept = settings.pop("kept")
     config = KaraConfig(**settings)
     seed = seed_of(repr((config.to_json(), config.selector, kept, None)).encode(), None, None)
-    layout = [Window(base + k * W, base + k * kept, W, kept) for k in range(windows)]
+    layout = [Window(base + k * W, base + k * kept, W, kept, "all") for k in range(windows)]
     return physical_key(seed, memoryview(array("q", text)), layout).tolist()
 
 

@@ -28,7 +28,7 @@ def forge(engine: Any, prompt: list[int]) -> dict[str, Any]:
     text = prompt + first
     honest = ask(text + tail + [7], 8)
 
-    windows = [Window(16 + 64 * k, 16 + 32 * k, 64, 32) for k in range(4)]
+    windows = [Window(16 + 64 * k, 16 + 32 * k, 64, 32, "all") for k in range(4)]
     config = plugin.active()
     seed = seed_of(repr((config.to_json(), "kara", 32, None)).encode(), None, None)
     fake = physical_key(seed, memoryview(array("q", text[:-1])), windows).tolist() + tail

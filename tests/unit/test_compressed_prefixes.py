@@ -42,7 +42,7 @@ SETTINGS = {b"half": (2, 1), b"quarter": (4, 1), b"half of four": (4, 2)}
 Who = tuple[str | None, str | None]  # extra_key, cache_salt
 EVERYONE: list[Who] = [(None, None), (None, None), ("lora", None), (None, "salt")]
 Tokens = tuple[int, ...]
-Cuts = tuple[tuple[int, int, int], ...]  # windows: start, width, kept
+Cuts = tuple[tuple[int, int, int, str], ...]  # windows: start, width, kept, mark
 Chain = tuple[Who, Tokens, Cuts, bytes | None]  # settings: None without windows
 
 
@@ -95,7 +95,7 @@ class Model:
         while True:
             window = starts.get(at)
             if window is not None:
-                cuts = (*cuts, (at, window.width, window.kept))
+                cuts = (*cuts, (at, window.width, window.kept, window.mark))
             at += window.width if window is not None else self.page
             if at > length:
                 return
@@ -242,7 +242,7 @@ class World:
         assert req.prefix_len - layout.removed == req.kv.cache_protected_len
         layout.check(self.page)
         slots = self.cache.prefix_device_indices(req).tolist() if req.prefix_len else []
-        cuts = tuple((one.logical_start, one.width, one.kept) for one in layout.windows)
+        cuts = tuple((one.logical_start, one.width, one.kept, one.mark) for one in layout.windows)
         found: Chain = (req.who, req.tokens[: req.prefix_len], cuts, req.settings if cuts else None)
         assert slots == self.model.slots(found)
         strangers = any(not 0 <= ident < VOCAB for ident in req.tokens[:limit])
@@ -307,7 +307,7 @@ class World:
         req.full_untruncated_fill_ids.extend(self.random.randrange(3) for _ in range(count))
         req.kv.kv_committed_len = req.kv.kv_allocated_len = held + count
 
-    def compress(self, req: Request, gap: int) -> None:
+    def compress(self, req: Request, gap: int, mark: str = "all") -> None:
         """A pass over one window, ``gap`` pages behind the base."""
         if req.settings is None:
             return
@@ -316,7 +316,7 @@ class World:
         base = state.base + self.page * gap
         if req.kv.kv_committed_len < base + width:
             return
-        state.windows.append(Window(base + state.removed, base, width, kept))
+        state.windows.append(Window(base + state.removed, base, width, kept, mark))
         state.removed += width - kept
         state.base = base + kept
         freed = req.slots[base + kept : base + width]
@@ -404,7 +404,8 @@ class World:
             req = random.choice(self.live)
             self.decode(req, random.randrange(1, 5 * self.page + 2))
             if req in self.live and random.random() < 0.7:
-                self.compress(req, gap=random.choice([0, 0, 0, 0, 1]))
+                mark = "mean" if random.random() < 0.1 else "all"
+                self.compress(req, gap=random.choice([0, 0, 0, 0, 1]), mark=mark)
         elif dice < 0.97 and self.live:
             self.release(random.choice(self.live), checkpoint=random.random() < 0.8)
         elif dice < 0.999:
@@ -447,7 +448,11 @@ SHARED = [index % 7 for index in range(24)]  # six pages
 
 
 def finished(
-    world: World, tokens: list[int], windows: int, settings: bytes | None = b"half"
+    world: World,
+    tokens: list[int],
+    windows: int,
+    settings: bytes | None = b"half",
+    mark: str = "all",
 ) -> Request:
     """A request whose answer of ``len(tokens) - 9`` tokens is compressed from page 3 on, and done."""
     req = Request(len(world.texts), (None, None), settings, tokens[:9])
@@ -458,7 +463,7 @@ def finished(
     world.write_row(req)
     req.kv.kv_committed_len = req.kv.kv_allocated_len = len(tokens) - layout_of(req).removed
     for _ in range(windows):
-        world.compress(req, gap=0)
+        world.compress(req, gap=0, mark=mark)
     world.release(req, checkpoint=True)
     world.check()
     return req
@@ -510,6 +515,17 @@ def test_twins_share_one_copy() -> None:
     assert world.allocator.available_size() == free
 
 
+def test_windows_that_were_chosen_differently_are_not_twins() -> None:
+    """Of all heads and of their mean: both stay, and the first that was there is not passed off as the
+    other. A third request may continue on either."""
+    world = World(page=4, seed=0)
+    for mark in ("all", "mean"):
+        free = world.allocator.available_size()
+        finished(world, SHARED, windows=1, mark=mark)
+        assert free - world.allocator.available_size() == (20 if mark == "all" else 8)
+    assert looked_up(world, [*SHARED, 1]) == (24, 20)
+
+
 def test_a_window_behind_a_reused_one() -> None:
     """A continued text is compressed further on, and a third request continues that."""
     world = World(page=4, seed=0)
@@ -523,7 +539,7 @@ def test_a_window_behind_a_reused_one() -> None:
     world.write_row(req)
     req.kv.kv_committed_len = req.kv.kv_allocated_len = 35
     world.compress(req, gap=0)
-    assert layout_of(req).windows[1] == Window(logical_start=28, kv_start=24, width=8, kept=4)
+    assert layout_of(req).windows[1] == Window(28, 24, 8, 4, "all")
     world.release(req, checkpoint=True)
     world.check()
     assert looked_up(world, [*req.tokens, 5]) == (36, 28)
@@ -539,7 +555,7 @@ def forged(tokens: list[int], page: int) -> list[int]:
     """The physical key of ``tokens`` in pages of ``page``, as a client can compute it: a window from
     the first page border behind 9 tokens on."""
     start = ceil_align(9, page)
-    window = Window(start, start, 2 * page, page)
+    window = Window(start, start, 2 * page, page, "all")
     return physical_key(SEED, memoryview(array("q", tokens)), (window,)).tolist()
 
 
@@ -723,7 +739,7 @@ def test_keys_are_tokens_and_ids_that_no_token_has() -> None:
     drawn = one[8:12] + one[16:20]
     assert all(FIRST_ID <= ident < 2**61 for ident in drawn) and len(set(drawn)) == 8
     # The same in every process and on every rank.
-    assert one[8] == 1811099797475662172
+    assert one[8] == 1313325329014818125
     for position, first_changed in ((3, 8), (15, 8), (17, 13), (27, 16), (30, 22)):
         other = key([*tokens[:position], 7, *tokens[position + 1 :]])
         differs = [index for index in range(32) if other[index] != one[index]]
@@ -738,6 +754,9 @@ def test_keys_are_tokens_and_ids_that_no_token_has() -> None:
     ):
         assert not set(key(start=start)[8:12]) & set(drawn)
     assert key(cut=(Window(8, 8, 8, 5), Window(20, 17, 8, 4)))[8:12] != one[8:12]
+    marked = [key(cut=(Window(8, 8, 8, 4, mark), windows[1])) for mark in ("all", "mean", "seed 1")]
+    assert all(other[:8] == one[:8] and other[20:] == one[20:] for other in marked)
+    assert len({ident for other in (one, *marked) for ident in other[8:12] + other[16:20]}) == 4 * 8
     assert seed_of(b"x", None, "") == seed_of(b"x", None, None)
 
 

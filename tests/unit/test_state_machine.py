@@ -611,6 +611,12 @@ class World:
         assert not req.finished() and req.to_finish is None
         assert not req.next_output_finishes_by_length()
         assert window.logical_start == start + req.removed
+        if self.selector_of(req).needs_queries:
+            assert window.mark == ("mean" if req.keeps_mean else "all")
+        elif self.selector_name(req) == "random":
+            assert window.mark == f"seed {req.state.seed + 1_000_003 * len(req.windows)}"
+        else:
+            assert window.mark == ""
         covered = torch.tensor(req.token_at[window.logical_start : window.logical_start + width])
         tokens = req.tokens
         inside = tokens[..., start : start + width]
