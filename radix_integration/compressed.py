@@ -43,7 +43,7 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from kara_sglang.radix_integration.keys import first_stranger, physical_key, seed_of
+from kara_sglang.radix_integration.keys import Text, first_stranger, physical_key, seed_of
 from kara_sglang.radix_integration.layout import Layout, LayoutIndex
 from kara_sglang.radix_integration.prefix import PREFIX, Prefix, layout_of, prefix_of, removed
 from kara_sglang.refusals import CACHE_BACKEND
@@ -143,32 +143,23 @@ class CompressedRadixCache(UnifiedRadixCache):
 
         Looks only (``match_full_device_prefix``), so that the loser of the comparison ages.
         """
-        tokens = memoryview(key.raw_token_ids())
-        longest, _, _ = self.tree_core.match_full_device_prefix(key)
+
+        def cached(ids: array) -> int:
+            candidate = RadixKey(ids, key.extra_key, cache_salt=key.cache_salt)
+            slots, _, _ = self.tree_core.match_full_device_prefix(candidate)
+            return slots
+
+        tokens = _ids_of(key)
+        exact, _, _ = self.tree_core.match_full_device_prefix(key)
         # The exact part of a compressed row is an exact prefix, so nothing can start behind it.
-        if longest == 0 or longest >= len(tokens) // self.page_size * self.page_size:
+        if exact == 0 or exact >= len(tokens) // self.page_size * self.page_size:
             return None
         seed = seed_of(settings, key.extra_key, key.cache_salt)
-        best = None
-        for layout in self.layouts.find(seed, tokens, longest):
-            layout = layout.within(len(tokens))
-            while layout.windows:
-                ids = physical_key(seed, tokens, layout.windows)
-                candidate = RadixKey(ids, key.extra_key, cache_salt=key.cache_salt)
-                slots, _, _ = self.tree_core.match_full_device_prefix(candidate)
-                reached = layout.tokens(slots)
-                shorter = layout.within(reached)
-                if reached > longest:
-                    longest = reached
-                    cut = layout.slots(reached)
-                    best = RadixKey(ids[:cut], key.extra_key, cache_salt=key.cache_salt), shorter
-                if len(shorter.windows) == len(layout.windows):
-                    break
-                # This text leaves the layout at a window; another may go on there, uncompressed.
-                layout = shorter
-        if best is not None:
-            self.layouts.add(seed, tokens, best[1])
-        return best
+        found = self.layouts.longest(seed, tokens, exact, cached)
+        if found is None:
+            return None
+        layout, ids = found
+        return RadixKey(ids, key.extra_key, cache_salt=key.cache_salt), layout
 
     def _prefix(self, req: Req) -> Prefix:
         prefix = prefix_of(req)
@@ -198,7 +189,7 @@ class CompressedRadixCache(UnifiedRadixCache):
         text, prompt = req.full_untruncated_fill_ids, req.origin_input_ids
         seed = seed_of(self._prefix(req).settings, req.extra_key, req.cache_salt)
         tokens = memoryview(text)
-        ids = physical_key(seed, tokens, layout.windows)
+        ids = physical_key(Text(seed, tokens), layout.windows)
         slots = up_to if req.finished() else layout.slots(up_to)
         if self.debug_checks:
             layout.check(self.page_size)

@@ -19,7 +19,7 @@ from server import Server, in_parallel
 from test_exactness import RetainedCache, logprobs
 
 from kara_sglang.config import KaraConfig
-from kara_sglang.radix_integration.keys import FIRST_ID, physical_key, seed_of
+from kara_sglang.radix_integration.keys import FIRST_ID, Text, physical_key, seed_of
 from kara_sglang.state import Window
 
 W, R, DELAY = 32, 16, 8  # of these servers
@@ -211,7 +211,7 @@ def forged(settings: dict[str, Any], text: list[int], base: int, windows: int) -
     config = KaraConfig(**settings)
     seed = seed_of(repr((config.to_json(), config.selector, kept, None)).encode(), None, None)
     layout = [Window(base + k * W, base + k * kept, W, kept, "all") for k in range(windows)]
-    return physical_key(seed, memoryview(array("q", text)), layout).tolist()
+    return physical_key(Text(seed, memoryview(array("q", text))), layout).tolist()
 
 
 def test_forged_keys_are_refused_and_change_nobodys_answer(server: Server) -> None:

@@ -8,7 +8,7 @@ from array import array
 from typing import Any
 
 from kara_sglang import plugin
-from kara_sglang.radix_integration.keys import physical_key, seed_of
+from kara_sglang.radix_integration.keys import Text, physical_key, seed_of
 from kara_sglang.state import Window
 
 
@@ -31,7 +31,7 @@ def forge(engine: Any, prompt: list[int]) -> dict[str, Any]:
     windows = [Window(16 + 64 * k, 16 + 32 * k, 64, 32, "all") for k in range(4)]
     config = plugin.active()
     seed = seed_of(repr((config.to_json(), "kara", 32, None)).encode(), None, None)
-    fake = physical_key(seed, memoryview(array("q", text[:-1])), windows).tolist() + tail
+    fake = physical_key(Text(seed, memoryview(array("q", text[:-1]))), windows).tolist() + tail
     try:
         refusal = ask(fake, 1)
     except ValueError as error:

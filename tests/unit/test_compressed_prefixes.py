@@ -26,9 +26,17 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
+from kara_sglang.radix_integration import keys
 from kara_sglang.radix_integration.compressed import CompressedRadixCache
-from kara_sglang.radix_integration.keys import FIRST_ID, first_stranger, physical_key, seed_of
-from kara_sglang.radix_integration.layout import MOST_STARTS, Layout, LayoutIndex
+from kara_sglang.radix_integration.keys import FIRST_ID, Text, first_stranger, physical_key, seed_of
+from kara_sglang.radix_integration.layout import (
+    MOST_FOLLOWERS,
+    MOST_STARTS,
+    MOST_TRIES,
+    Layout,
+    LayoutIndex,
+    tries_of_a_look,
+)
 from kara_sglang.radix_integration.prefix import forget_match, layout_of, prefix_of
 from kara_sglang.state import STATE, Window, ceil_align
 
@@ -166,7 +174,7 @@ class Model:
 class World:
     """Requests that come, grow, are compressed, share, and go, on a small pool."""
 
-    def __init__(self, page: int, seed: int, capacity: int = 10_000, per_text: int = 1000) -> None:
+    def __init__(self, page: int, seed: int, capacity: int = 10_000) -> None:
         self.random = Random(seed)
         self.page = page
         rows = ReqToTokenPool(size=ROWS, max_context_len=ROW, device="cpu", enable_memory_saver=False)
@@ -187,7 +195,7 @@ class World:
         )
         self.cache.settings_of = lambda req: req.settings
         self.cache.vocab_size = VOCAB
-        self.cache.layouts = LayoutIndex(capacity, per_text)
+        self.cache.layouts = LayoutIndex(capacity)
         self.cache.debug_checks = True
         self.complete = capacity > 1000  # the index forgets nothing
         self.model = Model(page)
@@ -433,7 +441,7 @@ def test_tree_and_index_are_the_dictionary(page: int, block: int) -> None:
 
 def test_a_forgetful_index_costs_misses_only() -> None:
     """Eight windows, one layout for a text: whatever is matched is right all the same."""
-    world = World(page=4, seed=7, capacity=8, per_text=1)
+    world = World(page=4, seed=7, capacity=8)
     for _ in range(5000):
         world.step()
         assert world.cache.layouts.num_windows <= 8
@@ -556,7 +564,7 @@ def forged(tokens: list[int], page: int) -> list[int]:
     the first page border behind 9 tokens on."""
     start = ceil_align(9, page)
     window = Window(start, start, 2 * page, page, "all")
-    return physical_key(SEED, memoryview(array("q", tokens)), (window,)).tolist()
+    return physical_key(Text(SEED, memoryview(array("q", tokens))), (window,)).tolist()
 
 
 @pytest.mark.parametrize("page", [1, 4])
@@ -597,7 +605,7 @@ def test_a_forged_key_matches_nothing_and_stays_out(page: int) -> None:
     world.check()
 
 
-STRANGERS = [-1, -(2**63), VOCAB, 2**31, FIRST_ID - 1, FIRST_ID, 2**61, 2**63 - 1]
+STRANGERS = [-1, -(2**63), VOCAB, 2**31, 2**32, FIRST_ID, 2 * FIRST_ID - 1, 2**63 - 1]
 
 
 @pytest.mark.parametrize("ident", STRANGERS)
@@ -731,15 +739,15 @@ def test_keys_are_tokens_and_ids_that_no_token_has() -> None:
     seed = seed_of(b"settings", "lora", "salt")
 
     def key(ids: list[int] = tokens, start: bytes = seed, cut: tuple = windows) -> list[int]:
-        return physical_key(start, memoryview(array("q", ids)), cut).tolist()
+        return physical_key(Text(start, memoryview(array("q", ids))), cut).tolist()
 
     one = key()
     assert len(one) == 40 - 8
     assert one[:8] == tokens[:8] and one[12:16] == tokens[16:20] and one[20:] == tokens[28:]
     drawn = one[8:12] + one[16:20]
-    assert all(FIRST_ID <= ident < 2**61 for ident in drawn) and len(set(drawn)) == 8
+    assert all(FIRST_ID <= ident < 2 * FIRST_ID for ident in drawn) and len(set(drawn)) == 8
     # The same in every process and on every rank.
-    assert one[8] == 1313325329014818125
+    assert one[8] == 1305857510282797703
     for position, first_changed in ((3, 8), (15, 8), (17, 13), (27, 16), (30, 22)):
         other = key([*tokens[:position], 7, *tokens[position + 1 :]])
         differs = [index for index in range(32) if other[index] != one[index]]
@@ -763,26 +771,180 @@ def test_keys_are_tokens_and_ids_that_no_token_has() -> None:
 # -- the index by itself -------------------------------------------------------------------------------
 
 
-def test_forks_of_different_length_are_all_remembered() -> None:
+class Rows:
+    """The tree, as far as the index asks it: physical keys, and which part of one it holds."""
+
+    def __init__(self) -> None:
+        self.keys: list[array] = []
+        self.asked: list[int] = []  # lengths
+
+    def put(self, text: list[int], layout: Layout) -> None:
+        self.keys.append(physical_key(text_of(text), layout.windows))
+
+    def __call__(self, ids: array) -> int:
+        self.asked.append(len(ids))
+        common = (
+            next((i for i, (a, b) in enumerate(zip(ids, key, strict=False)) if a != b), None)
+            for key in self.keys
+        )
+        lengths = [
+            min(len(ids), len(key)) if differs is None else differs
+            for differs, key in zip(common, self.keys, strict=True)
+        ]
+        return max(lengths, default=0)
+
+
+def text_of(tokens: list[int]) -> Text:
+    return Text(b"seed", memoryview(array("q", tokens)))
+
+
+def windows_from(start: int, *gaps: int, width: int = 8, kept: int = 4) -> Layout:
+    """A window at ``start``, and one behind each gap."""
+    windows, removed = [], 0
+    for gap in (0, *gaps):
+        start += gap
+        windows.append(Window(start, start - removed, width, kept, "all"))
+        start, removed = start + width, removed + width - kept
+    return Layout(tuple(windows))
+
+
+def search(index: LayoutIndex, rows: Rows, text: list[int], exact: int) -> int:
+    """How far the index leads, in tokens; 0 where no further than exact KV does."""
+    found = index.longest(b"seed", memoryview(array("q", text)), exact, rows)
+    if found is None:
+        return 0
+    layout, ids = found
+    assert rows(ids) == len(ids)
+    return layout.tokens(len(ids))
+
+
+def test_forks_of_different_length_are_all_found() -> None:
     """Each goes on behind one chain with windows of its own; the next step of each must find them."""
-    tokens = memoryview(array("q", range(3, 403)))
-    chain = Window(logical_start=16, kv_start=16, width=8, kept=4)
-    index = LayoutIndex()
-    forks = [
-        Layout((chain, Window(logical_start=24 + 4 * n, kv_start=20 + 4 * n, width=8, kept=4)))
-        for n in range(16)
-    ]
-    for fork in forks:
-        index.add(b"seed", tokens, fork)
-    assert set(index.find(b"seed", tokens, len(tokens))) == set(forks)
+    stem, index, rows = list(range(3, 103)), LayoutIndex(), Rows()
+    forks = []
+    for n in range(16):
+        text = [*stem[: 30 + 4 * n], *([1000 + n] * 40)]
+        layout = windows_from(16, 10 + 4 * n, 0, 3)
+        index.add(b"seed", memoryview(array("q", text)), layout)
+        rows.put(text, layout)
+        forks.append(text)
+    for text in forks:
+        assert search(index, rows, [*text, 5, 5], 16) == len(text)
+    assert search(index, rows, [*stem[:50], 5], 16) == 50
 
 
-def test_a_search_looks_at_a_bounded_number_of_beginnings() -> None:
-    """The longest ones: it runs in the scheduler, whatever other users' texts left behind."""
-    tokens = memoryview(array("q", range(3, 3003)))
+def test_the_clean_part_behind_a_window_counts() -> None:
+    """Two rows share their first window; one is compressed behind it, the other goes on without."""
+    text, index, rows = list(range(3, 103)), LayoutIndex(), Rows()
+    for length, layout in ((50, windows_from(16, 2, 2)), (90, windows_from(16))):
+        index.add(b"seed", memoryview(array("q", text[:length])), layout)
+        rows.put(text[:length], layout)
+    assert search(index, rows, [*text, 5], 16) == 90
+    assert search(index, rows, [*text[:48], 5], 16) == 48
+
+
+def test_what_is_gone_is_not_looked_for_again_until_it_is_back() -> None:
+    """A search notes what the tree has lost, and the same row is found when it is there again."""
+    text, index, rows = list(range(3, 203)), LayoutIndex(), Rows()
+    layout = windows_from(16, 2, 2, 2)
+    index.add(b"seed", memoryview(array("q", text)), layout)
+    assert search(index, rows, text, 100) == 0
+    asked = len(rows.asked)
+    assert asked and search(index, rows, text, 100) == 0 and len(rows.asked) == asked
+    rows.put(text, layout)
+    index.add(b"seed", memoryview(array("q", text)), layout)
+    assert search(index, rows, text, 100) == len(text)
+
+
+def test_the_oldest_goes_first_and_never_before_what_continues_it() -> None:
+    """Eight beginnings: of three rows of three windows the last two stay, all of the first is gone."""
+    index, rows, texts = LayoutIndex(capacity=8), Rows(), []
+    for n in range(3):
+        text = [n] * 60
+        layout = windows_from(16 + n, 2, 2)
+        index.add(b"seed", memoryview(array("q", text)), layout)
+        rows.put(text, layout)
+        texts.append(text)
+        assert index.num_windows == min(4 * (n + 1), 8)
+    assert [search(index, rows, text, 20) for text in texts] == [0, 60, 60]
+    assert search(index, rows, texts[1], 20) == 60  # used: now the other one is older
+    index.add(b"seed", memoryview(array("q", texts[0])), windows_from(16))
+    assert [search(index, rows, text, 20) for text in texts] == [26, 60, 28]
+    for n in range(50):
+        index.add(b"other", memoryview(array("q", [9, n] * 30)), windows_from(n))
+    assert set(index._starts) == {b"other"} and len(index._starts[b"other"]) == 4
+
+
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts, from here on, tokens that are hashed and windows that are tried."""
+    counts: Counter[str] = Counter()
+    real, window_digest = keys.hashlib.blake2b, Text.window_digest
+
+    class Hash:
+        def __init__(self, data: bytes = b"", digest_size: int = 16, state: Any = None) -> None:
+            self.state = state or real(data, digest_size=digest_size)
+
+        def update(self, data: memoryview) -> None:
+            counts["tokens"] += len(data)
+            self.state.update(data)
+
+        def copy(self) -> Hash:
+            return Hash(state=self.state.copy())
+
+        def digest(self) -> bytes:
+            return self.state.digest()
+
+    def tried(text: Text, front: bytes, window: Window) -> bytes:
+        counts["tries"] += 1
+        return window_digest(text, front, window)
+
+    monkeypatch.setattr(keys, "hashlib", SimpleNamespace(blake2b=Hash))
+    monkeypatch.setattr(Text, "window_digest", tried)
+    return counts
+
+
+LONG = [index * 7919 % 9973 for index in range(20_000)]
+# Layouts of one text, and how far each is in the tree; 16,000 tokens of it are there exactly.
+CROWDS: dict[str, list[tuple[Layout, int]]] = {
+    "no row is left": [
+        (windows_from(64 + 16 * n, *[8 * m] * 60), 0) for n in range(40) for m in range(9)
+    ],
+    "first windows are left": [
+        (windows_from(64 + 16 * n, *[8 * m] * 60), 72 + 16 * n) for n in range(40) for m in range(9)
+    ],
+    "halves are left": [(windows_from(64 + n, *[n % 7] * 200), 1500) for n in range(60)],
+    "many beginnings": [(windows_from(1 + n), 0) for n in range(15_000)],
+    "many followers": [(windows_from(64, n), 72) for n in range(5_000)],
+    "beginnings far behind": [(windows_from(15_000 + n), 0) for n in range(500)],
+}
+
+
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_the_work_of_a_search_is_bounded(crowd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other clients have left behind, it runs in the scheduler: the text is hashed once, and a
+    bounded number of windows are tried and rows looked at."""
     index = LayoutIndex()
-    starts = [4 * n for n in range(1, MOST_STARTS + 100)]
-    for start in starts:
-        index.add(b"seed", tokens, Layout((Window(start, start, width=8, kept=4),)))
-    found = [layout.windows[0].logical_start for layout in index.find(b"seed", tokens, len(tokens))]
-    assert found == starts[: -MOST_STARTS - 1 : -1]
+    tokens = memoryview(array("q", LONG))
+    rows = Rows()
+    for layout, end in CROWDS[crowd]:
+        index.add(b"seed", tokens, layout)
+        if end:
+            rows.put(LONG[:end], layout.within(end))
+    mine = windows_from(40, *[0] * 2400)
+    index.add(b"seed", tokens, mine)
+    rows.put(LONG, mine)
+    counts = hashed(monkeypatch)
+    reached = 0
+    for _ in range(12):
+        rows.asked.clear()
+        counts.clear()
+        reached = max(reached, search(index, rows, [*LONG, 1], 16_000))
+        digests = MOST_STARTS + counts["tries"]
+        assert counts["tokens"] <= len(LONG) + 2 + keys._STRIDE * digests
+        # One opening may pass the bound by as many as it has followers.
+        assert counts["tries"] <= MOST_TRIES + len(LONG) // 8 + 2 * MOST_FOLLOWERS
+        assert sum(map(tries_of_a_look, rows.asked)) <= MOST_TRIES + len(LONG) // 8 + 50
+    # What a search finds gone is out of the way of the next ones. Only the longest beginnings are
+    # looked at; one's own is, as a rule, as long as what is there exactly.
+    far = crowd in ("many beginnings", "beginnings far behind")
+    assert reached == (0 if far else len(LONG))
