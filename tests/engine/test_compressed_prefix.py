@@ -265,6 +265,30 @@ def test_diverging_in_a_window_reuses_up_to_its_start(server: Server) -> None:
     server.assert_nothing_leaked()
 
 
+def test_a_session_is_its_turns(server: Server) -> None:
+    """A turn answers, and finds in the cache, what a request with the whole text would."""
+    server.flush()
+    turns = [prompt(length, 40 + length) for length in (100, 20, 30)]
+    session = server.post("/open_session", {"capacity_of_str_len": 10_000}).json()
+    rid, answers = None, []
+    for turn in turns:
+        part = {"id": session, "rid": rid}
+        answers.append(server.generate(turn, tokens=90, session_params=part))
+        rid = answers[-1]["meta_info"]["id"]
+    assert server.post("/close_session", {"session_id": session}).status_code == 200
+    server.flush()
+    text: list[int] = []
+    for turn, answer in zip(turns, answers, strict=True):
+        text += turn
+        whole = server.generate(text, tokens=90)
+        assert whole["output_ids"] == answer["output_ids"]
+        assert (cached(whole), report(whole)) == (cached(answer), report(answer))
+        assert report(answer)["windows"] == 2
+        text += answer["output_ids"]
+    assert report(answers[-1])["reused_tokens"] > 0
+    server.assert_nothing_leaked()
+
+
 def test_forks_share_one_copy(server: Server) -> None:
     """Five requests continue one compressed chain at once: the pool holds it once."""
     page, base = server.page, ceil(len(PROMPT), server.page)

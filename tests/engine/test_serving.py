@@ -14,6 +14,8 @@ import pytest
 import requests
 from server import Server, in_parallel
 
+from kara_sglang.trace.file import file_name
+
 QUESTION = [{"role": "user", "content": "Tell me about the history of bread, in detail."}]
 
 
@@ -180,7 +182,7 @@ def test_openai_routes_take_options(smollm2: Server) -> None:
 def test_the_page_of_a_trace_shows_the_answer(smollm2: Server, logs: Path) -> None:
     """`python -m kara_sglang.trace show` finds the tokenizer by itself; its text is the answer's."""
     answer = chat(smollm2, tokens=400).json()
-    path = logs / "smollm2-traces" / f"{answer['id']}.npz"
+    path = logs / "smollm2-traces" / file_name(answer["id"])
     command = (sys.executable, "-m", "kara_sglang.trace", "show", str(path))
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0, shown.stderr
