@@ -1,4 +1,4 @@
-"""Storing one decode step's queries of several layers in the ring, by one launch fit for a CUDA graph."""
+"""Storing one decode step's queries of several layers in the ring: one launch, fit for a CUDA graph."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def record(ring: Ring, step: Step, queries: Sequence[torch.Tensor]) -> None:
     Parameters
     ----------
     ring : Ring
-        Of as many layers as there are queries, at most ``LAYERS_AT_ONCE``; contiguous, written in place.
+        Of as many layers as there are queries, at most ``LAYERS_AT_ONCE``; contiguous, written in
+        place.
     step : Step
     queries : sequence of torch.Tensor
         One per layer, shape ``(batch, num_kv_heads * group * head_dim)`` or with the last dimension
