@@ -165,9 +165,10 @@ def test_the_example_of_the_ring_prints_what_it_says():
 
 def test_the_throughput_tables_are_the_committed_results():
     """A figure edited by hand, or a result exchanged without its tables, is found here."""
-    for path in (README, THROUGHPUT):
+    results = ROOT / "benchmarks" / "results" / "serving" / "README.md"
+    for path, shown in ((README, "quick/"), (THROUGHPUT, "quick/"), (results, "tiny/")):
         text = path.read_text()
-        assert re.search(r"<!-- serving:quick/scarce.* -->\n\| row \|", text)
+        assert re.search(rf"<!-- serving:{shown}.* -->\n\| (row|point) \|", text)
         command = f"python -m kara_sglang.benchmarks.serving.tables {path.relative_to(ROOT)}"
         assert tables.render(text) == text, f"run {command}"
 
@@ -179,7 +180,8 @@ def test_the_readme_is_read_in_five_minutes():
 
 
 def test_links_between_the_documents_lead_somewhere():
-    for path in (README, *(ROOT / "docs").glob("*.md"), ROOT / "CHANGELOG.md"):
+    results = (ROOT / "benchmarks" / "results").glob("*/README.md")
+    for path in (README, *(ROOT / "docs").glob("*.md"), ROOT / "CHANGELOG.md", *results):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
