@@ -163,6 +163,7 @@ def measure(server: Server, row: Row, asked: list[list[int]], output: int) -> di
             "largest": 1e3 * gaps[-1],
         },
         "windows": sum(report.get("windows", 0) for report in reports),
+        "without_queries": sum(report.get("without_queries", 0) for report in reports),
         "retained": statistics.fmean(report.get("retained", 1.0) for report in reports),
         "counters": counters,
         "schedule": {str(running): list(found) for running, found in schedule.items()},
