@@ -89,6 +89,7 @@ class Coordinator:
             self.metrics = Metrics(context.collector.labels)
         self.tracer = Tracer(scheduler, config) if config.trace is not None else None
         self._selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
+        self._layers: LayerPool | None = None
         self._without_queries = self._selectors["keys"]
         self.handout = Handout(recorder, config.query_heads) if recorder is not None else None
         self.calendar = Calendar()
@@ -115,7 +116,6 @@ class Coordinator:
             if selector.needs_queries:
                 sizes = {1, self.recorder.shape.group} if self.recorder is not None else set()
             for size in sorted(sizes):
-                units = torch.arange(size, device=device)
                 job = WindowJob(
                     slots=torch.arange(start, start + width, dtype=torch.int32, device=device),
                     kept=self.config.kept(self.geometry.page_size),
@@ -123,7 +123,7 @@ class Coordinator:
                     seed=0,
                     query_start=0,
                     query_count=width + self.geometry.delay,
-                    units=units.clamp(max=self.recorder.num_units - 1) if size else None,
+                    units=tuple(min(i, self.recorder.num_units - 1) for i in range(size)) or None,
                 )
                 with self._forward_stream():
                     _keep_until_read(job)
@@ -382,7 +382,7 @@ class Coordinator:
                     seed=seed,
                     query_start=state.base + state.removed,
                     query_count=geometry.window + geometry.delay,
-                    units=None if voters == "none" else self.recorder.units_of(state.recorder),
+                    units=None if voters == "none" else state.recorder.units,
                 )
             )
             to_free.append((slots[state.kept :], state.base + state.kept))
@@ -464,16 +464,20 @@ class Coordinator:
             raise RuntimeError(f"kv-compress: tensor-parallel ranks disagree; this one took {taken}")
 
     def _pool(self) -> LayerPool:
+        """The same object as long as SGLang's buffers are the same."""
         pool = self.scheduler.token_to_kv_pool_allocator.get_kvcache()
-        recorder = self.recorder
-        return LayerPool(
-            keys=list(pool.k_buffer),
-            values=list(pool.v_buffer),
-            rings=recorder.rings if recorder is not None else [],
-            ring_len=recorder.ring_len if recorder is not None else 0,
-            scales=self.scales,
-            turn=self.turn,
-        )
+        known = self._layers
+        if known is None or known.keys is not pool.k_buffer or known.values is not pool.v_buffer:
+            recorder = self.recorder
+            self._layers = known = LayerPool(
+                keys=pool.k_buffer,
+                values=pool.v_buffer,
+                rings=recorder.rings if recorder is not None else [],
+                ring_len=recorder.ring_len if recorder is not None else 0,
+                scales=self.scales,
+                turn=self.turn,
+            )
+        return known
 
     @contextlib.contextmanager
     def _forward_stream(self) -> Iterator[None]:
@@ -514,10 +518,9 @@ def _mark(state: RequestState, voters: Voters, seed: int) -> str:
 
 
 def _keep_until_read(job: WindowJob) -> None:
-    """Tell the allocator that the current stream reads tensors that another stream has made."""
-    for tensor in (job.slots, job.units):
-        if tensor is not None and tensor.is_cuda:
-            tensor.record_stream(torch.cuda.current_stream())
+    """Tell the allocator that the current stream reads a tensor that another stream has made."""
+    if job.slots.is_cuda:
+        job.slots.record_stream(torch.cuda.current_stream())
 
 
 def _goes_on(req: Req) -> bool:

@@ -142,10 +142,6 @@ class QueryRecorder:
             return "none"
         return "all" if len(recorder.units) == self.shape.group else "mean"
 
-    def units_of(self, recorder: Recorder) -> torch.Tensor:
-        """The recorder's units on the device, shape ``(group,)`` or ``(1,)``, int64."""
-        return to_device(torch.tensor(recorder.units), self.shape.device)
-
     def flush(self) -> None:
         """Write what changed into the device tables; the caller is on the forward stream."""
         group, device = self.shape.group, self.shape.device

@@ -86,9 +86,8 @@ def check_recorded(recorder: QueryRecorder, request: Request, fp8: bool) -> None
     assert recorder.voters(given, first - 1, request.length) == "none"
     if count == 0:
         return
-    units = recorder.units_of(given)
     for layer, ring in enumerate(recorder.rings):
-        got = recorded(ring, first, count, units, recorder.ring_len)
+        got = recorded(ring, first, count, given.units, recorder.ring_len)
         heads = group if len(given.units) == group else 1
         assert got.shape == (count, recorder.shape.num_kv_heads, heads, recorder.shape.head_dim)
         for i in range(count):
@@ -336,7 +335,7 @@ def test_fp8_keeps_queries_of_any_size() -> None:
     rows = torch.tensor([2000.0, -1999.0, 448.0, 3.0, -0.03, 1.7])
     queries = torch.stack([rows, rows / 1000, rows * 1e30, torch.zeros(6)]).view(1, -1)
     record(ring, torch.tensor([[1]]), queries)
-    got = recorded(ring, 1, 1, torch.tensor([0]), 3)[0, :, 0]
+    got = recorded(ring, 1, 1, (0,), 3)[0, :, 0]
     assert ring.exponents[1].tolist() == [3, -7, 102, -100]
     for ours, head in zip(got, queries.view(4, 6), strict=True):
         # Three bits behind the point, and the smallest number that a head's scale leaves.
@@ -353,7 +352,7 @@ def test_fp8_clamps_instead_of_making_nan(dtype: torch.dtype) -> None:
     huge = torch.finfo(dtype).max
     queries = torch.tensor([[-huge, 1.0, torch.inf, huge, torch.nan, huge]], dtype=dtype)
     record(ring, torch.tensor([[0]]), queries)
-    finite, infinite, broken = recorded(ring, 0, 1, torch.tensor([0]), 2)[0, :, 0]
+    finite, infinite, broken = recorded(ring, 0, 1, (0,), 2)[0, :, 0]
     assert finite[0] == pytest.approx(max(-huge, -448 * 2.0**119), rel=1 / 16)
     assert infinite[0] == 448 * 2.0**119 and infinite[1].isfinite()
     assert broken[0].isnan() and broken[1].isfinite()
@@ -365,7 +364,7 @@ def test_a_ring_is_checked() -> None:
     with pytest.raises(ValueError, match="exponents must be int8 of shape"):
         Ring(torch.zeros(3, 1, 4).to(FP8), torch.zeros(3, 2, dtype=torch.int8))
     with pytest.raises(ValueError, match="5 queries asked of a ring that holds 4 tokens"):
-        recorded(Ring.zeros((9, 1, 4), torch.float32), 0, 5, torch.tensor([0]), 4)
+        recorded(Ring.zeros((9, 1, 4), torch.float32), 0, 5, (0,), 4)
 
 
 @pytest.mark.parametrize("ring_dtype", [torch.float32, torch.float16, torch.bfloat16, FP8])
@@ -375,7 +374,7 @@ def test_queries_of_any_float_dtype_are_accepted(ring_dtype: torch.dtype, dtype:
     ring = Ring.zeros((3, 2, 4), ring_dtype)
     queries = torch.arange(8.0).reshape(1, 8).to(dtype)
     record(ring, torch.tensor([[2]]), queries)
-    got = recorded(ring, 2, 1, torch.tensor([0]), 3)
+    got = recorded(ring, 2, 1, (0,), 3)
     assert got.float().flatten().tolist() == list(range(8))
 
 
@@ -399,7 +398,7 @@ def test_what_is_read_is_a_copy() -> None:
     for dtype in (torch.float32, FP8):
         ring = Ring.zeros((5, 1, 2), dtype)
         record(ring, torch.arange(5)[:, None], torch.randn(5, 2))
-        got = recorded(ring, 0, 4, torch.tensor([0]), 4)
+        got = recorded(ring, 0, 4, (0,), 4)
         before = got.clone()
         assert before.count_nonzero() == 8
         ring.queries.zero_()
@@ -472,8 +471,7 @@ def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
     assert len(expected) > 100
     for unit in range(recorder.num_units):
         got = [
-            recorded(ring, 0, recorder.ring_len, torch.tensor([unit]), recorder.ring_len)
-            for ring in recorder.rings
+            recorded(ring, 0, recorder.ring_len, (unit,), recorder.ring_len) for ring in recorder.rings
         ]
         for place in range(recorder.ring_len):
             truth = expected.get((unit, place), torch.zeros(layers, kv_heads, 3))
