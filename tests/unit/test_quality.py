@@ -361,15 +361,15 @@ def test_a_replay_keeps_what_the_recorder_keeps():
     for mean in (False, True):
         plan = Plan(None, 16, 8, 4, mean=mean)
         got = Replay._recorded(layer, plan, 10, 2)
-        ring = record.Ring.zeros((3 * 20 + 1, 2, 16), torch.float32)
+        ring = record.Ring.zeros((1, 3 * 20 + 1, 2, 16), torch.float32)
         units = [0, -1, -1] if mean else [0, 1, 2]
         for position in range(10, 30):
-            where = record.plan(
-                torch.tensor([position]), torch.tensor([0]), torch.tensor([units]), 20, 60
+            step = record.Step(
+                torch.tensor([position]), torch.tensor([0]), torch.tensor([units]), ring_len=20
             )
-            record.record(ring, where, queries[None, :, position])
+            record.record(ring, step, [queries[None, :, position]])
         kept = tuple(unit for unit in units if unit >= 0)
-        assert torch.equal(got, record.recorded(ring, 10, 20, kept, 20))
+        assert torch.equal(got, record.recorded(ring[0], 10, 20, kept, 20))
 
 
 def test_what_variants_change():
@@ -618,8 +618,8 @@ def test_the_documents_tables_are_the_committed_results():
     for name in ("quick", "coder", "full", "half", "windows"):
         result = json.loads((results / f"{name}.json").read_text())
         assert (results / f"{name}.md").read_text() == report.markdown(result)
-    for text in (document, readme):
-        assert "<!-- quality:quick quick/selectors" in text
+    for text, shown in ((document, "quick quick/selectors"), (readme, "gsm8k-h100 @0.5")):
+        assert f"<!-- quality:{shown} -->\n| row |" in text
         assert report.put_into(text) == text
 
 
