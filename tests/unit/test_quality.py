@@ -48,7 +48,7 @@ from kara_sglang.benchmarks.quality.variants import Variant, VariantSelector
 from kara_sglang.config import KaraConfig
 from kara_sglang.embedded_model import transformers_name
 from kara_sglang.kernels import record, selectors
-from kara_sglang.kernels.score import NEIGHBOURS_SHARE, AttentionRule
+from kara_sglang.kernels.score import NEIGHBOURS_SHARE, AttentionRule, key_distances
 
 VOCAB = 50
 
@@ -314,6 +314,16 @@ def test_a_variant_without_changes_is_the_product_selector(score: str, variant: 
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_variant_without_votes_is_the_selector_without_queries():
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(64, 2, 16, generator=generator) for _ in range(2))
+    nobody = torch.full((80, 2, 3, 16), math.nan)
+    expected = selectors.build("keys", KaraConfig()).score(None, keys, values, scale=0.25, seed=0)
+    variant = dataclasses.replace(rows.PRODUCT, votes=0)
+    got = VariantSelector(variant=variant).score(nobody, keys, values, scale=0.25, seed=0)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_ablations_start_from_the_default():
     selector = selectors.build("kara", KaraConfig())
     assert selector.chunks.budget == rows.PRODUCT.chunks
@@ -332,6 +342,15 @@ def test_the_ablations_start_from_the_default():
 def test_a_search_knows_whose_queries_vote(name: str):
     every, mean = (search.plan_of(row, 128, 0.5) for row in (name, name + search.MEAN))
     assert dataclasses.replace(every, mean=True) == mean and not every.mean
+
+
+def test_a_search_can_take_the_scripts_of_a_table():
+    tokenizer = SimpleNamespace(encode=lambda text, **_: encode(text))
+    found = search.scripts_of_part(tokenizer, "windows", "held_out", 2)
+    assert [script.name.split("-")[0] for script in found] == ["text", "recall"] * 2
+    assert {len(script.probes) for script in found[1::2]} == {8}
+    layout = Layout(1024, 1, facts=8)
+    assert found[3] == tasks.recall_script(encode, texts.load("held_out", 2)[1], layout, seed=1)
 
 
 def test_a_replay_keeps_what_the_recorder_keeps():
@@ -371,6 +390,12 @@ def test_what_variants_change():
     torch.testing.assert_close(score(later=0), _without_later(queries, keys, values))
     pooled = score(pool=3)
     torch.testing.assert_close(pooled[:, 5], plain[:, 4:7].mean(-1))
+    torch.testing.assert_close(score(votes=0.5, value=0), score(value=0) ** 0.5)
+    torch.testing.assert_close(score(key=-2), plain / keys.square().sum(-1).T)
+    torch.testing.assert_close(score(unlike=2), plain * key_distances(values) ** 2)
+    late, queries[:48] = score(since=48), 0.0
+    torch.testing.assert_close(score(since=48), late)
+    assert not torch.equal(score(), plain)
 
 
 def _without_later(queries, keys, values) -> torch.Tensor:
