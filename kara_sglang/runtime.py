@@ -71,7 +71,10 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     first = layers[0]
     group = first.tp_q_head_num // first.tp_k_head_num
     largest = WindowShape(
+        num_layers=len(layers),
         num_kv_heads=first.tp_k_head_num,
+        head_dim=first.qk_head_dim,
+        dtype=runner.dtype,
         width=config.window,
         kept=config.window,
         units=group if config.query_bytes else 0,

@@ -119,7 +119,7 @@ STEPS = (
         (
             *_TINY,
             *("--query-mem-gb", "0.0003", "--ramp", "4", "--measured", "6", "--repetitions", "1"),
-            *("--groups", "requests", "--rows", "kara-0.5", "--profile-steps", "0"),
+            *("--groups", "requests", "--rows", "kara-0.5", "--profiled"),
         ),
     ),
     Step(

