@@ -235,6 +235,7 @@ SURFACE = (
         (
             "_get_running_request_total_token_offset(req)",
             "_select_prefill_admission(req, *, total_tokens, **rest)",
+            "can_run_list",
             "running_batch",
         ),
     ),
