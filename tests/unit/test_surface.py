@@ -9,6 +9,7 @@ import inspect
 import logging
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,7 @@ FILES = [
     for path in (
         *(ROOT / "kara_sglang").glob("*.py"),
         ROOT / "kara_sglang" / "trace" / "tracer.py",
-        ROOT / "kara_sglang" / "compat" / "running_batch.py",
+        *(ROOT / "kara_sglang" / "compat" / name for name in ("running_batch.py", "padding.py")),
         *(ROOT / "radix_integration").glob("*.py"),
     )
     if path.name not in _COMMANDS
@@ -43,7 +44,21 @@ FILES = [
 
 # Whose names an attribute may have where the reader does not know its owner.
 _LIBRARIES = (
-    *(str, bytes, int, float, list, dict, set, tuple, memoryview, array.array, OSError, type),
+    *(
+        str,
+        bytes,
+        int,
+        float,
+        list,
+        dict,
+        OrderedDict,
+        set,
+        tuple,
+        memoryview,
+        array.array,
+        OSError,
+        type,
+    ),
     *(Path, argparse.ArgumentParser, logging.Logger, inspect.Signature, inspect.Parameter),
     *(types.FunctionType, types.CellType, np.ndarray, prometheus_client.Counter),
     *(prometheus_client.Gauge, torch.Tensor, torch.nn.Module, torch.cuda.Stream, torch.cuda),
