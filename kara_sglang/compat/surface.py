@@ -194,7 +194,13 @@ SURFACE = (
             "v_head_dim",
         ),
     ),
-    Used("layers.rotary_embedding.base.RotaryEmbedding", ("cos_sin_cache", "is_neox_style")),
+    Used(
+        "layers.rotary_embedding.base.RotaryEmbedding",
+        ("cos_sin_cache", "is_neox_style", "position_start"),
+    ),
+    # One model for all those whose attention keeps its embedding under this name.
+    Used("models.llama.LlamaAttention", ("rotary_emb",)),
+    Used("models.hunyuan.HunYuanAttention", ("query_layernorm",)),
     Used(
         "model_executor.forward_batch_info.ForwardBatch",
         ("forward_mode", "mrope_positions", "positions", "req_pool_indices"),
@@ -230,7 +236,8 @@ SURFACE = (
     ),
     Used("observability.metrics_collector.SchedulerMetricsCollector", ("labels",)),
     Used("managers.scheduler_components.new_token_ratio_tracker.NewTokenRatioTracker", ("current",)),
-    Used("managers.io_struct.GenerateReqInput", ("input_ids",)),
+    Used("managers.tokenizer_manager.TokenizerManager", ("model_config",)),
+    Used("managers.io_struct.GenerateReqInput", ("input_ids", "session_params")),
     Used("managers.io_struct.GetInternalStateReqOutput", ("internal_state",)),
     Used("managers.schedule_policy", ("CLIP_MAX_NEW_TOKENS",)),
     Used(
