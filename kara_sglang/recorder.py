@@ -14,7 +14,7 @@ import torch
 
 from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.copies import to_device
-from kara_sglang.kernels.record import FP8, Ring, Step
+from kara_sglang.kernels.record import Ring, Step
 
 LAG = 64
 """Least value of ``QueryRecorder.lag``."""
@@ -56,8 +56,8 @@ class QueryRecorder:
         Tokens; a unit holds ``window + delay + lag`` of them.
     budget_bytes : int
         For all layers together.
-    fp8 : bool
-        Store e4m3, with a power of two per entry and KV head, instead of the model's dtype.
+    dtype : torch.dtype
+        Of what is stored: the model's, or ``FP8`` or ``FP4`` of ``kernels/record.py``.
     lag : int
         Tokens that a due window may wait for its pass before its first queries are overwritten.
     """
@@ -68,13 +68,12 @@ class QueryRecorder:
         window: int,
         delay: int,
         budget_bytes: int,
-        fp8: bool,
+        dtype: torch.dtype,
         lag: int = LAG,
     ) -> None:
         self.shape = shape
         self.lag = lag
         self.ring_len = window + delay + lag
-        dtype = FP8 if fp8 else shape.dtype
         entry_bytes = shape.num_layers * shape.num_kv_heads * Ring.head_bytes(shape.head_dim, dtype)
         self.unit_bytes = entry_bytes * self.ring_len
         self.num_units = budget_bytes // self.unit_bytes

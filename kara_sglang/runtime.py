@@ -102,7 +102,7 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
         config.window,
         config.delay,
         config.query_bytes,
-        fp8=config.query_dtype == "fp8",
+        config.ring_dtype(shape.dtype),
         lag=policy.lag(config),
     )
     need = policy.cheapest(shape.group, config.query_heads)
