@@ -71,8 +71,10 @@ def physical_key(seed: bytes, tokens: memoryview, windows: Iterable[Window]) -> 
         start, end = window.logical_start, window.logical_start + window.width
         key.frombytes(tokens[done:start].cast("B"))
         running.update(tokens[done:start])
-        # No token is negative, so no text can look like this mark.
-        running.update(array("q", (-1, window.width, window.kept)))
+        # No token is negative, so no text can look like this.
+        mark = window.mark.encode()
+        running.update(array("q", (-1, window.width, window.kept, len(mark))))
+        running.update(mark)
         running.update(tokens[start:end])
         key.frombytes(_ids(running.digest(), window.kept))
         done = end

@@ -82,7 +82,7 @@ STEPS = (
     Step(
         "kernels",
         "each kernel: correctness, 2,000 worst moves, time and share of its floor",
-        3,
+        5,
         "gpu.kernels",
         ("--models", "Qwen3-8B"),
         needs=("gpu",),
@@ -119,7 +119,7 @@ STEPS = (
         (
             *_TINY,
             *("--query-mem-gb", "0.0003", "--ramp", "4", "--measured", "6", "--repetitions", "1"),
-            *("--groups", "requests", "--rows", "kara-0.5", "--profile-steps", "0"),
+            *("--groups", "requests", "--rows", "kara-0.5", "--profiled"),
         ),
     ),
     Step(
@@ -156,7 +156,7 @@ STEPS = (
     Step(
         "other_kernels",
         "the kernels in the other shapes",
-        6,
+        10,
         "gpu.kernels",
         ("--models", "R1-Distill-Qwen-7B", "Qwen3-32B"),
         needs=("gpu",),

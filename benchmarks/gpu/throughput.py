@@ -320,7 +320,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ramp", type=float, default=25, help="seconds before what is measured")
     parser.add_argument("--measured", type=float, default=30, help="seconds that are measured")
     parser.add_argument("--query-mem-gb", type=float, default=2.0)
-    parser.add_argument("--profile-steps", type=int, default=64, help="0: no profile")
+    parser.add_argument("--profiled", nargs="*", default=[STOCK, "kara-0.5", "keys-0.5"], metavar="ROW")
+    parser.add_argument("--profile-steps", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after so long")
     parser.add_argument("--server-args", default="", help="more flags for every server, as one word")
     parser.add_argument("--folder", type=Path, help="for logs; default: a temporary one")
@@ -424,8 +425,8 @@ def main(arguments: list[str]) -> int:
                             f"{found['counters']['mean_running']:.1f} running",
                             flush=True,
                         )
-            for row in members if options.profile_steps else ():
-                if row.name in (STOCK, "kara-0.5", "keys-0.5", "kvllm"):
+            for row in members:
+                if row.name in options.profiled:
                     found = profile_row(
                         running[row.server],
                         clients(row, 99),

@@ -38,6 +38,7 @@ from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.quality import campaign
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
+from kara_sglang.benchmarks.quality.pace import fastest
 from kara_sglang.benchmarks.quality.rows import Row, reference, selectors
 from kara_sglang.benchmarks.quality.script import Cell, Probe, Script, write_json
 from kara_sglang.benchmarks.quality.tasks import NAMES, SETTLE, WORDS, Encode, encoder
@@ -389,10 +390,17 @@ def main(arguments: list[str]) -> int:
         ]
         for script in scripts:
             script.save(folder)
-        stages = campaign.orders(rows, scripts, folder, model, 1, options.running)
+        running = options.running or campaign.RUNNING
+        stages = campaign.orders(rows, scripts, folder, model, 1, running)
+        dtype, threads = None, len(os.sched_getaffinity(0))
+        if cpu_engine.is_installed():
+            config = json.loads((Path(model) / "config.json").read_text())
+            found = fastest(config["hidden_size"], config["intermediate_size"], running)
+            dtype, threads = found.dtype, found.threads
+            for order in (order for stage in stages for order in stage):
+                order.engine["dtype"] = dtype
         left = sum(len(order.requests) for stage in stages for order in stage)
         total = len(rows) * len(scripts)
-        threads = len(os.sched_getaffinity(0))
         with tqdm(total=total, initial=total - left, desc="regimes", unit="cell") as bar:
             campaign.carry_out(stages, folder, "regimes", threads, bar.update)
     except (EmbeddedModelMissing, EngineFailed) as error:
@@ -402,7 +410,7 @@ def main(arguments: list[str]) -> int:
         "command": command(MODULE, arguments),
         "machine": machine(),
         "model": Path(model).name,
-        "dtype": "float32" if cpu_engine.is_installed() else "model",
+        "dtype": dtype or "model",
         "kara_sglang": __version__,
         "scripts": len(scripts),
         "tokens_per_script": [min(lengths := [len(s.forced) for s in scripts]), max(lengths)],

@@ -29,7 +29,7 @@ from kara_sglang.radix_integration.compressed import CompressedRadixCache
 from kara_sglang.radix_integration.keys import FIRST_ID, physical_key, seed_of
 from kara_sglang.radix_integration.layout import MOST_STARTS, Layout, LayoutIndex
 from kara_sglang.radix_integration.prefix import forget_match, layout_of, prefix_of
-from kara_sglang.state import STATE, Window, ceil_align
+from kara_sglang.state import STATE, VOTERS, Window, ceil_align
 
 ROW = 200
 POOL = 1200
@@ -604,7 +604,7 @@ def test_keys_are_tokens_and_ids_that_no_token_has() -> None:
     drawn = one[8:12] + one[16:20]
     assert all(FIRST_ID <= ident < 2**61 for ident in drawn) and len(set(drawn)) == 8
     # The same in every process and on every rank.
-    assert one[8] == 1811099797475662172
+    assert one[8] == 1313325329014818125
     for position, first_changed in ((3, 8), (15, 8), (17, 13), (27, 16), (30, 22)):
         other = key([*tokens[:position], 7, *tokens[position + 1 :]])
         differs = [index for index in range(32) if other[index] != one[index]]
@@ -619,6 +619,9 @@ def test_keys_are_tokens_and_ids_that_no_token_has() -> None:
     ):
         assert not set(key(start=start)[8:12]) & set(drawn)
     assert key(cut=(Window(8, 8, 8, 5), Window(20, 17, 8, 4)))[8:12] != one[8:12]
+    chosen_by = [key(cut=(Window(8, 8, 8, 4, mark), windows[1])) for mark in ("", *VOTERS)]
+    assert len({tuple(other[8:12]) for other in chosen_by}) == 4
+    assert len({tuple(other[16:20]) for other in chosen_by}) == 4, "windows behind tell it, too"
     assert seed_of(b"x", None, "") == seed_of(b"x", None, None)
 
 

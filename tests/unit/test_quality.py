@@ -19,6 +19,7 @@ from kara_sglang.benchmarks.quality import (
     campaign,
     estimates,
     instrument,
+    pace,
     reasoning,
     regimes,
     report,
@@ -29,6 +30,7 @@ from kara_sglang.benchmarks.quality import (
 )
 from kara_sglang.benchmarks.quality.engine import EngineFailed
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
+from kara_sglang.benchmarks.quality.pace import Pace
 from kara_sglang.benchmarks.quality.replay import Layer, Plan, Replay
 from kara_sglang.benchmarks.quality.rows import Part, Row
 from kara_sglang.benchmarks.quality.script import (
@@ -708,11 +710,16 @@ def test_answers_are_collected_once_and_graded_later(tmp_path: Path, monkeypatch
     servers = _Asked()
     monkeypatch.setattr(reasoning, "serve", servers.serve)
     monkeypatch.setattr(reasoning, "ask", ask)
+    monkeypatch.setattr(reasoning, "fastest", lambda *_: Pace("bfloat16", 2, {"bfloat16/2": 1.0}))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"hidden_size": 8, "intermediate_size": 16}')
     data = tmp_path / "problems.jsonl"
     data.write_text('{"question": "q", "answer": "#### 18"}\n' * 3)
     arguments = [
         *("--out", str(tmp_path / "out.json"), "--data", str(data)),
-        *("--rows", "full", "random", "paper"),
+        *("--rows", "full", "random", "paper", "--model", str(model)),
     ]
     assert reasoning.main([*arguments, "--collect"]) == 0
     assert not (tmp_path / "out.json").exists()
@@ -725,6 +732,23 @@ def test_answers_are_collected_once_and_graded_later(tmp_path: Path, monkeypatch
     assert "--collect" not in result["meta"]["command"]
     answered = json.loads((tmp_path / "out.run" / "answered.json").read_text())
     assert answered.items() <= result["meta"].items()
+    assert (answered["dtype"], answered["threads"]) == ("bfloat16", "2")
+
+
+def test_the_pace_is_what_was_measured_fastest(monkeypatch):
+    took = {(torch.float32, 1): 4.0, (torch.bfloat16, 1): 3.0, (torch.float32, 2): 2.0}
+    before = torch.get_num_threads()
+
+    def time(hidden, inner, batch, dtype):
+        assert (hidden, inner, batch) == (8, 16, 32)
+        return took.get((dtype, torch.get_num_threads()), 5.0)
+
+    monkeypatch.setattr(pace, "_time", time)
+    monkeypatch.setattr(pace.os, "sched_getaffinity", lambda _: {0, 1})
+    found = pace.fastest(8, 16, 32)
+    assert (found.dtype, found.threads) == ("float32", 2)
+    assert found.milliseconds["bfloat16/1"] == 3000.0 and len(found.milliseconds) == 4
+    assert torch.get_num_threads() == before
 
 
 # -- regimes ---------------------------------------------------------------------------------------

@@ -104,13 +104,14 @@ class Request:
 
 
 def check_recorded(recorder: QueryRecorder, request: Request) -> None:
-    """Everything that ``covers`` promises is in the ring, bit for bit."""
+    """Everything that ``voters`` promises is in the ring, bit for bit."""
     given = request.recorder
     group = recorder.shape.group
     first = max(given.since, request.length - recorder.ring_len)
     count = request.length - first
-    assert recorder.covers(given, first, request.length)
-    assert not recorder.covers(given, first - 1, request.length)
+    kind = "all" if len(given.units) == group else "mean"
+    assert recorder.voters(given, first, request.length) == kind
+    assert recorder.voters(given, first - 1, request.length) == "none"
     if count == 0:
         return
     for layer, ring in enumerate(recorder.rings):
@@ -196,7 +197,7 @@ def play(random: Random) -> tuple[int, int]:
 
 
 def test_the_ring_is_a_dictionary() -> None:
-    """Through arrivals, late recorders, row reuse and wraps, what ``covers`` promises is there."""
+    """Through arrivals, late recorders, row reuse and wraps, what ``voters`` promises is there."""
     totals = [play(Random(seed)) for seed in range(90)]
     assert sum(compared for compared, _ in totals) > 8_000
     assert sum(wrapped for _, wrapped in totals) > 800
@@ -326,16 +327,20 @@ def test_more_units_than_are_free_is_an_error_that_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("window,delay", [(1, 0), (16, 0), (512, 64)])
-def test_covers(window: int, delay: int) -> None:
-    """A window is covered from its first recorded token until LAG tokens after it is due."""
+def test_voters(window: int, delay: int) -> None:
+    """A window can be voted on if recording began with it or before, until LAG tokens after it is
+    due."""
     recorder = make(window=window, delay=delay, units=2, layers=1)
     assert recorder.ring_len == window + delay + LAG
-    given = recorder.acquire(1, 2, since=100)
-    due = 100 + window + delay
-    assert recorder.covers(given, 100, due) and recorder.covers(given, 100, due + LAG)
-    assert not recorder.covers(given, 100, due + LAG + 1)
-    assert not recorder.covers(given, 99, 120)
-    assert recorder.covers(given, 101, due + LAG + 1)
+    assert recorder.shape.group > 1
+    for units, kind in ((1, "mean"), (recorder.shape.group, "all")):
+        given = recorder.acquire(1, units, since=100)
+        due = 100 + window + delay
+        assert recorder.voters(given, 100, due) == recorder.voters(given, 100, due + LAG) == kind
+        assert recorder.voters(given, 100, due + LAG + 1) == "none"
+        assert recorder.voters(given, 99, 120) == "none"
+        assert recorder.voters(given, 101, due + LAG + 1) == kind
+        recorder.release(given)
 
 
 def test_the_budget_is_never_exceeded() -> None:
