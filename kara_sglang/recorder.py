@@ -16,6 +16,7 @@ import torch
 from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.copies import to_device
 from kara_sglang.kernels.record import Ring, Step
+from kara_sglang.ring_check import RingCheck
 
 if TYPE_CHECKING:
     from kara_sglang.state import Voters
@@ -64,6 +65,8 @@ class QueryRecorder:
         Of what is stored: the model's, or ``FP8`` or ``FP4`` of ``kernels/record.py``.
     lag : int
         Tokens that a due window may wait for its pass before its first queries are overwritten.
+    checked : bool
+        Whether to keep a :class:`RingCheck` beside the ring.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class QueryRecorder:
         budget_bytes: int,
         dtype: torch.dtype,
         lag: int = LAG,
+        checked: bool = False,
     ) -> None:
         self.shape = shape
         self.lag = lag
@@ -89,6 +93,9 @@ class QueryRecorder:
             (shape.num_layers, entries, shape.num_kv_heads, shape.head_dim), dtype, shape.device
         )
         self.rings = [self.ring[layer] for layer in range(shape.num_layers)]
+        self.check = (
+            RingCheck((shape.num_layers, entries), self.ring_len, shape.device) if checked else None
+        )
         self._free = list(range(self.num_units - 1, -1, -1))
         self.active: dict[int, Recorder] = {}  # by row
         self._dirty: set[int] = set()
@@ -149,6 +156,8 @@ class QueryRecorder:
         units = [((r.units if r is not None else ()) + none)[:group] for r in active]
         where = to_device(torch.tensor(rows), device)
         self.units.index_copy_(0, where, to_device(torch.tensor(units), device))
+        if self.check is not None:
+            self.check.forget(unit for r in active if r is not None for unit in r.units)
         self._dirty.clear()
 
     def record(
@@ -172,8 +181,11 @@ class QueryRecorder:
         last = layer == self.shape.num_layers - 1
         if last or len(self._held) == kernels.layers_at_once:
             held, self._held = self._held, []
-            of_them = self.ring[layer + 1 - len(held) : layer + 1]
-            kernels.record(of_them, Step(positions, rows, self.units, self.ring_len), held)
+            layers = slice(layer + 1 - len(held), layer + 1)
+            step = Step(positions, rows, self.units, self.ring_len)
+            kernels.record(self.ring[layers], step, held)
+            if self.check is not None:
+                self.check.record(layers, step)
 
     def warm_up(self, kernels: Kernels) -> None:
         """Record row 0, which SGLang gives to nobody, so that no decode step waits for a compiler."""

@@ -298,8 +298,9 @@ class World:
             dtype = config.ring_dtype(torch.float32)
             unit = LAYERS * KV_HEADS * {FP4: DIM // 2 + 4, FP8: DIM + 1}.get(dtype, 4 * DIM)
             unit *= config.window + config.delay + LAG
+            checked = config.debug_checks and setting.real  # else no query is ever made
             self.recorder = WatchedRecorder(
-                shape, config.window, config.delay, setting.units * unit, dtype
+                shape, config.window, config.delay, setting.units * unit, dtype, checked=checked
             )
             self.recorder.world = self
             self.recorder.allocate_tables(ROWS)
@@ -1205,6 +1206,27 @@ def test_debug_checks_notice_torn_pages(first: int, second: int) -> None:
     row = world.req_to_token[req.kv.req_pool_idx]
     row[[first, second]] = row[[second, first]]
     with pytest.raises(RuntimeError, match="does not consist of whole pages"):
+        world.coordinator.before_decode(world.batch)
+
+
+@pytest.mark.parametrize("heads", ["all", "mean"])
+def test_debug_checks_notice_a_step_that_recorded_nothing(heads: str) -> None:
+    """As in a CUDA graph that was captured without its recording launches: the window would be chosen
+    by what lay in the ring before."""
+    world, req = one_request(selector="kara", query_heads=heads, debug_checks=True)
+    advance(world, 8 + 2)
+    world.coordinator.before_decode(world.batch)
+    assert len(req.state.windows) == 1
+    world, _ = one_request(selector="kara", query_heads=heads, debug_checks=True)
+    advance(world, 8)
+    record = world.recorder.record
+    world.recorder.record = lambda *_: None
+    advance(world, 1)
+    world.recorder.record = record
+    advance(world, 1)
+    with pytest.raises(
+        RuntimeError, match="the query of position 13 in layer 0, it holds none of this request's"
+    ):
         world.coordinator.before_decode(world.batch)
 
 
