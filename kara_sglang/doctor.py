@@ -343,7 +343,7 @@ def recorder_of(model: Any, config: KaraConfig) -> QueryRecorder:
         config.window,
         config.delay,
         config.query_bytes,
-        fp8=config.query_dtype == "fp8",
+        config.ring_dtype(shape.dtype),
         lag=policy.lag(config),
     )
 

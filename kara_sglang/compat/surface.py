@@ -179,7 +179,16 @@ SURFACE = (
         ),
     ),
     Used("configs.model_config.AttentionArch", ("MHA",)),
-    Used("model_executor.model_runner.ModelRunner", ("device", "dtype", "model", "req_to_token_pool")),
+    Used(
+        "model_executor.model_runner.ModelRunner",
+        ("device", "dtype", "memory_saver_adapter", "model", "req_to_token_pool"),
+    ),
+    Used("model_executor.runner_utils.capture_mode", ("get_is_capture_mode()",)),
+    Used("constants", ("GPU_MEMORY_TYPE_KV_CACHE",)),
+    Used(
+        "utils.torch_memory_saver_adapter.TorchMemorySaverAdapter",
+        ("region(tag)",),
+    ),
     Used(
         "layers.radix_attention.RadixAttention",
         (
