@@ -157,7 +157,8 @@ def test_the_throughput_tables_are_the_committed_results():
 
 
 def test_links_between_the_documents_lead_somewhere():
-    for path in (README, *(ROOT / "docs").glob("*.md"), ROOT / "CHANGELOG.md"):
+    pages = (*(ROOT / "docs").glob("*.md"), *(ROOT / ".github").glob("*.md"))
+    for path in (README, *pages, ROOT / "CHANGELOG.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
