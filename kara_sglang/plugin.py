@@ -18,7 +18,7 @@ from importlib.metadata import entry_points
 from kara_sglang import hooks
 from kara_sglang.config import ENV, KaraConfig
 
-ENTRY_POINT = "kara"
+ENTRY_POINT = hooks.PLUGIN
 _SCHEDULING = ("scheduler", "data_parallel_controller")
 
 _launched: KaraConfig | None = None
