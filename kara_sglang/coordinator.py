@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+COPY = "kv_compress_copy"
+"""Attribute of SGLang's ``Req``: which of the answers to one prompt it is. It survives a retraction."""
+
+_MOST_PROMPTS = 4096
+
 
 class Coordinator:
     """Compresses the running requests of one scheduler (one tensor-parallel rank).
@@ -84,6 +89,7 @@ class Coordinator:
         self.tracer = Tracer(scheduler, config) if config.trace is not None else None
         self._selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
         self._arrivals = 0
+        self._copies: dict[int, int] = {}  # admitted so far, by prompt
         self._acting = False  # whether the policy does, in this decode step
         if config.prefix_reuse == "compressed":
             scheduler.tree_cache.settings_of = self.sharing_settings
@@ -200,11 +206,24 @@ class Coordinator:
         return int(self.scheduler.req_to_token_pool.req_generation[req.kv.req_pool_idx])
 
     def _seed(self, req: Req, options: RequestOptions) -> int:
-        if options.seed is not None:
-            return options.seed
         # From the prompt, by crc32: the same in every run and on every rank, which request ids and
         # hash() are not.
-        return self.config.seed ^ zlib.crc32(array("q", req.origin_input_ids).tobytes())
+        prompt = zlib.crc32(array("q", req.origin_input_ids).tobytes())
+        seed = self.config.seed ^ prompt if options.seed is None else options.seed
+        number = self._copy_number(req, prompt)
+        return zlib.crc32(f"{seed} {number}".encode()) if number else seed
+
+    def _copy_number(self, req: Req, prompt: int) -> int:
+        """Which of the ``n`` answers to its prompt a request is, from 0, in the order of admission."""
+        copies = req.sampling_params.n
+        if copies > 1 and not hasattr(req, COPY):
+            number = self._copies.pop(prompt, 0) % copies
+            setattr(req, COPY, number)
+            if number + 1 < copies:
+                self._copies[prompt] = number + 1
+            if len(self._copies) > _MOST_PROMPTS:  # of copies that were aborted before
+                del self._copies[next(iter(self._copies))]
+        return getattr(req, COPY, 0)
 
     def forget(self, req: Req) -> None:
         """The request was retracted: its KV is gone and will be computed anew, uncompressed."""
@@ -266,6 +285,8 @@ class Coordinator:
                 ready.append(self._candidate(index, req, state))
         ready = ready if self._acting else []
         due = self.policy.due(ready, urgent=bool(ready) and short_of_slots(self.scheduler, batch))
+        if self.config.debug_checks:
+            self._check_ranks_agree(batch, due)
         if due:
             self._compress(batch, due)
         if self.recorder is not None:
@@ -374,7 +395,7 @@ class Coordinator:
                 )
             )
             to_free.append((slots[state.kept :], state.base + state.kept))
-            if not state.shares:
+            if not state.shares and state.kept < geometry.window:
                 exact.bar_insert(req, state)
             window = state.commit(geometry, self._mark(state, seed))
             req.kv.kv_committed_len -= window.freed
@@ -403,8 +424,6 @@ class Coordinator:
             # free_segment, because plain free() of the paged allocator synchronises.
             allocator.free_segment(slots, start_pos=start)
         allocator.free_group_end()
-        if self.config.debug_checks:
-            self._check_ranks_agree(batch, due)
         self.totals.add_pass(windows, int(freed.sum()), time.perf_counter() - started)
         self.export()
 
@@ -446,7 +465,8 @@ class Coordinator:
                 )
 
     def _check_ranks_agree(self, batch: ScheduleBatch, due: list[int]) -> None:
-        """All tensor-parallel ranks took the same windows of the same requests."""
+        """All tensor-parallel ranks are about to take the same windows of the same requests. Every rank
+        asks in every step: one that asked only where something is due would wait for the others."""
         scheduler = self.scheduler
         if scheduler.tp_size == 1:
             return
@@ -457,7 +477,7 @@ class Coordinator:
             bounds, op=torch.distributed.ReduceOp.MAX, group=scheduler.tp_cpu_group
         )
         if bounds.tolist() != [mine, -mine]:
-            raise RuntimeError(f"kv-compress: tensor-parallel ranks disagree; this one took {taken}")
+            raise RuntimeError(f"kv-compress: tensor-parallel ranks disagree; this one takes {taken}")
 
     def _pool(self) -> LayerPool:
         pool = self.scheduler.token_to_kv_pool_allocator.get_kvcache()

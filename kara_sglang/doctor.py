@@ -267,8 +267,9 @@ def check_model(plan: Plan) -> Iterator[Finding]:
             yield Finding(BAD, "flags", line)
     try:
         plan.config.check_page_size(resolved.page_size)
+        plan.config.check_context(model.context_len, resolved.page_size)
     except ValueError as error:
-        yield Finding(BAD, "page size", str(error))
+        yield Finding(BAD, "window", str(error))
 
 
 def _query_ring(model: Any, config: KaraConfig) -> Finding:
