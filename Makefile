@@ -3,12 +3,18 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help serve test style venv clean
+.PHONY: help serve test test-sglang style venv gpu-bundle clean
 .NOTPARALLEL:
 
 PORT ?= 30000
 MODEL ?=
 ARGS ?=
+# For test-sglang: the version, and what runs on it where ARGS does not say otherwise.
+VERSION ?=
+CORE := tests/unit/test_hooks.py tests/unit/test_surface.py tests/unit/test_compat.py \
+  tests/unit/test_refusals.py tests/engine/test_exactness.py tests/engine/test_memory.py \
+  tests/engine/test_prefix_cache.py tests/engine/test_compressed_prefix.py \
+  tests/engine/test_serving.py tests/engine/test_data_parallel.py
 # More options for pip, for example an index of PyTorch's CPU builds (they are about 3 GB smaller).
 PIP_ARGS ?=
 
@@ -44,8 +50,10 @@ help:
 	@echo '               PORT=30000   MODEL=folder or hub name (default: embedded SmolLM2-135M-Instruct)'
 	@echo '               ARGS="..."   further options of sglang.launch_server'
 	@echo 'make test    set up, then run the test suite; ARGS="..." goes to pytest'
+	@echo 'make test-sglang VERSION=0.5.22   the core of the tests on another SGLang; ARGS="..." as above'
 	@echo 'make style   ruff check and ruff format --check'
 	@echo 'make venv    only set up .venv; PIP_ARGS="..." goes to pip'
+	@echo 'make gpu-bundle  what a GPU machine without a network needs, in parts, into .gpukit (7 minutes)'
 	@echo 'make clean   remove .venv and caches (the converted model in the user cache stays)'
 
 serve: $(ENGINE) $(PACKAGE) $(if $(MODEL),,$(MODEL_PACKAGE))
@@ -54,14 +62,32 @@ serve: $(ENGINE) $(PACKAGE) $(if $(MODEL),,$(MODEL_PACKAGE))
 test: $(ENGINE) $(PACKAGE) $(TEST_TOOLS) $(MODEL_PACKAGE)
 	@$(PY) -m pytest $(ARGS)
 
+test-sglang: $(ENGINE) $(PACKAGE) $(TEST_TOOLS) $(MODEL_PACKAGE)
+	@if [ -z '$(VERSION)' ]; then echo 'Say which: make test-sglang VERSION=0.5.22'; exit 2; fi
+	@$(MAKE) $(VENV)/sglang-$(VERSION)/ready
+	@$(VENV)/sglang-$(VERSION)/bin/python -m pytest $(or $(ARGS),$(CORE))
+
+# Another SGLang in an environment of its own; all else it finds in .venv, the CPU stand-ins included.
+$(VENV)/sglang-%/ready:
+	@echo 'Installing SGLang $* beside the one in $(VENV) (about 200 MB, half a minute)'
+	@rm -rf $(@D) && $(PY) -m venv --without-pip $(@D)
+	@purelib='import sysconfig; print(sysconfig.get_paths()["purelib"])'; \
+	own=$$($(@D)/bin/python -c "$$purelib"); shared=$$($(PY) -c "$$purelib"); \
+	$(call pip_install,--no-deps --target "$$own" sglang==$*); \
+	echo "import site; site.addsitedir('$$shared')" > "$$own/shared.pth"
+	@touch $@
+
 style: $(TEST_TOOLS)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
 venv: $(ENGINE) $(PACKAGE)
 
+gpu-bundle: $(ENGINE) $(PACKAGE)
+	@$(PY) -m kara_sglang.benchmarks.gpu.kit.build $(ARGS)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .gpukit .gpukit.work .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):

@@ -97,8 +97,8 @@ def gen(
 class KaraEndpoint(RuntimeEndpoint):
     """A running server, as a backend for programs of SGLang's frontend language.
 
-    Works with any SGLang 0.5.23 server; :attr:`settings` is None where it runs without this plugin, and
-    such a server refuses compression options here.
+    Works with any server of SGLang 0.5.22 or 0.5.23; :attr:`settings` is None where it runs without
+    this plugin, and such a server refuses compression options here.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ class KaraEndpoint(RuntimeEndpoint):
             path = self.model_info["tokenizer_path"]
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise EndpointError(
-                f"{self.base_url} does not answer like an SGLang 0.5.23 server"
+                f"{self.base_url} does not answer like a server of SGLang 0.5.22 or 0.5.23"
             ) from error
         self.settings: dict[str, Any] | None = internal["settings"] if internal else None
         self.kv_compress = self._accepted(_checked(kv_compress))

@@ -2,8 +2,7 @@
 
 Stock SGLang reserves one KV slot for every token that a request may still generate, so what a pass
 frees would stay empty (``managers/schedule_policy.py``, ``PrefillAdder``). Here the reserve follows the
-settings: over a window's W tokens a request grows by R slots. How far that is kept is measured, because
-windows without a recorder stay uncompressed.
+settings: over a window's W tokens a request grows by R slots, whoever chooses them.
 """
 
 from __future__ import annotations
@@ -23,56 +22,54 @@ if TYPE_CHECKING:
 
     from kara_sglang.coordinator import Coordinator
 
-_MEMORY = 0.95
-"""Weight that the past keeps when another window is seen: the average looks back some 20 windows."""
+LOOK_EVERY = 8
+"""Steps from one look at the queue to the next where each step has a pass: a look adds up what is
+reserved for all running requests."""
 
 
-class Forecast:
-    """Slots that requests take for tokens to come, from settings and from what was measured.
+def growth(geometry: Geometry, tokens: float, uncompressed: int, kept: int) -> float:
+    """Most KV slots by which a request grows while it generates ``tokens``.
 
     Parameters
     ----------
     geometry : Geometry
+    tokens : float
+        Tokens to come.
+    uncompressed : int
+        Tokens from the next window's start on, so far; negative in front of the first one.
+    kept : int
+        R of this request.
+    """
+    window, delay = geometry.window, geometry.delay
+    ahead = uncompressed + tokens
+    # No pass takes a request whose last token is on its way, and that one never has any KV.
+    taken = max(0, int((ahead - 3 - delay) // window))
+    at_the_end = ahead - taken * (window - kept)
+    # Right before its last compression it holds a whole window and its delay.
+    before_last = (taken - 1) * kept + window + delay if taken else 0
+    # A window that is overdue will give slots back, but memory that is not free yet is no reserve.
+    return max(0.0, min(max(at_the_end, before_last) - uncompressed, tokens))
+
+
+class Latch:
+    """Lets SGLang look at its queue again when passes have changed what is free.
+
+    A request that finds no room sets ``ScheduleBatch.batch_is_full``, and SGLang clears it when a
+    running request leaves (``managers/scheduler.py``, ``_get_new_batch_prefill_raw``). With long
+    answers that can be thousands of steps, in which what passes free would stand empty. When it looks,
+    SGLang checks all of its own limits anew.
     """
 
-    def __init__(self, geometry: Geometry) -> None:
-        self.geometry = geometry
-        # Slots that windows gave back, and would have given back had all been compressed; decayed.
-        # The first value stands for one window that kept its promise.
-        self._freed = self._promised = float(geometry.window)
+    def __init__(self) -> None:
+        self._step = 0
+        self._changed = False
 
-    @property
-    def kept_promise(self) -> float:
-        """Share of the promised slots that windows really gave back lately, 0 to 1."""
-        return self._freed / self._promised
-
-    def observe(self, promised: int, freed: int) -> None:
-        """A window went by that should have freed ``promised`` slots and freed ``freed``."""
-        if promised:
-            self._promised = _MEMORY * self._promised + promised
-            self._freed = _MEMORY * self._freed + freed
-
-    def growth(self, tokens: float, uncompressed: int, kept: int) -> float:
-        """Most KV slots by which a request grows while it generates ``tokens``.
-
-        Parameters
-        ----------
-        tokens : float
-            Tokens to come.
-        uncompressed : int
-            Tokens from the next window's start on, so far.
-        kept : int
-            R of this request.
-        """
-        window, delay = self.geometry.window, self.geometry.delay
-        ahead = uncompressed + tokens
-        taken = max(0, int((ahead - delay) // window))
-        at_the_end = ahead - taken * (window - kept)
-        # Right before its last compression it holds a whole window and its delay.
-        before_last = (taken - 1) * kept + window + delay if taken else 0
-        nominal = min(max(at_the_end, before_last) - uncompressed, tokens)
-        # A window that is overdue will give slots back, but memory that is not free yet is no reserve.
-        return max(0.0, tokens - self.kept_promise * (tokens - nominal))
+    def step(self, running: ScheduleBatch, *, passed: bool) -> None:
+        """Called in each decode step, with whether it has had a pass."""
+        self._step += 1
+        self._changed |= passed
+        if self._changed and self._step % LOOK_EVERY == 0:
+            running.batch_is_full = self._changed = False
 
 
 def to_come(req: Req) -> int:
@@ -107,10 +104,15 @@ def needed(scheduler: Scheduler, running: ScheduleBatch, share: float) -> bool:
 
 def _needs(scheduler: Scheduler, running: ScheduleBatch) -> Iterator[float]:
     """KV slots, part by part."""
+    from sglang.srt.managers import schedule_policy
+
     yield scheduler.max_total_num_tokens - idle_slots(scheduler)
-    ratio = scheduler.new_token_ratio_tracker.current
-    for req in running.reqs:
-        yield to_come(req) * (1.0 if req.sampling_params.ignore_eos else ratio)
+    ratio, most = scheduler.new_token_ratio_tracker.current, schedule_policy.CLIP_MAX_NEW_TOKENS
+    for req in running.reqs:  # all of them, so without a call for each
+        params = req.sampling_params
+        left = params.max_new_tokens - len(req.output_ids)
+        if left > 0:
+            yield min(left, most) * (1.0 if params.ignore_eos else ratio)
     rows = scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running)
     for req in itertools.islice(scheduler.waiting_queue, max(rows, 0)):
         yield len(req.origin_input_ids) + len(req.output_ids) + to_come(req)
@@ -156,6 +158,9 @@ def _compressed(base: type, coordinator: Coordinator) -> type:
             return admission
 
         def _reserve(self, req: Req, tokens: float) -> float:
-            return coordinator.reserve(req, tokens) if self._counts_on_compression else tokens
+            if not self._counts_on_compression:
+                return tokens
+            running = len(self.running_batch.reqs) + len(self.can_run_list) + 1
+            return coordinator.reserve(req, tokens, running)
 
     return CompressedPrefillAdder

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from kara_sglang import config as settings
 from kara_sglang import plugin, refusals
+from kara_sglang.compat import versions
 from kara_sglang.config import CONFIG_KEYS, NONE, PRESETS, SELECTORS, KaraConfig
 from kara_sglang.trace.file import prepare_folder
 
@@ -151,7 +152,7 @@ def check_server_args(_result: None, record: Any) -> None:
             return
         resolved = resolving_view(record)
         for refused in (
-            refusals.of_version,
+            lambda: versions.of_version(config),
             plugin.hook_parent,
             lambda: refusals.of_flags(resolved) + refusals.of_sharing(resolved, config),
             lambda: refusals.of_model_config(model_config_of(record)),
@@ -165,6 +166,7 @@ def check_server_args(_result: None, record: Any) -> None:
             prepare_folder(config.trace)
         if config.prefix_reuse == "compressed":
             declare_resolution(record, "kara_sglang", radix_cache_backend=refusals.CACHE_BACKEND)
+        versions.warn_if_untested()
         plugin.set_launched(config)
     except ValueError as error:
         if not getattr(record, _FROM_CLI, False):

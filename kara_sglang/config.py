@@ -106,6 +106,8 @@ class KaraConfig:
         Folder for one file per request that says which tokens its windows kept; None: no files.
     debug_checks
         Checks the invariants of every pass on the device, too (synchronises; for tests).
+    untested_sglang
+        Start with a newer SGLang than the tested ones, if all that the plugin uses of it is there.
     """
 
     selector: str = "kara"
@@ -133,6 +135,7 @@ class KaraConfig:
     seed: int = 0
     trace: str | None = None
     debug_checks: bool = False
+    untested_sglang: bool = False
 
     def __post_init__(self) -> None:
         for name, check, expected in _RANGES:

@@ -8,6 +8,8 @@ every length, page-table edit and freed slot is known on the host beforehand.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import logging
 import time
 import zlib
@@ -18,8 +20,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from kara_sglang import policy
-from kara_sglang.admission import Forecast, needed, short_of_slots
+from kara_sglang.admission import LOOK_EVERY, Latch, growth, needed, short_of_slots
+from kara_sglang.calendar import Calendar
 from kara_sglang.config import KaraConfig
+from kara_sglang.handout import Handout
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
 from kara_sglang.kernels.copies import to_device
@@ -30,7 +34,7 @@ from kara_sglang.policy import Candidate
 from kara_sglang.radix_integration import exact
 from kara_sglang.radix_integration.prefix import forget_match, prefix_of, removed
 from kara_sglang.recorder import QueryRecorder
-from kara_sglang.state import STATE, Geometry, RequestState
+from kara_sglang.state import STATE, Geometry, RequestState, Voters, ceil_align
 from kara_sglang.stats import Totals
 from kara_sglang.trace.tracer import Tracer
 
@@ -80,7 +84,9 @@ class Coordinator:
         self.turn = turn
         self.geometry = Geometry(scheduler.page_size, config.window, config.delay)
         self.policy = policy.build(config)
-        self.forecast = Forecast(self.geometry)
+        # What admission counts on: the last windows of all requests may wait for their passes.
+        self._latest = dataclasses.replace(self.geometry, delay=config.delay + self.policy.wait)
+        self.latch = Latch()
         self.totals = Totals()
         context = scheduler.metrics_collector_context
         self.metrics: Metrics | None = None
@@ -88,9 +94,15 @@ class Coordinator:
             self.metrics = Metrics(context.collector.labels)
         self.tracer = Tracer(scheduler, config) if config.trace is not None else None
         self._selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
+        self._layers: LayerPool | None = None
+        self._without_queries = self._selectors["keys"]
+        self.handout = Handout(recorder, config.query_heads) if recorder is not None else None
+        self.calendar = Calendar()
+        self._ready: dict[int, tuple[Req, RequestState]] = {}  # with a window that is due, by order
+        self._acting = False  # whether the policy did when it was asked last
+        self._sizes: tuple[int, int] | None = None  # of batch and queue then; None: ask again
         self._arrivals = 0
         self._copies: dict[int, int] = {}  # admitted so far, by prompt
-        self._acting = False  # whether the policy does, in this decode step
         if config.prefix_reuse == "compressed":
             scheduler.tree_cache.settings_of = self.sharing_settings
             scheduler.tree_cache.vocab_size = scheduler.model_config.vocab_size
@@ -111,7 +123,6 @@ class Coordinator:
             if selector.needs_queries:
                 sizes = {1, self.recorder.shape.group} if self.recorder is not None else set()
             for size in sorted(sizes):
-                units = torch.arange(size, device=device)
                 job = WindowJob(
                     slots=torch.arange(start, start + width, dtype=torch.int32, device=device),
                     kept=self.config.kept(self.geometry.page_size),
@@ -119,7 +130,7 @@ class Coordinator:
                     seed=0,
                     query_start=0,
                     query_count=width + self.geometry.delay,
-                    units=units.clamp(max=self.recorder.num_units - 1) if size else None,
+                    units=tuple(min(i, self.recorder.num_units - 1) for i in range(size)) or None,
                 )
                 with self._forward_stream():
                     _keep_until_read(job)
@@ -180,18 +191,24 @@ class Coordinator:
         """Whether the policy compresses anybody as things stand."""
         return self.policy.acts(lambda share: needed(self.scheduler, running, share))
 
-    def reserve(self, req: Req, tokens: float) -> float:
-        """KV slots that a running or waiting request takes for ``tokens`` still to come, at most."""
+    def reserve(self, req: Req, tokens: float, running: int) -> float:
+        """KV slots that a running or waiting request takes for ``tokens`` still to come, at most, where
+        so many requests run."""
         if hasattr(req, STATE):
             state: RequestState | None = getattr(req, STATE)
-            if state is None or state.waits_for_recorder():
+            if state is None:
                 return tokens
-            kv_len = req.kv.kv_committed_len
-            return self.forecast.growth(tokens, state.uncompressed(kv_len), state.kept)
-        options = self._options(req)
-        if not options.enabled or _skip_reason(req) is not None:
-            return tokens
-        return self.forecast.growth(tokens, 0, self._kept(options))
+            held, kept, base = req.kv.kv_committed_len, state.kept, state.base
+        else:
+            options = self._options(req)
+            if not options.enabled or _skip_reason(req) is not None:
+                return tokens
+            held, kept = len(req.origin_input_ids) + len(req.output_ids), self._kept(options)
+            base = ceil_align(held, self.geometry.page_size)
+        grown = growth(self._latest, tokens, held - base, kept)
+        grown = max(grown, min(tokens, self.policy.floor - held))
+        # Where passes fall behind, what they leave is held as in stock SGLang.
+        return tokens - self.policy.in_time(running, self.geometry.window) * (tokens - grown)
 
     def _options(self, req: Req) -> RequestOptions:
         try:
@@ -240,68 +257,75 @@ class Coordinator:
         if state is not None:
             if self.tracer is not None:
                 self.tracer.end(req, state)
-            self._drop_recorder(req, state)
+            if self.handout is not None:
+                self.handout.leave(state)
+            self.calendar.forget(state)
+            self._ready.pop(state.order, None)
         running = self.scheduler.running_batch.reqs
         if not any(other is not req and other.kv.holds_kv for other in running):
             self.export(leaving=req)  # the last one leaves; a pass or a log line exports otherwise
 
-    def _drop_recorder(self, req: Req, state: RequestState) -> None:
-        if state.recorder is not None:
-            self.recorder.release(state.recorder)
-            state.recorder = None
-        elif state.selector.needs_queries:
-            width = self.geometry.window
-            whole = state.uncompressed(req.kv.kv_committed_len) // width * width
-            self._lose(state, "no_recorder", state.base + whole)
-
-    def _lose(self, state: RequestState, reason: str, kv_len: int) -> None:
-        """The next window begins at ``kv_len`` or later; what lies before it stays uncompressed."""
-        width = self.geometry.window
-        state.passed_over += state.start_window_at(kv_len, self.geometry)
-        windows, state.passed_over = divmod(state.passed_over, width)
-        if self._acting:  # else nobody meant to compress them
-            self.totals.skip(reason, windows)
-            self.forecast.observe(windows * (width - state.kept), 0)
-
     # -- one decode step ---------------------------------------------------------------------------
 
     def before_decode(self, batch: ScheduleBatch) -> None:
-        """Compress what is due, then hand out recorders for what comes next.
+        """Compress what is due, then hand out recorders for windows that begin.
 
         Called before SGLang's memory check and before it prepares the decode step, so that freed pages
         can spare a retraction.
         """
-        self._acting = self.acts(batch)
-        ready: list[Candidate] = []
-        waiting: list[Candidate] = []
-        for index, req in enumerate(batch.reqs):
-            state = getattr(req, STATE) if hasattr(req, STATE) else self._admit(req)
-            if state is None:
-                continue
-            if state.waits_for_recorder():
-                if self._has_use_for_recorder(req, state):
-                    waiting.append(self._candidate(index, req, state))
-            elif req.kv.kv_committed_len >= state.due_at(self.geometry) and _goes_on(req):
-                ready.append(self._candidate(index, req, state))
-        ready = ready if self._acting else []
-        due = self.policy.due(ready, urgent=bool(ready) and short_of_slots(self.scheduler, batch))
+        looked_at = self.calendar.next_step() + self._newcomers(batch)
+        for req, state in looked_at:
+            if req.kv.kv_committed_len >= self._ready_at(state):
+                self._ready[state.order] = req, state
+        due = self._due(batch)
         if self.config.debug_checks:
-            self._check_ranks_agree(batch, due)
+            self._check_ranks_agree(due)
         if due:
             self._compress(batch, due)
-        if self.recorder is not None:
-            waiting += self._pass_recorders_on(batch, due, len(waiting))
-            if waiting:
-                self._assign_recorders(batch, waiting)
-            if self.recorder.stale:
-                with self._forward_stream():
-                    self.recorder.flush()
+            self._sizes = None
+            for req, state in due:
+                if req.kv.kv_committed_len < self._ready_at(state):
+                    del self._ready[state.order]
+        self.latch.step(batch, passed=bool(due))
+        if self.handout is not None:
+            self._hand_out(due, looked_at)
+        for req, state in looked_at + due:
+            self._make_date(req, state)
+
+    def _newcomers(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
+        """Those that decode for the first time. SGLang appends them to its batch
+        (``ScheduleBatch.merge_batch``), and keeps the order when others leave."""
+        new = list(itertools.takewhile(lambda req: not hasattr(req, STATE), reversed(batch.reqs)))
+        admitted = [(req, self._admit(req)) for req in reversed(new)]
+        return [(req, state) for req, state in admitted if state is not None]
+
+    def _ready_at(self, state: RequestState) -> int:
+        """KV length from which on the policy may take the request's next window."""
+        return max(state.due_at(self.geometry), self.policy.floor)
+
+    def _make_date(self, req: Req, state: RequestState) -> None:
+        """Look again when a window is due, or when one begins that wants a recorder. Who is ready needs
+        no date for the former: it is made when the window has been taken."""
+        kv_len = req.kv.kv_committed_len
+        dates = [self._ready_at(state) - kv_len]
+        if self.handout is not None and state.selector.needs_queries and state.recorder is None:
+            dates.append(state.next_window(kv_len, self.geometry) or self.geometry.window)
+        dates = [steps for steps in dates if steps > 0]
+        if dates:
+            self.calendar.look_in(min(dates), req, state)
+
+    def _due(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
+        """Whose window is compressed in this step, as the policy says."""
+        sizes = len(batch.reqs), len(self.scheduler.waiting_queue)
+        if self._ready and (sizes != self._sizes or self.calendar.step % LOOK_EVERY == 0):
+            self._acting, self._sizes = self.acts(batch), sizes
+        ready = [one for one in self._ready.values() if _goes_on(one[0])] if self._acting else []
+        candidates = [self._candidate(index, *one) for index, one in enumerate(ready)]
+        urgent = bool(ready) and short_of_slots(self.scheduler, batch)
+        return [ready[index] for index in self.policy.due(candidates, urgent=urgent)]
 
     def _candidate(self, index: int, req: Req, state: RequestState) -> Candidate:
         kv_len = req.kv.kv_committed_len
-        if state.recorder is not None and kv_len - state.due_at(self.geometry) > self.recorder.lag:
-            # The ring has come round: the first window that it still covers is the next one now.
-            self._lose(state, "late", kv_len - self.recorder.ring_len)
         return Candidate(
             index=index,
             order=state.order,
@@ -311,98 +335,87 @@ class Coordinator:
             gain=self.geometry.window - state.kept,
         )
 
-    def _has_use_for_recorder(self, req: Req, state: RequestState) -> bool:
-        left = req.sampling_params.max_new_tokens - len(req.output_ids)
-        return state.can_fill_a_window(req.kv.kv_committed_len, left, self.geometry)
-
-    def _pass_recorders_on(
-        self, batch: ScheduleBatch, compressed: list[int], num_waiting: int
-    ) -> list[Candidate]:
-        """Who has just been compressed gives the recorder back where it is of no more use to it, and,
-        to queue for another, while others wait in vain.
-
-        Returns
-        -------
-        list of Candidate
-            Those that queue now.
-        """
-        cheapest = policy.cheapest(self.recorder.shape.group, self.config.query_heads)
-        queue = []
-        for index in compressed:
-            req = batch.reqs[index]
-            state: RequestState = getattr(req, STATE)
-            if state.recorder is None:
-                continue
-            useful = self._has_use_for_recorder(req, state)
-            if useful and num_waiting * cheapest <= self.recorder.free_units:
-                continue
-            self.recorder.release(state.recorder)
-            state.recorder = None
-            if useful:
-                queue.append(self._candidate(index, req, state))
-        return queue
-
-    def _assign_recorders(self, batch: ScheduleBatch, waiting: list[Candidate]) -> None:
-        group, heads = self.recorder.shape.group, self.config.query_heads
-        for index, num_units in policy.grants(waiting, self.recorder.free_units, group, heads):
-            req = batch.reqs[index]
-            state: RequestState = getattr(req, STATE)
+    def _hand_out(
+        self,
+        compressed: list[tuple[Req, RequestState]],
+        looked_at: list[tuple[Req, RequestState]],
+    ) -> None:
+        """Recorders: from those that were compressed, to those of which a window begins."""
+        for req, state in compressed:
+            useful = self._falls_due(req, state.due_at(self.geometry))
+            self.handout.pass_on(state, useful=useful)
+        asking = []
+        for req, state in looked_at:
             kv_len = req.kv.kv_committed_len
-            self._lose(state, "no_recorder", kv_len)
-            # The step that is prepared next computes the query at this position.
-            state.recorder = self.recorder.acquire(
-                req.kv.req_pool_idx, num_units, kv_len + state.removed
-            )
+            if not state.selector.needs_queries or state.recorder is not None:
+                continue
+            if state.next_window(kv_len, self.geometry) > 0:
+                continue
+            if self._falls_due(req, kv_len + self.geometry.window + self.geometry.delay):
+                asking.append((req, state))
+            else:
+                self.handout.withdraw(state)
+        if asking:
+            self.handout.ask(asking)
+        if self.recorder.stale:
+            with self._forward_stream():
+                self.recorder.flush()
+
+    def _falls_due(self, req: Req, due_at: int) -> bool:
+        """Whether the row can become so long before the request ends."""
+        left = req.sampling_params.max_new_tokens - len(req.output_ids)
+        return req.kv.kv_committed_len + left >= due_at
+
+    def _voters(self, req: Req, state: RequestState) -> Voters:
+        """Whose queries choose the request's next window."""
+        if state.recorder is None:
+            return "none"
+        start, removed = state.base + state.removed, state.removed
+        return self.recorder.voters(state.recorder, start, req.kv.kv_committed_len + removed)
 
     # -- the pass ----------------------------------------------------------------------------------
 
-    def _compress(self, batch: ScheduleBatch, due: list[int]) -> None:
+    def _compress(self, batch: ScheduleBatch, due: list[tuple[Req, RequestState]]) -> None:
         started = time.perf_counter()
+        places = {id(req): index for index, req in enumerate(batch.reqs)}
         geometry = self.geometry
         jobs: list[WindowJob] = []
         freed = torch.zeros_like(batch.seq_lens_cpu)
         to_free: list[tuple[torch.Tensor, int]] = []
-        windows = 0
+        without_queries = 0
 
-        for index in due:
-            req = batch.reqs[index]
-            state: RequestState = getattr(req, STATE)
-            start = state.base + state.removed
-            if state.recorder is not None and not self.recorder.covers(
-                state.recorder, start, req.kv.kv_committed_len + state.removed
-            ):
-                raise RuntimeError(
-                    f"kv-compress: queries of the window at {start} of request {req.rid} are no "
-                    "longer in the ring"
-                )
+        for req, state in due:
+            index = places.get(id(req))
+            if index is None:
+                raise RuntimeError(f"kv-compress: request {req.rid} is no longer in the running batch")
             if self._generation(req) != state.generation:
                 raise RuntimeError(f"kv-compress: the row of request {req.rid} has a new owner")
             state.check(geometry, req.kv.kv_committed_len, req.kv.cache_protected_len)
             self._check_lengths(batch, index, req, state)
+            voters = self._voters(req, state)
+            lacks_queries = state.selector.needs_queries and voters == "none"
             slots = self._splice(batch, req, state)
             seed = state.seed + 1_000_003 * len(state.windows)
             jobs.append(
                 WindowJob(
                     slots=slots,
                     kept=state.kept,
-                    selector=state.selector,
+                    selector=self._without_queries if lacks_queries else state.selector,
                     seed=seed,
-                    query_start=start,
+                    query_start=state.base + state.removed,
                     query_count=geometry.window + geometry.delay,
-                    units=self.recorder.units_of(state.recorder)
-                    if state.selector.needs_queries
-                    else None,
+                    units=None if voters == "none" else state.recorder.units,
                 )
             )
             to_free.append((slots[state.kept :], state.base + state.kept))
             if not state.shares and state.kept < geometry.window:
                 exact.bar_insert(req, state)
-            window = state.commit(geometry, self._mark(state, seed))
+            window = state.commit(geometry, _mark(state, voters, seed))
+            state.voted += voters != "none"
+            without_queries += lacks_queries
             req.kv.kv_committed_len -= window.freed
             req.kv.kv_allocated_len -= window.freed
-            self.forecast.observe(window.freed, window.freed)
             freed[index] = window.freed
-            windows += 1
 
         with self._forward_stream():
             for job in jobs:
@@ -412,7 +425,7 @@ class Coordinator:
             if self.config.debug_checks:
                 _check_kept(kept, jobs, geometry.page_size)
             if self.tracer is not None:
-                self.tracer.add([getattr(batch.reqs[index], STATE) for index in due], kept)
+                self.tracer.add([state for _, state in due], kept)
 
         # Rebound, never written in place: overlap scheduling keeps older batches in flight.
         batch.seq_lens = batch.seq_lens - to_device(freed, batch.seq_lens.device)
@@ -424,17 +437,9 @@ class Coordinator:
             # free_segment, because plain free() of the paged allocator synchronises.
             allocator.free_segment(slots, start_pos=start)
         allocator.free_group_end()
-        self.totals.add_pass(windows, int(freed.sum()), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.totals.add_pass(len(due), without_queries, int(freed.sum()), seconds)
         self.export()
-
-    def _mark(self, state: RequestState, seed: int) -> str:
-        """Names what decides which tokens the next window keeps and no setting says: two windows that
-        differ in it are two windows to the prefix cache."""
-        if state.selector.seeded:
-            return f"seed {seed}"
-        if not state.selector.needs_queries:
-            return ""
-        return "all" if len(state.recorder.units) == self.recorder.shape.group else "mean"
 
     def _splice(self, batch: ScheduleBatch, req: Req, state: RequestState) -> torch.Tensor:
         """Cut the window's last W - R slots out of the row; returns all W slots, in token order.
@@ -464,13 +469,13 @@ class Coordinator:
                     f"{int(batch.seq_lens[index])} KV slots, {state.removed} were removed"
                 )
 
-    def _check_ranks_agree(self, batch: ScheduleBatch, due: list[int]) -> None:
+    def _check_ranks_agree(self, due: list[tuple[Req, RequestState]]) -> None:
         """All tensor-parallel ranks are about to take the same windows of the same requests. Every rank
         asks in every step: one that asked only where something is due would wait for the others."""
         scheduler = self.scheduler
         if scheduler.tp_size == 1:
             return
-        taken = [(batch.reqs[i].rid, getattr(batch.reqs[i], STATE).base) for i in due]
+        taken = [(req.rid, state.base) for req, state in due]
         mine = zlib.crc32(repr(taken).encode())
         bounds = torch.tensor([mine, -mine])
         torch.distributed.all_reduce(
@@ -480,16 +485,20 @@ class Coordinator:
             raise RuntimeError(f"kv-compress: tensor-parallel ranks disagree; this one takes {taken}")
 
     def _pool(self) -> LayerPool:
+        """The same object as long as SGLang's buffers are the same."""
         pool = self.scheduler.token_to_kv_pool_allocator.get_kvcache()
-        recorder = self.recorder
-        return LayerPool(
-            keys=list(pool.k_buffer),
-            values=list(pool.v_buffer),
-            rings=recorder.rings if recorder is not None else [],
-            ring_len=recorder.ring_len if recorder is not None else 0,
-            scales=self.scales,
-            turn=self.turn,
-        )
+        known = self._layers
+        if known is None or known.keys is not pool.k_buffer or known.values is not pool.v_buffer:
+            recorder = self.recorder
+            self._layers = known = LayerPool(
+                keys=pool.k_buffer,
+                values=pool.v_buffer,
+                rings=recorder.rings if recorder is not None else [],
+                ring_len=recorder.ring_len if recorder is not None else 0,
+                scales=self.scales,
+                turn=self.turn,
+            )
+        return known
 
     @contextlib.contextmanager
     def _forward_stream(self) -> Iterator[None]:
@@ -521,11 +530,18 @@ class Coordinator:
             self.metrics.update(self.totals, recorders, *self.held(leaving))
 
 
+def _mark(state: RequestState, voters: Voters, seed: int) -> str:
+    """Names what decides which tokens the next window keeps and no setting says: two windows that
+    differ in it are two windows to the prefix cache."""
+    if state.selector.seeded:
+        return f"seed {seed}"
+    return voters if state.selector.needs_queries else ""
+
+
 def _keep_until_read(job: WindowJob) -> None:
-    """Tell the allocator that the current stream reads tensors that another stream has made."""
-    for tensor in (job.slots, job.units):
-        if tensor is not None and tensor.is_cuda:
-            tensor.record_stream(torch.cuda.current_stream())
+    """Tell the allocator that the current stream reads a tensor that another stream has made."""
+    if job.slots.is_cuda:
+        job.slots.record_stream(torch.cuda.current_stream())
 
 
 def _goes_on(req: Req) -> bool:

@@ -23,6 +23,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from kara_sglang import __version__, cpu_engine, hooks, plugin, refusals, serve
+from kara_sglang.compat import surface, versions
+from kara_sglang.compat.source import Source
 from kara_sglang.config import KaraConfig
 
 if TYPE_CHECKING:
@@ -96,19 +98,29 @@ def one_line(error: BaseException) -> str:
 
 
 def check_packages(_plan: Plan) -> Iterator[Finding]:
-    """SGLang at the one version that the plugin was written against, and torch."""
+    """SGLang in one of the versions that the plugin was tested with, and torch."""
     torch, sglang = installed("torch"), installed("sglang")
+    tested = " and ".join(versions.TESTED)
     if sglang is None:
-        way_out = f"pip install sglang=={hooks.SGLANG_VERSION} (without a GPU: make venv)"
+        way_out = f"pip install sglang=={versions.NEWEST} (without a GPU: make venv)"
         yield Finding(BAD, "SGLang", "is not installed", way_out)
-    elif lines := refusals.of_version():
+    elif lines := versions.of_version(_settings_or_default()):
         yield from (Finding(BAD, "SGLang", line) for line in lines)
+    elif versions.is_tested(sglang):
+        yield Finding(OK, "SGLang", f"{sglang} (tested: {tested})")
     else:
-        yield Finding(OK, "SGLang", sglang)
+        yield Finding(NOTE, "SGLang", f"{sglang} was not tested with this plugin ({tested} were)")
     if torch is None:
         yield Finding(BAD, "torch", "is not installed", "install SGLang, which brings it")
     else:
         yield Finding(OK, "torch", torch)
+
+
+def _settings_or_default() -> KaraConfig:
+    try:
+        return plugin.active() or KaraConfig()
+    except ValueError:
+        return KaraConfig()  # check_settings says what is wrong
 
 
 def check_plugin(_plan: Plan) -> Iterator[Finding]:
@@ -164,7 +176,7 @@ def _sgl_kernel(cpu: bool) -> Finding:
         way_out = "python -m kara_sglang.cpu_engine.install (make venv does it)"
         return Finding(BAD, "sgl_kernel", "is not installed and has no stand-in", way_out)
     if spec is None:
-        way_out = f"pip install sglang=={hooks.SGLANG_VERSION}"
+        way_out = f"pip install sglang=={versions.NEWEST}"
         return Finding(BAD, "sgl_kernel", "is not installed", way_out)
     stand_in = cpu_engine.is_installed() and "kara_cpu_engine" in (spec.origin or "")
     if stand_in and not cpu:
@@ -175,8 +187,8 @@ def _sgl_kernel(cpu: bool) -> Finding:
 
 def check_hooks(_plan: Plan) -> Iterator[Finding]:
     """Every place where the plugin touches SGLang, one line each."""
-    way_out = f"pip install sglang=={hooks.SGLANG_VERSION}"
-    for hook in hooks.ALL_HOOKS:
+    way_out = f"pip install sglang=={versions.NEWEST}"
+    for hook in hooks.fitting(hooks.ALL_HOOKS):
         try:
             problem = hook.problem()
         except Exception as error:  # whatever SGLang's modules raise when they are imported
@@ -191,6 +203,17 @@ def check_hooks(_plan: Plan) -> Iterator[Finding]:
         except Exception as error:
             text = f"kara_sglang.{hook.handler} cannot be imported ({one_line(error)})"
             yield Finding(BAD, "hook", text, "install kara-sglang again")
+
+
+def check_surface(_plan: Plan) -> Iterator[Finding]:
+    """What else the plugin uses of SGLang, one line for each class or module."""
+    way_out = f"pip install sglang=={versions.NEWEST}"
+    source = Source.installed()
+    for used in surface.SURFACE:
+        lacking = list(used.problems(source))
+        yield from (Finding(BAD, "uses", line, way_out) for line in lacking)
+        if not lacking:
+            yield Finding(OK, "uses", f"{used.owner}: {', '.join(used.names)}")
 
 
 def check_backend(plan: Plan) -> Iterator[Finding]:
@@ -331,6 +354,7 @@ CHECKS: tuple[Check, ...] = (
     check_settings,
     check_device,
     check_hooks,
+    check_surface,
     check_backend,
     check_model,
 )

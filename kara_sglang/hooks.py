@@ -2,7 +2,8 @@
 
 SGLang applies hooks by name and only logs a failure (``plugins/hook_registry.py``), so everything that
 the plugin relies on is listed here, is compared with the signature that we expect, and is verified
-after the fact. Read from SGLang 0.5.23; paths are relative to ``sglang.srt``.
+after the fact. Paths are relative to ``sglang.srt``. What the plugin uses beside hooks is in
+``compat/surface.py``; ``docs/upgrading-sglang.md`` says how both follow a new SGLang.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kara_sglang.config import KaraConfig
 
-SGLANG_VERSION = "0.5.23"
 PLUGIN, DISTRIBUTION = "kara", "kara-sglang"
 _ROOT = "sglang.srt."
 
@@ -38,6 +38,10 @@ class Hook:
         ``module:function`` below ``kara_sglang``, imported when the hook is registered.
     why
         One line for the documentation and the doctor.
+    gone
+        What in SGLang would make the hook needless.
+    otherwise
+        The hooks that take its place where SGLang does not have the target.
     """
 
     target: str
@@ -45,10 +49,20 @@ class Hook:
     parameters: tuple[str, ...]
     handler: str
     why: str
+    gone: str = ""
+    otherwise: tuple[Hook, ...] = ()
 
     @property
     def path(self) -> str:
         return _ROOT + self.target
+
+    def exists(self) -> bool:
+        """Whether the installed SGLang has the target."""
+        try:
+            pkgutil.resolve_name(self.path)
+        except (ImportError, AttributeError, ValueError):
+            return False
+        return True
 
     def problem(self) -> str | None:
         """Why the target in the installed SGLang is not what we expect, or None."""
@@ -74,6 +88,7 @@ CLI_HOOKS = (
         ("parser",),
         "cli:add_cli_args",
         "adds the flags",
+        "SGLang has a registry of flags for plugins",
     ),
     Hook(
         "server_args.ServerArgs.from_cli_args",
@@ -81,6 +96,7 @@ CLI_HOOKS = (
         ("cls", "args"),
         "cli:from_cli_args",
         "reads the flags",
+        "that registry hands a plugin its parsed flags",
     ),
     Hook(
         "server_args.ServerArgs.check_server_args",
@@ -88,6 +104,7 @@ CLI_HOOKS = (
         ("self",),
         "cli:check_server_args",
         "refuses flags and models that compression does not support",
+        "that registry lets a plugin refuse the resolved settings",
     ),
 )
 
@@ -99,6 +116,7 @@ PARENT_HOOKS = (
         ("self", "obj", "input_ids"),
         "serving:check_input",
         "refuses prompts that hold no token or what is none; an error is HTTP 400",
+        "SGLang refuses ids outside the vocabulary and empty prompts",
     ),
     Hook(
         "sampling.sampling_params.SamplingParams.verify",
@@ -106,6 +124,7 @@ PARENT_HOOKS = (
         ("self", "vocab_size"),
         "serving:verify_sampling_params",
         "checks per-request options; an error is HTTP 400",
+        "SGLang has a registry of checks for `custom_params`",
     ),
     Hook(
         "managers.tokenizer_manager.TokenizerManager.update_request_meta_info",
@@ -113,6 +132,7 @@ PARENT_HOOKS = (
         ("self", "meta_info", "state", "customized_info", "index", "finish_reason"),
         "serving:update_request_meta_info",
         "puts meta_info.kv_compress into the answer",
+        "customized info that is one object per request goes into `meta_info` as it is",
     ),
     Hook(
         "entrypoints.engine._wait_for_scheduler_ready",
@@ -120,6 +140,7 @@ PARENT_HOOKS = (
         ("scheduler_pipe_readers", "scheduler_procs"),
         "serving:check_children",
         "refuses to serve when a scheduler runs without the plugin",
+        "SGLang ends a process in which a plugin cannot be loaded or a hook not be put in place",
     ),
 )
 
@@ -131,6 +152,7 @@ CHILD_HOOKS = (
         ("self",),
         "runtime:after_load_model",
         "allocates the query ring and a pass's scratch before the KV pool is sized",
+        "a pass has a callback between model and KV pool",
     ),
     Hook(
         "model_executor.model_runner.ModelRunner.init_cuda_graphs",
@@ -138,6 +160,7 @@ CHILD_HOOKS = (
         ("self", "capture_decode_cuda_graph"),
         "runtime:before_cuda_graphs",
         "allocates the recorder's row tables before graph capture",
+        "a pass has a callback before graph capture",
     ),
     Hook(
         "layers.radix_attention.RadixAttention.forward",
@@ -145,6 +168,7 @@ CHILD_HOOKS = (
         ("self", "q", "k", "v", "forward_batch"),
         "runtime:before_attention",
         "records post-RoPE queries in decode steps",
+        "attention layers have observers of their queries",
     ),
     Hook(
         "model_executor.forward_batch_info.ForwardBatch.init_new",
@@ -152,6 +176,7 @@ CHILD_HOOKS = (
         ("cls", "batch", "model_runner"),
         "runtime:after_init_forward_batch",
         "sets RoPE positions from the logical length",
+        "a request has a position offset that `ForwardBatch` adds",
     ),
     Hook(
         "managers.scheduler.Scheduler.__init__",
@@ -159,6 +184,7 @@ CHILD_HOOKS = (
         ("self", "server_args", "port_args"),
         "runtime:after_scheduler_init",
         "checks the real objects and the hooks, starts the coordinator",
+        "a pass is made by a registry once the scheduler is built",
     ),
     Hook(
         "managers.scheduler.Scheduler.update_running_batch",
@@ -166,6 +192,7 @@ CHILD_HOOKS = (
         ("self", "batch"),
         "runtime:before_update_running_batch",
         "the compaction pass, ahead of the memory check",
+        "the scheduler calls registered passes ahead of its memory check",
     ),
     Hook(
         "managers.schedule_batch.Req.reset_for_retract",
@@ -173,6 +200,7 @@ CHILD_HOOKS = (
         ("self",),
         "runtime:after_reset_for_retract",
         "forgets a retracted request's windows",
+        "passes are told of a retraction",
     ),
     Hook(
         "mem_cache.memory_pool.ReqToTokenPool.free",
@@ -180,6 +208,7 @@ CHILD_HOOKS = (
         ("self", "req"),
         "runtime:before_free_row",
         "takes the request's recorder back",
+        "passes are told when a row is given back",
     ),
     Hook(
         "managers.scheduler.Scheduler.get_prefill_adder_class",
@@ -187,6 +216,7 @@ CHILD_HOOKS = (
         ("self",),
         "admission:adder_class",
         "admits requests by what they will hold once compressed",
+        "a pass says how many slots a request will come to hold",
     ),
     Hook(
         "managers.scheduler.Scheduler.get_output_streamer_class",
@@ -194,6 +224,7 @@ CHILD_HOOKS = (
         ("self",),
         "serving:output_streamer_class",
         "reports what was compressed with a request's last output",
+        "SGLang has a registry of fields that are reported per request",
     ),
     Hook(
         "managers.scheduler_components.pool_stats_observer.PoolStats.get_decode_usage_msg_parts",
@@ -201,6 +232,7 @@ CHILD_HOOKS = (
         ("self",),
         "observability:decode_usage_msg_parts",
         "adds the share retained to the `Decode batch` log line",
+        "a pass may add to the log line",
     ),
     Hook(
         "managers.scheduler.Scheduler.get_internal_state",
@@ -208,6 +240,7 @@ CHILD_HOOKS = (
         ("self", "recv_req"),
         "observability:internal_state",
         "adds settings and totals to /server_info",
+        "a pass may add to the internal state",
     ),
     Hook(
         "managers.scheduler.Scheduler.get_init_info",
@@ -215,13 +248,33 @@ CHILD_HOOKS = (
         ("self",),
         "runtime:after_get_init_info",
         "tells the parent that this process is hooked",
+        "SGLang ends a process in which a plugin cannot be loaded or a hook not be put in place",
     ),
     Hook(
         "managers.data_parallel_controller.DataParallelController.get_init_info",
         "after",
         ("self",),
-        "runtime:after_controller_init_info",
+        "handshake:after_controller_init_info",
         "passes on what the schedulers of a data-parallel server said",
+        "SGLang ends a process in which a plugin cannot be loaded or a hook not be put in place",
+        otherwise=(
+            Hook(
+                "managers.data_parallel_controller.aggregate_scheduler_startup_times",
+                "around",
+                ("startup_times",),
+                "handshake:around_startup_times",
+                "notes what the schedulers of a data-parallel server said",
+                "0.5.22 leaves the tested versions",
+            ),
+            Hook(
+                "managers.data_parallel_controller.DataParallelController.__init__",
+                "after",
+                ("self", "server_args", "port_args"),
+                "handshake:after_controller_init",
+                "passes it on with the controller's start-up times",
+                "0.5.22 leaves the tested versions",
+            ),
+        ),
     ),
 )
 
@@ -233,6 +286,7 @@ SHARING_HOOKS = (
         ("batch",),
         "radix_integration.prefill:before_alloc_for_extend",
         "turns a prefill's lengths from tokens into slots",
+        "a match has a length in tokens and one in slots",
     ),
     Hook(
         "mem_cache.allocation._prefix_kv_indices",
@@ -240,6 +294,7 @@ SHARING_HOOKS = (
         ("batch", "req"),
         "radix_integration.prefill:around_prefix_kv_indices",
         "reads a later chunk's prefix off its row in slots",
+        "a match has a length in tokens and one in slots",
     ),
     Hook(
         "managers.schedule_batch.ScheduleBatch.prepare_for_extend",
@@ -247,6 +302,7 @@ SHARING_HOOKS = (
         ("self",),
         "radix_integration.prefill:after_prepare_for_extend",
         "lets SGLang sum up a prefill's lengths in slots",
+        "a match has a length in tokens and one in slots",
     ),
 )
 
@@ -255,10 +311,20 @@ ALL_HOOKS = (*CLI_HOOKS, *PARENT_HOOKS, *CHILD_HOOKS, *SHARING_HOOKS)
 
 def of_child(config: KaraConfig) -> tuple[Hook, ...]:
     """The hooks of a scheduler process with these settings."""
-    return (*CHILD_HOOKS, *SHARING_HOOKS) if config.prefix_reuse == "compressed" else CHILD_HOOKS
+    sharing = SHARING_HOOKS if config.prefix_reuse == "compressed" else ()
+    return fitting((*CHILD_HOOKS, *sharing))
 
 
-def digest(hooks: tuple[Hook, ...] = CHILD_HOOKS) -> int:
+def fitting(hooks: Iterable[Hook], exists: Callable[[Hook], bool] = Hook.exists) -> tuple[Hook, ...]:
+    """``hooks``, with those that take its place for each one whose target SGLang does not have."""
+    return tuple(
+        one
+        for hook in hooks
+        for one in (hook.otherwise if hook.otherwise and not exists(hook) else (hook,))
+    )
+
+
+def digest(hooks: tuple[Hook, ...]) -> int:
     """A number that parent and child must agree on."""
     return zlib.crc32(repr([(hook.path, hook.kind, hook.handler) for hook in hooks]).encode())
 
@@ -298,7 +364,7 @@ def _in_place(hook: Hook) -> bool:
 
 def problems(hooks: tuple[Hook, ...] = ALL_HOOKS) -> list[str]:
     """What does not fit between ``hooks`` and the installed SGLang, one line each."""
-    return [text for hook in hooks if (text := hook.problem()) is not None]
+    return [text for hook in fitting(hooks) if (text := hook.problem()) is not None]
 
 
 def _handler(hook: Hook) -> Callable:

@@ -31,13 +31,14 @@ class Metrics:
         self._counted = Totals()
         self._passes = counter("passes", "Compaction passes.").labels(**labels)
         self._windows = counter("windows", "Windows compressed.").labels(**labels)
+        self._without_queries = counter(
+            "without_queries", "Windows whose selector asks for queries that were not recorded."
+        ).labels(**labels)
         self._freed = counter("slots_freed", "KV slots freed by compaction.").labels(**labels)
         self._seconds = counter("pass_seconds", "Host seconds spent in compaction passes.").labels(
             **labels
         )
-        self._skipped = counter(
-            "skipped", "Windows (no_recorder) and requests left uncompressed.", ("reason",)
-        )
+        self._skipped = counter("skipped", "Requests left uncompressed.", ("reason",))
         self._recorders = gauge("recorders_in_use", "Requests whose queries are recorded.")
         self._held = gauge("held_tokens", "KV slots held by running requests.")
         self._logical = gauge("logical_tokens", "Logical length of running requests, in tokens.")
@@ -47,6 +48,7 @@ class Metrics:
         seen = self._counted
         self._passes.inc(totals.passes - seen.passes)
         self._windows.inc(totals.windows - seen.windows)
+        self._without_queries.inc(totals.without_queries - seen.without_queries)
         self._freed.inc(totals.slots_freed - seen.slots_freed)
         self._seconds.inc(totals.pass_seconds - seen.pass_seconds)
         for reason, count in totals.skipped.items():

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 def request_report(req: Req) -> dict[str, Any] | None:
     """``meta_info.kv_compress`` of a finished request; None while it runs.
 
-    Keys: ``windows`` that it compressed, ``tokens_removed`` thereby per head, ``kv_slots_held`` at the
-    end, ``logical_length`` in tokens (prompt and output whose KV it had), ``retained`` share of the
+    Keys: ``windows`` that it compressed, ``without_queries`` those of them for which its selector asks
+    for queries and none were recorded, ``tokens_removed`` per head, ``kv_slots_held`` at the end,
+    ``logical_length`` in tokens (prompt and output whose KV it had), ``retained`` share of the
     compressed tokens that is kept, 1.0 where no window was compressed.
 
     Of a compressed prefix that it continued: ``reused_tokens`` are those of its ``cached_tokens`` that
@@ -37,6 +38,7 @@ def request_report(req: Req) -> dict[str, Any] | None:
     held = req.kv.kv_committed_len
     return {
         "windows": len(windows),
+        "without_queries": state.without_queries() if state is not None else 0,
         "tokens_removed": own_removed,
         "kv_slots_held": held,
         "logical_length": held + removed(req),
@@ -57,7 +59,8 @@ def decode_usage_msg_parts(parts: list[str], _stats: Any) -> list[str]:
     share = held / logical if logical else 1.0
     return [
         *parts,
-        f"kv-compress: {share:.2f} held (#window: {totals.windows}, #freed: {totals.slots_freed})",
+        f"kv-compress: {share:.2f} held (#window: {totals.windows}, "
+        f"#without-queries: {totals.without_queries}, #freed: {totals.slots_freed})",
     ]
 
 
@@ -80,6 +83,7 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
         "kernels": coordinator.kernels.name,
         "passes": totals.passes,
         "windows": totals.windows,
+        "without_queries": totals.without_queries,
         "slots_freed": totals.slots_freed,
         "pass_seconds": totals.pass_seconds,
         "skipped": dict(totals.skipped),

@@ -16,6 +16,8 @@ import sys
 from importlib.metadata import entry_points
 
 from kara_sglang import hooks
+from kara_sglang.compat import surface
+from kara_sglang.compat.source import Source
 from kara_sglang.config import ENV, KaraConfig
 
 ENTRY_POINT = hooks.PLUGIN
@@ -85,7 +87,7 @@ def hook_parent() -> list[str]:
 
     if unseen := invisible():
         return unseen
-    unfit = hooks.problems()
+    unfit = hooks.problems() + surface.problems(Source.installed())
     if not unfit:
         hooks.register(hooks.PARENT_HOOKS)
         HookRegistry.apply_hooks()

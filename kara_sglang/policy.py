@@ -1,4 +1,4 @@
-"""Who is compressed now, and who may record. Host arithmetic, the same on every rank.
+"""Who is compressed now, and how the ring is shared. Host arithmetic, the same on every rank.
 
 Decisions depend on the order of the batch, on lengths and on counters, for ``pressure`` also on the
 scheduler's queue and the pool's free slots: all of them the same on every tensor-parallel rank, and
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Candidate:
     """A request as a policy sees it; lengths in tokens."""
 
-    index: int  # position in the batch
+    index: int  # position among the candidates
     order: int  # age: smaller came first
     kv_len: int  # KV slots that it holds
     overdue: int  # beyond the length at which its next window can be compressed; negative: not due
@@ -41,7 +41,18 @@ def lag(config: KaraConfig) -> int:
 
 
 class Policy(Protocol):
-    """Decides, once per decode step, whose window is compressed."""
+    """Decides, once per decode step, whose window is compressed.
+
+    Attributes
+    ----------
+    floor
+        KV slots that a request must hold to be compressed.
+    wait
+        Steps that a window which is due may wait for its pass although passes keep up.
+    """
+
+    floor: int
+    wait: int
 
     def acts(self, needed: Callable[[float], bool]) -> bool:
         """Whether anybody is compressed as things stand; if not, admission must not count on it.
@@ -54,16 +65,19 @@ class Policy(Protocol):
         """
 
     def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
-        """Batch indices to compress in this step, ascending.
+        """Indices of the candidates to compress in this step, ascending.
 
         Parameters
         ----------
         candidates : sequence of Candidate
-            The running requests that could be compressed, in batch order; also those of negative
-            ``overdue``, which never are. None where the policy does not act.
+            The running requests that could be compressed; also those of negative ``overdue``, which
+            never are. None where the policy does not act.
         urgent : bool
             Whether this step may run out of slots: who may be compressed now is not put off then.
         """
+
+    def in_time(self, running: int, window: int) -> float:
+        """Share of the windows of so many running requests that passes can take as they fall due."""
 
 
 class Periodic:
@@ -73,9 +87,12 @@ class Periodic:
     longest go first, the older on ties. No more go in one step than must, unless slots run out.
     """
 
+    floor = 0
+
     def __init__(self, period: int, limit: int) -> None:
         self.period = period
         self.limit = limit
+        self.wait = period - 1
         self.step = 0
 
     def acts(self, needed: Callable[[float], bool]) -> bool:
@@ -87,6 +104,10 @@ class Periodic:
             return []
         most = self.limit if urgent else min(self.limit, _share(candidates, self.period))
         return _first(candidates, most, self.rank)
+
+    def in_time(self, running: int, window: int) -> float:
+        # One window of a request in a pass, and so many requests.
+        return min(1.0, window / self.period * min(1.0, self.limit / running))
 
     @staticmethod
     def rank(candidate: Candidate) -> tuple[int, ...]:
@@ -101,15 +122,20 @@ class Threshold:
     when it is compressed does not depend on what else runs.
     """
 
+    wait = 0
+
     def __init__(self, threshold: int) -> None:
-        self.threshold = threshold
+        self.floor = threshold
 
     def acts(self, needed: Callable[[float], bool]) -> bool:
         return True
 
     def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
-        long = [c for c in candidates if c.kv_len >= self.threshold]
+        long = [c for c in candidates if c.kv_len >= self.floor]
         return _first(long, len(long), lambda c: (c.index,))
+
+    def in_time(self, running: int, window: int) -> float:
+        return 1.0
 
 
 class Pressure(Periodic):
@@ -157,21 +183,16 @@ def _first(
     return sorted(c.index for c in ready[:limit])
 
 
-def grants(
-    waiting: Sequence[Candidate], free_units: int, group: int, heads: str
-) -> list[tuple[int, int]]:
-    """Hand out the ring's free units: ``(batch index, units)`` for each request that gets some.
+def grants(served: int, free_units: int, group: int, heads: str, others: int) -> list[int]:
+    """Ring units for each of ``served`` requests, for whom the ring has recorders of the least size.
 
-    With ``heads`` (the setting ``query_heads``) at ``auto`` everybody gets a recorder of the mean
-    first, the longest uncompressed first and the older on ties; what is then left upgrades them to all
-    heads in the same order.
+    With ``heads`` (the setting ``query_heads``) at ``auto`` that is the mean; what is then left, also
+    when ``others`` have come who asked in vain, upgrades them to all heads, the first ones first.
     """
     least = cheapest(group, heads)
-    line = sorted(waiting, key=lambda c: (-c.uncompressed, c.order))
-    served = line[: free_units // least]
-    left = free_units - least * len(served)
+    left = max(0, free_units - least * (served + others))
     upgrades = left // (group - least) if heads == "auto" and group > 1 else 0
-    return [(c.index, group if i < upgrades else least) for i, c in enumerate(served)]
+    return [group if place < upgrades else least for place in range(served)]
 
 
 def cheapest(group: int, heads: str) -> int:

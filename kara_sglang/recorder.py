@@ -9,12 +9,16 @@ tables that the recording step reads live on the device and are written on the f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.copies import to_device
 from kara_sglang.kernels.record import FP8, Ring, plan
+
+if TYPE_CHECKING:
+    from kara_sglang.state import Voters
 
 LAG = 64
 """Least value of ``QueryRecorder.lag``."""
@@ -131,14 +135,12 @@ class QueryRecorder:
         self._dirty.add(recorder.row)
         self._free.extend(recorder.units)
 
-    def covers(self, recorder: Recorder, start: int, length: int) -> bool:
-        """Whether all queries from logical position ``start`` on are still in the ring, for a request
-        whose logical length is ``length``."""
-        return recorder.since <= start and length - start <= self.ring_len
-
-    def units_of(self, recorder: Recorder) -> torch.Tensor:
-        """The recorder's units on the device, shape ``(group,)`` or ``(1,)``, int64."""
-        return to_device(torch.tensor(recorder.units), self.shape.device)
+    def voters(self, recorder: Recorder, start: int, length: int) -> Voters:
+        """Whose queries can choose the window at logical position ``start`` of a request whose logical
+        length is ``length``: nobody's unless all from ``start`` on are in the ring."""
+        if not recorder.since <= start or length - start > self.ring_len:
+            return "none"
+        return "all" if len(recorder.units) == self.shape.group else "mean"
 
     def flush(self) -> None:
         """Write what changed into the device tables; the caller is on the forward stream."""

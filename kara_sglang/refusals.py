@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kara_sglang.hooks import SGLANG_VERSION
+from kara_sglang.compat.flags import Flags
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
@@ -127,8 +127,9 @@ def of_entry(record: Any) -> list[str]:
 def _used(
     table: tuple[tuple[str, Callable[[Any], bool]], ...], config: Any, ours: str = "--kv-compress"
 ) -> list[str]:
+    flags = Flags(config)
     return [
-        f"{flag} does not work with {ours}; remove one of them" for flag, used in table if used(config)
+        f"{flag} does not work with {ours}; remove one of them" for flag, used in table if used(flags)
     ]
 
 
@@ -246,16 +247,3 @@ def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
             f"{config.window} (--kv-compress-window) and its delay of {config.delay}; use a smaller one"
         )
     return lines
-
-
-def of_version() -> list[str]:
-    """A refusal where the installed SGLang is not the one that this plugin was written against."""
-    from importlib.metadata import version
-
-    installed = version("sglang")
-    if installed == SGLANG_VERSION:
-        return []
-    return [
-        f"SGLang {installed} is installed, --kv-compress needs {SGLANG_VERSION}: "
-        f"pip install sglang=={SGLANG_VERSION}"
-    ]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kara_sglang import hooks, plugin, policy, refusals
+from kara_sglang import handshake, hooks, plugin, policy, refusals
+from kara_sglang.compat.running_batch import drop_finished
 from kara_sglang.config import KaraConfig
 from kara_sglang.coordinator import Coordinator
 from kara_sglang.kernels.backend import Kernels, WindowShape
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
-
-INIT_INFO_KEY = "kv_compress"
 
 
 @dataclass(slots=True)
@@ -72,7 +71,10 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     first = layers[0]
     group = first.tp_q_head_num // first.tp_k_head_num
     largest = WindowShape(
+        num_layers=len(layers),
         num_kv_heads=first.tp_k_head_num,
+        head_dim=first.qk_head_dim,
+        dtype=runner.dtype,
         width=config.window,
         kept=config.window,
         units=group if config.query_bytes else 0,
@@ -170,7 +172,9 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
     """AFTER ``Scheduler.__init__``: look at the real objects, then start."""
     runtime.starting = False
     config = runtime.config
-    absent = hooks.missing(hooks.CHILD_HOOKS if config is None else hooks.of_child(config))
+    absent = hooks.missing(
+        hooks.fitting(hooks.CHILD_HOOKS) if config is None else hooks.of_child(config)
+    )
     runtime.refused += [f"hook {path} is not in place; this SGLang does not fit" for path in absent]
     if config is not None:
         runtime.refused += refusals.of_scheduler(scheduler, config)
@@ -197,32 +201,21 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
     )
 
 
-def expected_word() -> int:
-    """What a scheduler says that runs the plugin with the settings in force."""
-    config = plugin.active()
-    assert config is not None
-    return hooks.digest(hooks.of_child(config))
-
-
 def after_get_init_info(result: dict[str, Any], _scheduler: Scheduler) -> None:
     """AFTER ``Scheduler.get_init_info``: the parent looks for this before it serves.
 
     A refusal travels to the parent the same way, so that the reason is the last thing it says.
     """
     ready = runtime.coordinator is not None
-    result[INIT_INFO_KEY] = expected_word() if ready else "; ".join(runtime.refused)
-
-
-def after_controller_init_info(result: dict[str, Any], controller: Any) -> None:
-    """AFTER ``DataParallelController.get_init_info``: pass on what all its schedulers said."""
-    said = [info.get(INIT_INFO_KEY) for info in controller._scheduler_init_infos]
-    # Any scheduler that is not ready speaks for all of them.
-    result[INIT_INFO_KEY] = next((word for word in said if word != expected_word()), expected_word())
+    handshake.tell(result, handshake.ready_word() if ready else "; ".join(runtime.refused))
 
 
 def before_update_running_batch(_scheduler: Scheduler, batch: ScheduleBatch) -> None:
     """BEFORE ``Scheduler.update_running_batch``: the pass, ahead of the memory check."""
-    if runtime.coordinator is not None and batch.reqs:
+    if runtime.coordinator is None:
+        return
+    drop_finished(batch)
+    if batch.reqs:
         runtime.coordinator.before_decode(batch)
 
 

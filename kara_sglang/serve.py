@@ -25,7 +25,7 @@ from kara_sglang.embedded_model import EmbeddedModelMissing, embedded_model_path
 
 DEFAULT_PORT = 30000
 
-# What SGLang 0.5.23 can run without a GPU; the pool holds two full contexts of the embedded model.
+# What SGLang can run without a GPU; the pool holds two full contexts of the embedded model.
 CPU_OPTIONS = {
     "--device": "cpu",
     "--attention-backend": "torch_native",

@@ -6,10 +6,9 @@ from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kara_sglang import hooks, plugin
+from kara_sglang import handshake, hooks, plugin
 from kara_sglang.options import KEY, RequestOptions
 from kara_sglang.radix_integration.keys import first_stranger
-from kara_sglang.runtime import INIT_INFO_KEY
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -57,7 +56,7 @@ def check_children(infos: list[dict[str, Any]], *_args: Any) -> None:
     if config is None:
         return
     for info in infos:
-        said = info.get(INIT_INFO_KEY)
+        said = handshake.told(info)
         if said != hooks.digest(hooks.of_child(config)):
             why = said or (
                 "a scheduler process runs without the plugin; is kara-sglang installed in the "

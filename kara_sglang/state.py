@@ -4,7 +4,7 @@ A request's row of ``req_to_token``, in KV indices (*physical* positions), as ha
 
     [0, protected)         owned by the prefix tree: never written, never freed by the pass
     [protected, start)     the request's own, uncompressed: the rest of the prompt, page alignment
-    [start, base)          kept tokens of its windows so far, R each, and gaps that stay uncompressed
+    [start, base)          kept tokens of its windows so far, R each
     [base, base + W)       the next window; compressed when the row is ``due_at`` long
     [base + W, kv_len)     the newest tokens: never compressed before a whole window is behind them
 
@@ -16,17 +16,22 @@ depends on a score.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-from kara_sglang.kernels.selectors import Selector
-from kara_sglang.recorder import Recorder
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
+    from kara_sglang.kernels.selectors import Selector
+    from kara_sglang.recorder import Recorder
     from kara_sglang.trace.tracer import TracedWindow
 
 STATE = "kv_compress"
 """Attribute of SGLang's ``Req`` that holds its :class:`RequestState`; None for a request that is not
 compressed, absent before its first decode step."""
+
+Voters = Literal["none", "mean", "all"]
+"""Whose recorded queries choose a window's tokens: nobody's, the means of GQA groups, or all heads'."""
+
+VOTERS: tuple[Voters, ...] = get_args(Voters)
+"""In the order of their numbers in files."""
 
 
 def ceil_align(value: int, page_size: int) -> int:
@@ -74,39 +79,28 @@ class RequestState:
     shares: bool = False  # its compressed row may enter the prefix tree
     insert_skipped: bool | None = None  # req.skip_radix_cache_insert before it was barred from the tree
     order: int = 0  # age: smaller came first
-    passed_over: int = 0  # tokens left uncompressed that do not make a whole window yet
+    in_vain: int = 0  # windows in a row that began without a recorder though it wanted one
+    voted: int = 0  # windows that its present recorder's queries have chosen
+    look_at: int = 0  # decode step of its date in the calendar; 0: none
     traced: list[TracedWindow] = field(default_factory=list)  # filled with --kv-compress-trace only
 
     def due_at(self, geometry: Geometry) -> int:
         """KV length from which on the next window can be compressed."""
         return self.base + geometry.window + geometry.delay
 
-    def can_fill_a_window(self, kv_len: int, tokens_left: int, geometry: Geometry) -> bool:
-        """Whether a window from ``base`` on, or from ``kv_len`` on without a recorder, falls due while
-        ``tokens_left`` more tokens are generated."""
-        start = self.base
-        if self.waits_for_recorder():
-            start = max(start, ceil_align(kv_len, geometry.page_size))
-        return kv_len + tokens_left >= start + geometry.window + geometry.delay
-
-    def waits_for_recorder(self) -> bool:
-        return self.selector.needs_queries and self.recorder is None
+    def next_window(self, kv_len: int, geometry: Geometry) -> int:
+        """Tokens to come before a window's first one; windows follow each other without a gap."""
+        if kv_len < self.base:
+            return self.base - kv_len
+        return -(kv_len - self.base) % geometry.window
 
     def uncompressed(self, kv_len: int) -> int:
         """Tokens from the next window's start on."""
         return max(0, kv_len - self.base)
 
-    def start_window_at(self, kv_len: int, geometry: Geometry) -> int:
-        """Put the next window at or behind ``kv_len``; the tokens in between stay uncompressed.
-
-        Returns
-        -------
-        int
-            Tokens that are passed over.
-        """
-        base = max(self.base, ceil_align(kv_len, geometry.page_size))
-        passed, self.base = base - self.base, base
-        return passed
+    def without_queries(self) -> int:
+        """How many of its own windows had no queries, though its selector asks for them."""
+        return sum(window.mark == "none" for window in self.windows[self.reused :])
 
     def commit(self, geometry: Geometry, mark: str = "") -> Window:
         """Account for the compression of the window at ``base``."""
@@ -138,5 +132,7 @@ class RequestState:
             last = self.windows[-1]
             if self.base < last.kv_start + last.kept:
                 raise RuntimeError(f"kv-compress: window at {self.base} overlaps {last}")
+            if len(self.windows) > self.reused and self.base > last.kv_start + last.kept:
+                raise RuntimeError(f"kv-compress: window at {self.base} leaves a gap behind {last}")
         if self.removed != sum(window.freed for window in self.windows):
             raise RuntimeError(f"kv-compress: {self.removed} removed, windows say otherwise")

@@ -13,20 +13,21 @@ class Totals:
 
     passes: int = 0
     windows: int = 0
+    without_queries: int = 0  # windows whose selector asks for queries that were not recorded
     slots_freed: int = 0
     pass_seconds: float = 0.0
     skipped: Counter[str] = field(default_factory=Counter)
 
-    def add_pass(self, windows: int, slots_freed: int, seconds: float) -> None:
+    def add_pass(self, windows: int, without_queries: int, slots_freed: int, seconds: float) -> None:
         self.passes += 1
         self.windows += windows
+        self.without_queries += without_queries
         self.slots_freed += slots_freed
         self.pass_seconds += seconds
 
     def copy(self) -> Totals:
         return dataclasses.replace(self, skipped=self.skipped.copy())
 
-    def skip(self, reason: str, count: int = 1) -> None:
-        """Count windows (``no_recorder``) or whole requests (other reasons) left uncompressed."""
-        if count:
-            self.skipped[reason] += count
+    def skip(self, reason: str) -> None:
+        """Count a request that is left uncompressed."""
+        self.skipped[reason] += 1

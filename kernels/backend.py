@@ -22,6 +22,8 @@ from kara_sglang.kernels.turn import Turn
 class LayerPool:
     """The KV pool and the ring, layer by layer.
 
+    Kernels know a pool again by its object, so buffers that are made anew need another one.
+
     Attributes
     ----------
     keys, values
@@ -62,8 +64,8 @@ class WindowJob:
     query_start, query_count
         Logical position of the window's first token, and recorded tokens from there on (W + delay).
     units
-        The recorder's units, shape ``(group,)`` or ``(1,)``, int64, on the pool's device; None where
-        the selector needs no queries.
+        The recorder's units, as many as the GQA group has heads, or one for their mean; None where the
+        selector needs no queries.
     """
 
     slots: torch.Tensor
@@ -72,17 +74,19 @@ class WindowJob:
     seed: int
     query_start: int
     query_count: int
-    units: torch.Tensor | None
+    units: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
 class WindowShape:
-    """What decides how much memory one window of one layer takes.
+    """What decides how much memory one window takes.
 
     Attributes
     ----------
-    num_kv_heads
+    num_layers, num_kv_heads, head_dim
         Of the rank.
+    dtype
+        Of K, or of the queries where they are wider.
     width
         W, tokens of the window.
     kept
@@ -93,7 +97,10 @@ class WindowShape:
         Recorded tokens, W + delay.
     """
 
+    num_layers: int
     num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
     width: int
     kept: int
     units: int

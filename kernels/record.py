@@ -10,10 +10,13 @@ queries are still there when the next window begins.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
+
+from kara_sglang.kernels.copies import to_device
 
 FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(FP8).max
@@ -179,7 +182,7 @@ def mean_of(heads: torch.Tensor) -> torch.Tensor:
     return total * (1 / heads.shape[-3])
 
 
-def recorded(ring: Ring, start: int, count: int, units: torch.Tensor, ring_len: int) -> torch.Tensor:
+def recorded(ring: Ring, start: int, count: int, units: Sequence[int], ring_len: int) -> torch.Tensor:
     """Read ``count`` tokens' queries from logical position ``start`` on.
 
     Parameters
@@ -188,8 +191,8 @@ def recorded(ring: Ring, start: int, count: int, units: torch.Tensor, ring_len: 
         One layer's.
     start, count : int
         Tokens, with ``count <= ring_len``.
-    units : torch.Tensor
-        The recorder's units, shape ``(group,)``, or ``(1,)`` for one that keeps the mean.
+    units : sequence of int
+        The recorder's units: as many as the group has heads, or one that keeps the mean.
     ring_len : int
         Tokens per unit.
 
@@ -200,8 +203,10 @@ def recorded(ring: Ring, start: int, count: int, units: torch.Tensor, ring_len: 
     """
     if count > ring_len:
         raise ValueError(f"{count} queries asked of a ring that holds {ring_len} tokens")
-    offsets = torch.arange(start, start + count, device=ring.queries.device) % ring_len
-    entries = (units[None, :] * ring_len + offsets[:, None]).flatten()
+    device = ring.queries.device
+    offsets = torch.arange(start, start + count, device=device) % ring_len
+    firsts = to_device(torch.tensor(units) * ring_len, device)
+    entries = (firsts + offsets[:, None]).flatten()
     if ring.exponents is None:
         rows = ring.queries.index_select(0, entries)
     else:

@@ -214,9 +214,6 @@ def blend_neighbours(
     return torch.lerp(logs, near, share).exp_()
 
 
-def share_heads(scores: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:
-    """Give every KV head the sum over the heads, in place; ``(..., num_kv_heads, W)`` in and out.
-
-    ``sums``, ``(..., 1, W)``, is where the sums may lie; without it they are allocated.
-    """
-    return scores.copy_(torch.sum(scores, dim=-2, keepdim=True, out=sums).expand_as(scores))
+def share_heads(scores: torch.Tensor) -> torch.Tensor:
+    """Give every KV head the sum over the heads, in place; ``(..., num_kv_heads, W)`` in and out."""
+    return scores.copy_(scores.sum(dim=-2, keepdim=True).expand_as(scores))

@@ -134,7 +134,9 @@ class CompressedRadixCache(UnifiedRadixCache):
             return True
         if req is None or req.multimodal_inputs is None:
             return False
-        own = [value for item in req.multimodal_inputs.mm_items for value in item.padding_values()]
+        own: list[int] = []
+        for item in req.multimodal_inputs.mm_items:
+            own += getattr(item, "pad_values", None) or (item.pad_value,)  # 0.5.22 has one per item
         unsigned = np.frombuffer(ids, dtype=np.uint64)
         return bool(np.isin(unsigned[unsigned >= self.vocab_size], np.array(own, np.uint64)).all())
 

@@ -4,8 +4,9 @@ Triton's wheel brings ptxas and cuobjdump, so neither a GPU nor CUDA is needed::
 
     python -m kara_sglang.benchmarks.gpu.compiled
 
-prints the table of docs/kernels.md: registers per thread, spilled bytes per thread, and shared memory
-per program. Another release of Triton is tried without touching the environment::
+prints two tables of docs/kernels.md: registers per thread, spilled bytes per thread, and shared memory
+per program; and the instructions that the score's loops issue. Another release of Triton is tried
+without touching the environment::
 
     pip install --target DIR --no-deps triton==3.8.0
     PYTHONPATH=DIR python -m kara_sglang.benchmarks.gpu.compiled
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -45,16 +47,9 @@ from kara_sglang.kernels.record import FP8, Ring
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.selectors.keys import KeysSelector
-from kara_sglang.kernels.triton import (
-    TritonKernels,
-    compact,
-    distance,
-    neighbours,
-    record,
-    score,
-    select,
-    weights,
-)
+from kara_sglang.kernels.triton import TritonKernels, record
+from kara_sglang.kernels.triton import launch as launch_module
+from kara_sglang.kernels.triton import pool as pool_module
 from kara_sglang.kernels.turn import Turn
 
 ARCHITECTURES = (80, 90, 100)
@@ -67,19 +62,19 @@ OTHER_SHAPES = (
     Model("head_dim 256", 1, 16, 8, 256, 0),
 )
 KERNELS = (
-    (record, "record_kernel"),
-    (score, "log_sum_exp_kernel"),
-    (score, "column_sum_kernel"),
-    (distance, "distance_kernel"),
-    (weights, "weights_kernel"),
-    (neighbours, "neighbours_kernel"),
-    (select, "select_kernel"),
-    (compact, "compact_kernel"),
+    "record_kernel",
+    "prepare_kernel",
+    "log_sum_exp_kernel",
+    "column_sum_kernel",
+    "select_kernel",
+    "compact_kernel",
 )
 
 
-SCORE, SELECT = ("log_sum_exp_kernel", "column_sum_kernel"), ("select_kernel",)
-WEIGHTS = ("weights_kernel",)
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+LOGITS = ("log_sum_exp_kernel", "column_sum_kernel")
+SCORE = ("prepare_kernel", *LOGITS)
+WEIGHTS, SELECT = ("prepare_kernel",), ("select_kernel",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +114,7 @@ class Launch:
             number = value.data_ptr() if isinstance(value, torch.Tensor) else value
             if number % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-        options = {
-            name: self.arguments[name] for name in ("num_warps", "num_stages") if name in self.arguments
-        }
+        options = {name: self.arguments[name] for name in OPTIONS if name in self.arguments}
         return signature, constants, attributes, options
 
 
@@ -137,8 +130,8 @@ class Compiled:
         Per thread; spilled bytes are those of the stack frame and of local memory.
     shared
         Bytes of shared memory per program.
-    ptx
-        The code before ptxas.
+    ptx, cubin
+        The code before ptxas, and what it made of it.
     """
 
     kernel: str
@@ -147,23 +140,44 @@ class Compiled:
     spilled: int
     shared: int
     ptx: str
+    cubin: bytes
 
     @property
     def cell(self) -> str:
         """As in the table of docs/kernels.md."""
         return cell(self.registers, self.spilled, self.shared)
 
+    def loops(self) -> list[list[str]]:
+        """Instructions of the machine from the head of each loop to its branch back, outer loops with
+        their inner ones."""
+        code = [
+            (int(address, 16), instruction)
+            for address, instruction in re.findall(
+                r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", cuobjdump(self.cubin, "-sass"), re.MULTILINE
+            )
+        ]
+        found = []
+        for address, instruction in code:
+            branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
+            if branch and int(branch[1], 16) < address:
+                head = int(branch[1], 16)
+                found.append([each for at, each in code if head <= at <= address])
+        return found
+
+    @property
+    def logits_loop(self) -> list[str]:
+        """One turn over a block of keys or queries: the shortest loop that copies into shared memory,
+        multiplies matrices and takes exponentials."""
+        turns = (
+            loop
+            for loop in self.loops()
+            if all(name in str(loop) for name in ("LDGSTS", "MMA", "MUFU.EX2"))
+        )
+        return min(turns, key=len)
+
     @classmethod
     def of(cls, kernel: str, architecture: int, built: Any) -> Compiled:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(built.asm["cubin"])
-            file.flush()
-            usage = subprocess.run(
-                [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
+        usage = cuobjdump(built.asm["cubin"], "--dump-resource-usage")
         found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
         return cls(
             kernel=kernel,
@@ -172,11 +186,22 @@ class Compiled:
             spilled=found["STACK"] + found["LOCAL"],
             shared=built.metadata.shared,
             ptx=built.asm["ptx"],
+            cubin=built.asm["cubin"],
         )
+
+
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What Triton's cuobjdump says of some machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def launches(
     model: Model,
+    architecture: int,
     *,
     window: int = 512,
     retained: int = 256,
@@ -220,16 +245,16 @@ def launches(
         seed=0,
         query_start=0,
         query_count=window + delay,
-        units=torch.arange(num_units) if votes else None,
+        units=tuple(range(num_units)) if votes else None,
     )
     batch = 64
     queries = torch.empty(batch, model.query_heads * dim, dtype=torch.bfloat16)
     entries = torch.zeros(batch, model.group, dtype=torch.int64)
-    with caught() as found:
+    capability = divmod(architecture, 10)
+    with caught() as found, patch.object(pool_module, "capability_of", lambda device: capability):
         kernels = TritonKernels()
-        kernels.reserve(
-            torch.device("cpu"), WindowShape(heads, window, window, num_units, window + delay)
-        )
+        shape = WindowShape(1, heads, dim, key_dtype, window, window, num_units, window + delay)
+        kernels.reserve(torch.device("cpu"), shape)
         kernels.record(pool.rings[0], entries, queries)
         kernels.compress(pool, [job])
     return found
@@ -239,14 +264,15 @@ def launches(
 def caught() -> Iterator[list[Launch]]:
     """Collects launches in place of making them."""
     found: list[Launch] = []
-    originals = [(module, name, getattr(module, name)) for module, name in KERNELS]
-    try:
-        for module, name, kernel in originals:
-            setattr(module, name, _Catcher(kernel, found))
+
+    def note(launch: launch_module.Launch) -> None:
+        found.append(Launch(launch.kernel, launch.arguments))
+
+    with (
+        patch.object(launch_module.Launch, "__call__", note),
+        patch.object(record, "record_kernel", _Catcher(record.record_kernel, found)),
+    ):
         yield found
-    finally:
-        for module, name, kernel in originals:
-            setattr(module, name, kernel)
 
 
 class _Catcher:
@@ -256,51 +282,40 @@ class _Catcher:
         self._kernel, self._found = kernel, found
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return functools.partial(self._launch)
+        return self._launch
 
     def _launch(self, *args: Any, **kwargs: Any) -> None:
         positional = dict(zip(inspect.signature(self._kernel.fn).parameters, args, strict=False))
         self._found.append(Launch(self._kernel, positional | kwargs))
 
 
-def both_passes(model: Model, **settings: Any) -> list[Launch]:
-    """Each kernel once: :func:`launches`, and what only a pass without votes launches."""
-    return launches(model, **settings) + of(WEIGHTS, launches(model, votes=False, **settings))
-
-
-def cases() -> list[tuple[str, list[Launch]]]:
+def cases(architecture: int) -> list[tuple[str, list[Launch]]]:
     """What the table shows: a name, and launches."""
-    found = [(model.name, both_passes(model)) for model in (*MODELS, *OTHER_SHAPES)]
+    made = functools.partial(launches, architecture=architecture)
     first = MODELS[0]
-    return [
-        *found,
-        (f"{first.name}, bf16 ring", of(SCORE, launches(first, ring_dtype=torch.bfloat16))),
-        (
-            f"{first.name}, fp8 keys",
-            of((*SCORE, "distance_kernel", *WEIGHTS), both_passes(first, key_dtype=FP8)),
-        ),
-        (f"{first.name}, mean", of(SCORE, launches(first, mean=True))),
-        (f"{first.name}, causal", of(SCORE, launches(first, causal=True))),
-        *(
-            (f"head_dim {model.head_dim}, {name}", of(SCORE, launches(model, **settings)))
-            for model in OTHER_SHAPES
-            if model.head_dim in (128, 256)
-            for name, settings in (
-                ("not ahead", {"ahead": False}),
-                ("pairs of neighbours", {"halves": False}),
-            )
-        ),
-        *(
-            (
-                f"head_dim {model.head_dim}, fp16 keys, bf16 ring",
-                of(SCORE, launches(model, key_dtype=torch.float16, ring_dtype=torch.bfloat16)),
-            )
-            for model in OTHER_SHAPES
-            if model.head_dim in (128, 256)
-        ),
-        (f"{first.name}, no chunks", of(SELECT, launches(first, chunks=False))),
-        *((f"W = {width}", of(SELECT, launches(first, window=width))) for width in (1024, 2048, 4096)),
-    ]
+    found = [(model.name, made(model)) for model in (*MODELS, *OTHER_SHAPES)]
+    for name, settings in (
+        ("bf16 ring", {"ring_dtype": torch.bfloat16}),
+        ("fp8 keys", {"key_dtype": FP8}),
+        ("mean", {"mean": True}),
+        ("causal", {"causal": True}),
+        ("W = 1024", {"window": 1024}),
+    ):
+        found.append((f"{first.name}, {name}", of(SCORE, made(first, **settings))))
+    for model in OTHER_SHAPES:
+        found.append((f"head_dim {model.head_dim}, keys", of(WEIGHTS, made(model, votes=False))))
+        if model.head_dim not in (128, 256):
+            continue
+        for name, settings in (
+            ("not ahead", {"ahead": False}),
+            ("pairs of neighbours", {"halves": False}),
+            ("fp32 keys", {"key_dtype": torch.float32}),
+        ):
+            found.append((f"head_dim {model.head_dim}, {name}", of(SCORE, made(model, **settings))))
+    found.append((f"{first.name}, no chunks", of(SELECT, made(first, chunks=False))))
+    for width in (1024, 2048, 4096):
+        found.append((f"W = {width}", of(SELECT, made(first, window=width))))
+    return found
 
 
 def of(kernels: Sequence[str], found: list[Launch]) -> list[Launch]:
@@ -308,14 +323,28 @@ def of(kernels: Sequence[str], found: list[Launch]) -> list[Launch]:
     return [launch for launch in found if launch.kernel.__name__ in kernels]
 
 
+def issued(launch: Launch) -> dict[str, Any]:
+    """What a loop over logits issues on sm_90: instructions of each warp in one turn, and how many
+    that makes per 32 logits."""
+    loop = launch.compile(90).logits_loop
+    block = launch.arguments["BLOCK_Q"] * launch.arguments["BLOCK_K"]
+    return {
+        "kernel": launch.kernel.__name__,
+        "turn": len(loop),
+        "exponentials": sum("MUFU.EX2" in each for each in loop),
+        "per_32_logits": 32 * len(loop) * launch.arguments["num_warps"] / block,
+    }
+
+
 def report(architectures: Sequence[int]) -> dict[str, Any]:
     """Compile all cases, for :func:`show` and as JSON. Shapes with equal results share a row."""
     rows: dict[tuple[Any, ...], list[str]] = {}
-    for name, found in cases():
-        for launch in found:
-            compiled = [launch.compile(architecture) for architecture in architectures]
+    for alike in zip(*(cases(architecture) for architecture in architectures), strict=True):
+        name = alike[0][0]
+        for same in zip(*(found for _, found in alike), strict=True):
+            compiled = [one.compile(number) for one, number in zip(same, architectures, strict=True)]
             used = tuple((each.registers, each.spilled, each.shared) for each in compiled)
-            rows.setdefault((launch.kernel.__name__, used), []).append(name)
+            rows.setdefault((same[0].kernel.__name__, used), []).append(name)
     units = ("registers", "spilled_bytes", "shared_bytes")
     return {
         "versions": {
@@ -333,10 +362,11 @@ def report(architectures: Sequence[int]) -> dict[str, Any]:
                     for architecture, numbers in zip(architectures, used, strict=True)
                 },
             }
-            for _, kernel in KERNELS
+            for kernel in KERNELS
             for (name, used), shapes in rows.items()
             if name == kernel
         ],
+        "issued": [issued(launch) for launch in of(LOGITS, launches(MODELS[0], 90))],
     }
 
 
@@ -349,6 +379,13 @@ def show(found: dict[str, Any]) -> None:
     for row in found["rows"]:
         cells = [cell(**row[architecture]) for architecture in architectures]
         print(f"| `{row['kernel']}` |", " | ".join(cells), f"| {'; '.join(row['shapes'])} |")
+
+    print(f"\n{MODELS[0].name} on sm_90\n")
+    print("| loop of | instructions of a turn | exponentials among them | per 32 logits |")
+    print("|---|---|---|---|")
+    for row in found["issued"]:
+        cells = (row["turn"], row["exponentials"], f"{row['per_32_logits']:.1f}")
+        print(f"| `{row['kernel']}` |", " | ".join(map(str, cells)), "|")
 
 
 def cell(registers: int, spilled_bytes: int, shared_bytes: int) -> str:

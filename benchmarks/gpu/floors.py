@@ -19,7 +19,6 @@ from typing import Any
 
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.benchmarks.gpu.report import write
-from kara_sglang.config import KaraConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,32 +107,35 @@ def record(model: Model, settings: Settings) -> Work:
     return Work(bytes=model.layers * (model.query_heads * model.head_dim * 2 + stored))
 
 
+def prepare(model: Model, settings: Settings) -> Work:
+    """K and V read, turned keys and a weight of each written. K is read twice, the second time from
+    the L2 cache."""
+    numbers = settings.window * model.head_dim
+    return Work(bytes=model.layers * model.kv_heads * (3 * 2 * numbers + 4 * settings.window))
+
+
 def score(model: Model, settings: Settings) -> Work:
-    """Both passes over queries and keys, the norms of the values, two more readings of the keys for
-    their distances, and the scores, which the distances multiply, the neighbours blend and a copy puts
-    back. A logarithm counts as an exponential."""
+    """Both passes over queries and turned keys; the queries' log-sum-exps and scales are written by the
+    first and read by the second, which reads the weights and writes the scores."""
     rows, width, dim = settings.voters(model), settings.window, model.head_dim
-    queries, keys = rows * dim * settings.query_bytes, width * dim * 2
-    sums, scores = rows * 2 * 4, width * 4
+    queries, keys, sums = rows * dim * settings.query_bytes, width * dim * 2, rows * 2 * 4
     per_pass = Work(bytes=queries + keys + sums, flops=2 * rows * width * dim, exps=rows * width)
-    logs = width * (KaraConfig().neighbours + 1)
-    per_head = per_pass * 2 + Work(bytes=3 * keys + 7 * scores, exps=logs + width)
+    per_head = per_pass * 2 + Work(bytes=2 * 4 * width)
     return per_head * (model.layers * model.kv_heads)
 
 
 def weights(model: Model, settings: Settings) -> Work:
-    """Scores without queries: keys read twice, values once, and the scores, which the neighbours blend
-    and a copy puts back. A logarithm counts as an exponential."""
-    width = settings.window
-    logs = width * (KaraConfig().neighbours + 1)
-    per_head = Work(bytes=width * (3 * model.head_dim * 2 + 5 * 4), exps=logs + width)
-    return per_head * (model.layers * model.kv_heads)
+    """The score without queries: K and V read, K once more from the L2 cache, scores written."""
+    numbers = settings.window * model.head_dim
+    return Work(bytes=model.layers * model.kv_heads * (2 * 2 * numbers + 4 * settings.window))
 
 
 def select(model: Model, settings: Settings) -> Work:
-    """Scores read, positions written; the rest stays in registers."""
+    """Scores read, blended scores and positions written; the logarithm of each score counts as an
+    exponential, as does the blended score."""
     heads = model.layers * model.kv_heads
-    return Work(bytes=heads * (4 * settings.window + 4 * settings.kept))
+    numbers = 2 * settings.window
+    return Work(bytes=heads * 4 * (numbers + settings.kept), exps=heads * numbers)
 
 
 def compact(model: Model, settings: Settings) -> Work:
@@ -142,12 +144,13 @@ def compact(model: Model, settings: Settings) -> Work:
     return Work(bytes=rows * (2 * 2 * model.head_dim + 4 + 2 * 4))
 
 
-KERNELS = (record, score, weights, select, compact)
+PASS = (prepare, score, select, compact)
+KERNELS = (record, *PASS, weights)
 
 
 def pass_floor(model: Model, settings: Settings, gpu: Gpu) -> float:
     """Seconds that a pass over one window takes at least, its kernels one after the other."""
-    return sum(gpu.floor(kernel(model, settings)) for kernel in (score, select, compact))
+    return sum(gpu.floor(kernel(model, settings)) for kernel in PASS)
 
 
 def decode_step(model: Model, batch: int, context: int) -> Work:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
+import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ import requests
 
 from kara_sglang import cpu_engine
 from kara_sglang.benchmarks.gpu.report import write
-from kara_sglang.benchmarks.machine import machine
+from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.serving.__main__ import GPU_SCALE, resolve_model
 from kara_sglang.benchmarks.serving.peers import Setup
 from kara_sglang.benchmarks.serving.peers.sglang import SGLang
@@ -34,6 +35,7 @@ from kara_sglang.benchmarks.serving.scenarios import Scale
 from kara_sglang.benchmarks.serving.server import Server, end_on_sigterm
 from kara_sglang.embedded_model import EmbeddedModelMissing
 
+MODULE = "kara_sglang.benchmarks.gpu.identity"
 WINDOWS = 3
 """Windows that each answer has."""
 PROMPTS = (
@@ -171,7 +173,12 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="write the results there as JSON")
     options = parser.parse_args()
     end_on_sigterm()
-    report: dict[str, Any] = {"machine": machine(), "model": options.model, "backends": {}}
+    report: dict[str, Any] = {
+        "command": command(MODULE, sys.argv[1:]),
+        "machine": machine(),
+        "model": Path(options.model).name,
+        "backends": {},
+    }
     good = True
     folder = Path(tempfile.mkdtemp(prefix="kara-identity-"))  # logs stay
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import platform
 import shutil
 import statistics
@@ -33,7 +34,7 @@ from kara_sglang.kernels import record as reference_record
 from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob, WindowShape
 from kara_sglang.kernels.compact import compact as reference_compact
 from kara_sglang.kernels.record import FP8, Ring, to_fp8
-from kara_sglang.kernels.score import AttentionRule
+from kara_sglang.kernels.score import AttentionRule, blend_neighbours
 from kara_sglang.kernels.score import attention_scores as reference_scores
 from kara_sglang.kernels.score import weight_scores as reference_weights
 from kara_sglang.kernels.select import ChunkRule
@@ -44,9 +45,9 @@ from kara_sglang.kernels.selectors.keys import KeysSelector
 from kara_sglang.kernels.triton import TritonKernels
 from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.pool import PoolTables
-from kara_sglang.kernels.triton.score import Voters, attention_scores, dot_dtype
+from kara_sglang.kernels.triton.prepare import weight_scores
+from kara_sglang.kernels.triton.score import Scratch, Voters, attention_scores, recorders_of
 from kara_sglang.kernels.triton.select import select
-from kara_sglang.kernels.triton.weights import weight_scores
 from kara_sglang.kernels.turn import Turn
 
 DEVICE = torch.device("cuda")
@@ -102,12 +103,17 @@ class Case:
         pages = torch.randperm(slots // PAGE, device=DEVICE)[: num_jobs * width // PAGE]
         self.slots = (pages[:, None] * PAGE + torch.arange(PAGE, device=DEVICE)).int()
         self.slots = self.slots.view(num_jobs, width)
-        self.units = torch.arange(num_jobs * units, device=DEVICE).view(num_jobs, units)
+        self.units = [tuple(range(units * job, units * (job + 1))) for job in range(num_jobs)]
         self.starts = [16 + 1003 * job for job in range(num_jobs)]
         self.tables = PoolTables.of(self.pool)
-        self.voters = Voters(self.units, torch.tensor(self.starts, device=DEVICE), 0, width)
+        self.voters = Voters(recorders_of(self.jobs(), ring_len).to(DEVICE), 0, width)
         self.scores = torch.empty(layers, num_jobs, heads, width, device=DEVICE)
-        self.sums = torch.empty(2 * layers * num_jobs * heads * self.voters.rows, device=DEVICE)
+        regions = Scratch.regions(
+            (layers, num_jobs, heads), width, dim, self.voters.rows, self.tables.dot
+        )
+        self.scratch = Scratch(
+            *(torch.empty(shape, dtype=dtype, device=DEVICE) for shape, dtype in regions)
+        )
         self.kept = torch.empty(
             layers, num_jobs, heads, settings.kept, dtype=torch.int32, device=DEVICE
         )
@@ -125,32 +131,32 @@ class Case:
             TritonKernels().record(ring, self.entries, self.queries)
 
     def score(self, rule: AttentionRule = RULE) -> None:
-        attention_scores(
+        for launch in attention_scores(
             self.tables,
             range(self.model.layers),
             self.slots,
             self.voters,
-            ring_len=self.pool.ring_len,
             rule=rule,
-            sums=self.sums,
+            scratch=self.scratch,
             out=self.scores,
-        )
+        ):
+            launch()
 
     def weights(self) -> None:
-        weight_scores(
-            self.tables,
-            range(self.model.layers),
-            self.slots,
-            rule=KEYS.rule,
-            scratch=self.sums,
-            out=self.scores,
-        )
+        layers = range(self.model.layers)
+        weight_scores(self.tables, layers, self.slots, rule=KEYS.rule, out=self.scores)()
 
     def select(self) -> None:
-        select(self.scores, self.settings.kept, CHUNKS, self.kept)
+        select(self.scores, self.settings.kept, CHUNKS, self.kept, neighbours=RULE.neighbours)()
 
     def compact(self) -> None:
-        compact(self.tables, range(self.model.layers), self.slots, self.kept)
+        for launch in compact(self.tables, self.slots, self.kept):
+            launch()
+
+    def mix(self) -> None:
+        """Give all slots other tokens: compacted windows become alike, and then nothing has to move."""
+        for buffer in (*self.pool.keys, *self.pool.values):
+            buffer.copy_(buffer[torch.randperm(len(buffer), device=DEVICE)])
 
     def kernels(self) -> TritonKernels:
         """The server's kernels, with the scratch that it would reserve."""
@@ -159,10 +165,13 @@ class Case:
         kernels.reserve(
             DEVICE,
             WindowShape(
+                num_layers=self.model.layers,
                 num_kv_heads=self.model.kv_heads,
+                head_dim=self.model.head_dim,
+                dtype=self.tables.dot,
                 width=settings.window,
                 kept=settings.window,
-                units=self.units.shape[1],
+                units=len(self.units[0]),
                 query_count=settings.window + settings.delay,
             ),
         )
@@ -190,9 +199,9 @@ def check(case: Case) -> dict[str, Any]:
     -------
     dict
         ``score_error``: largest relative difference of a score; ``turned_score_error``: the same with
-        queries that are moved ahead, whose rounding may differ. ``weight_error``: the same without
-        queries. ``same_choice``: share of positions that a whole pass and the reference's agree on;
-        near ties may fall either way.
+        queries that are moved ahead, for which keys are rounded to float16. ``weight_error``: the same
+        without queries. ``same_choice``: share of positions that a whole pass and the reference's agree
+        on; near ties may fall either way.
     """
     pool, settings = case.pool, case.settings
     rings = [Ring(*(part.clone() for part in parts(ring))) for ring in pool.rings]
@@ -206,9 +215,8 @@ def check(case: Case) -> dict[str, Any]:
     require(weight_error < 1e-3, f"weights: relative error {weight_error}")
     error = score_error(case, dataclasses.replace(RULE, ahead=False))
     require(error < 1e-3, f"score: relative error {error}")
-    # A turned query that falls between two 16-bit numbers may be rounded either way.
     turned_error = score_error(case, RULE)
-    require(turned_error < 0.03, f"score of turned queries: relative error {turned_error}")
+    require(turned_error < 5e-3, f"score with turned keys: relative error {turned_error}")
 
     # Before anything has moved: a compacted window holds tokens twice, and equal scores are a toss-up.
     widened = copied(pool, torch.float32)
@@ -218,7 +226,11 @@ def check(case: Case) -> dict[str, Any]:
     require(same > 0.99, f"a pass: {same:.4f} of the positions agree")
 
     case.kept.fill_(-1)
-    case.select()
+    raw = case.scores.flatten(0, 1).clone()
+    case.select()  # which leaves the blended scores
+    blended = torch.stack([blend_neighbours(of_heads, RULE.neighbours) for of_heads in raw])
+    blend_error = relative(case.scores, blended.view_as(case.scores))
+    require(blend_error < 1e-4, f"blended scores: relative error {blend_error}")
     expected = reference_select(case.scores, settings.kept, CHUNKS)
     require(torch.equal(case.kept.long(), expected), "select")
 
@@ -241,40 +253,76 @@ def check(case: Case) -> dict[str, Any]:
 
 
 def error_of_weights(case: Case) -> float:
-    """Largest relative difference of a score without queries, which ``case.scores`` then holds."""
+    """Largest relative difference of a score without queries, before neighbours are blended."""
     case.scores.fill_(float("nan"))
     case.weights()
     expected = torch.empty_like(case.scores)
+    rule = dataclasses.replace(KEYS.rule, neighbours=1)
     for layer, (keys, values) in enumerate(zip(case.pool.keys, case.pool.values, strict=True)):
         for job, slots in enumerate(case.slots.long()):
-            expected[layer, job] = reference_weights(
-                keys.float()[slots], values.float()[slots], KEYS.rule
-            )
-    return ((case.scores - expected).abs() / expected).max().item()
+            expected[layer, job] = reference_weights(keys.float()[slots], values.float()[slots], rule)
+    return relative(case.scores, expected)
 
 
 def score_error(case: Case, rule: AttentionRule) -> float:
-    """Largest relative difference of a score by ``rule``, which ``case.scores`` then holds."""
+    """Largest relative difference of a score by ``rule``, before neighbours are blended;
+    ``case.scores`` then holds the scores."""
     case.scores.fill_(float("nan"))
     case.score(rule)
+    return relative(case.scores, expected_scores(case, rule))
+
+
+def expected_scores(case: Case, rule: AttentionRule) -> torch.Tensor:
+    """The float32 reference of ``case.scores`` by ``rule``, before neighbours are blended."""
     expected = torch.empty_like(case.scores)
     pool = case.pool
-    dot = dot_dtype(case.tables.key_dtype, case.tables.ring_dtype)
     for layer, ring in enumerate(pool.rings):
         for job, slots in enumerate(case.slots.long()):
             queries = reference_record.recorded(
                 ring, case.starts[job], case.voters.count, case.units[job], pool.ring_len
             )
-            if rule.ahead:  # as the kernel: what is multiplied has the product's type
-                queries = pool.turn.moved(queries, layer).to(dot)
+            if rule.ahead:
+                queries = pool.turn.moved(queries, layer)
             expected[layer, job] = reference_scores(
                 queries,
                 pool.keys[layer].float()[slots],
                 pool.values[layer].float()[slots],
                 scale=pool.scales[layer],
-                rule=rule,
+                rule=dataclasses.replace(rule, neighbours=1),
             )
-    return ((case.scores - expected).abs() / expected).max().item()
+    return expected
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest relative difference; NaN where there is one."""
+    return ((ours - theirs).abs() / theirs).max().item()
+
+
+def stress_compact(case: Case, moves: int) -> None:
+    """``moves`` compactions of windows in which loads and stores overlap most, each compared with the
+    reference byte by byte: what is kept is the window's tokens 1 to R, or random.
+
+    Raises
+    ------
+    AssertionError
+        Where one byte differs.
+    """
+    buffers = (*case.pool.keys, *case.pool.values)
+    layers, heads, kept = case.model.layers, case.model.kv_heads, case.settings.kept
+    shape = layers, case.num_jobs, heads
+    for move in range(moves):
+        if move % 2:
+            order = torch.rand(*shape, case.settings.window, device=DEVICE).argsort(dim=-1)
+            case.kept.copy_(order[..., :kept].sort(dim=-1).values)
+        else:
+            case.kept.copy_(torch.arange(1, kept + 1, device=DEVICE))
+        expected = [buffer.clone() for buffer in buffers]
+        case.compact()
+        for index, (ours, theirs) in enumerate(zip(buffers, expected, strict=True)):
+            for job in range(case.num_jobs):
+                reference_compact(theirs, case.slots[job], case.kept[index % layers, job].long())
+            require(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), f"move {move}")
+        case.mix()
 
 
 def check_replay(case: Case) -> None:
@@ -336,10 +384,15 @@ def seconds(call: Callable[[], None], repeats: int = 20) -> float:
     return timed(captured(call), repeats)
 
 
-def timed(call: Callable[[], Any], repeats: int = 20) -> float:
-    """Median time of one call, from CUDA events around it."""
+def timed(
+    call: Callable[[], Any], repeats: int = 20, before: Callable[[], None] = lambda: None
+) -> float:
+    """Median time of one call, from CUDA events around it; the GPU is idle and ``before`` done when it
+    begins, so that what the host takes until the first launch counts."""
     times = []
     for _ in range(repeats + 3):
+        before()
+        torch.cuda.synchronize()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -347,6 +400,18 @@ def timed(call: Callable[[], Any], repeats: int = 20) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return statistics.median(times[3:])
+
+
+def launch_times(call: Callable[[], Any], repeats: int = 5) -> dict[str, float]:
+    """Microseconds of each kernel in one call of ``call``, by name, longest first, as the profiler sees
+    them; of a kernel that is launched several times the sum. Nothing is compiled any more."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total / repeats for event in profiler.key_averages()}
+    return dict(sorted(times.items(), key=lambda item: -item[1]))
 
 
 def measured_ceilings() -> Gpu:
@@ -385,18 +450,16 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def goals(settings: Settings, gpu: Gpu, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def goals(gpu: Gpu, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What was aimed at beside what was measured by :func:`measure`."""
     found = {
         "compact, share of the measured copy bandwidth": (
             0.8,
             results["compact"]["bytes_per_s"] / gpu.bandwidth,
         ),
+        "score, share of its floor": (0.5, results["score"]["of_floor"]),
         "pass, share of decode at batch 64, at most": (0.01, results["pass"]["share_of_decode_floor"]),
     }
-    if settings.window == 1024:
-        rate = results["score"]["flop_per_s"] / gpu.flop_rate
-        found["score, share of the measured matrix rate"] = (0.5, rate)
     return {
         name: {"goal": goal, "got": got, "met": got <= goal if "at most" in name else got >= goal}
         for name, (goal, got) in found.items()
@@ -409,10 +472,15 @@ def measure(case: Case, gpu: Gpu) -> dict[str, Any]:
     moving = (case.kept != torch.arange(case.settings.kept, device=DEVICE)).float().mean().item()
     for name in ("record", "weights", "score", "select", "compact"):
         work: Work = getattr(floors, name)(case.model, case.settings) * case.num_jobs
+        before = Work()
+        if name == "score":
+            before = floors.prepare(case.model, case.settings) * case.num_jobs
         if name == "compact":  # rows that stay are not touched
+            case.score()  # the replays of select have blended its scores again and again
+            case.select()
             work = dataclasses.replace(work, bytes=round(work.bytes * moving))
         took = seconds(getattr(case, name))
-        floor = gpu.floor(work)
+        floor = gpu.floor(before) + gpu.floor(work)
         results[name] = {
             "us": took * 1e6,
             "floor_us": floor * 1e6,
@@ -426,11 +494,20 @@ def measure(case: Case, gpu: Gpu) -> dict[str, Any]:
     steps = case.settings.window - case.settings.kept
     for name, selector in (("pass", KARA), ("pass without queries", KEYS)):
         jobs = case.jobs(selector)
-        kernels.compress(case.pool, jobs)
-        took = timed(lambda jobs=jobs: kernels.compress(case.pool, jobs))
-        share = took / case.num_jobs * 64 / (steps * step)
-        results[name] = {"us": took * 1e6, "share_of_decode_floor": share}
-        print(f"  {name}, launched from the host: {took * 1e6:.1f} us, {share:.2%} of decode's floor")
+        found: dict[str, Any] = {}
+        for prefix, some in (("one_window_", jobs[:1]), ("", jobs)):
+            call = functools.partial(kernels.compress, case.pool, some)
+            found[f"{prefix}us"] = timed(call, before=case.mix) * 1e6
+            case.mix()
+            found[f"{prefix}launches_us"] = launch_times(call, repeats=1)
+            for kernel, took_us in list(found[f"{prefix}launches_us"].items())[:8]:
+                print(f"    {kernel[:40]:40} {took_us:9.1f} us of a {name} over {len(some)}")
+        share = found["us"] / 1e6 / case.num_jobs * 64 / (steps * step)
+        results[name] = {**found, "share_of_decode_floor": share}
+        print(
+            f"  {name}, launched from the host: {found['us']:.1f} us, {share:.2%} of decode's floor; "
+            f"over one window {found['one_window_us']:.1f} us"
+        )
     return results
 
 
@@ -439,6 +516,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=[model.name for model in MODELS])
     parser.add_argument("--windows", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--jobs", type=int, default=8, help="windows in one pass")
+    parser.add_argument("--moves", type=int, default=2000, help="of the stress test of compact")
     parser.add_argument("--output", type=Path, help="write the results there as JSON")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -457,6 +535,10 @@ def main() -> None:
         "checks": [],
         "runs": [],
     }
+    stress_compact(Case(MODELS[0], Settings(), 8, layers=2), arguments.moves)
+    print(f"compact: {arguments.moves} moves of overlapping rows, none wrong")
+    report["checks"].append({"case": "compact", "moves": arguments.moves})
+    write(report, arguments.output)
     for model, key_dtype, query_bytes in OTHER_CASES:
         settings = Settings(window=176, kept=80, delay=29, query_bytes=query_bytes)
         checks = check(Case(model, settings, 3, layers=2, key_dtype=key_dtype))
@@ -482,7 +564,7 @@ def main() -> None:
                         "jobs": arguments.jobs,
                         "checks": checks,
                         "kernels": measured,
-                        "goals": goals(settings, gpu, measured),
+                        "goals": goals(gpu, measured),
                     }
                 )
                 write(report, arguments.output)  # what is done stays, should the next case crash

@@ -57,7 +57,7 @@ def check(flashinfer: Any, kernels: Kernels, page: int, width: int, kept: int) -
             seed=0,
             query_start=base[i],
             query_count=ring_len,
-            units=torch.arange(GROUP, device=DEVICE) + GROUP * i,
+            units=tuple(range(GROUP * i, GROUP * (i + 1))),
         )
         for i in range(3)
     ]
@@ -109,7 +109,7 @@ def main() -> None:
     except ImportError as error:
         raise SystemExit(f"paged_decode.py: flashinfer cannot be imported ({error})") from error
     kernels = TritonKernels()
-    kernels.reserve(DEVICE, WindowShape(HEADS, 512, 512, GROUP, 512 + DELAY))
+    kernels.reserve(DEVICE, WindowShape(1, HEADS, DIM, torch.bfloat16, 512, 512, GROUP, 512 + DELAY))
     for page in (1, 16, 64):
         error = check(flashinfer, kernels, page, width=512, kept=256)
         print(f"flashinfer {flashinfer.__version__}, pages of {page}: largest difference {error:.5f}")

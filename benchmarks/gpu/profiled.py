@@ -11,8 +11,8 @@ from typing import Any
 
 from kara_sglang.benchmarks.serving.server import Server
 
-OURS = ("record_kernel", "log_sum_exp_kernel", "column_sum_kernel", "distance_kernel")
-OURS += ("neighbours_kernel", "select_kernel", "compact_kernel")
+OURS = ("record_kernel", "prepare_kernel", "log_sum_exp_kernel", "column_sum_kernel")
+OURS += ("select_kernel", "compact_kernel")
 LONGEST = 15
 """Kernels that are named one by one."""
 

@@ -5,11 +5,16 @@
 Two servers stay up on one GPU, stock SGLang and one with compression, whose requests name their
 selector and share themselves, so that all rows meet the same two processes and take turns within
 seconds. The compressed server's KV pool is smaller by its query ring and its scratch, so both hold the
-same bytes. Weights are dummies of a published shape, answers end after a fixed number of tokens (equal
-work), prompts are random ids. Further groups of servers (``--groups``) compare policies, which are
-settings of a server. With ``--model tiny`` it runs without a GPU, too, as a rehearsal.
+same bytes. Weights are dummies of a published shape, prompts are random ids. Further groups of servers
+(``--groups``) compare policies, which are settings of a server. With ``--model tiny`` it runs without a
+GPU, too, as a rehearsal.
 
-Points: ``scarce``, where stock SGLang runs a third of the requests at once, and ``ample``, where all
+A fixed number of clients each send a request as soon as their last one has ended. The lengths of the
+answers are drawn between half and one and a half of ``--tokens``, in the same order in every row, so
+that requests come and go one by one. What is measured begins ``--ramp`` seconds later, when the first
+answers have made room for others, and is cut into parts, whose spread is the range in the table.
+
+Points: ``scarce`` has three times as many clients as stock SGLang can run at once; at ``ample`` all
 fit.
 """
 
@@ -18,7 +23,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import itertools
 import json
 import random
 import statistics
@@ -90,99 +94,152 @@ AMPLE = (STOCK, "off", "identity", "kara-0.5", "keys-0.5", "kvllm", "pressure")
 POINTS = {"scarce": SCARCE, "ample": AMPLE}
 
 
-@dataclass(slots=True)
-class Answer:
-    """When the tokens of one answer came, in seconds; ``kv_compress`` is the server's report."""
-
-    sent: float
-    times: list[float]
-    tokens: int
-    kv_compress: dict[str, Any] | None
+PARTS = 3
+"""Of the measured time."""
 
 
-async def _ask(
-    session: aiohttp.ClientSession, url: str, ids: list[int], output: int, options: Any
-) -> Answer:
-    sampling: dict[str, Any] = {"max_new_tokens": output, "temperature": 0, "ignore_eos": True}
-    if options is not None:
-        sampling["custom_params"] = {"kv_compress": options}
-    body = {"input_ids": ids, "sampling_params": sampling, "stream": True}
-    answer = Answer(time.perf_counter(), [], 0, None)
-    async with session.post(f"{url}/generate", json=body) as response:
-        if response.status != 200:
-            raise RuntimeError(f"HTTP {response.status}: {(await response.text())[:300]}")
-        async for line in response.content:
-            if not line.startswith(b"data:") or line.startswith(b"data: [DONE]"):
-                continue
-            answer.times.append(time.perf_counter())
-            last = line
-    meta = json.loads(last[5:])["meta_info"]
-    answer.tokens, answer.kv_compress = meta["completion_tokens"], meta.get("kv_compress")
-    if answer.tokens != output:
-        raise RuntimeError(f"an answer has {answer.tokens} tokens, not {output}")
-    return answer
+class Clients:
+    """Clients that ask again and again, and what came when.
+
+    Parameters
+    ----------
+    url
+        Of the server.
+    row
+        Names the requests' options.
+    prompt, tokens
+        Of a prompt, and mean of an answer.
+    vocabulary
+        Prompts are made of ids below it.
+    seed
+        Of prompts and lengths.
+    """
+
+    def __init__(
+        self, url: str, row: Row, prompt: int, tokens: int, vocabulary: int, seed: int
+    ) -> None:
+        self._url, self._row = url, row
+        self._prompt, self._tokens, self._vocabulary = prompt, tokens, vocabulary
+        self._rng = random.Random(seed)
+        self.came: list[tuple[float, int]] = []
+        """When a chunk came, and its tokens."""
+        self.gaps: list[tuple[float, float]] = []
+        """When a chunk came, and the seconds since the answer's last one."""
+        self.reports: list[dict[str, Any]] = []
+        """``meta_info`` of the answers that have ended."""
+
+    async def run(self, count: int, seconds: float) -> None:
+        """Let ``count`` clients ask for so long; what is still open then is given up."""
+        timeout = aiohttp.ClientTimeout(total=None)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            clients = [asyncio.create_task(self._client(session)) for _ in range(count)]
+            done, _ = await asyncio.wait(clients, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+            for client in done:
+                client.result()  # a client ends by an error only
+            for client in clients:
+                client.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
+
+    async def _client(self, session: aiohttp.ClientSession) -> None:
+        while True:
+            ids = [self._rng.randrange(10, self._vocabulary) for _ in range(self._prompt)]
+            await self._ask(session, ids, self._rng.randint(self._tokens // 2, self._tokens * 3 // 2))
+
+    async def _ask(self, session: aiohttp.ClientSession, ids: list[int], output: int) -> None:
+        sampling: dict[str, Any] = {"max_new_tokens": output, "temperature": 0, "ignore_eos": True}
+        if self._row.options is not None:
+            sampling["custom_params"] = {"kv_compress": self._row.options}
+        body = {"input_ids": ids, "sampling_params": sampling, "stream": True}
+        last, meta = 0.0, {}
+        async with session.post(f"{self._url}/generate", json=body) as response:
+            if response.status != 200:
+                raise RuntimeError(f"HTTP {response.status}: {(await response.text())[:300]}")
+            async for line in response.content:
+                if not line.startswith(b"data: {"):
+                    continue
+                now, chunk = time.perf_counter(), json.loads(line[6:])
+                if "error" in chunk:
+                    raise RuntimeError(f"a request failed: {chunk['error']}")
+                meta = chunk["meta_info"]
+                self.came.append((now, len(chunk["output_ids"])))
+                if last:
+                    self.gaps.append((now, now - last))
+                last = now
+        if meta.get("completion_tokens") != output:
+            raise RuntimeError(f"an answer has {meta.get('completion_tokens')} tokens, not {output}")
+        self.reports.append(meta)
 
 
-async def _load(url: str, prompts: list[list[int]], output: int, options: Any) -> list[Answer]:
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(
-        timeout=timeout, connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20
-    ) as session:
-        return await asyncio.gather(*(_ask(session, url, ids, output, options) for ids in prompts))
-
-
-def prompts(count: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
-    """Random ids; every repetition has its own, so that nothing is found in the prefix cache."""
-    rng = random.Random(seed)
-    return [[rng.randrange(10, vocabulary) for _ in range(length)] for _ in range(count)]
-
-
-def measure(server: Server, row: Row, asked: list[list[int]], output: int) -> dict[str, Any]:
+def measure(
+    server: Server, clients: Clients, count: int, ramp: float, seconds: float
+) -> dict[str, Any]:
     """One run of one row: rates by the client's clock, counts from the server's log."""
     peer = PEERS["sglang"]
     server.post("/flush_cache", {})
     time.sleep(0.3)
-    mark = peer.mark(server)
-    started = time.perf_counter()
-    answers = asyncio.run(_load(server.url, asked, output, row.options))
-    duration = time.perf_counter() - started
-    time.sleep(0.3)
-    counters = dataclasses.asdict(peer.counters(server, mark))
+    marks: list[Any] = []
+
+    async def both() -> None:
+        running = asyncio.create_task(clients.run(count, ramp + seconds))
+        await asyncio.sleep(ramp)
+        marks.append(peer.mark(server))
+        await running
+
+    began = time.perf_counter()
+    asyncio.run(both())
+    counters = dataclasses.asdict(peer.counters(server, marks[0]))
     schedule = counters.pop("schedule")
-    first = sorted(answer.times[0] - answer.sent for answer in answers)
-    gaps = sorted(b - a for answer in answers for a, b in itertools.pairwise(answer.times))
-    reports = [answer.kv_compress or {} for answer in answers]
+    _wait_until_idle(server)
+    start, stop = began + ramp, began + ramp + seconds
+    gaps = sorted(gap for when, gap in clients.gaps if start <= when < stop)
+    part = seconds / PARTS
+    rates = [
+        sum(n for when, n in clients.came if start + i * part <= when < start + (i + 1) * part) / part
+        for i in range(PARTS)
+    ]
+    reports = [report.get("kv_compress") or {} for report in clients.reports]
     return {
-        "duration": duration,
-        "output_tokens_per_s": len(asked) * output / duration,
-        "ttft_s": {"median": _at(first, 0.5), "p99": _at(first, 0.99)},
+        "output_tokens_per_s": statistics.fmean(rates),
+        "parts": rates,
         "itl_ms": {
             "median": 1e3 * _at(gaps, 0.5),
             "p99": 1e3 * _at(gaps, 0.99),
             "p99.9": 1e3 * _at(gaps, 0.999),
             "largest": 1e3 * gaps[-1],
         },
+        "ended": len(reports),
         "windows": sum(report.get("windows", 0) for report in reports),
-        "retained": statistics.fmean(report.get("retained", 1.0) for report in reports),
+        "retained": statistics.fmean([report.get("retained", 1.0) for report in reports] or [1.0]),
         "counters": counters,
         "schedule": {str(running): list(found) for running, found in schedule.items()},
     }
 
 
+def _wait_until_idle(server: Server) -> None:
+    """Until requests whose clients have gone are gone, too: a cache that is in use is not flushed."""
+    deadline = time.monotonic() + 30
+    while server.post("/flush_cache", {}, check=False).status_code != 200:
+        if time.monotonic() > deadline:
+            raise RuntimeError("the server still runs requests 30 s after their clients have gone")
+        time.sleep(0.2)
+
+
 def profile_row(
-    server: Server, row: Row, asked: list[list[int]], output: int, folder: Path, steps: int
+    server: Server, clients: Clients, count: int, ramp: float, folder: Path, steps: int
 ) -> dict[str, Any]:
-    """Kernels by name while ``row`` decodes all of ``asked``, once passes have begun."""
+    """Kernels by name while ``count`` clients are served."""
     found: dict[str, Any] = {}
 
     async def both() -> None:
-        load = asyncio.create_task(_load(server.url, asked, output, row.options))
-        await asyncio.sleep(10)
+        running = asyncio.create_task(clients.run(count, 3600))
+        await asyncio.sleep(ramp)
         found.update(await asyncio.to_thread(profile, server, folder, steps))
-        await load
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
-    server.post("/flush_cache", {})
     asyncio.run(both())
+    _wait_until_idle(server)
     return found
 
 
@@ -204,6 +261,8 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not pairs:
             continue
         ratios = [a["output_tokens_per_s"] / b["output_tokens_per_s"] for a, b in pairs]
+        # Parts of a row against the mean of stock's: how much a rate moves within one run.
+        parts = [rate / b["output_tokens_per_s"] for a, b in pairs for rate in a["parts"]]
         found.append(
             {
                 "group": group,
@@ -212,10 +271,8 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "repetitions": len(pairs),
                 "tokens_per_s": statistics.fmean(a["output_tokens_per_s"] for a, _ in pairs),
                 "over_stock": statistics.fmean(ratios),
-                "over_stock_range": [min(ratios), max(ratios)],
-                "decode_steps_over_stock": statistics.fmean(
-                    a["counters"]["decode_steps"] / b["counters"]["decode_steps"] for a, b in pairs
-                ),
+                "over_stock_range": [min(parts), max(parts)],
+                "held": statistics.fmean(a["counters"]["held"] for a, _ in pairs),
                 "mean_running": statistics.fmean(a["counters"]["mean_running"] for a, _ in pairs),
                 "peak_running": max(a["counters"]["peak_running"] for a, _ in pairs),
                 "retractions": sum(a["counters"]["retractions"] for a, _ in pairs),
@@ -234,16 +291,16 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows_: list[dict[str, Any]]) -> str:
     """The summary in Markdown."""
     lines = [
-        "| point | row | tok/s over stock (range) | decode steps | mean running | time between tokens: "
-        "median, p99 | retained |",
+        "| point | row | tok/s over stock (range) | mean running | time between tokens: median, p99 "
+        "| KV held | retracted |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows_:
         low, high = r["over_stock_range"]
+        gaps = f"{r['itl_median_over_stock']:.2f}, {r['itl_p99_over_stock']:.2f}"
         lines.append(
             f"| {r['point']} | {r['row']} | {r['over_stock']:.2f} ({low:.2f} to {high:.2f}) | "
-            f"{r['decode_steps_over_stock']:.2f} | {r['mean_running']:.1f} | "
-            f"{r['itl_median_over_stock']:.2f}, {r['itl_p99_over_stock']:.2f} | {r['retained']:.2f} |"
+            f"{r['mean_running']:.1f} | {gaps} | {r['held']:.2f} | {r['retractions']} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -258,11 +315,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=4096, help="of every answer")
-    parser.add_argument("--fit", type=int, default=32, help="requests that stock SGLang runs at once")
-    parser.add_argument("--requests", type=int, default=96, help="at the scarce point")
+    parser.add_argument("--tokens", type=int, default=2048, help="of an answer, on average")
+    parser.add_argument("--fit", type=int, default=40, help="average requests that fit stock's pool")
+    parser.add_argument("--ramp", type=float, default=25, help="seconds before what is measured")
+    parser.add_argument("--measured", type=float, default=30, help="seconds that are measured")
     parser.add_argument("--query-mem-gb", type=float, default=2.0)
-    parser.add_argument("--profile-steps", type=int, default=64, help="0: no profile")
+    parser.add_argument("--profiled", nargs="*", default=[STOCK, "kara-0.5", "keys-0.5"], metavar="ROW")
+    parser.add_argument("--profile-steps", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after so long")
     parser.add_argument("--server-args", default="", help="more flags for every server, as one word")
     parser.add_argument("--folder", type=Path, help="for logs; default: a temporary one")
@@ -276,17 +335,17 @@ def main(arguments: list[str]) -> int:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="kara-throughput-"))
     model = write_config(folder, options.model)
     page = 16
-    # As SGLang reserves: a page per request on top, and the sum below the pool's size.
-    per_request = (-(-(options.prompt + options.tokens) // page) + 2) * page
-    pool = options.fit * per_request + page
+    per_request = -(-(options.prompt + options.tokens) // page) * page
+    pool = options.fit * per_request
+    longest = options.prompt + options.tokens * 3 // 2 + 2 * page
     ring = round(options.query_mem_gb * 2**30) + (0 if cpu_engine.is_installed() else SCRATCH_BYTES)
     smaller = pool - -(-ring // (kv_bytes(options.model) * page)) * page
-    ample = smaller // per_request
+    counts = {"scarce": 3 * options.fit, "ample": smaller // longest}
     report: dict[str, Any] = {
         "command": command(MODULE, arguments),
         "machine": machine(),
         "pool": {"stock": pool, "compressed": smaller, "ring_bytes": ring},
-        "requests": {"scarce": options.requests, "ample": ample},
+        "clients": counts,
         "summary": [],
         "runs": [],
         "profiles": [],
@@ -294,8 +353,8 @@ def main(arguments: list[str]) -> int:
 
     def setup(row: str) -> Setup:
         args = ["--skip-tokenizer-init", "--incremental-streaming-output", "--load-format", "dummy"]
-        args += ["--mem-fraction-static", "0.95", "--context-length", str(per_request + page)]
-        args += ["--cuda-graph-max-bs-decode", str(max(options.requests, ample))]
+        args += ["--mem-fraction-static", "0.95", "--context-length", str(longest + page)]
+        args += ["--cuda-graph-max-bs-decode", str(counts["scarce"])]
         return Setup(
             model=str(model),
             dtype="bfloat16",
@@ -309,8 +368,10 @@ def main(arguments: list[str]) -> int:
             cpu=cpu_engine.is_installed(),
         )
 
-    def asked(count: int, seed: int) -> list[list[int]]:
-        return prompts(count, options.prompt, CONFIGS[options.model]["vocab_size"], seed)
+    def clients(row: Row, seed: int) -> Clients:
+        vocabulary = CONFIGS[options.model]["vocab_size"]
+        url = running[row.server].url
+        return Clients(url, row, options.prompt, options.tokens, vocabulary, seed)
 
     known = rows(options.window)
     running: dict[str, Server] = {}
@@ -336,7 +397,7 @@ def main(arguments: list[str]) -> int:
             for name in fresh:
                 running[name].wait()
                 # What is compiled at first use is compiled here.
-                measure(running[name], Row(name, name), asked(8, 0), min(options.tokens, 1024))
+                measure(running[name], clients(Row(name, name), 0), 8, 8, 2)
             for repetition in range(options.repetitions):
                 for point in options.points:
                     here = [row for row in members if row.name in POINTS[point]]
@@ -345,8 +406,13 @@ def main(arguments: list[str]) -> int:
                         if time.monotonic() - began > options.seconds:
                             print(f"{options.seconds:.0f} s are over: {row.name} and later are not run")
                             return 0
-                        load = asked(report["requests"][point], 1000 + repetition)
-                        found = measure(running[row.server], row, load, options.tokens)
+                        found = measure(
+                            running[row.server],
+                            clients(row, 1000 + repetition),
+                            counts[point],
+                            options.ramp,
+                            options.measured,
+                        )
                         report["runs"].append(
                             {"group": group, "point": point, "row": row.name, "repetition": repetition}
                             | found
@@ -359,13 +425,13 @@ def main(arguments: list[str]) -> int:
                             f"{found['counters']['mean_running']:.1f} running",
                             flush=True,
                         )
-            for row in members if options.profile_steps else ():
-                if row.name in (STOCK, "kara-0.5", "keys-0.5", "kvllm"):
+            for row in members:
+                if row.name in options.profiled:
                     found = profile_row(
                         running[row.server],
-                        row,
-                        asked(ample, 99),
-                        options.tokens,
+                        clients(row, 99),
+                        counts["ample"],
+                        10,
                         folder / f"{group}-{row.name}",
                         options.profile_steps,
                     )

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from kara_sglang import cpu_engine
@@ -15,6 +14,7 @@ from kara_sglang.benchmarks.quality import engine, instrument, tasks, texts
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed, Order
 from kara_sglang.benchmarks.quality.rows import Part, Row
 from kara_sglang.benchmarks.quality.script import Script, cell_path, reference_path
+from kara_sglang.benchmarks.ring import ring_of
 from kara_sglang.config import KaraConfig
 
 RUNNING = 32 if cpu_engine.is_installed() else 128
@@ -52,21 +52,7 @@ def servers(rows: list[Row]) -> list[list[Row]]:
 
 def query_memory(model: str, settings: dict[str, Any], running: int) -> float:
     """GiB that let every running request record all its heads, so that no row depends on the load."""
-    import torch
-    from transformers import AutoConfig
-
-    from kara_sglang.doctor import recorder_of
-
-    config = AutoConfig.from_pretrained(model)
-    heads = config.num_attention_heads
-    shape = SimpleNamespace(
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        get_total_num_kv_heads=lambda: config.num_key_value_heads,
-        dtype=torch.float32,
-    )
-    ring = recorder_of(shape, KaraConfig.from_settings(settings))
+    ring = ring_of(model, settings)
     return (running + 1) * ring.shape.group * ring.unit_bytes / 2**30
 
 

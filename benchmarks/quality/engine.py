@@ -175,10 +175,13 @@ def _serve(engine: Any, folder: Path, requests: list[tuple[str, str, Any, int]])
         if answer["output_ids"] != scripts[name].forced:
             raise EngineFailed(f"{name} in {row}: the answer is not the forced one")
         path = cell_path(folder, row, name)
-        done = (answer["meta_info"].get("kv_compress") or {}).get("windows", 0)
-        if done != windows:
+        report = answer["meta_info"].get("kv_compress") or {"windows": 0, "without_queries": 0}
+        if report["windows"] != windows or report["without_queries"]:
             path.unlink()
-            raise EngineFailed(f"{name} in {row}: {done} windows were compressed, not {windows}")
+            raise EngineFailed(
+                f"{name} in {row}: {report['windows']} windows were compressed, "
+                f"{report['without_queries']} of them for want of queries without, not {windows}"
+            )
 
 
 if __name__ == "__main__":

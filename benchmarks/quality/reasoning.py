@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -36,6 +37,7 @@ from kara_sglang.benchmarks.quality import coder_model
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE
 from kara_sglang.benchmarks.quality.estimates import share_interval
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
+from kara_sglang.benchmarks.quality.pace import fastest
 from kara_sglang.benchmarks.quality.script import write_json
 from kara_sglang.benchmarks.quality.texts import DATA
 from kara_sglang.benchmarks.serving.peers import PEERS, Setup
@@ -153,7 +155,7 @@ def serve(options: argparse.Namespace, own: dict[str, Any], log: Path) -> Server
     row = ServedRow("kara", "every selector by request", selector="kara", settings=settings)
     setup = Setup(
         model=options.model or _default_model(),
-        dtype="float32" if on_cpu else "auto",
+        dtype=options.dtype or "auto",
         window=options.window,
         delay=KaraConfig.from_settings(settings).delay,
         query_mem_gb=options.query_mem_gb or (0.25 if on_cpu else 2.0),
@@ -323,7 +325,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=0.95, help="where the temperature is not 0")
-    parser.add_argument("--parallel", type=int, default=8, help="problems at once")
+    parser.add_argument("--parallel", type=int, default=32, help="answers at once")
+    parser.add_argument("--dtype", help="default: the model's; without a GPU the fastest one")
     parser.add_argument("--server-args", default="", help="more flags for the server, as one word")
     parser.add_argument("--collect", action="store_true", help="only ask; grade later")
     parser.add_argument("--folder", type=Path, help="run folder; by default --out without its suffix")
@@ -349,13 +352,14 @@ def collect(
         todo = [(p, row) for p in problems for row in members if not place(folder, row, p).is_file()]
         if not todo:
             continue
+        set_pace(options)
         with contextlib.ExitStack() as stack:
             url = options.url
             if url is None:
                 server = serve(options, json.loads(own), folder / f"server-{number}.log")
                 stack.callback(server.stop)
                 url = server.url
-            write_json(folder / "machine.json", machine())  # of those who answer, not of the grader
+            write_json(folder / "answered.json", answered(options))
             pool = stack.enter_context(ThreadPoolExecutor(options.parallel))
             waiting = {pool.submit(ask, url, p, row, options): (p, row) for p, row in todo}
             try:
@@ -365,6 +369,28 @@ def collect(
             except BaseException:
                 pool.shutdown(cancel_futures=True, wait=False)
                 raise
+
+
+def answered(options: argparse.Namespace) -> dict[str, Any]:
+    """On what the answers were given; they may be graded elsewhere."""
+    threads = os.environ["OMP_NUM_THREADS"] if cpu_engine.is_installed() else None
+    return {"machine": machine(), "dtype": options.dtype or "model", "threads": threads}
+
+
+def set_pace(options: argparse.Namespace) -> None:
+    """Without a GPU: the dtype and the number of threads that are fastest here, unless given."""
+    if options.url or not cpu_engine.is_installed():
+        return
+    config = json.loads((Path(options.model or _default_model()) / "config.json").read_text())
+    found = fastest(config["hidden_size"], config["intermediate_size"], options.parallel)
+    options.dtype = options.dtype or found.dtype
+    os.environ.setdefault("OMP_NUM_THREADS", str(found.threads))
+    times = ", ".join(f"{name} {took:.1f} ms" for name, took in found.milliseconds.items())
+    print(
+        f"{options.dtype} on {os.environ['OMP_NUM_THREADS']} threads (a product of {options.parallel} "
+        f"tokens: {times})",
+        file=sys.stderr,
+    )
 
 
 def place(folder: Path, row: Row, problem: Problem) -> Path:
@@ -386,8 +412,7 @@ def grade(
     return {
         "meta": {
             "command": shown,
-            "machine": json.loads((folder / "machine.json").read_text()),
-            "dtype": "float32" if cpu_engine.is_installed() else "model",
+            **json.loads((folder / "answered.json").read_text()),
             "data": options.data.name,
             "model": Path(options.model or coder_model.FOLDER_NAME).name,
             "window": options.window,

@@ -8,13 +8,14 @@ and in between it states facts, each of them once::
     The price of tea is 23.
     Step 12: add 14. The total is 214.
     ...
-    Step 40: add the price of tea. The total is 237.
+    Step 40: add the price of tea, which is 23. The total is 237.
 
 Some tokens are asked for: was the right one the most likely? ``total`` needs the step before and is
-the restated regime; ``use``, ``copy``, ``name`` and ``chain`` need a fact that stands in a compressed
-window and nowhere else; ``chain`` needs two of them. The distance of a fact is counted in windows, from
-where it stands to where it is needed. One script is one observation: intervals are percentiles of a
-bootstrap over scripts.
+the restated regime. The others need a fact that stands in a compressed window and nowhere else:
+``use`` a price in the middle of a step, ``copy`` a price, ``name`` an identifier, ``chain`` first the
+item that a price leads to and then that item's price. The distance of a fact is counted in windows,
+from where it stands to where it is needed. One script is one observation: intervals are percentiles of
+a bootstrap over scripts.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.quality import campaign
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
+from kara_sglang.benchmarks.quality.pace import fastest
 from kara_sglang.benchmarks.quality.rows import Row, reference, selectors
 from kara_sglang.benchmarks.quality.script import Cell, Probe, Script, write_json
 from kara_sglang.benchmarks.quality.tasks import NAMES, SETTLE, WORDS, Encode, encoder
@@ -58,8 +60,8 @@ Step 1: add 14. The total is 590.
 The function of oil is open_copper_door.
 Step 2: add 25. The total is 615.
 The price of salt is the price of rice.
-Step 3: take away the price of rice. The total is 584.
-Recall: the price of salt is 31.
+Step 3: take away the price of rice, which is 31. The total is 584.
+Recall: the price of salt is the price of rice, which is 31.
 Recall: the function of oil is open_copper_door.
 Step 4: add 12. The total is 596.
 
@@ -71,62 +73,70 @@ Below is another list of steps. Do what each step says and write the new total.
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """Stated once by the line ``stated``; later the line ``lead + answer`` needs it.
+    """Stated once by the line ``stated``.
 
     Attributes
     ----------
     kind
-        One of :data:`ONCE`, or ``source``: what a chain leads to, never asked for by itself.
-    price
-        That a step has to add (``use``).
-    source
-        Index of the fact that this one leads to (``chain``).
+        One of :data:`ONCE`, or ``source``: where a chain ends, never asked for by itself.
+    item
+        What the line is about.
+    value
+        What it says of the item: a price, a function, or the index of the fact that a chain leads to.
+    stated
+        The line.
     """
 
     kind: str
+    item: str
+    value: int | str
     stated: str
-    lead: str = ""
-    answer: str = ""
-    price: int = 0
-    source: int | None = None
 
 
 class Writer:
-    """Forced tokens so far, and the running total."""
+    """Forced tokens so far, what is measured of them, and the running total."""
 
-    def __init__(self, encode: Encode, rng: random.Random) -> None:
-        self._encode, self._rng = encode, rng
+    def __init__(self, encode: Encode, rng: random.Random, window: int) -> None:
+        self._encode, self._rng, self._window = encode, rng, window
         self.tokens: list[int] = []
         self.probes: list[Probe] = []
         self._total, self._step = rng.randrange(200, 400), 0
 
-    def line(self, text: str) -> int:
-        """Write a line; returns the index of its first token."""
+    def write(self, text: str) -> int:
+        """Write what is not measured; returns the index of its first token."""
         start = len(self.tokens)
-        self.tokens += self._encode(text + "\n")
+        self.tokens += self._encode(text)
         return start
 
-    def asked(self, kind: str, lead: str, answer: str, back: int | None) -> None:
-        """Write a line whose end is measured."""
-        self.tokens += self._encode(lead)
-        end = self._encode(answer)
+    def asked(self, kind: str, answer: str, place: int | None = None) -> None:
+        """Write what is measured: it stands at token ``place``, or is repeated by each step."""
         start = len(self.tokens)
-        self.probes.append(Probe(kind, start, start + len(end), back=back))
-        self.tokens += end + self._encode(".\n")
+        self.tokens += self._encode(answer)
+        back = None if place is None else (start - place) // self._window
+        self.probes.append(Probe(kind, start, len(self.tokens), back=back))
 
-    def step(self, what: str, price: int) -> tuple[str, str]:
-        """Lead and answer of the next step, which adds ``price`` or takes it away."""
+    def step(self, price: int, what: str = "", place: int | None = None, measured: bool = True) -> None:
+        """Add ``price`` to the total or take it away; it is that of ``what``, whose line is at
+        ``place``, or stands in the step itself."""
         self._step += 1
         adds = self._total < 600  # so the total keeps its three digits
         self._total += price if adds else -price
-        verb = "add" if adds else "take away"
-        return f"Step {self._step}: {verb} {what}. The total is", f" {self._total}"
+        self.write(f"Step {self._step}: {'add' if adds else 'take away'}")
+        if what:
+            self.write(f" the price of {what}, which is")
+            self.asked("use", f" {price}", place)
+            self.write(". The total is")
+        else:
+            self.write(f" {price}. The total is")
+        if measured:
+            self.asked(RESTATED, f" {self._total}")
+        else:
+            self.write(f" {self._total}")
+        self.write(".\n")
 
-    def plain_step(self) -> None:
-        """A step that names its price, and is not measured."""
-        price = self._rng.randrange(11, 50)
-        lead, answer = self.step(str(price), price)
-        self.line(f"{lead}{answer}.")
+    def plain_step(self, measured: bool) -> None:
+        """A step that names its price."""
+        self.step(self._rng.randrange(11, 50), measured=measured)
 
 
 def script_of(encode: Encode, number: int, *, window: int, windows: int, facts: int) -> Script:
@@ -145,28 +155,37 @@ def script_of(encode: Encode, number: int, *, window: int, windows: int, facts: 
     """
     rng = random.Random(f"regimes {number}")
     prompt = encode(SHOWN)
-    writer = Writer(encode, rng)
+    writer = Writer(encode, rng, window)
     base = -len(prompt) % PAGE_SIZE  # the first window starts at a page
     stated = facts_of(rng, windows * facts)
     places: list[int] = []
     for i, fact in enumerate(stated):
         while len(writer.tokens) < base + round((i + 0.5) / facts * window):
-            writer.plain_step()
-        places.append(writer.line(fact.stated))
+            writer.plain_step(measured=False)
+        places.append(writer.write(fact.stated + "\n"))
     while len(writer.tokens) < base + windows * window + SETTLE:
-        writer.plain_step()
+        writer.plain_step(measured=False)
     asked = [i for i, fact in enumerate(stated) if fact.kind != SOURCE]
     rng.shuffle(asked)
     for i in asked:
-        fact = stated[i]
-        place = places[i if fact.source is None else fact.source]
-        back = (len(writer.tokens) - place) // window
+        fact, place = stated[i], places[i]
         if fact.kind == "use":
-            writer.asked("use", *writer.step(fact.lead, fact.price), back)
+            assert isinstance(fact.value, int)
+            writer.step(fact.value, fact.item, place)
+            continue
+        what = "function" if fact.kind == "name" else "price"
+        writer.write(f"Recall: the {what} of {fact.item} is")
+        if fact.kind == "chain":
+            assert isinstance(fact.value, int)
+            source = stated[fact.value]
+            writer.write(" the price of")
+            writer.asked("chain", f" {source.item}", place)
+            writer.write(", which is")
+            writer.asked("chain", f" {source.value}", places[fact.value])
         else:
-            writer.asked(fact.kind, fact.lead, fact.answer, back)
-        price = rng.randrange(11, 50)
-        writer.asked(RESTATED, *writer.step(str(price), price), None)
+            writer.asked(fact.kind, f" {fact.value}", place)
+        writer.write(".\n")
+        writer.plain_step(measured=True)
     name = f"regimes-{number}-w{window}x{windows}"
     return Script(name, "regimes", prompt, writer.tokens, writer.probes)
 
@@ -183,23 +202,17 @@ def facts_of(rng: random.Random, count: int) -> list[Fact]:
     facts: list[Fact] = []
     source = -1
     for place, (item, kind) in enumerate(zip(items, kinds, strict=True)):
-        price = rng.randrange(11, 50)
-        stated = f"The price of {item} is {price}."
-        recall = f"Recall: the price of {item} is"
-        if kind == SOURCE:
-            source = place
-            facts.append(Fact(SOURCE, stated, answer=f" {price}"))
-        elif kind == "chain":
-            stated = f"The price of {item} is the price of {items[source]}."
-            facts.append(Fact("chain", stated, recall, facts[source].answer, source=source))
+        if kind == "chain":
+            line = f"The price of {item} is the price of {items[source]}."
+            facts.append(Fact(kind, item, source, line))
         elif kind == "name":
             function = "_".join(rng.sample(WORDS, 3))
-            stated = f"The function of {item} is {function}."
-            facts.append(Fact("name", stated, f"Recall: the function of {item} is", f" {function}"))
-        elif kind == "use":
-            facts.append(Fact("use", stated, f"the price of {item}", price=price))
+            facts.append(Fact(kind, item, function, f"The function of {item} is {function}."))
         else:
-            facts.append(Fact("copy", stated, recall, f" {price}"))
+            price = rng.randrange(11, 50)
+            facts.append(Fact(kind, item, price, f"The price of {item} is {price}."))
+            if kind == SOURCE:
+                source = place
     return facts
 
 
@@ -377,10 +390,17 @@ def main(arguments: list[str]) -> int:
         ]
         for script in scripts:
             script.save(folder)
-        stages = campaign.orders(rows, scripts, folder, model, 1, options.running)
+        running = options.running or campaign.RUNNING
+        stages = campaign.orders(rows, scripts, folder, model, 1, running)
+        dtype, threads = None, len(os.sched_getaffinity(0))
+        if cpu_engine.is_installed():
+            config = json.loads((Path(model) / "config.json").read_text())
+            found = fastest(config["hidden_size"], config["intermediate_size"], running)
+            dtype, threads = found.dtype, found.threads
+            for order in (order for stage in stages for order in stage):
+                order.engine["dtype"] = dtype
         left = sum(len(order.requests) for stage in stages for order in stage)
         total = len(rows) * len(scripts)
-        threads = len(os.sched_getaffinity(0))
         with tqdm(total=total, initial=total - left, desc="regimes", unit="cell") as bar:
             campaign.carry_out(stages, folder, "regimes", threads, bar.update)
     except (EmbeddedModelMissing, EngineFailed) as error:
@@ -390,7 +410,7 @@ def main(arguments: list[str]) -> int:
         "command": command(MODULE, arguments),
         "machine": machine(),
         "model": Path(model).name,
-        "dtype": "float32" if cpu_engine.is_installed() else "model",
+        "dtype": dtype or "model",
         "kara_sglang": __version__,
         "scripts": len(scripts),
         "tokens_per_script": [min(lengths := [len(s.forced) for s in scripts]), max(lengths)],

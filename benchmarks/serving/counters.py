@@ -8,6 +8,7 @@ from dataclasses import dataclass
 _DECODE = re.compile(r"Decode batch, #running-req: (\d+), #token: (\d+)")
 _PREFILL = re.compile(r"Prefill batch, #new-seq: \d+, #new-token: (\d+), #cached-token: (\d+)")
 _HELD = re.compile(r"kv-compress: ([\d.]+) held")
+_WINDOWS = re.compile(r"#window: (\d+), #without-queries: (\d+)")
 _RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
 
 
@@ -28,6 +29,9 @@ class Counters:
     held
         KV slots that running requests held per logical token, mean over the steps; 1 without
         compression.
+    without_queries
+        Share of the compressed windows that were chosen without queries though the selector asks for
+        them; None where none was compressed.
     schedule
         For each number of running requests: how many steps ran with it, and the KV slots that were in
         use, summed over these steps.
@@ -39,6 +43,7 @@ class Counters:
     retractions: int
     hit_rate: float
     held: float
+    without_queries: float | None
     schedule: dict[int, tuple[int, int]]
 
     @classmethod
@@ -72,5 +77,15 @@ class Counters:
             retractions=sum(int(count) for count in _RETRACTED.findall(log)),
             hit_rate=sum(cached for _, cached in prefills) / prompt if prompt else 0.0,
             held=sum(held) / len(held),
+            without_queries=_share_without(log),
             schedule=dict(sorted(schedule.items())),
         )
+
+
+def _share_without(log: str) -> float | None:
+    counts = [(int(windows), int(without)) for windows, without in _WINDOWS.findall(log)]
+    if not counts or counts[-1][0] == counts[0][0]:
+        return None
+    # They count from the server's start on; the first step of a run has no window yet.
+    windows, without = (last - first for first, last in zip(counts[0], counts[-1], strict=True))
+    return without / windows

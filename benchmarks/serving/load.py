@@ -13,6 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from kara_sglang.benchmarks.serving import hang_ups
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -30,13 +32,16 @@ class Load:
         Every answer has exactly ``output`` tokens (equal work); off: answers end where the model
         ends them, at temperature 1.
     kind
-        ``random`` token ids, prompts with a ``shared-prefix``, or ``arrivals`` of a trace.
+        ``random`` token ids, prompts with a ``shared-prefix``, ``arrivals`` of a trace, or clients that
+        ``hang-up`` before their answer ends.
     groups
         Of prompts that share a prefix of 3/4 of the prompt.
     trace
         CSV with the columns TIMESTAMP and ContextTokens, for ``arrivals``.
     slowdown
         Factor on the trace's times.
+    shortest, longest
+        Tokens after which the first and the last client leaves, for ``hang-up``.
     """
 
     requests: int
@@ -44,10 +49,12 @@ class Load:
     output: int
     concurrency: int | None = None
     ignore_eos: bool = True
-    kind: Literal["random", "shared-prefix", "arrivals"] = "random"
+    kind: Literal["random", "shared-prefix", "arrivals", "hang-up"] = "random"
     groups: int = 4
     trace: Path | None = None
     slowdown: float = 1.0
+    shortest: int = 0
+    longest: int = 0
 
     def arguments(self, folder: Path) -> list[str]:
         """Arguments of ``sglang.benchmark.serving``; a trace is written into ``folder``."""
@@ -111,7 +118,7 @@ def write_trace(source: Path, target: Path, requests: int, longest: int, output:
 def drive(
     load: Load, *, backend: str, url: str, model: str, tokenizer: str, seed: int, folder: Path
 ) -> dict[str, Any]:
-    """Run the load against a server; returns the load generator's result with its details.
+    """Run the load against a server; returns the load generator's result, or one that is named alike.
 
     Raises
     ------
@@ -119,6 +126,15 @@ def drive(
         Where the load generator failed or a request did not succeed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if load.kind == "hang-up":
+        return hang_ups.drive(
+            url,
+            prompt=load.prompt,
+            most=load.output,
+            leave_after=hang_ups.lengths(load.requests, load.shortest, load.longest),
+            end_of_text=end_of_text(model),
+            seed=seed,
+        )
     result, log = folder / "result.jsonl", folder / "client.log"
     result.unlink(missing_ok=True)
     arguments = [
@@ -142,6 +158,17 @@ def drive(
     if failed := [error for error in answer["errors"] if error]:
         raise RuntimeError(f"{len(failed)} requests failed, the first with: {failed[0][:500]}")
     return answer
+
+
+def end_of_text(model: str) -> list[int]:
+    """Tokens with which a model of this folder or hub name ends its answers."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        ids = AutoConfig.from_pretrained(model).eos_token_id
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _client(arguments: list[str], log: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import requests
 
+from kara_sglang.benchmarks.ring import ring_of
 from kara_sglang.benchmarks.serving.load import drive
 from kara_sglang.benchmarks.serving.peers import PEERS, Setup
 from kara_sglang.benchmarks.serving.rows import STOCK, Row, rows
@@ -81,7 +82,12 @@ def schedule(cells: list[Cell], repetitions: int, resident: int) -> Iterator[tup
 def start_of(cell: Cell, setup: Setup) -> Start:
     """The server that a cell is measured on."""
     row = rows(setup.window)[cell.row]
-    return PEERS[row.peer], row, dataclasses.replace(setup, pool=cell.pool)
+    changes: dict[str, Any] = {"pool": cell.pool}
+    if cell.recorders is not None:
+        ring = ring_of(setup.model, {"window": setup.window, "delay": setup.delay} | row.settings)
+        # Whole units are taken of it.
+        changes["query_mem_gb"] = (cell.recorders + 0.5) * ring.unit_bytes / 2**30
+    return PEERS[row.peer], row, dataclasses.replace(setup, **changes)
 
 
 def run(

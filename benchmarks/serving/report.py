@@ -23,6 +23,7 @@ COLUMNS: dict[str, Callable[[Result], float | None]] = {
     "retractions": lambda r: _counter(r, "retractions"),
     "hit rate": lambda r: _counter(r, "hit_rate"),
     "slots per token": lambda r: _counter(r, "held"),
+    "without queries": lambda r: _counter(r, "without_queries"),
     "CPU s per 1000 tok": lambda r: (
         None if r["cpu_seconds_per_output_token"] is None else 1e3 * r["cpu_seconds_per_output_token"]
     ),
@@ -30,7 +31,7 @@ COLUMNS: dict[str, Callable[[Result], float | None]] = {
 
 
 def _counter(result: Result, name: str) -> float | None:
-    return None if result["counters"] is None else result["counters"][name]
+    return None if result["counters"] is None else result["counters"].get(name)
 
 
 def by_point(results: Iterable[Result]) -> dict[tuple[str, str], dict[str, list[Result]]]:

@@ -88,6 +88,7 @@ def rows(window: int) -> dict[str, Row]:
             selector="kara",
             settings={"policy": "pressure"},
         ),
+        Row("small-ring", "Kara at 0.5, room to record a quarter of the requests", selector="kara"),
         Row("keys-0.5", "no queries recorded, half of each window kept", selector="keys"),
         Row("keys-0.25", "no queries recorded, a quarter kept", selector="keys", retain=0.25),
         Row("random", "random tokens, half of each window kept", selector="random"),

@@ -65,6 +65,8 @@ class Cell:
         KV slots of the server.
     load
         What the clients do.
+    recorders
+        Requests that the query ring has room for, by the mean of their heads; None: by its size in GiB.
     """
 
     scenario: str
@@ -72,6 +74,7 @@ class Cell:
     row: str
     pool: int
     load: Load
+    recorders: int | None = None
 
     @property
     def key(self) -> str:
@@ -141,8 +144,35 @@ def arrivals(scale: Scale) -> Iterator[Cell]:
         yield Cell("arrivals", "trace", row, scale.pool(scale.scarce), load)
 
 
+def ring(scale: Scale) -> Iterator[Cell]:
+    """A query ring with room for a quarter of the running requests."""
+    clients = max(16, scale.requests // 2)
+    load = dataclasses.replace(scale.load, requests=2 * clients, concurrency=clients)
+    for row in ("stock", "kara-0.5", "small-ring", "keys-0.5"):
+        recorders = clients // 4 if row == "small-ring" else None
+        # Room for all of them at a half, and for five eighths without compression.
+        yield Cell("ring", "ring for a quarter", row, scale.pool(clients * 5 // 8), load, recorders)
+
+
+def unknown(scale: Scale) -> Iterator[Cell]:
+    """Long answers that may become as long as the pool, and end earlier: nobody knows when."""
+    pool = 8 * scale.output
+    load = Load(
+        requests=10,
+        prompt=scale.prompt,
+        output=pool * 7 // 8,
+        ignore_eos=False,
+        kind="hang-up",
+        shortest=scale.output * 3 // 2,
+        longest=3 * scale.output,
+    )
+    for row in ("stock", "identity", "kara-0.5", "kara-0.25", "pressure"):
+        yield Cell("unknown", "long answers, unknown length", row, pool, load)
+
+
 SCENARIOS = {
-    function.__name__: function for function in (scarce, pool, concurrency, prefix, ample, arrivals)
+    function.__name__: function
+    for function in (scarce, pool, concurrency, prefix, ample, arrivals, ring, unknown)
 }
 
 

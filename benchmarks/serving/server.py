@@ -89,9 +89,10 @@ class Server:
         response.raise_for_status()
         return response
 
-    def post(self, path: str, body: dict) -> requests.Response:
+    def post(self, path: str, body: dict, check: bool = True) -> requests.Response:
         response = requests.post(self.url + path, json=body, timeout=600)
-        response.raise_for_status()
+        if check:
+            response.raise_for_status()
         return response
 
     def cpu_seconds(self) -> float:

@@ -88,6 +88,8 @@ VIEWS = {
     None: WALL | COUNTED | LATENCY,
     "wall": WALL | LATENCY,
     "counted": COUNTED,
+    "ring": {name: COUNTED[name] for name in ("decode steps", "mean running", "KV slots per token")}
+    | {"windows without queries, %": _absolute("without queries", 0, 100)},
     "short": {name: COUNTED[name] for name in ("decode steps", "mean running")} | WALL,
 }
 

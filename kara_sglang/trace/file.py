@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
-FORMAT, VERSION = "kara_sglang.trace", 1
+from kara_sglang.state import VOTERS
+
+FORMAT, VERSION = "kara_sglang.trace", 2
 _ARRAYS = ("prompt_ids", "output_ids", "windows", "bits")
 _LONGEST_NAME = 100  # a request id may be of any length, a file name may not
 
@@ -79,8 +81,8 @@ class Trace:
     prompt_ids, output_ids : np.ndarray
         Token ids, int64.
     windows : np.ndarray
-        ``(num_windows, 4)``, int64, ascending: logical position of the first token, KV index of the
-        first kept token, W, R.
+        ``(num_windows, 5)``, int64, ascending: logical position of the first token, KV index of the
+        first kept token, W, R, and whose queries chose as an index into ``state.VOTERS``.
     bits : np.ndarray
         ``(num_windows, num_layers, num_heads, ceil(W / 8))``, uint8: token j of a window is bit j % 8
         of byte j // 8, and 1 where the head keeps it.
@@ -215,8 +217,10 @@ def _contradiction(trace: Trace) -> str | None:
     length = len(trace.prompt_ids) + len(trace.output_ids)
     if any(ids.ndim != 1 or ids.dtype.kind not in "iu" for ids in (trace.prompt_ids, trace.output_ids)):
         return "the tokens are no list of numbers"
-    if windows.ndim != 2 or windows.shape[1] != 4 or not windows.size or windows.dtype.kind not in "iu":
-        return "the windows are no table of four columns"
+    if windows.ndim != 2 or windows.shape[1] != 5 or not windows.size or windows.dtype.kind not in "iu":
+        return "the windows are no table of five columns"
+    if not np.isin(windows[:, 4], range(len(VOTERS))).all():
+        return "nobody knows who chose a window's tokens"
     heads = len(trace.about.heads)
     if bits.dtype != np.uint8 or bits.ndim != 4 or (len(bits), bits.shape[2]) != (len(windows), heads):
         return f"bit sets of shape {bits.shape} do not fit {len(windows)} windows and {heads} heads"

@@ -16,7 +16,11 @@ from pathlib import PurePath
 
 import numpy as np
 
+from kara_sglang.state import VOTERS
 from kara_sglang.trace.file import Trace
+
+VOTES = {"none": "no queries recorded", "mean": "mean queries vote", "all": "all query heads vote"}
+"""What the page says of :data:`kara_sglang.state.VOTERS`."""
 
 LEVELS = 10
 """Steps of darkness between a token that nobody keeps (``k0``) and one that all keep."""
@@ -81,7 +85,7 @@ def _sections(trace: Trace, texts: Sequence[str], prompt_length: int) -> Iterato
     counts = trace.keeps().sum(axis=(1, 2), dtype=np.int64)
     levels = (2 * LEVELS * counts + sets) // (2 * sets)  # rounded, halves up, as the script does it
     position = 0
-    for number, (start, _, width, kept) in enumerate(trace.windows.tolist()):
+    for number, (start, _, width, kept, voters) in enumerate(trace.windows.tolist()):
         yield from _uncompressed(texts, position, start, prompt_length)
         position = start + width
         tokens = "".join(
@@ -91,7 +95,8 @@ def _sections(trace: Trace, texts: Sequence[str], prompt_length: int) -> Iterato
         yield (
             f'<section class=window id="window-{number + 1}"><h2>window {number + 1}'
             f"<small>tokens {start}\N{EN DASH}{position - 1}</small>"
-            f"<small>{kept} of {width} kept</small></h2><p>{tokens}</p></section>"
+            f"<small>{kept} of {width} kept</small><small>{VOTES[VOTERS[voters]]}</small></h2>"
+            f"<p>{tokens}</p></section>"
         )
     yield from _uncompressed(texts, position, len(texts), prompt_length)
 
@@ -124,7 +129,7 @@ def _data(trace: Trace) -> str:
         "heads": trace.about.heads,
         "windows": [
             {"start": start, "width": width, "kept": kept, "ids": ids[start : start + width].tolist()}
-            for start, _, width, kept in trace.windows.tolist()
+            for start, _, width, kept, _ in trace.windows.tolist()
         ],
         "bits": base64.b64encode(trace.bits.tobytes()).decode(),
     }

@@ -14,7 +14,7 @@ import torch
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.selectors import REGISTRY
-from kara_sglang.state import RequestState, Window
+from kara_sglang.state import VOTERS, RequestState, Window
 from kara_sglang.trace.file import About, Trace, folder_of, save
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ class Tracer:
         rows = []
         for traced in state.traced:
             window = traced.window
-            rows.append((window.logical_start, window.kv_start, window.width, window.kept))
+            voters = VOTERS.index(window.mark) if window.mark in VOTERS else 0
+            rows.append((window.logical_start, window.kv_start, window.width, window.kept, voters))
             if traced.arrived is not None:
                 traced.arrived.synchronize()
         about = About(

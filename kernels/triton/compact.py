@@ -21,20 +21,17 @@ import torch
 import triton
 import triton.language as tl
 
+from kara_sglang.kernels.triton.launch import Launch
 from kara_sglang.kernels.triton.pool import PoolTables
 
 _BLOCK_BYTES = 16384  # in flight per program: 128 bytes for each of 128 threads
 
 
-@triton.jit(
-    do_not_specialize=["all_layers", "first_layer", "num_layers", "num_jobs", "width", "num_kept"]
-)
+@triton.jit(do_not_specialize=["num_layers", "num_jobs", "width", "num_kept"])
 def compact_kernel(
     table,
     slots,
     kept,
-    all_layers,
-    first_layer,
     num_layers,
     num_jobs,
     width,
@@ -51,11 +48,10 @@ def compact_kernel(
     head = program % HEADS
     job = program // HEADS % num_jobs
     tensor = program // (HEADS * num_jobs)
-    layer = tensor % num_layers  # of those that are moved now
     # The table lists all layers once, or all layers' keys and then all layers' values.
-    place = tensor // num_layers * all_layers + first_layer + layer
+    layer = tensor % num_layers
 
-    base = tl.multiple_of(tl.load(table + place).to(tl.pointer_type(WORD)), ALIGN) + head * WORDS
+    base = tl.multiple_of(tl.load(table + tensor).to(tl.pointer_type(WORD)), ALIGN) + head * WORDS
     slots += job * width
     kept += ((layer * num_jobs + job) * HEADS + head).to(tl.int64) * num_kept
     word = tl.arange(0, BLOCK_WORDS)[None, :]
@@ -71,18 +67,17 @@ def compact_kernel(
         tl.store(base + to[:, None] * (HEADS * WORDS) + word, rows, mask=mask)
 
 
-def compact(tables: PoolTables, layers: range, slots: torch.Tensor, kept: torch.Tensor) -> None:
-    """Move the kept rows of K and V to their windows' first R slots, in place.
+def compact(tables: PoolTables, slots: torch.Tensor, kept: torch.Tensor) -> list[Launch]:
+    """What moves the kept rows of K and V to their windows' first R slots, in place: one launch, or
+    one for K and one for V where their rows differ in size.
 
     Parameters
     ----------
     tables : PoolTables
-    layers : range
-        Layers to move in, consecutive.
     slots : torch.Tensor
         The windows' slots in token order, shape ``(num_jobs, W)``, integer, contiguous, no slot twice.
     kept : torch.Tensor
-        Positions to keep, shape ``(len(layers), num_jobs, num_kv_heads, R)``, int32, contiguous,
+        Positions to keep, shape ``(num_layers, num_jobs, num_kv_heads, R)``, int32, contiguous,
         strictly ascending along R, in [0, W).
 
     Raises
@@ -92,37 +87,41 @@ def compact(tables: PoolTables, layers: range, slots: torch.Tensor, kept: torch.
     """
     num_jobs, width = slots.shape
     num_kept = kept.shape[-1]
-    if kept.shape != (len(layers), num_jobs, tables.num_kv_heads, num_kept) or num_kept > width:
+    if kept.shape != (tables.num_layers, num_jobs, tables.num_kv_heads, num_kept) or num_kept > width:
         raise ValueError(
-            f"positions of shape {tuple(kept.shape)} for {len(layers)} layers, {num_jobs} windows of "
-            f"{width} slots and {tables.num_kv_heads} KV heads"
+            f"positions of shape {tuple(kept.shape)} for {tables.num_layers} layers, {num_jobs} "
+            f"windows of {width} slots and {tables.num_kv_heads} KV heads"
         )
     if kept.dtype != torch.int32 or not kept.is_contiguous() or not slots.is_contiguous():
         raise ValueError("positions must be int32, positions and slots contiguous")
+    launches = []
     for table, row_bytes in tables.moves:
         word = _word(row_bytes, tables.alignment)
         words = row_bytes // (word.primitive_bitwidth // 8)
         block_words = triton.next_power_of_2(words)
         sides = table.numel() // tables.num_layers
-        compact_kernel[(sides * kept.numel() // num_kept,)](
-            table,
-            slots,
-            kept,
-            tables.num_layers,
-            layers.start,
-            len(layers),
-            num_jobs,
-            width,
-            num_kept,
-            HEADS=tables.num_kv_heads,
-            WORDS=words,
-            WORD=word,
-            ALIGN=tables.alignment,
-            # Whatever R is, so that no request's own R needs a compiler.
-            BLOCK=max(1, _BLOCK_BYTES // (block_words * word.primitive_bitwidth // 8)),
-            BLOCK_WORDS=block_words,
-            num_warps=4,
+        launches.append(
+            Launch(
+                compact_kernel,
+                sides * kept.numel() // num_kept,
+                table=table,
+                slots=slots,
+                kept=kept,
+                num_layers=tables.num_layers,
+                num_jobs=num_jobs,
+                width=width,
+                num_kept=num_kept,
+                HEADS=tables.num_kv_heads,
+                WORDS=words,
+                WORD=word,
+                ALIGN=tables.alignment,
+                # Whatever R is, so that no request's own R needs a compiler.
+                BLOCK=max(1, _BLOCK_BYTES // (block_words * word.primitive_bitwidth // 8)),
+                BLOCK_WORDS=block_words,
+                num_warps=4,
+            )
         )
+    return launches
 
 
 def _word(row_bytes: int, alignment: int) -> tl.dtype:

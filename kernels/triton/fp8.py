@@ -1,7 +1,8 @@
-"""8-bit floats by integer arithmetic.
+"""8-bit floats as the kernels load and make them.
 
-Hopper converts e4m3 in hardware, Ampere does not and Triton refuses the type there. The bit patterns
-are simple enough that one exact path serves every GPU, and the bytes are those that torch writes.
+From compute capability 8.9 on the hardware converts e4m3; Ampere does not, and Triton refuses the type
+there. The bit patterns are simple enough for an exact path in integers that serves every GPU. Numbers
+are rounded to e4m3 by integers everywhere: the bytes are those that torch writes.
 """
 
 from __future__ import annotations
@@ -9,20 +10,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+NATIVE_E4M3 = (8, 9)
+"""The first compute capability that converts e4m3."""
+
 
 @triton.jit
-def load_float(pointers, mask, STORED: tl.constexpr):
+def load_float(pointers, mask, STORED: tl.constexpr, NATIVE: tl.constexpr):
     """Load numbers of type ``STORED`` (float8e4nv and float8e5 as uint8); masked-out ones are 0.
 
-    An 8-bit float becomes float16, exactly. An e4m3 NaN becomes +-480: neither ring nor cache holds
-    one unless the model itself computed it.
+    An 8-bit float becomes float16, exactly; e4m3 by the hardware where ``NATIVE``. An e4m3 NaN stays
+    one there and becomes +-480 elsewhere: neither ring nor cache holds one unless the model itself
+    computed it.
     """
     raw = tl.load(pointers, mask=mask, other=0)
     if tl.float8e4nv == STORED:
-        bits = raw.to(tl.uint16)
-        # Same mantissa, moved up; the exponent's bias is 7 instead of float16's 15, hence 2**8.
-        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-        return half.to(tl.float16, bitcast=True) * 256.0
+        if NATIVE:
+            return raw.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        else:
+            bits = raw.to(tl.uint16)
+            # Same mantissa, moved up; the exponent's bias is 7 instead of float16's 15, hence 2**8.
+            half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+            return half.to(tl.float16, bitcast=True) * 256.0
     elif tl.float8e5 == STORED:
         return (raw.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
     else:
@@ -36,13 +44,19 @@ def power_of_two(exponent):
 
 
 @triton.jit
-def exponents_of(rows, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
-    """By which power of two each row of ``rows`` (float32) must be divided to fit e4m3; int32.
+def size_of(value):
+    """``abs(value)`` of float32 as an int32 in the same order; NaN comes last."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def exponent_of(size, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
+    """By which power of two numbers must be divided to fit e4m3, int32, from the largest of their
+    :func:`size_of`.
 
     As :func:`kara_sglang.kernels.record.to_fp8` has it.
     """
-    largest = tl.max(rows.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # integers: NaN comes last
-    exponent = -((0x43E00000 - largest) >> 23)  # log2(largest / 448), rounded up
+    exponent = -((0x43E00000 - size) >> 23)  # log2(largest / 448), rounded up
     return tl.minimum(tl.maximum(exponent, LOWEST), HIGHEST)
 
 

@@ -35,10 +35,14 @@ class PoolTables:
         Of the pool.
     key_dtype, ring_dtype
         Of K and V, and of the recorded queries.
+    dot
+        In which queries and keys are multiplied: float16, or float32 where either is stored so.
     alignment
         Bytes (a power of two, at most 16) that divide every address.
-    source
-        What the tables were made from; see :meth:`matches`.
+    capability
+        Compute capability of the GPU.
+    pool
+        What the tables were made from.
     """
 
     keys: torch.Tensor
@@ -54,8 +58,10 @@ class PoolTables:
     value_dim: int
     key_dtype: torch.dtype
     ring_dtype: torch.dtype
+    dot: torch.dtype
     alignment: int
-    source: tuple[object, ...]
+    capability: tuple[int, int]
+    pool: LayerPool
 
     @classmethod
     def of(cls, pool: LayerPool) -> Self:
@@ -102,6 +108,7 @@ class PoolTables:
         value_dim = pool.values[0].shape[2]
         key_bytes = head_dim * pool.keys[0].itemsize
         value_bytes = value_dim * pool.values[0].itemsize
+        stored = {buffer.dtype for buffer in (*pool.keys, *rings)}
         device = pool.keys[0].device
         both = table([*keys, *values], device)
         key_table, value_table = both.chunk(2)
@@ -121,13 +128,16 @@ class PoolTables:
             value_dim=value_dim,
             key_dtype=pool.keys[0].dtype,
             ring_dtype=rings[0].dtype if rings else pool.keys[0].dtype,
+            dot=torch.float32 if torch.float32 in stored else torch.float16,
             alignment=math.gcd(16, *keys, *values, *_addresses(rings)),
-            source=_source(pool),
+            capability=capability_of(device),
+            pool=pool,
         )
 
-    def matches(self, pool: LayerPool) -> bool:
-        """Whether the tables still describe ``pool``; buffers may have been made anew."""
-        return self.source == _source(pool)
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability; that of the first GPUs with all that the kernels use where there is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def table(addresses: list[int], device: torch.device) -> torch.Tensor:
@@ -137,14 +147,6 @@ def table(addresses: list[int], device: torch.device) -> torch.Tensor:
 
 def _addresses(buffers: list[torch.Tensor]) -> list[int]:
     return [buffer.data_ptr() for buffer in buffers]
-
-
-def _source(pool: LayerPool) -> tuple[object, ...]:
-    """All that the tables depend on: a buffer may be freed and another made at its address."""
-    rings = [ring.queries for ring in pool.rings]
-    exponents = [ring.exponents for ring in pool.rings if ring.exponents is not None]
-    buffers = (*pool.keys, *pool.values, *rings, *exponents)
-    return (*((b.data_ptr(), b.shape, b.stride(), b.dtype) for b in buffers), *pool.scales, pool.turn)
 
 
 def stored_type(dtype: torch.dtype) -> tl.dtype:
@@ -169,6 +171,15 @@ def layer_buffer(table, layer, STORED: tl.constexpr, ALIGN: tl.constexpr):
         return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), ALIGN)
     else:
         return tl.multiple_of(address.to(tl.pointer_type(STORED)), ALIGN)
+
+
+@triton.jit
+def within(index, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
+    """``index < LIMIT``; where blocks are whole a constant, for which the compiler makes no code."""
+    if LIMIT % BLOCK == 0:
+        return tl.full(index.shape, True, tl.int1)
+    else:
+        return index < LIMIT
 
 
 @triton.jit

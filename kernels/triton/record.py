@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kara_sglang.kernels.record import EXPONENTS, Ring
-from kara_sglang.kernels.triton.fp8 import exponents_of, power_of_two, to_e4m3
+from kara_sglang.kernels.triton.fp8 import exponent_of, power_of_two, size_of, to_e4m3
 
 
 # row_stride is the model's; that it is a multiple of 16 makes for loads of 16 bytes.
@@ -48,7 +48,7 @@ def record_kernel(
                 value += tl.load(query + other * DIM, mask=mask, other=0.0).to(tl.float32)
             value *= 1 / GROUP
     if TO_E4M3:
-        exponent = exponents_of(value, LOWEST, HIGHEST)
+        exponent = exponent_of(tl.max(size_of(value), axis=1), LOWEST, HIGHEST)
         value = to_e4m3(value * power_of_two(-exponent)[:, None])
         kv_head = tl.arange(0, BLOCK_HEADS)
         tl.store(exponents + entry * HEADS + kv_head, exponent.to(tl.int8), mask=kv_head < HEADS)

@@ -1,16 +1,18 @@
 """Attention scores of the keys of many windows, in all layers of a pass, without a W x W matrix.
 
-Two launches. The first walks the window's keys for a block of queries and leaves each query's
-log-sum-exp. The second walks the queries for a block of keys, makes the probabilities again from the
-logits and those sums, and adds them up per key. A third (``distance.py``) follows where the rule weighs
-by the distance of keys, a fourth (``neighbours.py``) where it blends the scores of neighbours. Keys and
-values are read from the paged pool through their slots, queries from the ring through their units; sums
-are float32 and their order is fixed, so equal inputs give equal bits.
+``prepare.py`` leaves the keys of each window and head turned and in one piece. Then two launches. The
+first walks the keys for a block of queries and leaves each query's log-sum-exp. The second walks the
+queries for a block of keys, makes the probabilities again from the logits and those sums, and adds them
+up per key. Queries are read from the ring through their units; sums are float32 and their order is
+fixed, so equal inputs give equal bits.
+
+Matrix instructions leave columns 8i + 2j and 8i + 2j + 1 of a row in one thread. What is added up along
+a row is therefore kept as four sums, one for each j, until the end: :func:`_by_thread`.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,71 +20,102 @@ import torch
 import triton
 import triton.language as tl
 
-from kara_sglang.kernels.score import AttentionRule, share_heads
-from kara_sglang.kernels.triton.distance import weigh_by_distance
-from kara_sglang.kernels.triton.fp8 import load_float, power_of_two
-from kara_sglang.kernels.triton.neighbours import blend_neighbours
-from kara_sglang.kernels.triton.pool import PoolTables, layer_buffer, stored_type, task
+from kara_sglang.kernels.backend import WindowJob
+from kara_sglang.kernels.record import EXPONENTS
+from kara_sglang.kernels.score import AttentionRule
+from kara_sglang.kernels.triton.fp8 import (
+    NATIVE_E4M3,
+    exponent_of,
+    load_float,
+    power_of_two,
+    size_of,
+)
+from kara_sglang.kernels.triton.launch import Launch
+from kara_sglang.kernels.triton.pool import PoolTables, layer_buffer, stored_type, task, within
+from kara_sglang.kernels.triton.prepare import prepare
 
-_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_LOWEST: tl.constexpr = tl.constexpr(EXPONENTS[0])
+_HIGHEST: tl.constexpr = tl.constexpr(EXPONENTS[1])
+# A logit that does not count. No infinity, whose difference from itself would be no number.
+_HIDDEN: tl.constexpr = tl.constexpr(-3e38)
 # One compilation serves every number of windows and layers, so a warm-up compiles all that is needed.
-_NUMBERS = ("first_layer", "num_jobs", "width", "first_query", "num_rows", "ring_len")
+_NUMBERS = ("first_layer", "num_jobs", "first_query", "ring_len")
 
 
 @triton.jit
-def _query_scale(exponents, query_head, is_row, scale, RING: tl.constexpr):
-    """By what the logits of each row are multiplied; an fp8 query has an exponent of its own."""
-    if tl.float8e4nv == RING:
-        exponent = tl.load(exponents + query_head, mask=is_row, other=0)
-        return power_of_two(exponent.to(tl.int32)) * scale
-    else:
-        return tl.zeros(query_head.shape, tl.float32) + scale
+def _by_thread(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Axes 1 and 3 of the result lie in one thread; see above."""
+    return tl.reshape(tile, (ROWS, COLUMNS // 8, 4, 2))
 
 
 @triton.jit
-def _query_head(
-    row, is_row, token, units, start, ring_len, head, UNITS: tl.constexpr, HEADS: tl.constexpr
-):
-    """Where the ring holds the queries of ``row``, counted in heads from the ring's start."""
-    unit = tl.load(units + row % UNITS, mask=is_row, other=0)
+def _units(recorder, UNITS: tl.constexpr, BLOCK_U: tl.constexpr):
+    """A recorder's units, int64."""
+    which = tl.arange(0, BLOCK_U)
+    return tl.load(recorder + 1 + which, mask=which < UNITS, other=0).to(tl.int64)
+
+
+@triton.jit
+def _member(units, member):
+    """One of a recorder's units, by a sum instead of a load: a loop that had to load where its queries
+    lie would copy them later."""
+    which = tl.arange(0, units.shape[0])
+    return tl.sum(tl.where(which == member, units, 0), axis=0)
+
+
+@triton.jit
+def _places(start, token, ring_len):
+    """Where in a unit tokens lie; neither ``start`` nor ``token`` is beyond the unit's end."""
     place = start + token
-    place = tl.where(place < ring_len, place, place - ring_len)
-    return (unit * ring_len + place) * HEADS + head
+    return tl.where(place < ring_len, place, place - ring_len)
 
 
 @triton.jit
 def _queries(
     ring,
-    query_head,
-    is_row,
-    cosines,
-    sines,
-    partners,
-    layer,
+    unit,
+    place,
+    inside,
+    ring_len,
+    HEADS: tl.constexpr,
     DIM: tl.constexpr,
     RING: tl.constexpr,
     DOT: tl.constexpr,
-    AHEAD: tl.constexpr,
+    NATIVE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Recorded queries, a row each where ``ROWS`` is 1, a column each where it is 0.
-
-    They are moved ahead unless ``AHEAD`` is 0; else it is the turn's ``run``.
-    """
+    """Recorded queries, a row each where ``ROWS`` is 1, a column each where it is 0; and an exponent
+    for each: bfloat16 is divided by a power of two where it becomes float16."""
     dim = tl.arange(0, BLOCK_D)
-    start = tl.expand_dims(query_head * DIM, ROWS)
-    mask = tl.expand_dims(is_row, ROWS) & tl.expand_dims(dim < DIM, 1 - ROWS)
-    query = load_float(ring + start + tl.expand_dims(dim, 1 - ROWS), mask, RING)
-    if AHEAD:
-        partner = tl.load(partners + layer * DIM + dim, mask=dim < DIM, other=0)
-        partner = tl.max_contiguous(tl.multiple_of(partner, AHEAD), AHEAD)
-        cosine = tl.load(cosines + layer * DIM + dim, mask=dim < DIM, other=0)
-        sine = tl.load(sines + layer * DIM + dim, mask=dim < DIM, other=0)
-        other = load_float(ring + start + tl.expand_dims(partner, 1 - ROWS), mask, RING)
-        query = query.to(tl.float32) * tl.expand_dims(cosine, 1 - ROWS)
-        query += other.to(tl.float32) * tl.expand_dims(sine, 1 - ROWS)
-    return query.to(DOT)
+    mask = tl.expand_dims(inside, ROWS) & tl.expand_dims(within(dim, DIM, BLOCK_D), 1 - ROWS)
+    offset = tl.expand_dims(place * (HEADS * DIM), ROWS) + tl.expand_dims(dim, 1 - ROWS)
+    query = load_float(ring + unit * ring_len * (HEADS * DIM) + offset, mask, RING, NATIVE)
+    exponent = tl.zeros(place.shape, tl.int32)
+    if (tl.bfloat16 == RING) & (tl.float16 == DOT):
+        query = query.to(tl.float32)
+        exponent = exponent_of(tl.max(size_of(query), axis=ROWS), _LOWEST, _HIGHEST)
+        query *= tl.expand_dims(power_of_two(-exponent), ROWS)
+    return query.to(DOT), exponent
+
+
+@triton.jit
+def _query_scales(
+    exponents,
+    exponent,
+    unit,
+    place,
+    inside,
+    ring_len,
+    scale,
+    HEADS: tl.constexpr,
+    RING: tl.constexpr,
+):
+    """By what the logits of each query are multiplied; an fp8 query has a stored exponent."""
+    if tl.float8e4nv == RING:
+        stored = exponents + unit * ring_len * HEADS + place * HEADS
+        exponent = tl.load(stored, mask=inside, other=0).to(tl.int32)
+    return power_of_two(exponent) * scale
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -90,195 +123,156 @@ def log_sum_exp_kernel(
     sums,
     rings,
     exponents,
-    keys,
-    scales,
-    cosines,
-    sines,
-    partners,
-    slots,
-    units,
-    starts,
+    turned,
+    key_scales,
+    recorders,
     first_layer,
     num_jobs,
-    width,
     first_query,
-    num_rows,
     ring_len,
+    WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
     HEADS: tl.constexpr,
     UNITS: tl.constexpr,
     DIM: tl.constexpr,
     RING: tl.constexpr,
-    KEY: tl.constexpr,
     DOT: tl.constexpr,
     ALIGN: tl.constexpr,
+    NATIVE: tl.constexpr,
     CAUSAL: tl.constexpr,
-    AHEAD: tl.constexpr,
+    SQUARED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per (layer, window, head, block of queries); sums are base-2 logarithms.
+    """One program per (layer, window, head, unit, block of queries); sums are base-2 logarithms.
 
-    A row is one recorded query: row r is head ``r % UNITS`` of token ``first_query + r // UNITS``.
-    Behind the sums of a head's rows lies by what each row's logits were multiplied.
+    Behind the sums of a head's ``UNITS * COUNT`` queries lies by what each one's logits were
+    multiplied. Where probabilities are squared both are doubled, as the square of a power has twice
+    its exponent.
     """
-    blocks = tl.cdiv(num_rows, BLOCK_Q)
-    index, layer, job, head = task(blocks, num_jobs, first_layer, HEADS)
-    ring = layer_buffer(rings, layer, RING, ALIGN)
-    key_buffer = layer_buffer(keys, layer, KEY, ALIGN)
-    scale = tl.load(scales + layer) * _LOG2_E
-
-    dim = tl.arange(0, BLOCK_D)
-    row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    is_row = row < num_rows
-    token = first_query + row // UNITS
-    start = tl.load(starts + job) % ring_len
-    query_head = _query_head(
-        row, is_row, token, units + job * UNITS, start, ring_len, head, UNITS, HEADS
-    )
-    query = _queries(
-        ring,
-        query_head,
-        is_row,
-        cosines,
-        sines,
-        partners,
-        layer,
-        DIM,
-        RING,
-        DOT,
-        AHEAD,
-        BLOCK_D,
-        1,
+    BLOCKS: tl.constexpr = (COUNT + BLOCK_Q - 1) // BLOCK_Q
+    index, layer, job, head = task(UNITS * BLOCKS, num_jobs, first_layer, HEADS)
+    member = tl.program_id(0) // BLOCKS % UNITS
+    recorder = recorders + job * (1 + UNITS)
+    unit = tl.load(recorder + 1 + member).to(tl.int64)
+    voter = tl.program_id(0) % BLOCKS * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    inside = within(voter, COUNT, BLOCK_Q)
+    token = first_query + voter
+    place = _places(tl.load(recorder), token, ring_len)
+    ring = layer_buffer(rings, layer, RING, ALIGN) + head * DIM
+    query, exponent = _queries(
+        ring, unit, place, inside, ring_len, HEADS, DIM, RING, DOT, NATIVE, BLOCK_D, 1
     )
     if tl.float8e4nv == RING:
-        exponents = layer_buffer(exponents, layer, tl.int8, 1)
-    query_scale = _query_scale(exponents, query_head, is_row, scale, RING)
+        exponents = layer_buffer(exponents, layer, tl.int8, 1) + head
+    scale = tl.load(key_scales + index)
+    query_scale = _query_scales(exponents, exponent, unit, place, inside, ring_len, scale, HEADS, RING)
 
-    largest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    for first in range(0, width, BLOCK_K):
+    dim = tl.arange(0, BLOCK_D)
+    is_dim = within(dim, DIM, BLOCK_D)
+    turned += index.to(tl.int64) * (WIDTH * DIM)
+    largest = tl.full((BLOCK_Q, 4), _HIDDEN, dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q, 4), dtype=tl.float32)
+    for first in range(0, WIDTH, BLOCK_K):
         position = first + tl.arange(0, BLOCK_K)
-        inside = position < width
-        slot = tl.load(slots + job * width + position, mask=inside, other=0).to(tl.int64)
-        key_head = slot * HEADS + head
-        key = load_float(
-            key_buffer + key_head[None, :] * DIM + dim[:, None],
-            inside[None, :] & (dim[:, None] < DIM),
-            KEY,
-        ).to(DOT)
-        logits = tl.dot(query, key, input_precision="tf32") * query_scale[:, None]
-        visible = inside[None, :]
+        is_key = within(position, WIDTH, BLOCK_K)
+        key = tl.load(
+            turned + position[None, :] * DIM + dim[:, None],
+            mask=is_dim[:, None] & is_key[None, :],
+            other=0.0,
+        )
+        products = tl.dot(query, key, input_precision="tf32")
+        visible = is_key[None, :]
         if CAUSAL:
             visible = visible & (position[None, :] <= token[:, None])
-        logits = tl.where(visible, logits, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(logits, axis=1))
-        shrink = tl.exp2(largest - new_largest)
-        total = total * shrink + tl.sum(tl.exp2(logits - new_largest[:, None]), axis=1)
+        products = _by_thread(tl.where(visible, products, _HIDDEN), BLOCK_Q, BLOCK_K)
+        new_largest = tl.maximum(largest, tl.max(tl.max(products, axis=3), axis=1))
+        bound = new_largest * query_scale[:, None]
+        shrink = tl.exp2(largest * query_scale[:, None] - bound)
+        powers = tl.exp2(products * query_scale[:, None, None, None] - bound[:, None, :, None])
+        total = total * shrink + tl.sum(tl.sum(powers, axis=3), axis=1)
         largest = new_largest
-    sums += index.to(tl.int64) * (2 * num_rows)
-    tl.store(sums + row, largest + tl.log2(total), mask=is_row)
-    tl.store(sums + num_rows + row, query_scale, mask=is_row)
+    bound = largest * query_scale[:, None]
+    most = tl.max(bound, axis=1)
+    total = tl.sum(total * tl.exp2(bound - most[:, None]), axis=1)
+    sums += index.to(tl.int64) * (2 * UNITS * COUNT) + member * COUNT
+    log_sum = most + tl.log2(total)
+    if SQUARED:
+        log_sum *= 2
+        query_scale *= 2
+    tl.store(sums + voter, log_sum, mask=inside)
+    tl.store(sums + UNITS * COUNT + voter, query_scale, mask=inside)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def column_sum_kernel(
     scores,
     sums,
+    weights,
     rings,
-    keys,
-    values,
-    cosines,
-    sines,
-    partners,
-    slots,
-    units,
-    starts,
+    turned,
+    recorders,
     first_layer,
     num_jobs,
-    width,
     first_query,
-    num_rows,
     ring_len,
+    WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
     HEADS: tl.constexpr,
     UNITS: tl.constexpr,
     DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
     RING: tl.constexpr,
-    KEY: tl.constexpr,
     DOT: tl.constexpr,
     ALIGN: tl.constexpr,
+    NATIVE: tl.constexpr,
     CAUSAL: tl.constexpr,
-    AHEAD: tl.constexpr,
-    SQUARED: tl.constexpr,
-    VALUE_NORM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
+    BLOCK_U: tl.constexpr,
 ):
-    """One program per (layer, window, head, block of keys); rows as in the first kernel."""
-    blocks = tl.cdiv(width, BLOCK_K)
-    index, layer, job, head = task(blocks, num_jobs, first_layer, HEADS)
-    ring = layer_buffer(rings, layer, RING, ALIGN)
-    start = tl.load(starts + job) % ring_len
-    sums += index.to(tl.int64) * (2 * num_rows)
+    """One program per (layer, window, head, block of keys)."""
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+    STEPS: tl.constexpr = (COUNT + BLOCK_Q - 1) // BLOCK_Q
+    index, layer, job, head = task(BLOCKS, num_jobs, first_layer, HEADS)
+    ring = layer_buffer(rings, layer, RING, ALIGN) + head * DIM
+    recorder = recorders + job * (1 + UNITS)
+    start = tl.load(recorder)
+    units = _units(recorder, UNITS, BLOCK_U)
+    sums += index.to(tl.int64) * (2 * UNITS * COUNT)
 
     dim = tl.arange(0, BLOCK_D)
-    position = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = position < width
-    slot = tl.load(slots + job * width + position, mask=inside, other=0).to(tl.int64)
-    key_head = slot * HEADS + head
-    key = load_float(
-        layer_buffer(keys, layer, KEY, ALIGN) + key_head[:, None] * DIM + dim[None, :],
-        inside[:, None] & (dim[None, :] < DIM),
-        KEY,
-    ).to(DOT)
-
-    score = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    for first in range(0, num_rows, BLOCK_Q):
-        row = first + tl.arange(0, BLOCK_Q)
-        is_row = row < num_rows
-        token = first_query + row // UNITS
-        query_head = _query_head(
-            row, is_row, token, units + job * UNITS, start, ring_len, head, UNITS, HEADS
+    position = tl.program_id(0) % BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
+    is_key = within(position, WIDTH, BLOCK_K)
+    key = tl.load(
+        turned + index.to(tl.int64) * (WIDTH * DIM) + position[:, None] * DIM + dim[None, :],
+        mask=is_key[:, None] & within(dim, DIM, BLOCK_D)[None, :],
+        other=0.0,
+    )
+    score = tl.zeros((BLOCK_K, 4, 2), dtype=tl.float32)
+    for step in range(UNITS * STEPS):
+        member = step // STEPS
+        unit = _member(units, member)
+        voter = step % STEPS * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        inside = within(voter, COUNT, BLOCK_Q)
+        token = first_query + voter
+        place = _places(start, token, ring_len)
+        query, _ = _queries(
+            ring, unit, place, inside, ring_len, HEADS, DIM, RING, DOT, NATIVE, BLOCK_D, 0
         )
-        query = _queries(
-            ring,
-            query_head,
-            is_row,
-            cosines,
-            sines,
-            partners,
-            layer,
-            DIM,
-            RING,
-            DOT,
-            AHEAD,
-            BLOCK_D,
-            0,
-        )
-        log_sum = tl.load(sums + row, mask=is_row, other=float("inf"))  # inf: no probability
-        query_scale = tl.load(sums + num_rows + row, mask=is_row, other=0.0)
-        logits = tl.dot(key, query, input_precision="tf32") * query_scale[None, :]
-        probability = tl.exp2(logits - log_sum[None, :])
+        row = sums + member * COUNT + voter
+        log_sum = tl.load(row, mask=inside, other=float("inf"))  # inf: no probability
+        query_scale = tl.load(row + UNITS * COUNT, mask=inside, other=0.0)
+        products = tl.dot(key, query, input_precision="tf32")
+        probability = tl.exp2(products * query_scale[None, :] - log_sum[None, :])
         if CAUSAL:
             probability = tl.where(position[:, None] <= token[None, :], probability, 0.0)
-        if SQUARED:
-            probability = probability * probability
-        score += tl.sum(probability, axis=1)
-
-    if VALUE_NORM:
-        value_head = layer_buffer(values, layer, KEY, ALIGN) + key_head[:, None] * VALUE_DIM
-        squares = tl.zeros((BLOCK_K,), dtype=tl.float32)
-        for first in range(0, VALUE_DIM, BLOCK_VALUE):  # all at once would spill registers
-            value_dim = first + tl.arange(0, BLOCK_VALUE)[None, :]
-            mask = inside[:, None] & (value_dim < VALUE_DIM)
-            value = load_float(value_head + value_dim, mask, KEY).to(tl.float32)
-            squares += tl.sum(value * value, axis=1)
-        for _ in tl.static_range(VALUE_NORM):
-            score *= tl.sqrt(squares)
-    tl.store(scores + index.to(tl.int64) * width + position, score, mask=inside)
+        score += tl.sum(_by_thread(probability, BLOCK_K, BLOCK_Q), axis=1)
+    place = index.to(tl.int64) * WIDTH + position
+    weight = tl.load(weights + place, mask=is_key, other=0.0)
+    score = tl.sum(tl.sum(score, axis=2), axis=1)
+    tl.store(scores + place, score * weight, mask=is_key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,23 +281,56 @@ class Voters:
 
     Attributes
     ----------
-    units
-        The recorders' units, shape ``(num_jobs, group)`` or ``(num_jobs, 1)``, int64.
-    starts
-        Logical position of each window's first token, shape ``(num_jobs,)``, int64.
+    recorders
+        A row per window, int32, shape ``(num_jobs, 1 + group)`` or ``(num_jobs, 2)``: where in a unit
+        the query of the window's first token lies (its logical position modulo the ring's length), and
+        the recorder's units.
     first, count
         Tokens from the window's start on that are left out, and that vote.
     """
 
-    units: torch.Tensor
-    starts: torch.Tensor
+    recorders: torch.Tensor
     first: int
     count: int
 
     @property
+    def units(self) -> int:
+        """Units of a recorder."""
+        return self.recorders.shape[1] - 1
+
+    @property
     def rows(self) -> int:
         """Recorded query heads per window and KV head."""
-        return self.count * self.units.shape[1]
+        return self.count * self.units
+
+
+def recorders_of(jobs: list[WindowJob], ring_len: int) -> torch.Tensor:
+    """:attr:`Voters.recorders` of windows with equally many units, on the host."""
+    rows = [(job.query_start % ring_len, *(job.units or ())) for job in jobs]
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+class Scratch(NamedTuple):
+    """What lies between the launches of one call, for each (layer, window, head): see ``prepare.py``
+    for the first three; ``sums`` are the queries' log-sum-exps and what their logits are multiplied by,
+    float32."""
+
+    turned: torch.Tensor
+    key_scales: torch.Tensor
+    weights: torch.Tensor
+    sums: torch.Tensor
+
+    @staticmethod
+    def regions(
+        heads: tuple[int, int, int], width: int, head_dim: int, rows: int, dot: torch.dtype
+    ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shapes and dtypes of the four for ``(num_layers, num_jobs, num_kv_heads)``."""
+        return (
+            ((*heads, width, head_dim), dot),
+            (heads, torch.float32),
+            ((*heads, width), torch.float32),
+            ((*heads, 2, rows), torch.float32),
+        )
 
 
 def attention_scores(
@@ -312,12 +339,12 @@ def attention_scores(
     slots: torch.Tensor,
     voters: Voters,
     *,
-    ring_len: int,
     rule: AttentionRule,
-    sums: torch.Tensor,
+    scratch: Scratch,
     out: torch.Tensor,
-) -> None:
-    """As :func:`kara_sglang.kernels.score.attention_scores`, for many windows and layers at once.
+) -> list[Launch]:
+    """What computes :func:`kara_sglang.kernels.score.attention_scores` for many windows and layers at
+    once, up to the neighbours' blend and the sum over heads, which ``select.py`` makes.
 
     Parameters
     ----------
@@ -328,13 +355,9 @@ def attention_scores(
         The windows' slots in token order, shape ``(num_jobs, W)``, integer, contiguous.
     voters : Voters
         ``rule.voters`` is already in it.
-    ring_len : int
-        Tokens per ring unit.
     rule : AttentionRule
-    sums : torch.Tensor
-        Scratch of ``2 * len(layers) * num_jobs * num_kv_heads * voters.rows`` float32; where the rule
-        is ``per_layer``, at least ``len(layers) * num_jobs * W``, where it has ``neighbours``, at least
-        as many as ``out``.
+    scratch : Scratch
+        Overwritten.
     out : torch.Tensor
         Scores, shape ``(len(layers), num_jobs, num_kv_heads, W)``, float32, contiguous.
 
@@ -345,119 +368,107 @@ def attention_scores(
         asked for, shapes do not fit, or a tensor has gaps.
     """
     num_jobs, width = slots.shape
-    head_rows = len(layers) * num_jobs * tables.num_kv_heads
+    heads = len(layers), num_jobs, tables.num_kv_heads
     if tables.rings is None:
         raise ValueError("scores need recorded queries, and the pool has no ring")
     if rule.ahead and tables.turn is None:
         raise ValueError("queries cannot be moved ahead: the pool has no turn")
+    ring_len = tables.pool.ring_len
     if voters.first + voters.count > ring_len:
         raise ValueError(
             f"{voters.first + voters.count} queries asked of a ring that holds {ring_len} tokens"
         )
-    if out.shape != (len(layers), num_jobs, tables.num_kv_heads, width):
+    if out.shape != (*heads, width):
         raise ValueError(f"scores of shape {tuple(out.shape)} for {len(layers)} layers")
-    num_shared = len(layers) * num_jobs * width if rule.per_layer else 0
-    num_blended = out.numel() if rule.neighbours > 1 else 0
-    needed = max(2 * head_rows * voters.rows, num_shared, num_blended)
-    if sums.numel() < needed or sums.dtype != torch.float32:
-        raise ValueError(f"{sums.numel()} sums of {sums.dtype} where {needed} of float32 are needed")
-    if voters.units.shape[0] != num_jobs or voters.starts.shape != (num_jobs,):
-        raise ValueError(f"units and starts of {len(voters.units)} recorders for {num_jobs} windows")
-    for tensor in (slots, out, sums, voters.units, voters.starts):
+    wanted = Scratch.regions(heads, width, tables.head_dim, voters.rows, tables.dot)
+    for name, part, (shape, dtype) in zip(Scratch._fields, scratch, wanted, strict=True):
+        if part.numel() < math.prod(shape) or part.dtype != dtype:
+            raise ValueError(
+                f"{part.numel()} {name} of {part.dtype} where {math.prod(shape)} of {dtype} are needed"
+            )
+    if len(voters.recorders) != num_jobs or voters.recorders.dtype != torch.int32:
+        raise ValueError(
+            f"{len(voters.recorders)} recorders of {voters.recorders.dtype} for {num_jobs} windows"
+        )
+    for tensor in (slots, out, *scratch, voters.recorders):
         if not tensor.is_contiguous():
-            raise ValueError("slots, scores, sums, units and starts must be contiguous")
-    dot = dot_dtype(tables.key_dtype, tables.ring_dtype)
-    tile = tile_for(tables.head_dim, dot, causal=rule.causal, turns=False)
-    column_tile = tile_for(tables.head_dim, dot, causal=rule.causal, turns=rule.ahead)
-    shared = {
+            raise ValueError("slots, scores, scratch and recorders must be contiguous")
+    arguments = {
+        "rings": tables.rings,
+        "turned": scratch.turned,
+        "sums": scratch.sums,
+        "recorders": voters.recorders,
         "first_layer": layers.start,
         "num_jobs": num_jobs,
-        "width": width,
         "first_query": voters.first,
-        "num_rows": voters.rows,
         "ring_len": ring_len,
+        "WIDTH": width,
+        "COUNT": voters.count,
         "HEADS": tables.num_kv_heads,
-        "UNITS": voters.units.shape[1],
+        "UNITS": voters.units,
         "DIM": tables.head_dim,
         "RING": stored_type(tables.ring_dtype),
-        "KEY": stored_type(tables.key_dtype),
-        "DOT": stored_type(dot),
+        "DOT": stored_type(tables.dot),
         "ALIGN": tables.alignment,
+        "NATIVE": tables.capability >= NATIVE_E4M3,
         "CAUSAL": rule.causal,
-        "AHEAD": tables.turn.run if rule.ahead else 0,
         "BLOCK_D": triton.next_power_of_2(tables.head_dim),
+        "enable_fp_fusion": True,
     }
-    windows = (slots, voters.units, voters.starts)
-    turn = tables.turn
-    turns = (turn.cos, turn.sin, turn.partner) if rule.ahead else (None, None, None)
-    log_sum_exp_kernel[(head_rows * triton.cdiv(voters.rows, tile.outer),)](
-        sums,
-        tables.rings,
-        tables.exponents,
-        tables.keys,
-        tables.scales,
-        *turns,
-        *windows,
-        BLOCK_Q=tile.outer,
-        BLOCK_K=tile.inner,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **shared,
-    )
-    column_sum_kernel[(head_rows * triton.cdiv(width, column_tile.outer),)](
-        out,
-        sums,
-        tables.rings,
-        tables.keys,
-        tables.values,
-        *turns,
-        *windows,
-        VALUE_DIM=tables.value_dim,
-        SQUARED=rule.squared,
-        VALUE_NORM=rule.value_norm,
-        BLOCK_Q=column_tile.inner,
-        BLOCK_K=column_tile.outer,
-        BLOCK_VALUE=32,
-        num_warps=column_tile.num_warps,
-        num_stages=column_tile.num_stages,
-        **shared,
-    )
-    if rule.key_distance:
-        weigh_by_distance(tables, layers, slots, out)
-    # The sums of the two launches are not needed any more.
-    if rule.neighbours > 1:
-        blend_neighbours(out, rule.neighbours, sums)
-    if rule.per_layer:
-        share_heads(out, sums[:num_shared].view(len(layers), num_jobs, 1, width))
+    tiles = tiles_for(tables, rule.causal)
+    rows, columns = tiles.log_sum_exp, tiles.column_sum
+    programs = math.prod(heads)
+    return [
+        prepare(tables, layers, slots, rule, scratch.turned, scratch.key_scales, scratch.weights),
+        Launch(
+            log_sum_exp_kernel,
+            programs * voters.units * triton.cdiv(voters.count, rows.BLOCK_Q),
+            exponents=tables.exponents,
+            key_scales=scratch.key_scales,
+            SQUARED=rule.squared,
+            **arguments,
+            **rows._asdict(),
+        ),
+        Launch(
+            column_sum_kernel,
+            programs * triton.cdiv(width, columns.BLOCK_K),
+            scores=out,
+            weights=scratch.weights,
+            BLOCK_U=triton.next_power_of_2(voters.units),
+            **arguments,
+            **columns._asdict(),
+        ),
+    ]
 
 
 class Tile(NamedTuple):
-    """Block sizes of a kernel: rows that a program owns, and rows per step of its loop."""
+    """Launch options of a kernel, by the names that the launch has for them: queries and keys of a
+    block, warps, and how many blocks are on their way or at work at a time."""
 
-    outer: int
-    inner: int
+    BLOCK_Q: int
+    BLOCK_K: int
     num_warps: int
     num_stages: int
 
 
-def tile_for(head_dim: int, dtype: torch.dtype, *, causal: bool, turns: bool) -> Tile:
-    """Sizes that spill no register on sm_80, sm_90 and sm_100 (docs/kernels.md has the table).
+class Tiles(NamedTuple):
+    """Of the two passes over the logits."""
 
-    ``dtype`` is that of the dot product's operands, see :func:`dot_dtype`; ``turns`` says whether
-    queries are turned inside the loop.
+    log_sum_exp: Tile
+    column_sum: Tile
+
+
+def tiles_for(tables: PoolTables, causal: bool) -> Tiles:
+    """Sizes that spill no register on sm_80, sm_90 and sm_100.
+
+    For fp8 queries of up to 128 numbers, all keys visible, they are the fastest of those that
+    ``benchmarks/gpu/tiles.py`` timed on an H100, for windows of 512 as of 1024; the others were not
+    timed. Wider queries leave room for fewer blocks at a time, and ``causal`` takes more registers.
     """
-    if dtype == torch.float32:
-        return Tile(32, 32, 4, 1) if head_dim <= 128 else Tile(16 if turns else 32, 16, 4, 1)
-    if head_dim <= 128:
-        return Tile(128, 32 if causal or turns else 64, 8, 3)
-    return Tile(64, 16, 8, 1) if turns else Tile(64, 64, 8, 2)
-
-
-def dot_dtype(*stored: torch.dtype) -> torch.dtype:
-    """The narrowest type that holds all ``stored`` types exactly and has a matrix instruction.
-
-    float32 operands are multiplied as TF32, which holds float16 and bfloat16 exactly; numbers that are
-    stored in float32 are rounded to its 10 bits.
-    """
-    wide = [dtype for dtype in stored if dtype.itemsize > 1]
-    return functools.reduce(torch.promote_types, wide, wide[0]) if wide else torch.float16
+    if tables.dot == torch.float32:
+        rows = Tile(32, 32, 4, 1) if tables.head_dim <= 128 else Tile(16, 32, 4, 1)
+        return Tiles(rows, Tile(32, 32, 4, 1))
+    if tables.head_dim > 128:
+        return Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
+    columns = Tile(64, 128 if causal else 256, 8, 3 if tables.ring_dtype.itemsize == 1 else 2)
+    return Tiles(Tile(128, 128, 8, 2), columns)

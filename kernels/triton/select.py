@@ -1,5 +1,8 @@
 """Choosing exactly R of W positions with Token2Chunk, one program per row of scores.
 
+The program also blends the scores with those of their neighbours and, where the heads of a layer share
+their tokens, adds up the rows of the heads: it owns them, so the result lies in their place.
+
 Nothing here needs the sorted order, only its cuts: a token is an anchor when fewer than A tokens come
 before it, a chunk is accepted when the widths that come before it and its own fit the budget. Each set
 is "all that come before some cut", and the cut is found bit by bit with one masked sum per bit: first
@@ -14,8 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
+from kara_sglang.kernels.score import LEAST_SCORE, MOST_SCORE, NEIGHBOURS_SHARE
 from kara_sglang.kernels.select import ChunkRule
+from kara_sglang.kernels.triton.launch import Launch
 
+_SHARE: tl.constexpr = tl.constexpr(NEIGHBOURS_SHARE)
+_LEAST: tl.constexpr = tl.constexpr(LEAST_SCORE)
+_MOST: tl.constexpr = tl.constexpr(MOST_SCORE)
 _NONE: tl.constexpr = tl.constexpr(0xFFFFFFFF)  # comes after every score
 
 
@@ -66,6 +74,27 @@ def _smaller(a, b):
     return tl.minimum(a, b)
 
 
+@triton.jit
+def _blended(scores, position, width, REACH: tl.constexpr):
+    """As :func:`kara_sglang.kernels.score.blend_neighbours`, ``REACH`` neighbours on either side.
+
+    Leaves logarithms in place of the scores, so that each is taken once.
+    """
+    inside = position < width
+    score = tl.load(scores + position, mask=inside, other=1.0)
+    # What is no number stays none, as in torch.
+    own = tl.log2(tl.clamp(score, _LEAST, _MOST, propagate_nan=tl.PropagateNan.ALL))
+    tl.store(scores + position, own, mask=inside)
+    tl.debug_barrier()  # other threads have stored theirs
+    total = tl.zeros(position.shape, dtype=tl.float32)
+    for step in range(-REACH, REACH + 1):
+        neighbour = position + step
+        is_token = (neighbour >= 0) & (neighbour < width)
+        total += tl.load(scores + neighbour, mask=is_token, other=0.0)
+    count = tl.minimum(position + REACH, width - 1) - tl.maximum(position - REACH, 0) + 1
+    return tl.exp2(own + _SHARE * (total / tl.maximum(count, 1).to(tl.float32) - own))
+
+
 @triton.jit(do_not_specialize=["width", "num_kept", "extra", "best", "chunk_width"])
 def select_kernel(
     out,
@@ -75,16 +104,32 @@ def select_kernel(
     extra,
     best,
     chunk_width,
+    HEADS: tl.constexpr,
+    REACH: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """One program per row of ``scores``; ``BLOCK = 2**SHIFT >= width``."""
-    row = tl.program_id(0).to(tl.int64)
+    """One program per ``HEADS`` rows of ``scores``, whose heads share their tokens.
+
+    ``BLOCK = 2**SHIFT`` is at least ``width``.
+    """
+    row = tl.program_id(0).to(tl.int64) * HEADS
     scores += row * width
     position = tl.arange(0, BLOCK)
     inside = position < width
-    score = tl.load(scores + position, mask=inside, other=0.0)
+    if REACH > 0 or HEADS > 1:
+        score = tl.zeros((BLOCK,), dtype=tl.float32)
+        for head in range(HEADS):
+            if REACH > 0:
+                score += _blended(scores + head * width, position, width, REACH)
+            else:
+                score += tl.load(scores + head * width + position, mask=inside, other=0.0)
+        tl.debug_barrier()  # all threads have read their neighbours' logarithms
+        tl.store(scores + position, score, mask=inside)
+        tl.debug_barrier()  # and may read them again
+    else:
+        score = tl.load(scores + position, mask=inside, other=0.0)
     order = tl.where(inside, _order(score), _NONE)
     one = tl.full((BLOCK,), 1, dtype=tl.int32)
 
@@ -122,21 +167,37 @@ def select_kernel(
         chosen = inside & _comes_before(order, position, cut, end)
 
     index = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-    tl.store(out + row * num_kept + index, position, mask=chosen)
+    for head in range(HEADS):
+        tl.store(out + (row + head) * num_kept + index, position, mask=chosen)
 
 
-def select(scores: torch.Tensor, kept: int, chunks: ChunkRule, out: torch.Tensor) -> None:
-    """As :func:`kara_sglang.kernels.select.select`, into ``out``.
+def select(
+    scores: torch.Tensor,
+    kept: int,
+    chunks: ChunkRule,
+    out: torch.Tensor,
+    *,
+    neighbours: int = 1,
+    shared: bool = False,
+) -> Launch:
+    """What does as :func:`kara_sglang.kernels.select.select`, into ``out``; before, as
+    :func:`kara_sglang.kernels.score.blend_neighbours` and, where heads share their tokens,
+    :func:`kara_sglang.kernels.score.share_heads`.
 
     Parameters
     ----------
     scores : torch.Tensor
-        Shape ``(..., W)``, float32, contiguous.
+        Shape ``(..., num_kv_heads, W)``, float32, contiguous. Overwritten by what decides: blended, and
+        the sum over the heads in the place of the first where they share their tokens.
     kept : int
         R, with 1 <= R <= W.
     chunks : ChunkRule
     out : torch.Tensor
-        Shape ``(..., R)``, int32, contiguous, written whole.
+        Shape ``(..., num_kv_heads, R)``, int32, contiguous, written whole.
+    neighbours : int
+        Odd; the token itself is one of them.
+    shared : bool
+        Whether all KV heads keep the same tokens.
 
     Raises
     ------
@@ -153,17 +214,24 @@ def select(scores: torch.Tensor, kept: int, chunks: ChunkRule, out: torch.Tensor
     if not out.is_contiguous() or not scores.is_contiguous():
         raise ValueError("scores and positions must be contiguous")
     block = triton.next_power_of_2(width)
-    select_kernel[(scores.numel() // width,)](
-        out,
-        scores,
-        width,
-        kept,
-        chunks.extra(kept),
-        chunks.best(width),
-        chunks.width,
+    heads = scores.shape[-2] if shared else 1
+    return Launch(
+        select_kernel,
+        scores.numel() // (heads * width),
+        out=out,
+        scores=scores,
+        width=width,
+        num_kept=kept,
+        extra=chunks.extra(kept),
+        best=chunks.best(width),
+        chunk_width=chunks.width,
+        HEADS=heads,
+        REACH=neighbours // 2,
         # Not "extra > 0": an R too small for any gap would need another compilation.
         CHUNKS=chunks.budget > 0,
         BLOCK=block,
         SHIFT=block.bit_length() - 1,
-        num_warps=min(max(block // 256, 1), 4),  # more would spill registers (docs/kernels.md)
+        # Up to 16 scores a thread: more threads would wait for each other longer, fewer would spill.
+        num_warps=min(max(block // 256, 1), max(block // 512, 4)),
+        enable_fp_fusion=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import WINDOW, prompt
+from conftest import PAGE_16, WINDOW, prompt
 from server import Server, in_parallel, launch
 from test_exactness import PROMPTS, logprobs
 
@@ -49,6 +50,28 @@ def test_pool_grows_by_what_a_window_frees(kara: Server) -> None:
     assert report["windows"] == 10
     assert report["kv_slots_held"] == report["logical_length"] - 10 * (window - kept)
     assert kara.state()["slots_freed"] - started["slots_freed"] == 10 * (window - kept)
+    kara.assert_nothing_leaked()
+
+
+def test_what_passes_free_is_filled_while_long_answers_run(kara: Server) -> None:
+    """Answers whose end SGLang cannot know: those that found no room come in before anybody leaves."""
+    kara.flush()
+    before = len(kara.log_text())
+
+    def hang_up(index: int) -> None:
+        params = {"max_new_tokens": 7500, "temperature": 0, "logit_bias": {"2": -100}}  # no end of text
+        body = {"input_ids": prompt(50, 200 + index), "sampling_params": params, "stream": True}
+        with requests.post(kara.url + "/generate", json=body, stream=True, timeout=300) as response:
+            for count, line in enumerate(response.iter_lines()):
+                if line and count > 2 * 800:  # each chunk is followed by an empty line
+                    break
+
+    in_parallel([lambda i=i: hang_up(i) for i in range(8)])
+    log = kara.log_text()[before:]
+    running = [int(count) for count in re.findall(r"Decode batch, #running-req: (\d+)", log)]
+    left = next((i for i, n in enumerate(running) if i and n < running[i - 1]), len(running))
+    assert running[0] <= 5 and max(running[:left]) == 8, running
+    assert "Retract requests" not in log
     kara.assert_nothing_leaked()
 
 
@@ -181,7 +204,7 @@ def test_small_pool_retracts_and_leaks_nothing(small_pool: Server) -> None:
 
 
 def test_scarce_recorders_are_passed_on(small_pool: Server) -> None:
-    """More requests than recorders: some windows stay uncompressed, yet every request gets a turn."""
+    """More requests than recorders: some windows are chosen without queries, and all are compressed."""
     before = small_pool.state()
     answers = in_parallel(
         [
@@ -190,12 +213,55 @@ def test_scarce_recorders_are_passed_on(small_pool: Server) -> None:
         ]
     )
     after = small_pool.state()
-    assert after["skipped"].get("no_recorder", 0) > before["skipped"].get("no_recorder", 0)
+    without = after["without_queries"] - before["without_queries"]
+    assert 0 < without < after["windows"] - before["windows"]
+    assert after["skipped"] == before["skipped"]
     # A retraction starts a request's count anew, so those say nothing here.
     stayed = [answer["meta_info"] for answer in answers if not answer["meta_info"]["num_retractions"]]
-    windows = [info["kv_compress"]["windows"] for info in stayed]
-    assert len(windows) >= 3 and all(count > 0 for count in windows), windows
+    assert len(stayed) >= 3
+    for info in stayed:
+        report = info["kv_compress"]
+        length = report["logical_length"] - 64  # where windows start: prompts are of 20 tokens
+        assert report["windows"] in ((length - 16) // 128, (length - 18) // 128)
+        assert report["without_queries"] <= report["windows"]
     small_pool.assert_nothing_leaked()
+
+
+@pytest.fixture(scope="module")
+def small_ring(tiny_model: Path, logs: Path) -> Iterator[Server]:
+    """Page size 16, a pool for all, and a query ring with four units."""
+    flags = (
+        *("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", "--kv-compress-window", "64"),
+        *("--kv-compress-query-mem-gb", "0.0003"),
+        *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
+    )
+    with launch(tiny_model, logs / "small_ring.log", *flags) as server:
+        yield server
+
+
+@pytest.mark.parametrize("retain", [0.5, 0.25])
+def test_a_small_ring_keeps_what_the_setting_says(small_ring: Server, retain: float) -> None:
+    """Four times more requests than recorders: the share of all whole windows that is kept is within
+    two points of the setting's, and more requests vote than there are recorders."""
+    before = small_ring.state()
+    assert (before["recorders_in_use"], before["recorder_units_free"]) == (0, 4)
+    prompts = [prompt(20 + 3 * index, 120 + index) for index in range(16)]
+    answers = small_ring.generate(prompts, tokens=600, kv_compress={"retain": retain})
+    reports = [answer["meta_info"]["kv_compress"] for answer in answers]
+    whole = [
+        (report["logical_length"] - -(-len(ids) // 16) * 16 - 16) // 64 * 64
+        for report, ids in zip(reports, prompts, strict=True)
+    ]
+    removed = sum(report["tokens_removed"] for report in reports)
+    assert 1 - removed / sum(whole) == pytest.approx(retain, abs=0.02)
+    windows = sum(report["windows"] for report in reports)
+    without = sum(report["without_queries"] for report in reports)
+    assert 0.7 < without / windows < 0.9
+    assert sum(report["without_queries"] < report["windows"] for report in reports) >= 8
+    after = small_ring.state()
+    assert after["without_queries"] - before["without_queries"] == without
+    assert after["skipped"] == {}
+    small_ring.assert_nothing_leaked()
 
 
 def test_large_prompt_among_uncompressed_requests(small_pool: Server) -> None:

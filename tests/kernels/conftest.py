@@ -163,7 +163,8 @@ def _same_numbers_in_every_run() -> None:
 def _new_kernels(width: int = 128, query_count: int = 160) -> TritonKernels:
     """Triton's kernels with scratch for any window of a few heads."""
     kernels = TritonKernels()
-    kernels.reserve(torch.device("cpu"), WindowShape(4, width, width, 12, query_count))
+    shape = WindowShape(3, 4, 128, torch.float32, width, width, 12, query_count)
+    kernels.reserve(torch.device("cpu"), shape)
     return kernels
 
 

@@ -72,7 +72,8 @@ def test_without_the_barrier_inside_a_block_it_is_wrong():
 
 def run(pool: LayerPool, slots: torch.Tensor, kept: torch.Tensor) -> None:
     tables = PoolTables.of(pool)
-    compact(tables, range(tables.num_layers), slots, kept.int())
+    for launch in compact(tables, slots, kept.int()):
+        launch()
 
 
 def choose(shape: tuple[int, ...], width: int, kept: int) -> torch.Tensor:
@@ -166,7 +167,7 @@ def test_what_does_not_fit_is_refused(make):
         ("must be int32, positions and slots contiguous", (slots, kept.repeat(1, 1, 1, 2)[..., ::2])),
     ):
         with pytest.raises(ValueError, match=message):
-            compact(tables, range(1), *wrong)
+            compact(tables, *wrong)
 
 
 @pytest.mark.parametrize(("width", "kept"), [(1000, 504), (2048, 2032), (4096, 2048)])

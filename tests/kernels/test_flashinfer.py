@@ -124,7 +124,7 @@ def test_attention_over_the_spliced_row(make, page: int, name: str):
             seed=0,
             query_start=int(base[i]),
             query_count=width + DELAY,
-            units=torch.arange(GROUP) + GROUP * i,
+            units=tuple(range(GROUP * i, GROUP * (i + 1))),
         )
         for i in range(3)
     ]

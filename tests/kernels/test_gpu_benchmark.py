@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,20 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from kara_sglang.benchmarks.gpu import compiled, floors, identity, kernels, paged_decode
+from kara_sglang.benchmarks.gpu import (
+    compiled,
+    floors,
+    host,
+    identity,
+    kernels,
+    paged_decode,
+    tables,
+    tiles,
+)
 from kara_sglang.benchmarks.gpu.floors import Gpu, Settings, Work
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.kernels.record import FP8
-from kara_sglang.kernels.triton import backend
+from kara_sglang.kernels.triton import backend, score
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
@@ -29,16 +39,16 @@ def test_its_checks_pass_on_right_kernels_and_fail_on_wrong_ones(monkeypatch, me
     monkeypatch.setattr(kernels, "captured", lambda call: call)
     settings = Settings(window=48, kept=16, delay=9, mean=mean)
     found = kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=2))
-    assert found["score_error"] < 1e-4 < found["turned_score_error"] < 0.03
+    assert found["score_error"] < 1e-4 < found["turned_score_error"] < 0.005
     assert found["weight_error"] < 1e-4
-    assert found["same_choice"] == 1.0
+    assert found["same_choice"] > 0.99  # near ties may fall either way
 
     if mean:
         monkeypatch.setattr(kernels, "captured", lambda call: lambda: None)
         with pytest.raises(AssertionError, match="wrong result: record in a replayed graph"):
             kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=1))
     else:
-        monkeypatch.setattr(kernels, "compact", lambda *args, **kwargs: None)
+        monkeypatch.setattr(kernels, "compact", lambda *args: [])
         with pytest.raises(AssertionError, match="wrong result: compact"):
             kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=1))
 
@@ -51,11 +61,54 @@ def test_its_checks_take_other_types(monkeypatch):
     kernels.check(kernels.Case(TINY, settings, num_jobs=1, layers=1, key_dtype=FP8))
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_the_stress_of_compact_sees_a_wrong_byte(monkeypatch):
+    monkeypatch.setattr(kernels, "DEVICE", torch.device("cpu"))
+    case = kernels.Case(TINY, Settings(window=48, kept=16, delay=9), num_jobs=2, layers=2)
+    kernels.stress_compact(case, 3)
+    right = case.compact
+    monkeypatch.setattr(case, "compact", lambda: (right(), case.pool.values[1][:, 1].mul_(2)))
+    with pytest.raises(AssertionError, match="wrong result: move 0"):
+        kernels.stress_compact(case, 1)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_tiles_reports_what_fails_and_goes_on(monkeypatch, tmp_path, capsys):
+    """Sizes that fail, or that compute something else, are left out of the tables."""
+
+    def times(call, repeats):
+        call()
+        return dict.fromkeys(("log_sum_exp_kernel", "column_sum_kernel", "prepare_kernel"), 80.0)
+
+    monkeypatch.setattr(kernels, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(tiles, "MODELS", [TINY])
+    monkeypatch.setattr(tiles, "launch_times", times)
+    monkeypatch.setattr(tiles, "LOG_SUM_EXP", [score.Tile(16, 16, 4, 2), score.Tile(17, 16, 4, 2)])
+    monkeypatch.setattr(tiles, "COLUMN_SUM", [score.Tile(16, 16, 4, 2)])
+    monkeypatch.setattr(tiles, "PREPARE", [(512, 4, 2), (512, 4, 3)])
+    found = iter([1e-3] * 6 + [float("nan")])  # three sizes of two cases each, then a wrong one
+    monkeypatch.setattr(tiles, "relative", lambda ours, theirs: next(found))
+    output = tmp_path / "tiles.json"
+    words = ["tiles.py", "--window", "48", "--jobs", "1", "2", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", words)
+    tiles.main()
+    results = json.loads(output.read_text())["results"]
+    assert [each["us_per_window"] for each in results if "failed" not in each] == [[80.0, 40.0]] * 3
+    failed = {each["label"]: each["failed"] for each in results if "failed" in each}
+    assert failed["512 numbers, 4 warps, 3 programs"] == "relative error nan"
+    assert len(failed) == 2 and "InterpreterError" in failed["17 queries, 16 keys, 4 warps, 2 stages"]
+    printed = capsys.readouterr().out
+    assert printed.count("80.0") == 6 and printed.count("InterpreterError") == 1
+
+
 def test_what_it_leaves_when_a_case_crashes(monkeypatch, tmp_path):
     """The report is written after each case: one is measured, the second crashes."""
     taken = iter([{name: {} for name in ("record", "select")} | MEASURED])
     monkeypatch.setattr(kernels, "Case", lambda *args, **kwargs: MagicMock())
     monkeypatch.setattr(kernels, "check", lambda case: {"score_error": 0.0})
+    monkeypatch.setattr(kernels, "stress_compact", lambda case, moves: None)
     monkeypatch.setattr(kernels, "measured_ceilings", lambda: Gpu("it", 1e12, 1e15, 4e12))
     monkeypatch.setattr(kernels, "measure", lambda case, gpu: next(taken))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -65,7 +118,7 @@ def test_what_it_leaves_when_a_case_crashes(monkeypatch, tmp_path):
     with pytest.raises(StopIteration):
         kernels.main()
     report = json.loads(output.read_text())
-    assert len(report["checks"]) == len(kernels.OTHER_CASES)
+    assert len(report["checks"]) == len(kernels.OTHER_CASES) + 1
     assert set(report["versions"]) == {"torch", "triton", "cuda", "driver", "python"}
     (run,) = report["runs"]
     met = {name.split(",")[0]: goal["met"] for name, goal in run["goals"].items()}
@@ -75,7 +128,7 @@ def test_what_it_leaves_when_a_case_crashes(monkeypatch, tmp_path):
 
 MEASURED = {
     "compact": {"bytes_per_s": 0.81e12},
-    "score": {"flop_per_s": 0.49e15},
+    "score": {"of_floor": 0.49},
     "pass": {"share_of_decode_floor": 0.009},
 }
 
@@ -118,7 +171,7 @@ def test_the_check_with_flashinfer(monkeypatch, make, page):
     library = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=PlainFlashInfer)
     kernels = make.kernels()
     assert paged_decode.check(library, kernels, page, width=48, kept=16) < 1e-3
-    monkeypatch.setattr(backend, "compact", lambda *args: None)
+    monkeypatch.setattr(backend, "compact", lambda *args: [])
     assert paged_decode.check(library, kernels, page, width=48, kept=16) > 0.02
 
 
@@ -150,20 +203,58 @@ def test_counts_of_one_window_by_hand():
     model, settings = MODELS[0], Settings()
     queries = 512 * 4  # those of the delay do not vote
     assert floors.score(model, settings).flops == 36 * 8 * 2 * (2 * queries * 512 * 128)
-    logs = (1 + 13) * 512  # of each token, its own among its neighbours' and once more
-    assert floors.score(model, settings).exps == 36 * 8 * (2 * queries * 512 + logs + 512)
+    assert floors.score(model, settings).exps == 36 * 8 * 2 * queries * 512
+    assert floors.prepare(model, settings).bytes == 36 * 8 * (3 * 512 * 128 * 2 + 512 * 4)
+    assert floors.select(model, settings).exps == 36 * 8 * 512 * (1 + 1)  # a logarithm, and its power
     assert floors.compact(model, settings).bytes == 36 * 8 * 2 * 256 * (2 * 256 + 4 + 8)
     assert floors.record(model, settings).bytes == 36 * 32 * (128 * (2 + 1) + 1)
     assert model.kv_bytes == 147_456
 
 
-@pytest.mark.parametrize("program", [floors, compiled], ids=["floors", "compiled"])
+@pytest.mark.parametrize("program", [floors, compiled, host], ids=["floors", "compiled", "host"])
 def test_the_documented_tables_are_the_committed_results(program, capsys):
     name = program.__name__.rpartition(".")[2]
     program.show(json.loads((RESULTS / f"{name}.json").read_text()))
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(rows) > 20
+    assert len(rows) > 3
     assert set(rows) <= set((ROOT / "docs" / "kernels.md").read_text().splitlines())
+
+
+def test_the_documented_tables_of_gpus_are_the_committed_results():
+    document = (ROOT / "docs" / "kernels.md").read_text()
+    assert document.count("<!-- gpu:kernels-h100 ") == 2
+    assert tables.render(document) == document
+
+
+def test_tables_of_a_gpu(tmp_path):
+    names = ("record", "weights", "score", "select", "compact")
+    done = {name: {"us": 99.6, "of_floor": 0.5} for name in names}
+    took = {"prepare_kernel": 1.0, "log_sum_exp_kernel": 2.0, "select_kernel": 4.0, "Memcpy": 5.0}
+    done["pass"] = {"one_window_us": 20.0, "one_window_launches_us": took, "us": 40.0}
+    done["pass"]["launches_us"] = {name: 2 * us for name, us in took.items()}
+    done["pass without queries"] = done["pass"]
+    run = {"model": "M", "settings": {"window": 512, "mean": True}, "jobs": 8, "kernels": done}
+    (tmp_path / "it.json").write_text(json.dumps({"runs": [run]}))
+    views = ("it kernels", "it passes")
+    marks = "".join(f"<!-- gpu:{view} -->\nold\n<!-- end of gpu -->\n" for view in views)
+    lines = tables.render(marks, tmp_path).splitlines()
+    assert lines[3] == "| M, W 512, mean | 8 |" + " 100 (50%) |" * 5
+    assert lines[-5] == "| M, W 512, mean | 1 | 1 | 2 | 0 | 4 | 0 | 12 | 20 |"
+    assert lines[-2] == "| M, W 512, mean, `keys` | 8 | 2 | 4 | 0 | 8 | 0 | 24 | 40 |"
+    missing = marks.replace("it ", "another ")
+    assert tables.render(missing, tmp_path) == missing
+    with pytest.raises(ValueError, match="a mark is gpu:RESULT VIEW with kernels or passes"):
+        tables.render(marks.replace("passes", "floors"), tmp_path)
+
+
+def test_what_a_pass_costs_the_host(tmp_path):
+    """In a process of its own, whose driver of Triton is stood in for."""
+    output = tmp_path / "host.json"
+    command = [sys.executable, "-m", host.__name__, "--repeats", "300", "--output", str(output)]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=300)
+    found = json.loads(output.read_text())
+    assert [(row["windows"], row["launches"]) for row in found["rows"]] == [(1, 5), (8, 20)]
+    assert found["rows"][0]["without_launches_us"] < found["goal_us"]
 
 
 def test_the_committed_floors_are_what_the_program_counts(monkeypatch, tmp_path):

@@ -17,9 +17,8 @@ from kara_sglang.kernels.score import AttentionRule, WeightRule
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors import REGISTRY, Selector
 from kara_sglang.kernels.triton import TritonKernels, backend
-from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.pool import PoolTables
-from kara_sglang.kernels.turn import Turn
+from kara_sglang.kernels.triton.score import attention_scores
 from kara_sglang.recorder import AttentionShape, QueryRecorder
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -67,7 +66,7 @@ def jobs_for(make, settings: list[tuple[str, int, int]]) -> list[WindowJob]:
             seed=1000 * number,
             query_start=16 + 1003 * number,
             query_count=WIDTH + DELAY,
-            units=torch.stack([next(units) for _ in range(count)]) if count else None,
+            units=tuple(int(next(units)) for _ in range(count)) or None,
         )
         for number, (window, (name, kept, count)) in enumerate(zip(slots, settings, strict=True))
     ]
@@ -114,45 +113,47 @@ def test_jobs_of_all_kinds_in_one_call(identical, make, pool):
 
 
 @pytest.mark.parametrize(
-    ("fits", "expected"),
+    ("layers", "expected"),
     [
-        ((1, 1), [(1, 1)] * 15),
-        ((1, 2), [(1, 2), (1, 1)] * 5),
-        ((2, 3), [(2, 3), (2, 3), (1, 3)]),
-        ((5, 3), [(5, 3)]),
+        (1, [(1, 1)] * 3),
+        (2, [(1, 2), (1, 1)]),
+        (3, [(2, 1)] * 3 + [(1, 3)]),
+        (60, [(5, 3)]),
     ],
 )
-@pytest.mark.parametrize("name", ["kara", "snapkv", "keys", "per layer"])
+@pytest.mark.parametrize("name", ["kara", "snapkv", "per layer"])
 def test_windows_and_layers_are_taken_in_groups_that_fit_the_scratch(
-    identical, make, monkeypatch, fits, expected, name
+    identical, make, monkeypatch, layers, expected, name
 ):
-    """Five windows of three layers, with scratch for ``fits``: windows and layers."""
+    """Five windows of three layers, with scratch in which so many layers of one window are scored."""
     pool = make.pool(1, layers=3, heads=1, dim=16, slots=512, units=20, ring_len=RING_LEN)
-    units = 1 if SELECTORS[name].needs_queries else 0
-    shape = WindowShape(1, WIDTH, 16, units, WIDTH + DELAY)
+    shape = WindowShape(3, 1, 16, torch.float32, WIDTH, 16, 1, WIDTH + DELAY)
     monkeypatch.setattr(backend, "SCRATCH_BYTES", 0)
     kernels = TritonKernels()
-    kernels.reserve(torch.device("cpu"), shape)
-    jobs, layers = fits
-    of_one = layers * backend._bytes(shape, 1, 1) if layers < 3 else backend._bytes(shape, 1, 3)
-    size = jobs * of_one
+    least = kernels.reserve(torch.device("cpu"), shape)
+    size = least + (layers - 1) * backend._bytes(backend._inner(shape, 1, 1))
     kernels._scratch = torch.empty(size, dtype=torch.uint8)
     taken = []
 
-    def noted(tables, layers, slots, kept):
+    def noted(tables, layers, slots, voters, *, scratch, out, **rest):
         taken.append((len(slots), len(layers)))
-        compact(tables, layers, slots, kept)
+        start, end = kernels._scratch.data_ptr(), kernels._scratch.data_ptr() + size
+        for part in (slots, voters.recorders, *scratch, out):
+            assert start <= part.data_ptr() <= end - part.nbytes
+        return attention_scores(tables, layers, slots, voters, scratch=scratch, out=out, **rest)
 
-    monkeypatch.setattr(backend, "compact", noted)
-    check(identical, make, kernels, pool, jobs_for(make, [(name, 16, units)] * 5))
-    assert taken == expected
+    monkeypatch.setattr(backend, "attention_scores", noted)
+    jobs = jobs_for(make, [(name, 16, 1)] * 5)
+    check(identical, make, kernels, pool, jobs)
+    assert taken == expected  # equal groups share what is made once
 
 
 def test_groups_of_selectors_that_bring_their_own_scores(identical, make, pool, monkeypatch):
     """Drawn on the host or computed by torch: the numbers of the right layer and window each."""
     monkeypatch.setattr(backend, "SCRATCH_BYTES", 0)
     kernels = TritonKernels()
-    kernels.reserve(torch.device("cpu"), WindowShape(2, WIDTH, WIDTH, GROUP, WIDTH + DELAY))
+    shape = WindowShape(3, 2, 32, torch.float32, WIDTH, WIDTH, GROUP, WIDTH + DELAY)
+    kernels.reserve(torch.device("cpu"), shape)
     names = ["random", "recent", "norm", "random", "keys", "random", "norm", "identity", "random"]
     jobs = jobs_for(make, [(name, WIDTH if name == "identity" else 16, 0) for name in names])
     check(identical, make, kernels, pool, jobs)
@@ -164,7 +165,9 @@ def test_a_window_that_does_not_fit_is_refused(make, pool):
         TritonKernels().compress(pool, jobs)
     kernels = TritonKernels()
     kernels._scratch = torch.empty(1000, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="takes 3488 bytes of scratch, 1000 were reserved"):
+    with pytest.raises(
+        RuntimeError, match=r"1 x WindowShape\(.* takes 17168 bytes of scratch, 1000 were"
+    ):
         kernels.compress(pool, jobs)
 
 
@@ -216,12 +219,13 @@ def test_a_pass_allocates_nothing_that_grows(make, name):
         ring_len=width + delay,
         scales=[0.1] * num_layers,
     )
-    slots, units = torch.zeros(width, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+    slots, units = torch.zeros(width, dtype=torch.int32), (0, 1, 2, 3)
     kept = width if SELECTORS[name].keeps_all else 256
     job = WindowJob(slots, kept, SELECTORS[name], 0, 0, width + delay, units if needs_queries else None)
     kernels = TritonKernels()
-    reserved = kernels.reserve(torch.device("cpu"), WindowShape(heads, width, width, 4, width + delay))
-    assert reserved == 32 << 20
+    shape = WindowShape(num_layers, heads, 16, torch.bfloat16, width, width, 4, width + delay)
+    reserved = kernels.reserve(torch.device("cpu"), shape)
+    assert reserved == 64 << 20
     start = kernels._scratch.data_ptr()
     with caught() as launches:
         kernels.compress(pool, [job])
@@ -254,6 +258,7 @@ def test_two_passes_and_another_pool(identical, make, pool):
     check(identical, make, kernels, pool, jobs[1:])
     other = make.pool(2, layers=2, heads=2, dim=32, slots=512, units=20, ring_len=RING_LEN)
     check(identical, make, kernels, other, jobs[:1])
+    check(identical, make, kernels, pool, jobs[:1])
 
 
 def test_no_jobs(make, pool):
@@ -298,24 +303,6 @@ def test_buffers_that_cannot_be_walked_are_refused(make, pool):
     ):
         with pytest.raises(ValueError, match=message):
             PoolTables.of(wrong)
-
-
-def test_tables_fit_one_pool_only(make, pool):
-    """A buffer may be freed and another made at its address: shapes and types count, too."""
-    tables = PoolTables.of(pool)
-    assert tables.matches(pool)
-    for changed in (
-        {"keys": [key.view(torch.int32) for key in pool.keys]},
-        {"values": [value.view(1024, 2, 16) for value in pool.values]},
-        {"values": [value.view(torch.int32) for value in pool.values]},
-        {"rings": [Ring(ring.queries.view(torch.int32)) for ring in pool.rings]},
-        {"rings": [Ring(ring.queries[:-1]) for ring in pool.rings]},
-        {"rings": []},
-        {"scales": [1.0] * 3},
-        {"turn": Turn(pool.turn.cos, pool.turn.sin, pool.turn.partner, 1)},
-        {"turn": None},
-    ):
-        assert not tables.matches(dataclasses.replace(pool, **changed)), changed
 
 
 class Synchronising(TorchDispatchMode):
@@ -400,12 +387,11 @@ def test_nothing_is_uploaded_from_pageable_memory(make, monkeypatch):
         dataclasses.replace(
             job,
             slots=job.slots.to(device),
-            units=None if job.units is None else job.units.to(device),
         )
         for job in jobs_for(make, wanted)
     ]
     kernels = TritonKernels()
-    kernels.reserve(device, WindowShape(2, WIDTH, WIDTH, GROUP, WIDTH + DELAY))
+    kernels.reserve(device, WindowShape(3, 2, 32, torch.float32, WIDTH, WIDTH, GROUP, WIDTH + DELAY))
     shape = AttentionShape(3, 2 * GROUP, 2, 32, torch.float32, device)
     recorder = QueryRecorder(shape, WIDTH, DELAY, 10**6, fp8=True)
     recorder.allocate_tables(8)
@@ -416,7 +402,7 @@ def test_nothing_is_uploaded_from_pageable_memory(make, monkeypatch):
     assert len(control.seen) == control.good == 3
     with Uploads(monkeypatch) as mode, caught():
         kernels.compress(pool, jobs)
-        recorder.units_of(recorder.acquire(3, GROUP, since=0))
+        recorder.acquire(3, GROUP, since=0)
         recorder.flush()
     assert mode.good >= 8
     assert mode.seen == []

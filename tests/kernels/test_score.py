@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
@@ -15,9 +14,10 @@ from kara_sglang.kernels.record import Ring
 from kara_sglang.kernels.score import LEAST_SCORE, MOST_SCORE, NEIGHBOURS_SHARE, AttentionRule
 from kara_sglang.kernels.score import attention_scores as reference_scores
 from kara_sglang.kernels.score import blend_neighbours as reference_blend
-from kara_sglang.kernels.triton.neighbours import blend_neighbours
+from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.triton.pool import PoolTables
-from kara_sglang.kernels.triton.score import Voters, attention_scores, dot_dtype
+from kara_sglang.kernels.triton.score import Scratch, Voters, attention_scores
+from kara_sglang.kernels.triton.select import select
 from kara_sglang.kernels.turn import Turn
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -38,26 +38,29 @@ def triton_scores(
     starts: list[int],
     count: int,
     rule: AttentionRule,
-    sums: torch.Tensor | None = None,
+    capability: tuple[int, int] = (9, 0),
 ) -> torch.Tensor:
-    """``(num_layers, num_jobs, num_kv_heads, W)``."""
-    tables = PoolTables.of(pool)
+    """``(num_layers, num_jobs, num_kv_heads, W)``, as they are when they have been selected by."""
+    tables = dataclasses.replace(PoolTables.of(pool), capability=capability)
     voting = rule.voters(count, slots.shape[1])
-    voters = Voters(units, torch.tensor(starts), voting.start, len(voting))
-    shape = (tables.num_layers, slots.shape[0], tables.num_kv_heads)
-    out = torch.full((*shape, slots.shape[1]), float("nan"))
-    if sums is None:
-        sums = torch.full((math.prod(shape) * max(2 * voters.rows, slots.shape[1]),), float("nan"))
-    attention_scores(
+    rows = [[start % pool.ring_len, *of] for start, of in zip(starts, units.tolist(), strict=True)]
+    voters = Voters(torch.tensor(rows, dtype=torch.int32), voting.start, len(voting))
+    heads = (tables.num_layers, slots.shape[0], tables.num_kv_heads)
+    out = torch.full((*heads, slots.shape[1]), float("nan"))
+    regions = Scratch.regions(heads, slots.shape[1], tables.head_dim, voters.rows, tables.dot)
+    launches = attention_scores(
         tables,
         range(tables.num_layers),
         slots,
         voters,
-        ring_len=pool.ring_len,
         rule=rule,
-        sums=sums,
+        scratch=Scratch(*(torch.full(shape, float("nan"), dtype=dtype) for shape, dtype in regions)),
         out=out,
     )
+    kept = torch.empty((*heads, 1), dtype=torch.int32)
+    select_by = select(out, 1, ChunkRule(), kept, neighbours=rule.neighbours, shared=rule.per_layer)
+    for launch in (*launches, select_by):
+        launch()
     return out
 
 
@@ -141,7 +144,9 @@ def check(pool, slots, units, starts, count, rule, tolerance=2e-5):
     np.testing.assert_allclose(ours, expected, rtol=tolerance, atol=1e-7)
     for layer in range(len(pool.keys)):
         for job, window in enumerate(slots.long()):
-            queries = record.recorded(pool.rings[layer], starts[job], count, units[job], pool.ring_len)
+            queries = record.recorded(
+                pool.rings[layer], starts[job], count, units[job].tolist(), pool.ring_len
+            )
             if rule.ahead:
                 queries = pool.turn.moved(queries, layer)
             theirs = reference_scores(
@@ -168,11 +173,12 @@ def test_queries_moved_ahead(make, dim, ring_dtype):
     assert (apart[:2].abs().amax(dim=-1) > 0.05).all() and apart[2].abs().max() < 1e-5
 
 
-def test_queries_moved_ahead_are_rounded_to_the_type_of_the_product(make):
-    """What is stored in 16 bits is multiplied in 16 bits; a score loses no more than that."""
-    pool = make.pool(3, dtype=torch.bfloat16, ring_dtype=FP8)
+@pytest.mark.parametrize("ring_dtype", [FP8, torch.bfloat16], ids=str)
+def test_turned_keys_are_rounded_to_float16(make, ring_dtype):
+    """Keys of 16 bits are turned in float32 and multiplied in float16; a score loses no more."""
+    pool = make.pool(3, dtype=torch.bfloat16, ring_dtype=ring_dtype)
     slots = make.windows(2, 48, slots=256, seed=1)
-    check(pool, slots, torch.tensor([[0, 3], [2, 1]]), [16, 777], 57, AHEAD, tolerance=0.03)
+    check(pool, slots, torch.tensor([[0, 3], [2, 1]]), [16, 777], 57, AHEAD, tolerance=0.005)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
@@ -252,10 +258,9 @@ def test_neighbours_across_blocks(width, neighbours):
     scores[0, 1, :, -1] = float("inf")
     scores[1, 2, :, width // 2] = float("nan")
     expected = np.stack([blended(row, neighbours) for row in scores.double().view(-1, width).numpy()])
-    ours, scratch = scores.clone(), torch.full((scores.numel() + 3,), float("nan"))
-    blend_neighbours(ours, neighbours, scratch)
+    ours, kept = scores.clone(), torch.empty(2, 3, 2, 1, dtype=torch.int32)
+    select(ours, 1, ChunkRule(), kept, neighbours=neighbours)()
     np.testing.assert_allclose(ours.double().view(-1, width).numpy(), expected, rtol=1e-4)
-    assert scratch[-3:].isnan().all()
     theirs = torch.stack([reference_blend(of_head, neighbours) for of_head in scores.flatten(0, 1)])
     np.testing.assert_allclose(theirs.double().view(-1, width).numpy(), expected, rtol=1e-4)
 
@@ -268,7 +273,6 @@ def test_one_set_of_positions_per_layer(make):
     alone = triton_scores(pool, slots, units, starts, 60, BEST)
     shared = triton_scores(pool, slots, units, starts, 60, dataclasses.replace(BEST, per_layer=True))
     torch.testing.assert_close(shared[:, :, 0], alone.sum(dim=2))
-    assert torch.equal(shared, shared[:, :, :1].expand_as(shared))
 
 
 def test_a_window_of_a_thousand(make):
@@ -288,24 +292,30 @@ def test_windows_of_thousands(make, width, causal):
 
 
 @pytest.mark.parametrize(
-    ("key_dtype", "ring_dtype", "expected"),
+    ("key_dtype", "ring_dtype"),
     [
-        (torch.float16, torch.float16, torch.float16),
-        (torch.float16, FP8, torch.float16),
-        (torch.bfloat16, FP8, torch.bfloat16),
-        (FP8, torch.bfloat16, torch.bfloat16),
-        (FP8, FP8, torch.float16),
-        (E5M2, FP8, torch.float16),
-        (torch.float16, torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float16, FP8),
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, FP8),
+        (torch.bfloat16, torch.bfloat16),
+        (FP8, torch.bfloat16),
+        (FP8, FP8),
+        (E5M2, FP8),
+        (torch.float32, FP8),
+        (torch.bfloat16, torch.float32),
     ],
     ids=str,
 )
-def test_types(make, key_dtype, ring_dtype, expected):
-    """Both operands become the type that holds each exactly, so nothing but the sums rounds."""
-    assert dot_dtype(key_dtype, ring_dtype) == expected
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+def test_types(make, key_dtype, ring_dtype, capability):
+    """float16 holds what narrower types and scaled bfloat16 hold, so nothing but the sums rounds."""
     pool = make.pool(5, dtype=key_dtype, ring_dtype=ring_dtype)
     slots = make.windows(2, 48, slots=256, seed=1)
-    check(pool, slots, torch.tensor([[0, 3], [2, 1]]), [16, 777], 57, BEST)
+    arguments = pool, slots, torch.tensor([[0, 3], [2, 1]]), [16, 777], 57, BEST
+    expected = brute_force(*arguments)
+    ours = triton_scores(*arguments, capability).double().numpy()
+    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("key_dtype", [torch.bfloat16, FP8], ids=str)
@@ -333,6 +343,22 @@ def test_queries_far_beyond_what_fp8_can_hold(make, key_dtype):
     assert error(ring) < 0.03 < 0.1 < error(Ring(queries.clamp(-448, 448)))
 
 
+@pytest.mark.parametrize("rule", [BEST, AHEAD], ids=["as they are", "turned"])
+def test_keys_and_queries_far_beyond_what_float16_can_hold(make, rule):
+    """bfloat16 keys of up to 3e8 against queries of 1e-8, and the other way round: both are divided by
+    powers of two before they become float16, and nothing overflows or vanishes."""
+    pool = make.pool(5, heads=3, dtype=torch.bfloat16, ring_dtype=torch.bfloat16, units=1, ring_len=50)
+    sizes = torch.tensor([1e8, 1.0, 1e-7])[:, None]
+    keys = [(key.float() * sizes).bfloat16() for key in pool.keys]
+    rings = [Ring((ring.queries.float() / sizes).bfloat16()) for ring in pool.rings]
+    assert keys[0].abs().max() > 1e3 * torch.finfo(torch.float16).max
+    large = dataclasses.replace(pool, keys=keys, rings=rings)
+    arguments = make.windows(1, 48, slots=256, seed=1), torch.tensor([[0]]), [0], 50, rule
+    expected = brute_force(large, *arguments)
+    ours = triton_scores(large, *arguments).double().numpy()
+    np.testing.assert_allclose(ours, expected, rtol=5e-3 if rule.ahead else 2e-5)
+
+
 @pytest.mark.parametrize("key_dtype", [FP8, E5M2], ids=str)
 def test_a_scale_of_the_keys_folds_into_that_of_the_layer(make, key_dtype):
     """fp8 keys with k_scale: what is stored is K / k_scale, and the layer's scale takes k_scale."""
@@ -357,11 +383,8 @@ def test_what_does_not_fit_is_refused(make):
     slots, units = make.windows(1, 48, slots=256, seed=1), torch.tensor([[0, 3]])
     with pytest.raises(ValueError, match="65 queries asked of a ring that holds 64 tokens"):
         triton_scores(pool, slots, units, [16], 65, SUM)
-    with pytest.raises(ValueError, match="units and starts of 1 recorders for 2 windows"):
+    with pytest.raises(ValueError, match=r"1 recorders of torch\.int32 for 2 windows"):
         triton_scores(pool, slots.repeat(2, 1), units, [16], 48, SUM)
-    few = AttentionRule(neighbours=3, last_queries=1)
-    with pytest.raises(ValueError, match=r"5 sums of torch.float32 where 96 of float32 are needed"):
-        triton_scores(pool, slots, units, [16], 48, few, sums=torch.empty(5))
     with pytest.raises(ValueError, match="must be contiguous"):
         triton_scores(pool, slots[:, ::2], units, [16], 48, SUM)
     with pytest.raises(ValueError, match="the pool has no turn"):

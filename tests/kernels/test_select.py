@@ -24,7 +24,7 @@ GREEDY = ChunkRule(budget=1.0, width=64, quantile=0.0)
 
 def triton_select(scores: torch.Tensor, kept: int, chunks: ChunkRule) -> torch.Tensor:
     out = torch.full((*scores.shape[:-1], kept), -7, dtype=torch.int32)
-    select(scores, kept, chunks, out)
+    select(scores, kept, chunks, out)()
     return out.long()
 
 

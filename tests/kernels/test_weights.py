@@ -11,8 +11,10 @@ import torch
 from kara_sglang.kernels.backend import LayerPool
 from kara_sglang.kernels.score import LEAST_SCORE, NEIGHBOURS_SHARE, WeightRule
 from kara_sglang.kernels.score import weight_scores as reference_scores
+from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.triton.pool import PoolTables
-from kara_sglang.kernels.triton.weights import weight_scores
+from kara_sglang.kernels.triton.prepare import weight_scores
+from kara_sglang.kernels.triton.select import select
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -23,14 +25,15 @@ KEYS = WeightRule(value_norm=4, key_distance=True, neighbours=13)
 def triton_scores(
     pool: LayerPool, slots: torch.Tensor, rule: WeightRule, layers: range | None = None
 ) -> torch.Tensor:
-    """``(len(layers), num_jobs, num_kv_heads, W)``; the pool has no ring, and scratch is poisoned."""
+    """``(len(layers), num_jobs, num_kv_heads, W)``, as they are when they have been selected by; the
+    pool has no ring."""
     tables = PoolTables.of(dataclasses.replace(pool, rings=[], turn=None))
     layers = range(tables.num_layers) if layers is None else layers
     out = torch.full((len(layers), len(slots), tables.num_kv_heads, slots.shape[1]), float("nan"))
-    scratch = torch.full((out.numel() + 3,), float("nan"))
-    weight_scores(tables, layers, slots, rule=rule, scratch=scratch, out=out)
-    assert scratch[-3:].isnan().all()
-    return out
+    weight_scores(tables, layers, slots, rule=rule, out=out)()
+    kept = torch.empty((*out.shape[:-1], 1), dtype=torch.int32)
+    select(out, 1, ChunkRule(), kept, neighbours=rule.neighbours, shared=rule.per_layer)()
+    return out[:, :, :1] if rule.per_layer else out
 
 
 def brute_force(pool: LayerPool, slots: torch.Tensor, rule: WeightRule) -> np.ndarray:
@@ -49,8 +52,8 @@ def brute_force(pool: LayerPool, slots: torch.Tensor, rule: WeightRule) -> np.nd
                     score = score * (1 - every @ mean / lengths)
                 out[layer, job, head] = blended(score, rule.neighbours)
             if rule.per_layer:
-                out[layer, job] = out[layer, job].sum(axis=0)
-    return out
+                out[layer, job, :1] = out[layer, job].sum(axis=0)
+    return out[:, :, :1] if rule.per_layer else out
 
 
 def blended(scores: np.ndarray, neighbours: int) -> np.ndarray:
@@ -72,6 +75,7 @@ def check(pool: LayerPool, slots: torch.Tensor, rule: WeightRule) -> None:
         for job, window in enumerate(slots.long()):
             # 8-bit floats have no index of their own on a CPU.
             theirs = reference_scores(keys.float()[window], values.float()[window], rule)
+            theirs = theirs[: expected.shape[2]]
             np.testing.assert_allclose(theirs.double().numpy(), expected[layer, job], rtol=5e-5)
 
 
@@ -167,12 +171,8 @@ def test_what_does_not_fit_is_refused(make):
     pool = make.pool(5)
     tables = PoolTables.of(pool)
     slots = make.windows(1, 48, slots=256, seed=1)
-    layers, out, scratch = range(1), torch.empty(1, 1, 2, 48), torch.empty(96)
+    out = torch.empty(1, 1, 2, 48)
     with pytest.raises(ValueError, match=r"scores of shape \(1, 1, 2, 48\) for 2 layers"):
-        weight_scores(tables, range(2), slots, rule=KEYS, scratch=scratch, out=out)
-    with pytest.raises(ValueError, match=r"scratch of 95 torch.float32 where 96 of float32 are needed"):
-        weight_scores(tables, layers, slots, rule=KEYS, scratch=scratch[1:], out=out)
-    with pytest.raises(ValueError, match=r"scratch of 96 torch.int32 where 96 of float32"):
-        weight_scores(tables, layers, slots, rule=KEYS, scratch=scratch.int(), out=out)
+        weight_scores(tables, range(2), slots, rule=KEYS, out=out)
     with pytest.raises(ValueError, match="must be contiguous"):
-        weight_scores(tables, layers, slots[:, ::2], rule=KEYS, scratch=scratch, out=out[..., ::2])
+        weight_scores(tables, range(1), slots[:, ::2], rule=KEYS, out=out[..., ::2])

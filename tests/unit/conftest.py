@@ -15,6 +15,7 @@ import torch
 from hypothesis import settings
 
 from kara_sglang import plugin
+from kara_sglang.compat.flags import NEWER_FLAGS
 
 if not torch.cuda.is_available():
     # Read when SGLang is imported for the first time.
@@ -66,10 +67,10 @@ def server_defaults() -> dict[str, Any]:
 @pytest.fixture
 def resolved(server_defaults: dict[str, Any]) -> Callable[..., SimpleNamespace]:
     """Makes what ``resolving_view(server_args)`` is on a supported server, with some fields changed.
-    A field that this SGLang does not have is an error."""
+    A field that no tested SGLang has is an error."""
 
     def make(**changes: Any) -> SimpleNamespace:
-        unknown = set(changes) - set(server_defaults)
+        unknown = set(changes) - set(server_defaults) - NEWER_FLAGS
         assert not unknown, f"ServerArgs has no field {unknown}"
         settled = {"device": "cuda", "page_size": 16, "attention_backend": "fa3"}
         return SimpleNamespace(**(server_defaults | settled | changes))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kara_sglang.admission import Forecast, adder_class, needed, short_of_slots
+from kara_sglang.admission import adder_class, growth, needed, short_of_slots
 from kara_sglang.runtime import runtime
 from kara_sglang.state import Geometry
 
@@ -37,8 +37,8 @@ def test_reserve_covers_the_peak_and_little_more(data: Any) -> None:
     geometry = Geometry(page, window, data.draw(st.integers(0, 100)))
     uncompressed = data.draw(st.integers(0, window + geometry.delay))
     tokens = data.draw(st.integers(0, 2000))
-    reserve = Forecast(geometry).growth(tokens, uncompressed, kept)
-    overdue = Forecast(geometry).growth(tokens, uncompressed + 5 * window, kept)
+    reserve = growth(geometry, tokens, uncompressed, kept)
+    overdue = growth(geometry, tokens, uncompressed + 5 * window, kept)
     assert 0 <= overdue <= tokens, "memory that is not free yet is no reserve"
     peak = simulated_peak(geometry, uncompressed, kept, tokens)
     assert peak <= reserve + 1
@@ -46,20 +46,7 @@ def test_reserve_covers_the_peak_and_little_more(data: Any) -> None:
 
 
 def test_identity_reserves_what_stock_does() -> None:
-    assert Forecast(Geometry(16, 64, 16)).growth(1000, 30, kept=64) == 1000
-
-
-def test_measured_share_moves_between_promise_and_none() -> None:
-    """Windows that stay uncompressed raise the reserve towards stock's, compressed ones lower it."""
-    forecast = Forecast(Geometry(16, 64, 16))
-    best = forecast.growth(1000, 0, 32)
-    for _ in range(200):
-        forecast.observe(32, 0)
-    worst = forecast.growth(1000, 0, 32)
-    assert best < 600 and worst > 999
-    for _ in range(200):
-        forecast.observe(32, 32)
-    assert forecast.growth(1000, 0, 32) == pytest.approx(best, abs=1)
+    assert growth(Geometry(16, 64, 16), 1000, 30, kept=64) == 1000
 
 
 @dataclass(frozen=True)
@@ -71,7 +58,9 @@ class Admission:
 class StockAdder:
     """The two methods of SGLang's PrefillAdder that the plugin overrides."""
 
-    running_batch = "the running batch"
+    def __init__(self) -> None:
+        self.running_batch = SimpleNamespace(reqs=["one", "two"])
+        self.can_run_list = ["three"]
 
     def _get_running_request_total_token_offset(self, req: Any) -> float:
         return req.sampling_params.max_new_tokens
@@ -96,11 +85,12 @@ class HalfCoordinator:
     def __init__(self, *acting: bool) -> None:
         self.acting = list(acting)
 
-    def acts(self, running: str) -> bool:
-        assert running == StockAdder.running_batch
+    def acts(self, running: Any) -> bool:
+        assert running.reqs == ["one", "two"]
         return self.acting.pop(0)
 
-    def reserve(self, req: Req, tokens: float) -> float:
+    def reserve(self, req: Req, tokens: float, running: int) -> float:
+        assert running == 4, "those that run, those admitted in this step, and the candidate"
         return tokens / 2
 
 

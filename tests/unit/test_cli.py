@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from kara_sglang import cli, plugin, refusals
+from kara_sglang import cli, plugin
+from kara_sglang.compat import versions
 from kara_sglang.config import CONFIG_KEYS, ENV, SELECTORS, KaraConfig
 
 
@@ -408,9 +409,29 @@ def test_several_refusals_are_one_line(checked: Any, capsys: pytest.CaptureFixtu
 def test_the_wrong_sglang_is_refused(checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything else is looked at, with the command that helps."""
     plugin.activate(KaraConfig())
-    monkeypatch.setattr(refusals, "SGLANG_VERSION", "0.4.0")
-    with pytest.raises(ValueError, match=r"needs 0\.4\.0: pip install sglang==0\.4\.0"):
+    monkeypatch.setattr(versions, "version", lambda _name: "0.4.0")
+    with pytest.raises(ValueError, match=rf"SGLang 0\.4\.0 .* pip install sglang=={versions.NEWEST}$"):
         checked(cli_record=False, enable_mixed_chunk=True)
+
+
+def test_a_newer_sglang_starts_behind_a_key_and_says_so(
+    checked: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Never silently, and only where both tables fit."""
+    monkeypatch.setattr(versions, "version", lambda _name: "9.0")
+    plugin.activate(KaraConfig())
+    with pytest.raises(ValueError, match=r"SGLang 9\.0 .* '\{\"untested_sglang\": true\}'$"):
+        checked(cli_record=False)
+    allowed = KaraConfig(untested_sglang=True)
+    plugin.activate(allowed)
+    checked(cli_record=False)
+    assert plugin.launched() == allowed
+    [record] = [r for r in caplog.records if r.name == "kara_sglang.compat.versions"]
+    assert record.levelname == "WARNING" and "SGLang 9.0 was not tested" in record.getMessage()
+    monkeypatch.setattr(plugin, "hook_parent", lambda: ["sglang.srt.x is missing"])
+    with pytest.raises(ValueError, match=r"^sglang\.srt\.x is missing$"):
+        checked(cli_record=False)
+    assert plugin.launched() is None
 
 
 # -- SGLang's own parser and config file ---------------------------------------------------------------

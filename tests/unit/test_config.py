@@ -51,6 +51,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "seed": 0,
         "trace": None,
         "debug_checks": False,
+        "untested_sglang": False,
     }
     assert (
         KaraConfig.from_settings({}) == KaraConfig.from_settings({"preset": "default"}) == KaraConfig()
@@ -134,6 +135,7 @@ WRONG_TYPE: list[tuple[str, Any, str]] = [
     ("ahead", 1, "--kv-compress-config: ahead must be true or false"),
     ("debug_checks", 1, "--kv-compress-config: debug_checks must be true or false"),
     ("debug_checks", "true", "--kv-compress-config: debug_checks must be true or false"),
+    ("untested_sglang", "yes", "--kv-compress-config: untested_sglang must be true or false"),
 ]
 
 OUT_OF_RANGE: list[tuple[str, Any, str]] = [
@@ -402,6 +404,7 @@ def typed_settings() -> st.SearchStrategy[dict[str, Any]]:
         "max_requests_per_pass": st.integers(1, 100),
         "seed": st.integers(0, 2**31 - 1),
         "debug_checks": st.booleans(),
+        "untested_sglang": st.booleans(),
         "preset": st.sampled_from(list(PRESETS)),
     }
     return st.fixed_dictionaries({}, optional=ranges)

@@ -1,4 +1,4 @@
-"""The documents list exactly what the code has. Run as a program: writes the hook table anew."""
+"""The documents list exactly what the code has. Run as a program: writes the hook tables anew."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 THROUGHPUT = ROOT / "docs" / "throughput.md"
 
+UPGRADING = ROOT / "docs" / "upgrading-sglang.md"
+
 _HOOK_TABLE = re.compile(r"(?<=<!-- hooks -->\n).*(?=<!-- end of hooks -->)", re.DOTALL)
+_GONE_TABLE = re.compile(r"(?<=<!-- gone -->\n).*(?=<!-- end of gone -->)", re.DOTALL)
 
 
 def hook_table() -> str:
@@ -36,6 +39,15 @@ def hook_table() -> str:
         for where, members in groups
         for hook in members
     ]
+    return "\n".join(lines) + "\n"
+
+
+def gone_table() -> str:
+    """What would make each hook needless, in Markdown; stand-ins follow what they stand in for."""
+    lines = ["| target | gone when |", "|---|---|"]
+    for hook in hooks.ALL_HOOKS:
+        lines.append(f"| `{hook.target}` | {hook.gone} |")
+        lines += [f"| or else `{one.target}` | {one.gone} |" for one in hook.otherwise]
     return "\n".join(lines) + "\n"
 
 
@@ -61,6 +73,12 @@ def test_the_hook_table_is_the_codes():
     assert found[0] == hook_table(), "run python tests/unit/test_docs.py"
     listed = [bare(row[1]) for row in table(ARCHITECTURE, "<!-- hooks -->")]
     assert listed == [hook.target for hook in hooks.ALL_HOOKS]
+
+
+def test_the_table_of_what_makes_hooks_needless_is_the_codes():
+    found = _GONE_TABLE.search(UPGRADING.read_text())
+    assert found is not None
+    assert found[0] == gone_table(), "run python tests/unit/test_docs.py"
 
 
 def test_the_settings_are_the_codes_with_their_defaults():
@@ -145,5 +163,8 @@ def test_links_between_the_documents_lead_somewhere():
 
 
 if __name__ == "__main__":
-    text = _HOOK_TABLE.sub(lambda _match: hook_table(), ARCHITECTURE.read_text())
-    ARCHITECTURE.write_text(text)
+    for path, pattern, made in (
+        (ARCHITECTURE, _HOOK_TABLE, hook_table()),
+        (UPGRADING, _GONE_TABLE, gone_table()),
+    ):
+        path.write_text(pattern.sub(lambda _match, made=made: made, path.read_text()))

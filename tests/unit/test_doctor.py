@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kara_sglang import doctor, hooks, plugin, refusals
+from kara_sglang.compat import surface, versions
 from kara_sglang.config import ENV, KaraConfig
 from kara_sglang.kernels.dispatch import pick
 from kara_sglang.recorder import LAG
@@ -54,7 +55,7 @@ def test_a_healthy_environment_and_a_supported_model(capsys, tmp_path):
     code, lines = run(capsys, "--model-path", model_folder(tmp_path))
     assert code == 0, "\n".join(lines)
     assert not [line for line in lines if line.startswith(doctor.BAD)]
-    for hook in hooks.ALL_HOOKS:
+    for hook in hooks.fitting(hooks.ALL_HOOKS):
         assert any(line.startswith("ok") and hook.target in line for line in lines), hook.target
     queries = next(line for line in lines if line.startswith("ok   queries"))
     units = 2 * 2**30 // UNIT_BYTES
@@ -77,6 +78,19 @@ def test_a_wrong_hook_table_is_named(capsys, monkeypatch, only):
     assert "from_cli_args" in bad[1] and "'namespace'" in bad[1]
     assert "no_such_function" in bad[2]
     assert "cannot serve" in lines[-1] and "add_cly_args" in lines[-1] and "2 more" in lines[-1]
+
+
+def test_an_attribute_that_sglang_lacks_is_named(capsys, monkeypatch, only):
+    only(doctor.check_surface)
+    code, lines = run(capsys)
+    assert code == 0
+    for used in surface.SURFACE:
+        assert any(used.owner in line and used.names[0] in line for line in lines), used.owner
+    gone = surface.Used("managers.schedule_batch.Req", ("kv", "no_such_attribute"))
+    monkeypatch.setattr(surface, "SURFACE", (gone,))
+    code, lines = run(capsys)
+    assert code == 1 and "schedule_batch.Req.no_such_attribute is missing" in lines[-1]
+    assert f"pip install sglang=={versions.NEWEST}" in lines[-1]
 
 
 def test_a_module_that_breaks_on_import_is_a_line_and_no_traceback(capsys, monkeypatch, only):
@@ -104,17 +118,24 @@ def test_a_check_that_breaks_off_is_a_line_too(capsys, only):
 
 def test_another_version_of_sglang(capsys, monkeypatch, only):
     only(doctor.check_packages)
-    monkeypatch.setattr("importlib.metadata.version", lambda _name: "0.5.22")
+    installed = "0.5.21"
+    monkeypatch.setattr("importlib.metadata.version", lambda _name: installed)
+    monkeypatch.setattr(versions, "version", lambda _name: installed)
     code, lines = run(capsys)
     assert code == 1
-    assert "SGLang 0.5.22" in lines[-1] and "pip install sglang==0.5.23" in lines[-1]
+    assert "SGLang 0.5.21" in lines[-1] and f"pip install sglang=={versions.NEWEST}" in lines[-1]
+    installed = "9.0"
+    code, lines = run(capsys)
+    assert code == 1 and "python -m kara_sglang.compat 9.0" in lines[-1]
+    monkeypatch.setenv(ENV, '{"untested_sglang": true}')
+    code, lines = run(capsys)
+    assert code == 0
+    assert any(line.startswith("note SGLang") and "9.0 was not tested" in line for line in lines)
 
 
 @pytest.mark.parametrize("absent", ["sglang", "torch"])
 def test_a_missing_package_ends_the_examination(capsys, monkeypatch, absent):
-    monkeypatch.setattr(
-        doctor, "installed", lambda name: None if name == absent else hooks.SGLANG_VERSION
-    )
+    monkeypatch.setattr(doctor, "installed", lambda name: None if name == absent else versions.NEWEST)
     code, lines = run(capsys)
     topic = {"sglang": "SGLang", "torch": "torch"}[absent]
     assert code == 1

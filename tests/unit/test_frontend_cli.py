@@ -110,7 +110,7 @@ def test_no_rich(capsys, monkeypatch) -> None:
 
 def test_servers_that_will_not_do(serve, capsys) -> None:
     message = refused(capsys, "q", "--endpoint", serve())
-    assert "does not answer like an SGLang 0.5.23 server" in message
+    assert "does not answer like a server of SGLang 0.5.22 or 0.5.23" in message
     stock = serve(SERVER_INFO)
     message = refused(capsys, "q", "--endpoint", stock)
     assert "runs without compression; start it with --kv-compress kara" in message

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
-from kara_sglang import hooks, plugin, serving
+from kara_sglang import handshake, hooks, plugin, serving
+from kara_sglang.compat import surface
 from kara_sglang.config import KaraConfig
 from kara_sglang.hooks import ALL_HOOKS, CHILD_HOOKS, CLI_HOOKS, PARENT_HOOKS, SHARING_HOOKS, Hook
-from kara_sglang.runtime import INIT_INFO_KEY
+
+STAND_INS = tuple(stand_in for one in ALL_HOOKS for stand_in in one.otherwise)
 
 
 @pytest.fixture
@@ -51,6 +53,13 @@ def targets(monkeypatch: pytest.MonkeyPatch) -> tuple[Hook, ...]:
     )
 
 
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a controller has heard so far: nothing, before and after the test."""
+    monkeypatch.setattr(handshake, "_heard", [])
+    return handshake._heard
+
+
 def hook(target: str, parameters: tuple[str, ...] = (), kind: str = "after") -> Hook:
     return Hook(target, kind, parameters, "cli:add_cli_args", "for a test")
 
@@ -58,10 +67,10 @@ def hook(target: str, parameters: tuple[str, ...] = (), kind: str = "after") -> 
 @pytest.mark.parametrize("one", ALL_HOOKS, ids=lambda one: one.target)
 def test_targets_exist_with_the_parameters_that_we_rely_on(one: Hook) -> None:
     """In the installed SGLang, for every hook of every process."""
-    assert one.problem() is None
+    assert hooks.problems((one,)) == []
 
 
-@pytest.mark.parametrize("one", ALL_HOOKS, ids=lambda one: one.target)
+@pytest.mark.parametrize("one", (*ALL_HOOKS, *STAND_INS), ids=lambda one: one.target)
 def test_handlers_exist_and_fit_their_kind(one: Hook) -> None:
     """A handler takes what SGLang's registry passes: AFTER the result first, AROUND the original."""
     handler = hooks._handler(one)
@@ -70,6 +79,9 @@ def test_handlers_exist_and_fit_their_kind(one: Hook) -> None:
     assert ".".join(path[-2:]) in handler.__doc__ or path[-1] in handler.__doc__
     extra = () if one.kind == "before" else ("first",)
     inspect.signature(handler).bind(*extra, *one.parameters)
+    if not one.exists():
+        assert one.otherwise  # then SGLang has the place of those, which are tried here as well
+        return
     function = pkgutil.resolve_name(one.path)
     parameters = inspect.signature(inspect.unwrap(getattr(function, "__func__", function))).parameters
     positional = [
@@ -86,7 +98,8 @@ def test_the_table_is_well_formed() -> None:
     targets = [one.target for one in ALL_HOOKS]
     assert len(set(targets)) == len(targets)
     assert {one.kind for one in ALL_HOOKS} <= {"before", "after", "around"}
-    assert all(one.why and "\n" not in one.why for one in ALL_HOOKS)
+    for one in (*ALL_HOOKS, *STAND_INS):
+        assert one.why and one.gone and "\n" not in one.why + one.gone, one.target
     assert {*CLI_HOOKS, *PARENT_HOOKS, *CHILD_HOOKS, *SHARING_HOOKS} == set(ALL_HOOKS)
     assert hooks.problems() == []
 
@@ -202,12 +215,30 @@ def test_another_plugin_on_the_same_target(
     assert hooks.missing(targets) == ([targets[0].path] if late else [])
 
 
+# -- where releases differ ---------------------------------------------------------------------------
+
+
+def test_a_hook_without_its_target_gives_way_to_its_stand_ins(targets: tuple[Hook, ...]) -> None:
+    """As what SGLang has decides; a target with other parameters is a problem all the same."""
+    gone = hook("kara_stand_in.Thing.gone")
+    one = dataclasses.replace(gone, otherwise=targets[:2])
+    assert hooks.fitting((one, targets[2])) == targets[:3]
+    assert hooks.problems((one,)) == []
+    there = dataclasses.replace(targets[3], otherwise=targets[:2])
+    assert hooks.fitting((there,)) == (there,)
+    [line] = hooks.problems((dataclasses.replace(there, parameters=("other",)),))
+    assert "takes ()" in line
+    worse = dataclasses.replace(one, otherwise=(gone,))
+    [line] = hooks.problems((worse,))
+    assert line.startswith("sglang.srt.kara_stand_in.Thing.gone is missing")
+
+
 # -- what parent and child agree on --------------------------------------------------------------------
 
 
 def test_the_digest_is_that_of_the_table() -> None:
     """The same in every process; another one for any other table."""
-    number = hooks.digest()
+    number = hooks.digest(CHILD_HOOKS)
     assert number == hooks.digest(tuple(dataclasses.replace(one) for one in CHILD_HOOKS))
     first = CHILD_HOOKS[0]
     others = [
@@ -227,19 +258,20 @@ def test_digest_survives_another_interpreter() -> None:
     import subprocess
     import sys
 
-    code = "from kara_sglang import hooks; print(hooks.digest())"
+    code = "from kara_sglang import hooks; print(hooks.digest(hooks.CHILD_HOOKS))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == hooks.digest()
+    assert int(done.stdout) == hooks.digest(CHILD_HOOKS)
 
 
 def test_children_without_the_plugin_are_refused() -> None:
     """Any rank that says nothing, or something else, stops the server."""
-    good = {INIT_INFO_KEY: hooks.digest(), "max_total_num_tokens": 1}
+    ready = hooks.digest(hooks.of_child(KaraConfig()))
+    good = {handshake.KEY: ready, "max_total_num_tokens": 1}
     serving.check_children([{}])  # compression is off: stock children are right
     plugin.set_launched(KaraConfig())
     serving.check_children([good])
     serving.check_children([good, dict(good)])
-    for infos in ([{}], [good, {}], [{INIT_INFO_KEY: None}], [{INIT_INFO_KEY: hooks.digest() + 1}]):
+    for infos in ([{}], [good, {}], [{handshake.KEY: None}], [{handshake.KEY: ready + 1}]):
         with pytest.raises(RuntimeError, match=r"^kv-compress: error: "):
             serving.check_children(infos)
     # A child that shares compressed prefixes has more hooks.
@@ -247,14 +279,79 @@ def test_children_without_the_plugin_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r"^kv-compress: error: "):
         serving.check_children([good])
     every = hooks.digest(hooks.of_child(KaraConfig(prefix_reuse="compressed")))
-    serving.check_children([{INIT_INFO_KEY: every}])
+    serving.check_children([{handshake.KEY: every}])
 
 
 def test_a_child_that_says_why_is_quoted() -> None:
     """The last line of a server that must not start is the child's own reason."""
     plugin.set_launched(KaraConfig())
     with pytest.raises(RuntimeError, match=r"^kv-compress: error: the model has cross-attention"):
-        serving.check_children([{INIT_INFO_KEY: "the model has cross-attention layers"}])
+        serving.check_children([{handshake.KEY: "the model has cross-attention layers"}])
+
+
+def started(word: Any, **more: Any) -> dict[str, Any]:
+    """A scheduler's start message, once it has said its word."""
+    message = {"startup_time": {"load_weight": 2.0}, **more}
+    handshake.tell(message, word)
+    return message
+
+
+def test_a_scheduler_tells_and_the_parent_is_told() -> None:
+    """With the message, and with the start-up times, which users see without it."""
+    message = started(7)
+    assert message["startup_time"] == {"load_weight": 2.0, handshake.KEY: 7}
+    assert handshake.told(message) == 7
+    assert message["startup_time"] == {"load_weight": 2.0}
+    assert handshake.told({}) is None and handshake.told({"startup_time": {}}) is None
+
+
+SAID = [
+    (["ready", "ready"], "ready"),
+    (["ready", "the pool is too small"], "the pool is too small"),
+    (["ready", None], None),
+    ([None, None], None),
+]
+
+
+@pytest.mark.parametrize("said, verdict", SAID)
+def test_a_controller_with_a_message_of_its_own(said: list[Any], verdict: Any) -> None:
+    """All schedulers of a data-parallel server must be ready; who is not speaks for all."""
+    plugin.activate(KaraConfig())
+    ready = handshake.ready_word()
+    words = [ready if word == "ready" else word for word in said]
+    controller = types.SimpleNamespace(_scheduler_init_infos=[{handshake.KEY: word} for word in words])
+    message: dict[str, Any] = {}
+    handshake.after_controller_init_info(message, controller)
+    assert handshake.told(message) == (ready if verdict == "ready" else verdict)
+
+
+@pytest.mark.parametrize("said, verdict", SAID)
+def test_a_controller_that_sums_up_start_up_times(
+    said: list[Any], verdict: Any, heard: list[Any]
+) -> None:
+    """As SGLang 0.5.22 does: one sum per replica, of which the last one to come stays."""
+    from sglang.srt.observability.startup_time import aggregate_scheduler_startup_times
+
+    plugin.activate(KaraConfig())
+    ready = handshake.ready_word()
+    controller = types.SimpleNamespace(startup_time=None)
+    for word in said:
+        times = (started(ready if word == "ready" else word)["startup_time"] for _ in range(1))
+        controller.startup_time = handshake.around_startup_times(
+            aggregate_scheduler_startup_times, times
+        )
+    assert controller.startup_time["load_weight"] == 2.0 and len(heard) == len(said)
+    handshake.after_controller_init(None, controller)
+    message = {"startup_time": controller.startup_time, "max_req_input_len": 1}
+    assert handshake.told(message) == (ready if verdict == "ready" else verdict)
+    assert handshake.KEY not in message["startup_time"]
+
+
+def test_a_scheduler_that_says_nothing_is_heard_too(heard: list[Any]) -> None:
+    """It runs without the plugin: its times have no word, or there are none."""
+    plugin.activate(KaraConfig())
+    handshake.around_startup_times(lambda times: {}, iter([{"load_weight": 1.0}, None]))
+    assert heard == [None, None]
 
 
 # -- which process gets which hooks --------------------------------------------------------------------
@@ -273,7 +370,7 @@ def test_run_time_hooks_only_where_they_are_needed(
     parent = object() if child else None
     monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: parent)
     plugin.register()
-    expected = [*CLI_HOOKS, *(CHILD_HOOKS if child and on else ())]
+    expected = [*CLI_HOOKS, *(hooks.fitting(CHILD_HOOKS) if child and on else ())]
     expected += SHARING_HOOKS if child and on == "compressed" else ()
     assert sorted(path for path, entries in registry._hooks.items() if entries) == sorted(
         one.path for one in expected
@@ -323,4 +420,16 @@ def test_targets_that_do_not_fit_are_reported_by_the_parent(
     """Also those of the children: the launcher knows before it starts one. Nothing is hooked then."""
     monkeypatch.setattr(hooks, "problems", lambda: ["sglang.srt.x is missing"])
     assert plugin.hook_parent() == ["sglang.srt.x is missing"]
+    assert not any(registry._hooks.values())
+
+
+def test_attributes_that_do_not_fit_are_reported_by_the_parent(
+    registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Like hooks: before any process is started, and nothing is hooked then."""
+    gone = surface.Used("managers.schedule_batch.Req", ("no_such_attribute",))
+    monkeypatch.setattr(surface, "SURFACE", (*surface.SURFACE, gone))
+    assert plugin.hook_parent() == [
+        "sglang.srt.managers.schedule_batch.Req.no_such_attribute is missing"
+    ]
     assert not any(registry._hooks.values())

@@ -36,13 +36,13 @@ def test_names_and_labels(registry: CollectorRegistry) -> None:
     assert names == {
         f"sglang:kv_compress_{name}"
         for name in (
-            *("passes", "windows", "slots_freed", "pass_seconds", "skipped"),
+            *("passes", "windows", "without_queries", "slots_freed", "pass_seconds", "skipped"),
             *("recorders_in_use", "held_tokens", "logical_tokens"),
         )
     }
     assert all(metric.documentation for metric in registry.collect())
-    for name in ("passes_total", "windows_total", "slots_freed_total", "pass_seconds_total"):
-        assert value(registry, name) == 0
+    for name in ("passes", "windows", "without_queries", "slots_freed", "pass_seconds"):
+        assert value(registry, f"{name}_total") == 0
     for name in ("recorders_in_use", "held_tokens", "logical_tokens"):
         assert value(registry, name) == 0
 
@@ -53,13 +53,16 @@ def test_counters_follow_the_totals(registry: CollectorRegistry) -> None:
     totals, metrics = Totals(), Metrics(LABELS)
     for _ in range(200):
         for _ in range(random.randint(0, 3)):
-            totals.add_pass(random.randint(1, 8), random.randint(0, 2048), random.random() / 100)
+            windows = random.randint(1, 8)
+            without = random.randint(0, windows)
+            totals.add_pass(windows, without, random.randint(0, 2048), random.random() / 100)
         for _ in range(random.randint(0, 3)):
-            totals.skip(random.choice(["no_recorder", "opt_out", "beam"]), random.randint(0, 3))
+            totals.skip(random.choice(["multimodal", "opt_out", "beam"]))
         gauges = [random.randint(0, 10**6) for _ in range(3)]
         metrics.update(totals, *gauges)
         assert value(registry, "passes_total") == totals.passes
         assert value(registry, "windows_total") == totals.windows
+        assert value(registry, "without_queries_total") == totals.without_queries
         assert value(registry, "slots_freed_total") == totals.slots_freed
         assert value(registry, "pass_seconds_total") == pytest.approx(totals.pass_seconds)
         for reason, count in totals.skipped.items():
@@ -72,7 +75,7 @@ def test_counters_follow_the_totals(registry: CollectorRegistry) -> None:
 def test_an_update_without_news_changes_nothing(registry: CollectorRegistry) -> None:
     """The log line and /metrics may ask as often as they like."""
     totals, metrics = Totals(), Metrics(LABELS)
-    totals.add_pass(2, 512, 0.5)
+    totals.add_pass(2, 1, 512, 0.5)
     totals.skip("opt_out")
     for _ in range(3):
         metrics.update(totals, 1, 2, 3)
@@ -87,15 +90,8 @@ def test_the_totals_belong_to_the_coordinator(registry: CollectorRegistry) -> No
     metrics.update(totals, 0, 0, 0)
     copy = totals.copy()
     totals.skip("beam")
-    totals.add_pass(1, 1, 1.0)
+    totals.add_pass(1, 0, 1, 1.0)
     assert copy.skipped["beam"] == 1 and copy.passes == 0
     metrics.update(totals, 0, 0, 0)
     assert value(registry, "skipped_total", reason="beam") == 2
     assert totals.passes == 1
-
-
-def test_nothing_skipped_is_no_reason() -> None:
-    """A count of zero leaves no entry behind."""
-    totals = Totals()
-    totals.skip("no_recorder", 0)
-    assert totals.skipped == {}

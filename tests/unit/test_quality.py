@@ -19,6 +19,7 @@ from kara_sglang.benchmarks.quality import (
     campaign,
     estimates,
     instrument,
+    pace,
     reasoning,
     regimes,
     report,
@@ -29,6 +30,7 @@ from kara_sglang.benchmarks.quality import (
 )
 from kara_sglang.benchmarks.quality.engine import EngineFailed
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
+from kara_sglang.benchmarks.quality.pace import Pace
 from kara_sglang.benchmarks.quality.replay import Layer, Plan, Replay
 from kara_sglang.benchmarks.quality.rows import Part, Row
 from kara_sglang.benchmarks.quality.script import (
@@ -347,7 +349,7 @@ def test_a_replay_keeps_what_the_recorder_keeps():
                 torch.tensor([position]), torch.tensor([0]), torch.tensor([units]), 20, 60
             )
             record.record(ring, where, queries[None, :, position])
-        kept = torch.tensor([unit for unit in units if unit >= 0])
+        kept = tuple(unit for unit in units if unit >= 0)
         assert torch.equal(got, record.recorded(ring, 10, 20, kept, 20))
 
 
@@ -708,11 +710,16 @@ def test_answers_are_collected_once_and_graded_later(tmp_path: Path, monkeypatch
     servers = _Asked()
     monkeypatch.setattr(reasoning, "serve", servers.serve)
     monkeypatch.setattr(reasoning, "ask", ask)
+    monkeypatch.setattr(reasoning, "fastest", lambda *_: Pace("bfloat16", 2, {"bfloat16/2": 1.0}))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"hidden_size": 8, "intermediate_size": 16}')
     data = tmp_path / "problems.jsonl"
     data.write_text('{"question": "q", "answer": "#### 18"}\n' * 3)
     arguments = [
         *("--out", str(tmp_path / "out.json"), "--data", str(data)),
-        *("--rows", "full", "random", "paper"),
+        *("--rows", "full", "random", "paper", "--model", str(model)),
     ]
     assert reasoning.main([*arguments, "--collect"]) == 0
     assert not (tmp_path / "out.json").exists()
@@ -723,7 +730,25 @@ def test_answers_are_collected_once_and_graded_later(tmp_path: Path, monkeypatch
     result = json.loads((tmp_path / "out.json").read_text())
     assert [r["accuracy"] for r in result["results"]] == [1, 1, 0]
     assert "--collect" not in result["meta"]["command"]
-    assert result["meta"]["machine"] == json.loads((tmp_path / "out.run" / "machine.json").read_text())
+    answered = json.loads((tmp_path / "out.run" / "answered.json").read_text())
+    assert answered.items() <= result["meta"].items()
+    assert (answered["dtype"], answered["threads"]) == ("bfloat16", "2")
+
+
+def test_the_pace_is_what_was_measured_fastest(monkeypatch):
+    took = {(torch.float32, 1): 4.0, (torch.bfloat16, 1): 3.0, (torch.float32, 2): 2.0}
+    before = torch.get_num_threads()
+
+    def time(hidden, inner, batch, dtype):
+        assert (hidden, inner, batch) == (8, 16, 32)
+        return took.get((dtype, torch.get_num_threads()), 5.0)
+
+    monkeypatch.setattr(pace, "_time", time)
+    monkeypatch.setattr(pace.os, "sched_getaffinity", lambda _: {0, 1})
+    found = pace.fastest(8, 16, 32)
+    assert (found.dtype, found.threads) == ("float32", 2)
+    assert found.milliseconds["bfloat16/1"] == 3000.0 and len(found.milliseconds) == 4
+    assert torch.get_num_threads() == before
 
 
 # -- regimes ---------------------------------------------------------------------------------------
@@ -731,47 +756,42 @@ def test_answers_are_collected_once_and_graded_later(tmp_path: Path, monkeypatch
 
 def test_facts_of_the_regimes_are_stated_once_and_asked_for_once():
     script = regimes.script_of(encode, 3, window=256, windows=4, facts=5)
-    text = "".join(map(chr, script.forced))
+    text = decode(script.forced)
     kinds = Counter(probe.kind for probe in script.probes)
     assert set(kinds) == {regimes.RESTATED, *regimes.ONCE}
-    assert kinds[regimes.RESTATED] == sum(kinds[kind] for kind in regimes.ONCE)
-    start = -len(script.prompt) % 16
+    first = -len(script.prompt) % 16
     for probe in script.probes:
         answer = text[probe.start : probe.stop].strip()
-        line = text[text.rfind("\n", 0, probe.start) + 1 : probe.start]
-        before = text[: probe.start - len(line)]
+        start = text.rfind("\n", 0, probe.start) + 1
+        line, before = text[start : probe.start], text[:start]
+        assert first + 4 * 256 <= probe.start, "asked for before all windows are full"
         if probe.kind == regimes.RESTATED:
             assert probe.back is None and answer.isdigit()
             continue
-        assert start + 4 * 256 <= probe.start, "asked for before all windows are full"
-        if probe.kind == "use":
-            item = line.split("price of ")[1].split(".")[0]
+        if line.endswith(", which is"):  # of a chain's second half, or of a step
+            item = line.removesuffix(", which is").split("price of ")[-1]
             stated = f"The price of {item} is "
         else:
             stated = line.replace("Recall: the", "The") + " "
-        assert before.count(stated) == 1
-        if probe.kind == "chain":
-            source = before.split(stated)[1].split(".")[0].removeprefix("the price of ")
-            stated = f"The price of {source} is "
-            assert before.count(stated) == 1 and f"Recall: the price of {source} " not in text
-        elif probe.kind in ("copy", "name"):
-            assert before.split(stated)[1].startswith(answer + ".")
-            assert before.count(answer) == 1 or probe.kind == "copy"
-        place = before.index(stated)
-        assert probe.back == (probe.start - len(line) - place) // 256
+        assert before.count(stated) == 1 and before.split(stated)[1].startswith(answer + ".")
+        assert probe.back == (probe.start - before.index(stated)) // 256
+        if probe.kind in ("name", "copy", "use"):
+            item = stated.split()[3]
+            assert len(re.findall(rf"\b{item}\b", before)) == 1
 
 
 def test_the_running_total_is_right():
-    script = regimes.script_of(encode, 0, window=256, windows=3, facts=5)
-    text = "".join(map(chr, script.forced))
+    text = decode(regimes.script_of(encode, 0, window=256, windows=3, facts=5).forced)
     prices = dict(re.findall(r"The price of (\w+) is (\d+)\.", text))
-    steps = re.findall(r"Step \d+: (add|take away) (the price of \w+|\d+)\. The total is (\d+)\.", text)
-    assert len(steps) > 20
+    pattern = r"Step \d+: (add|take away) (the price of \w+, which is )?(\d+)\. The total is (\d+)\."
+    steps = re.findall(pattern, text)
+    assert len(steps) == text.count("Step ") > 20
     total = None
-    for verb, what, said in steps:
-        price = int(prices[what.split()[-1]] if "price" in what else what)
+    for verb, what, price, said in steps:
+        if what:
+            assert prices[what.split()[3].strip(",")] == price
         if total is not None:
-            total += price if verb == "add" else -price
+            total += int(price) if verb == "add" else -int(price)
             assert int(said) == total and 100 <= total < 1000
         total = int(said)
 

@@ -76,18 +76,18 @@ class Request:
 
 
 def check_recorded(recorder: QueryRecorder, request: Request, fp8: bool) -> None:
-    """Everything that ``covers`` promises is in the ring, bit for bit."""
+    """Everything that ``voters`` promises is in the ring, bit for bit."""
     given = request.recorder
     group = recorder.shape.group
     first = max(given.since, request.length - recorder.ring_len)
     count = request.length - first
-    assert recorder.covers(given, first, request.length)
-    assert not recorder.covers(given, first - 1, request.length)
+    kind = "all" if len(given.units) == group else "mean"
+    assert recorder.voters(given, first, request.length) == kind
+    assert recorder.voters(given, first - 1, request.length) == "none"
     if count == 0:
         return
-    units = recorder.units_of(given)
     for layer, ring in enumerate(recorder.rings):
-        got = recorded(ring, first, count, units, recorder.ring_len)
+        got = recorded(ring, first, count, given.units, recorder.ring_len)
         heads = group if len(given.units) == group else 1
         assert got.shape == (count, recorder.shape.num_kv_heads, heads, recorder.shape.head_dim)
         for i in range(count):
@@ -168,7 +168,7 @@ def play(random: Random) -> tuple[int, int]:
 
 
 def test_the_ring_is_a_dictionary() -> None:
-    """Through arrivals, late recorders, row reuse and wraps, what ``covers`` promises is there."""
+    """Through arrivals, late recorders, row reuse and wraps, what ``voters`` promises is there."""
     totals = [play(Random(seed)) for seed in range(90)]
     assert sum(compared for compared, _ in totals) > 8_000
     assert sum(wrapped for _, wrapped in totals) > 800
@@ -298,16 +298,20 @@ def test_more_units_than_are_free_is_an_error_that_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("window,delay", [(1, 0), (16, 0), (512, 64)])
-def test_covers(window: int, delay: int) -> None:
-    """A window is covered from its first recorded token until LAG tokens after it is due."""
+def test_voters(window: int, delay: int) -> None:
+    """A window can be voted on if recording began with it or before, until LAG tokens after it is
+    due."""
     recorder = make(window=window, delay=delay, units=2, layers=1)
     assert recorder.ring_len == window + delay + LAG
-    given = recorder.acquire(1, 2, since=100)
-    due = 100 + window + delay
-    assert recorder.covers(given, 100, due) and recorder.covers(given, 100, due + LAG)
-    assert not recorder.covers(given, 100, due + LAG + 1)
-    assert not recorder.covers(given, 99, 120)
-    assert recorder.covers(given, 101, due + LAG + 1)
+    assert recorder.shape.group > 1
+    for units, kind in ((1, "mean"), (recorder.shape.group, "all")):
+        given = recorder.acquire(1, units, since=100)
+        due = 100 + window + delay
+        assert recorder.voters(given, 100, due) == recorder.voters(given, 100, due + LAG) == kind
+        assert recorder.voters(given, 100, due + LAG + 1) == "none"
+        assert recorder.voters(given, 99, 120) == "none"
+        assert recorder.voters(given, 101, due + LAG + 1) == kind
+        recorder.release(given)
 
 
 def test_the_budget_is_never_exceeded() -> None:
@@ -331,7 +335,7 @@ def test_fp8_keeps_queries_of_any_size() -> None:
     rows = torch.tensor([2000.0, -1999.0, 448.0, 3.0, -0.03, 1.7])
     queries = torch.stack([rows, rows / 1000, rows * 1e30, torch.zeros(6)]).view(1, -1)
     record(ring, torch.tensor([[1]]), queries)
-    got = recorded(ring, 1, 1, torch.tensor([0]), 3)[0, :, 0]
+    got = recorded(ring, 1, 1, (0,), 3)[0, :, 0]
     assert ring.exponents[1].tolist() == [3, -7, 102, -100]
     for ours, head in zip(got, queries.view(4, 6), strict=True):
         # Three bits behind the point, and the smallest number that a head's scale leaves.
@@ -348,7 +352,7 @@ def test_fp8_clamps_instead_of_making_nan(dtype: torch.dtype) -> None:
     huge = torch.finfo(dtype).max
     queries = torch.tensor([[-huge, 1.0, torch.inf, huge, torch.nan, huge]], dtype=dtype)
     record(ring, torch.tensor([[0]]), queries)
-    finite, infinite, broken = recorded(ring, 0, 1, torch.tensor([0]), 2)[0, :, 0]
+    finite, infinite, broken = recorded(ring, 0, 1, (0,), 2)[0, :, 0]
     assert finite[0] == pytest.approx(max(-huge, -448 * 2.0**119), rel=1 / 16)
     assert infinite[0] == 448 * 2.0**119 and infinite[1].isfinite()
     assert broken[0].isnan() and broken[1].isfinite()
@@ -360,7 +364,7 @@ def test_a_ring_is_checked() -> None:
     with pytest.raises(ValueError, match="exponents must be int8 of shape"):
         Ring(torch.zeros(3, 1, 4).to(FP8), torch.zeros(3, 2, dtype=torch.int8))
     with pytest.raises(ValueError, match="5 queries asked of a ring that holds 4 tokens"):
-        recorded(Ring.zeros((9, 1, 4), torch.float32), 0, 5, torch.tensor([0]), 4)
+        recorded(Ring.zeros((9, 1, 4), torch.float32), 0, 5, (0,), 4)
 
 
 @pytest.mark.parametrize("ring_dtype", [torch.float32, torch.float16, torch.bfloat16, FP8])
@@ -370,7 +374,7 @@ def test_queries_of_any_float_dtype_are_accepted(ring_dtype: torch.dtype, dtype:
     ring = Ring.zeros((3, 2, 4), ring_dtype)
     queries = torch.arange(8.0).reshape(1, 8).to(dtype)
     record(ring, torch.tensor([[2]]), queries)
-    got = recorded(ring, 2, 1, torch.tensor([0]), 3)
+    got = recorded(ring, 2, 1, (0,), 3)
     assert got.float().flatten().tolist() == list(range(8))
 
 
@@ -394,7 +398,7 @@ def test_what_is_read_is_a_copy() -> None:
     for dtype in (torch.float32, FP8):
         ring = Ring.zeros((5, 1, 2), dtype)
         record(ring, torch.arange(5)[:, None], torch.randn(5, 2))
-        got = recorded(ring, 0, 4, torch.tensor([0]), 4)
+        got = recorded(ring, 0, 4, (0,), 4)
         before = got.clone()
         assert before.count_nonzero() == 8
         ring.queries.zero_()
@@ -467,8 +471,7 @@ def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
     assert len(expected) > 100
     for unit in range(recorder.num_units):
         got = [
-            recorded(ring, 0, recorder.ring_len, torch.tensor([unit]), recorder.ring_len)
-            for ring in recorder.rings
+            recorded(ring, 0, recorder.ring_len, (unit,), recorder.ring_len) for ring in recorder.rings
         ]
         for place in range(recorder.ring_len):
             truth = expected.get((unit, place), torch.zeros(layers, kv_heads, 3))

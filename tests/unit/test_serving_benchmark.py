@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -14,11 +17,11 @@ from kara_sglang.benchmarks import machine
 from kara_sglang.benchmarks.gpu.floors import Gpu
 from kara_sglang.benchmarks.gpu.models import Model
 from kara_sglang.benchmarks.serving import __main__ as program
-from kara_sglang.benchmarks.serving import projection, scenarios, tables
+from kara_sglang.benchmarks.serving import hang_ups, projection, scenarios, tables
 from kara_sglang.benchmarks.serving import server as server_module
 from kara_sglang.benchmarks.serving.counters import Counters
-from kara_sglang.benchmarks.serving.load import Load, write_trace
-from kara_sglang.benchmarks.serving.measure import GROUP, Journal, schedule
+from kara_sglang.benchmarks.serving.load import Load, end_of_text, write_trace
+from kara_sglang.benchmarks.serving.measure import CLIENT_METRICS, GROUP, Journal, schedule, start_of
 from kara_sglang.benchmarks.serving.overhead import share
 from kara_sglang.benchmarks.serving.peers import PEERS, Setup
 from kara_sglang.benchmarks.serving.report import headline, markdown, ratios
@@ -27,11 +30,13 @@ from kara_sglang.config import KaraConfig
 
 LOG = """\
 [t] Prefill batch, #new-seq: 1, #new-token: 48, #cached-token: 16, token usage: 0.08, #running-req: 0
-[t] Decode batch, #running-req: 2, #token: 160, token usage: 0.28, kv-compress: 0.50 held (#window: 1, \
-#freed: 32), cpu graph: False, gen throughput (token/s): 397.46, #queue-req: 0
+[t] Decode batch, #running-req: 2, #token: 160, token usage: 0.28, kv-compress: 0.50 held (#window: 5, \
+#without-queries: 2, #freed: 32), cpu graph: False, gen throughput (token/s): 397.46, #queue-req: 0
 [t] KV cache pool is full. Retract requests. #retracted_reqs: 2, #new_tokens_gained: 64
-[t] Decode batch, #running-req: 1, #token: 80, token usage: 0.14, kv-compress: 1.00 held (#window: 1)
-[t] Decode batch, #running-req: 2, #token: 100, token usage: 0.14, kv-compress: 0.90 held (#window: 1)
+[t] Decode batch, #running-req: 1, #token: 80, token usage: 0.14, kv-compress: 1.00 held (#window: 7, \
+#without-queries: 2, #freed: 32)
+[t] Decode batch, #running-req: 2, #token: 100, token usage: 0.14, kv-compress: 0.90 held (#window: 9, \
+#without-queries: 3, #freed: 32)
 """
 
 
@@ -41,6 +46,9 @@ def test_counters_of_a_log() -> None:
     assert counted.mean_running == pytest.approx(5 / 3)
     assert counted.hit_rate == 0.25
     assert counted.held == pytest.approx(0.8)
+    assert counted.without_queries == 0.25, "of those since the first step of the run"
+    first = LOG.splitlines(keepends=True)[:3]
+    assert Counters.of("".join(first)).without_queries is None
     assert counted.schedule == {1: (1, 80), 2: (2, 260)}
 
 
@@ -70,6 +78,7 @@ def result(row: str, repetition: int, speed: float, **changes: object) -> dict:
             "retractions": 0,
             "hit_rate": 0.5,
             "held": 1.0,
+            "without_queries": None,
             "schedule": {"2": [100, 6000]},
         },
         "cpu_seconds_per_output_token": 0.01,
@@ -121,7 +130,8 @@ def test_every_row_is_accepted_by_the_configuration() -> None:
                 }
             )
             config.check_page_size(16)
-    assert set(scenarios.ALL) == set(rows(64))
+    used = {c.row for make in scenarios.SCENARIOS.values() for c in make(scenarios.Scale())}
+    assert used == set(rows(64)) and set(scenarios.ALL) < used
 
 
 def test_a_journal_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:
@@ -179,6 +189,66 @@ def test_the_loads_are_words_that_sglang_knows(tmp_path: Path) -> None:
     assert "--disable-ignore-eos" in words and "--max-concurrency" in words
     shared = Load(8, 64, 100, kind="shared-prefix", groups=4).arguments(tmp_path)
     assert shared[shared.index("--gsp-prompts-per-group") + 1] == "2"
+
+
+def test_a_small_ring_has_room_for_a_quarter(tmp_path: Path) -> None:
+    """Whatever the model; other cells get the memory that they were given."""
+    from kara_sglang.benchmarks.ring import ring_of
+    from kara_sglang.benchmarks.tiny_model import make_tiny_llama
+
+    model = str(make_tiny_llama(tmp_path / "tiny", layers=1))
+    setup = Setup(model, "float32", 64, 16, 0.25, 16, None, (), {}, cpu=True)
+    cells = {cell.row: cell for cell in scenarios.ring(scenarios.Scale())}
+    small = start_of(cells["small-ring"], setup)[2]
+    budget = int(small.query_mem_gb * 2**30)
+    assert budget // ring_of(model, {"window": 64, "delay": 16}).unit_bytes == 4
+    assert cells["small-ring"].load.concurrency == 16
+    assert start_of(cells["kara-0.5"], setup)[2].query_mem_gb == 0.25
+    assert end_of_text(model) == [2]
+
+
+class Endless(BaseHTTPRequestHandler):
+    """SGLang's /generate: an answer without an end, or with one after 30 tokens."""
+
+    heard: ClassVar[list[dict]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.heard.append(body)
+        self.send_response(200)
+        self.end_headers()
+        try:
+            for tokens in range(1, body["sampling_params"]["max_new_tokens"] + 1):
+                line = json.dumps({"meta_info": {"completion_tokens": tokens}})
+                self.wfile.write(f"data: {line}\n\n".encode())
+                time.sleep(0.001)
+            self.wfile.write(b"data: [DONE]\n\n")
+        except OSError:
+            pass  # the client has left
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_clients_hang_up_when_they_have_enough() -> None:
+    """After their own number of tokens each; a server that ends an answer before is an error."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        wanted = hang_ups.lengths(4, 20, 50)
+        assert sorted(wanted) == [20, 30, 40, 50]
+        told = {"prompt": 7, "end_of_text": [2], "seed": 1}
+        result = hang_ups.drive(url, most=10_000, leave_after=wanted, **told)
+        assert (result["completed"], result["total_output_tokens"]) == (4, 140)
+        assert result["total_input_tokens"] == 28 and set(CLIENT_METRICS) == set(result)
+        assert all(result[name] > 0 for name in result)
+        for body in Endless.heard:
+            assert len(body["input_ids"]) == 7 and body["stream"]
+            assert body["sampling_params"]["logit_bias"] == {"2": -100}
+            assert "ignore_eos" not in body["sampling_params"], "nobody knows when it ends"
+        with pytest.raises(RuntimeError, match="ended after 30 tokens, not 50"):
+            hang_ups.drive(url, most=30, leave_after=[50], **told)
+        server.shutdown()
 
 
 def test_peers_say_why_they_cannot_run_here() -> None:
@@ -309,7 +379,7 @@ def test_vllm_says_what_it_has_counted() -> None:
     server.log += "".join(f"x Running: {n} reqs, Waiting: 1 reqs\n" for n in (2, 3, 3, 0))
     server.totals = {"num_preemptions": 4, "prefix_cache_hits": 30, "prefix_cache_queries": 180}
     counted = vllm.counters(server, mark)
-    assert counted == Counters(None, 8 / 3, 3, 3, 0.25, 1.0, {})
+    assert counted == Counters(None, 8 / 3, 3, 3, 0.25, 1.0, None, {})
     still = vllm.counters(server, vllm.mark(server))
     assert (still.mean_running, still.peak_running, still.hit_rate) == (None, None, 0.0)
     del server.totals["prefix_cache_hits"]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.selectors import REGISTRY
-from kara_sglang.state import RequestState, Window
+from kara_sglang.state import VOTERS, RequestState, Window
 from kara_sglang.trace import file, page, tokens
 from kara_sglang.trace.__main__ import main
 from kara_sglang.trace.file import About, Trace, TraceError
@@ -53,7 +53,7 @@ def some_trace(prompt: int = 5, output: int = 60, seed: int = 0, **about: Any) -
         About(**described | about),
         np.arange(prompt),
         np.arange(100, 100 + output),
-        np.array([[8, 8, WIDTH, KEPT], [32, 20, WIDTH, KEPT]]),
+        np.array([[8, 8, WIDTH, KEPT, 2], [32, 20, WIDTH, KEPT, 0]]),
         np.packbits(chosen, axis=-1, bitorder="little"),
     )
 
@@ -242,23 +242,28 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "pickled": (lambda p: change(p, windows=np.array([None])), NO_TRACE),
     "no JSON": (lambda p: change(p, about=np.zeros(3, dtype=np.uint8)), NO_TRACE),
     "another format": (lambda p: change_about(p, format="x"), NO_TRACE),
-    "a later version": (lambda p: change_about(p, version=2), "version 2; this kara-sglang reads 1"),
+    "a later version": (lambda p: change_about(p, version=3), "version 3; this kara-sglang reads 2"),
+    "an earlier version": (lambda p: change_about(p, version=1), "version 1; this kara-sglang reads 2"),
     "an unknown field": (lambda p: change_about(p, colour="red"), NO_TRACE),
     "no bits": (lambda p: change(p, bits=None), NO_TRACE),
-    "no windows": (lambda p: change(p, windows=np.empty((0, 4), dtype=int)), "four columns"),
+    "no windows": (lambda p: change(p, windows=np.empty((0, 5), dtype=int)), "five columns"),
+    "unknown voters": (
+        lambda p: change(p, windows=np.array([[8, 8, 20, 8, 2], [32, 20, 20, 8, 3]])),
+        "nobody knows who chose",
+    ),
     "float ids": (lambda p: change(p, output_ids=np.ones(60)), "no list of numbers"),
     "another head": (lambda p: change_about(p, heads=[0, 1, 2]), "do not fit 2 windows and 3 heads"),
     "unequal windows": (
-        lambda p: change(p, windows=np.array([[8, 8, 20, 8], [32, 20, 21, 8]])),
+        lambda p: change(p, windows=np.array([[8, 8, 20, 8, 2], [32, 20, 21, 8, 2]])),
         "not as wide",
     ),
     "overlap": (
-        lambda p: change(p, windows=np.array([[8, 8, 20, 8], [27, 20, 20, 8]])),
+        lambda p: change(p, windows=np.array([[8, 8, 20, 8, 2], [27, 20, 20, 8, 2]])),
         "overlap or reach",
     ),
     "short text": (lambda p: change(p, output_ids=np.arange(46)), "reach behind the text"),
     "a wrong R": (
-        lambda p: change(p, windows=np.array([[8, 8, 20, 8], [32, 20, 20, 9]])),
+        lambda p: change(p, windows=np.array([[8, 8, 20, 8, 2], [32, 20, 20, 9, 2]])),
         "more or fewer tokens",
     ),
 }
@@ -311,7 +316,7 @@ def test_ranks_of_different_requests_are_not_put_together() -> None:
     others = [
         dataclasses.replace(two, about=dataclasses.replace(two.about, rid="another")),
         dataclasses.replace(two, output_ids=two.output_ids + 1),
-        dataclasses.replace(two, windows=two.windows + np.array([1, 0, 0, 0])),
+        dataclasses.replace(two, windows=two.windows + np.array([1, 0, 0, 0, 0])),
         dataclasses.replace(two, bits=two.bits[:, 1:]),
     ]
     for other in others:
@@ -428,6 +433,14 @@ def test_the_page_holds_all_text_once_and_in_order() -> None:
         ("window 2", "32", "51"),
         ("not compressed", "52", "64"),
     ]
+
+
+def test_the_page_says_who_chose() -> None:
+    """Window by window."""
+    html = page.render(some_trace(), [f"[{i}]" for i in range(65)])
+    said = re.findall(r"8 of 20 kept</small><small>([a-z ]+)</small></h2>", html)
+    assert said == ["all query heads vote", "no queries recorded"]
+    assert set(page.VOTES) == set(VOTERS)
 
 
 def test_nothing_that_a_user_wrote_becomes_markup() -> None:

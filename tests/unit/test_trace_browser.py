@@ -41,7 +41,7 @@ def trace() -> Trace:
             start = rng.integers(WIDTH)
             row[start : start + min(KEPT - int(row.sum()), int(rng.integers(1, 31)))] = 1
     starts = PROMPT + 10 + WIDTH * np.arange(WINDOWS)
-    windows = [(start, 0, WIDTH, KEPT) for start in starts]
+    windows = [(start, 0, WIDTH, KEPT, 1) for start in starts]
     about = About(
         rid="a-request",
         finish="length",

@@ -70,6 +70,7 @@ class VLLM:
             retractions=int(preempted),
             hit_rate=hits / asked if asked else 0.0,
             held=1.0,
+            without_queries=None,
             schedule={},
         )
 

@@ -1,0 +1,97 @@
+"""Renders a GPU's committed results into documents: their marked tables are made anew.
+
+    python -m kara_sglang.benchmarks.gpu.tables docs/kernels.md
+
+A mark is ``gpu:RESULT VIEW``. RESULT is a file of ``benchmarks/results/gpu`` that ``kernels.py`` wrote,
+without its ending; VIEW is ``kernels`` (each over several windows beside its floor) or ``passes`` (what
+the launches of a whole pass take, and the pass as the host sees it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kara_sglang.benchmarks import marked
+
+RESULTS = Path(__file__).parents[1] / "results" / "gpu"
+_NAME = re.compile(r"(?P<result>\S+) (?P<view>\S+)")
+_LAUNCHES = ("prepare", "log_sum_exp", "column_sum", "select", "compact")
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def settings_of(run: dict[str, Any]) -> str:
+    heads = "mean" if run["settings"]["mean"] else "all heads"
+    return f"{run['model']}, W {run['settings']['window']}, {heads}"
+
+
+def kernels(result: dict[str, Any]) -> str:
+    """Time of each kernel over all layers and windows, and the share of its floor that it reaches."""
+    names = ("record", "weights", "score", "select", "compact")
+    rows = []
+    for run in result["runs"]:
+        took = [run["kernels"][name] for name in names]
+        cells = [f"{each['us']:.0f} ({each['of_floor']:.0%})" for each in took]
+        rows.append([settings_of(run), str(run["jobs"]), *cells])
+    return table(["settings", "windows", *names], rows)
+
+
+def passes(result: dict[str, Any]) -> str:
+    """What each kernel of a pass takes, what all of them and the copies take, and the whole pass."""
+    rows = []
+    for run in result["runs"]:
+        for name, label in (("pass", ""), ("pass without queries", ", `keys`")):
+            done = run["kernels"][name]
+            for prefix, windows in (("one_window_", 1), ("", run["jobs"])):
+                launches = done[f"{prefix}launches_us"]
+                took = [launches.get(f"{kernel}_kernel", 0.0) for kernel in _LAUNCHES]
+                cells = (*took, sum(launches.values()), done[f"{prefix}us"])
+                rows.append([settings_of(run) + label, str(windows), *(f"{us:.0f}" for us in cells)])
+    return table(["settings", "windows", *_LAUNCHES, "all on the GPU", "from the host"], rows)
+
+
+VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {"kernels": kernels, "passes": passes}
+
+
+def render(document: str, folder: Path = RESULTS) -> str:
+    """``document`` with every marked table made anew whose result is in ``folder``.
+
+    Raises
+    ------
+    ValueError
+        Where a mark names no view.
+    """
+
+    def body(name: str) -> str | None:
+        match = _NAME.fullmatch(name)
+        if match is None or match["view"] not in VIEWS:
+            raise ValueError(f"a mark is gpu:RESULT VIEW with {' or '.join(VIEWS)}, not gpu:{name}")
+        path = folder / f"{match['result']}.json"
+        return VIEWS[match["view"]](json.loads(path.read_text())) if path.exists() else None
+
+    return marked.fill(document, "gpu", body)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("documents", nargs="+", type=Path, help="documents with marked tables")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: the committed ones")
+    arguments = parser.parse_args()
+    for path in arguments.documents:
+        try:
+            path.write_text(render(path.read_text(), arguments.results))
+        except (OSError, ValueError) as error:
+            parser.error(f"{path}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Host time of the plugin's part of a decode step in which nothing is due, by running requests.
+
+    python -m kara_sglang.benchmarks.steps --out steps.json
+
+SGLang is replaced by the few fields that the coordinator reads, so this is the plugin's own Python and
+no more. Windows are long enough that none is compressed in the steps that are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.config import KaraConfig
+from kara_sglang.coordinator import Coordinator
+from kara_sglang.kernels.backend import TorchKernels
+from kara_sglang.policy import lag
+from kara_sglang.recorder import AttentionShape, QueryRecorder
+
+PROMPT = 1000
+
+CASES: dict[str, tuple[dict[str, Any], float]] = {
+    "all record": ({}, 1),
+    "a quarter records": ({}, 0.25),
+    "pressure, all record": ({"policy": "pressure"}, 1),
+    "no queries": ({"selector": "keys", "query_mem_gb": 0}, 0),
+}
+"""Settings, and the share of the requests that the query ring has room for."""
+
+
+def running(number: int, settings: dict[str, Any], recorded: float) -> tuple[Coordinator, Any]:
+    """A coordinator, and a batch of so many requests with their prompts computed."""
+    config = KaraConfig(query_heads="mean", **({"query_mem_gb": 1} | settings))
+    rows = SimpleNamespace(
+        req_to_token=torch.zeros((number + 1, 1), dtype=torch.int32),
+        req_generation=torch.zeros(number + 1, dtype=torch.int64),
+    )
+    scheduler = SimpleNamespace(
+        page_size=16,
+        metrics_collector_context=SimpleNamespace(current_scheduler_metrics_enabled=False),
+        token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 10**9),
+        tree_cache=SimpleNamespace(evictable_size=lambda: 0),
+        req_to_token_pool=rows,
+        enable_overlap=False,
+        tp_size=1,
+        max_total_num_tokens=10**9,
+        waiting_queue=[],
+        new_token_ratio_tracker=SimpleNamespace(current=0.5),
+        get_num_allocatable_reqs=lambda *_args, **_kwargs: 0,
+    )
+    recorder = None
+    if config.query_bytes:
+        shape = AttentionShape(1, 4, 1, 8, torch.float32, torch.device("cpu"))
+        unit = 9 * (config.window + config.delay + lag(config))
+        budget = int(number * recorded) * unit
+        recorder = QueryRecorder(shape, config.window, config.delay, budget, fp8=True, lag=lag(config))
+        recorder.allocate_tables(number + 1)
+    coordinator = Coordinator(scheduler, config, recorder, TorchKernels(), [1.0], None)
+    requests = [_request(row) for row in range(1, number + 1)]
+    lengths = torch.full((number,), PROMPT)
+    batch = SimpleNamespace(reqs=requests, seq_lens=lengths, seq_lens_cpu=lengths, batch_is_full=False)
+    scheduler.running_batch = batch
+    return coordinator, batch
+
+
+def _request(row: int) -> SimpleNamespace:
+    kv = SimpleNamespace(
+        req_pool_idx=row,
+        cache_protected_len=PROMPT,
+        kv_committed_len=PROMPT,
+        kv_allocated_len=PROMPT,
+        holds_kv=True,
+    )
+    params = SimpleNamespace(max_new_tokens=8192, ignore_eos=True, custom_params=None)
+    return SimpleNamespace(
+        rid=str(row),
+        kv=kv,
+        sampling_params=params,
+        origin_input_ids=list(range(PROMPT)),
+        output_ids=[],
+        beam_group=None,
+        multimodal_inputs=None,
+    )
+
+
+def microseconds(number: int, settings: dict[str, Any], recorded: float, steps: int) -> float:
+    """Median over ``steps`` decode steps of as many running requests."""
+    coordinator, batch = running(number, settings, recorded)
+    taken = []
+    for _ in range(steps + 10):
+        started = time.perf_counter()
+        coordinator.before_decode(batch)
+        taken.append(time.perf_counter() - started)
+        for req in batch.reqs:
+            req.kv.kv_committed_len += 1
+            req.output_ids.append(1)
+    assert not coordinator.totals.windows
+    return statistics.median(taken[10:]) * 1e6  # the first ones admit and hand out recorders
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kara_sglang.benchmarks.steps", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--requests", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--steps", type=int, default=300, help="that are timed; fewer than a window")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rows = []
+    print("| " + " | ".join(["us per step", *map(str, options.requests)]) + " |")
+    print("|---" * (1 + len(options.requests)) + "|")
+    for name, (settings, recorded) in CASES.items():
+        times = [microseconds(n, settings, recorded, options.steps) for n in options.requests]
+        rows.append({"case": name, "requests": options.requests, "us": times})
+        print("| " + " | ".join([name, *(f"{value:.1f}" for value in times)]) + " |", flush=True)
+    if options.out:
+        shown = command("kara_sglang.benchmarks.steps", argv or sys.argv[1:])
+        options.out.write_text(
+            json.dumps({"command": shown, "machine": machine(), "rows": rows}, indent=1)
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,47 @@
+"""Which requests to look at in which decode step, so that a step costs what happens in it.
+
+A step adds at most one token to a running request. So whoever has n tokens to go until something can
+happen need not be looked at before n steps from now, however many requests run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kara_sglang.state import RequestState
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+class Calendar:
+    """Dates of the running requests of one scheduler, one each; counted in decode steps."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self._dates: dict[int, dict[int, tuple[Req, RequestState]]] = {}  # by step, by order
+
+    def next_step(self) -> list[tuple[Req, RequestState]]:
+        """Go on by a step; returns those that have a date in it, and forgets the dates."""
+        self.step += 1
+        due = list(self._dates.pop(self.step, {}).values())
+        for _, state in due:
+            state.look_at = 0
+        return due
+
+    def look_in(self, steps: int, req: Req, state: RequestState) -> None:
+        """Make the request's date so many steps from now, instead of any that it has."""
+        if steps <= 0:
+            raise ValueError(f"kv-compress: a date {steps} steps from now")
+        self.forget(state)
+        state.look_at = self.step + steps
+        self._dates.setdefault(state.look_at, {})[state.order] = req, state
+
+    def forget(self, state: RequestState) -> None:
+        """The request has no date any more."""
+        if state.look_at:
+            same_step = self._dates[state.look_at]
+            del same_step[state.order]
+            if not same_step:
+                del self._dates[state.look_at]
+            state.look_at = 0

@@ -1,0 +1,14 @@
+"""Which SGLang fits: versions, what the plugin uses of it, and where releases differ.
+
+``versions.py``
+    The versions that the plugin was tested with, and what is said of others.
+``surface.py``
+    The table of attributes, keywords and registries, beside the table of hooks (``hooks.py``).
+``source.py``
+    SGLang's source, installed or in a wheel, as syntax trees.
+``report.py`` and ``python -m kara_sglang.compat``
+    Both tables against a wheel that is not installed.
+``flags.py``, ``running_batch.py``
+    One module for each seam that is not the same in all tested versions, beside ``handshake.py``. What
+    SGLang has decides, not its number.
+"""

@@ -1,0 +1,105 @@
+"""Who records: recorders are handed out where windows begin and given back where one was compressed.
+
+A window can be voted on when the queries of all its tokens were recorded: a token whose own query is
+missing loses its strongest vote, and is lost. So a request asks for a recorder in the step before a
+window's first query. Who finds none does not wait: that window will be chosen without queries, and
+when the next one begins the request asks again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kara_sglang import policy
+from kara_sglang.recorder import QueryRecorder
+from kara_sglang.state import RequestState
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+MOST_IN_A_ROW = 4
+"""Windows that a request votes on before it must give its recorder to those who asked in vain. Whoever
+gives one back goes without for the rest of a window, and the next owner begins with a whole one, so a
+change can cost as much as a window."""
+
+
+class Handout:
+    """The recorders of one scheduler.
+
+    Parameters
+    ----------
+    recorder : QueryRecorder
+    heads : str
+        The setting ``query_heads``.
+    """
+
+    def __init__(self, recorder: QueryRecorder, heads: str) -> None:
+        self.recorder = recorder
+        self.heads = heads
+        self._least = policy.cheapest(recorder.shape.group, heads)
+        self._in_vain: Counter[int] = Counter()  # requests by RequestState.in_vain, where that is not 0
+
+    def ask(self, asking: Sequence[tuple[Req, RequestState]]) -> None:
+        """Windows of these requests begin with the next query.
+
+        Units belong to those first that asked in vain more often in a row, also when their windows
+        begin later; the older request comes first on ties.
+        """
+        line = sorted(asking, key=lambda one: (-one[1].in_vain, one[1].order))
+        for _, state in line:
+            self._count(state, -1)
+        served = 0
+        for _, state in line:
+            ahead = sum(count for times, count in self._in_vain.items() if times > state.in_vain)
+            if self.recorder.free_units < (ahead + served + 1) * self._least:
+                break
+            served += 1
+        units = policy.grants(
+            served,
+            self.recorder.free_units,
+            self.recorder.shape.group,
+            self.heads,
+            others=len(line) - served + self._in_vain.total(),
+        )
+        for (req, state), num_units in zip(line, units, strict=False):
+            state.in_vain = state.voted = 0
+            # The step that is prepared next computes the query at this position.
+            since = req.kv.kv_committed_len + state.removed
+            state.recorder = self.recorder.acquire(req.kv.req_pool_idx, num_units, since)
+        for _, state in line[served:]:
+            state.in_vain += 1
+            self._count(state, 1)
+
+    def pass_on(self, state: RequestState, *, useful: bool) -> None:
+        """A window of the request was compressed; take its recorder where it is of no more use, or
+        where others asked in vain and it had its turn: one window for who records more than it must."""
+        if state.recorder is None:
+            return
+        wanted = self._in_vain.total() * self._least > self.recorder.free_units
+        most = MOST_IN_A_ROW if len(state.recorder.units) == self._least else 1
+        if not useful or (wanted and state.voted >= most):
+            self._take(state)
+
+    def withdraw(self, state: RequestState) -> None:
+        """The request asks no more."""
+        self._count(state, -1)
+        state.in_vain = 0
+
+    def leave(self, state: RequestState) -> None:
+        """The request gives its row back."""
+        self.withdraw(state)
+        if state.recorder is not None:
+            self._take(state)
+
+    def _count(self, state: RequestState, change: int) -> None:
+        if state.in_vain:
+            self._in_vain[state.in_vain] += change
+            if not self._in_vain[state.in_vain]:
+                del self._in_vain[state.in_vain]
+
+    def _take(self, state: RequestState) -> None:
+        assert state.recorder is not None
+        self.recorder.release(state.recorder)
+        state.recorder = None
