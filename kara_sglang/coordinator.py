@@ -23,6 +23,7 @@ from kara_sglang import policy
 from kara_sglang.admission import LOOK_EVERY, Latch, growth, needed, short_of_slots
 from kara_sglang.calendar import Calendar
 from kara_sglang.config import KaraConfig
+from kara_sglang.graphs import Graphs
 from kara_sglang.handout import Handout
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
@@ -87,6 +88,7 @@ class Coordinator:
         # What admission counts on: the last windows of all requests may wait for their passes.
         self._latest = dataclasses.replace(self.geometry, delay=config.delay + self.policy.wait)
         self.latch = Latch()
+        self.graphs = Graphs(scheduler.tp_worker.get_decode_cuda_graph_bs())
         self.totals = Totals()
         context = scheduler.metrics_collector_context
         self.metrics: Metrics | None = None
@@ -273,6 +275,7 @@ class Coordinator:
         Called before SGLang's memory check and before it prepares the decode step, so that freed pages
         can spare a retraction.
         """
+        self.graphs.step(len(batch.reqs))
         looked_at = self.calendar.next_step() + self._newcomers(batch)
         for req, state in looked_at:
             if req.kv.kv_committed_len >= self._ready_at(state):

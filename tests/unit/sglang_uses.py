@@ -16,6 +16,7 @@ from pathlib import Path
 # "[T]".
 PARTS = {
     ("Allocator", "get_kvcache"): "MHATokenToKVPool",
+    ("CudaGraphConfig", "decode"): "PhaseConfig",
     ("ForwardBatch", "forward_mode"): "ForwardMode",
     ("GetInternalStateReqOutput", "internal_state"): "dict",
     ("MatchPrefixParams", "key"): "RadixKey",
@@ -39,10 +40,12 @@ PARTS = {
     ("Scheduler", "running_batch"): "ScheduleBatch",
     ("Scheduler", "server_args"): "ServerArgs",
     ("Scheduler", "token_to_kv_pool_allocator"): "Allocator",
+    ("Scheduler", "tp_worker"): "TpModelWorker",
     ("Scheduler", "tree_cache"): "UnifiedRadixCache",
     ("Scheduler", "waiting_queue"): "[Req]",
     ("SchedulerMetricsCollectorContext", "collector"): "SchedulerMetricsCollector",
     ("TokenizerManager", "model_config"): "ModelConfig",
+    ("ServerArgs", "cuda_graph_config"): "CudaGraphConfig",
     ("UnifiedRadixCache", "match_prefix"): "MatchResult",
     ("UnifiedRadixCache", "tree_core"): "UnifiedTreeCoreInterface",
     ("model_override_base", "model_config_of"): "ModelConfig",
@@ -54,6 +57,7 @@ PARTS = {
 KNOWN_NAMES = {
     ("cli.py", "record"): "ServerArgs",
     ("doctor.py", "model"): "ModelConfig",
+    ("doctor.py", "resolved"): "ServerArgs",
     ("observability.py", "result"): "GetInternalStateReqOutput",
     ("refusals.py", "c"): "ServerArgs",
     ("refusals.py", "layer"): "RadixAttention",
