@@ -116,7 +116,7 @@ PARENT_HOOKS = (
         ("self", "obj", "input_ids"),
         "serving:check_input",
         "refuses prompts that hold no token or what is none; an error is HTTP 400",
-        "SGLang refuses ids outside the vocabulary and empty prompts",
+        "SGLang itself refuses empty prompts and ids outside the vocabulary",
     ),
     Hook(
         "sampling.sampling_params.SamplingParams.verify",

@@ -23,8 +23,6 @@ _FP8_MAX = torch.finfo(FP8).max
 _FP8_MAX_BITS = 0x43E00000  # 448.0 as a float32
 EXPONENTS = (-100, 119)
 """Smallest and largest exponent that is stored; within them no product over- or underflows."""
-Queries = torch.Tensor | list[torch.Tensor]
-"""A step's queries of one layer, or a list of all layers'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +67,10 @@ class Ring:
             return cls(queries)
         return cls(queries, torch.zeros(shape[:-1], dtype=torch.int8, device=device))
 
-    def layers(self) -> list[Self]:
-        """A ring of all layers as one ring per layer, on the same memory."""
-        count = self.queries.shape[0]
-        exponents = [None] * count if self.exponents is None else list(self.exponents)
-        return [type(self)(q, e) for q, e in zip(self.queries, exponents, strict=True)]
+    def __getitem__(self, layers: int | slice) -> Self:
+        """One layer of a ring of all layers, or several, on the same memory."""
+        exponents = None if self.exponents is None else self.exponents[layers]
+        return type(self)(self.queries[layers], exponents)
 
     @staticmethod
     def head_bytes(head_dim: int, dtype: torch.dtype) -> int:
@@ -99,26 +96,35 @@ def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
     return ((exponents.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
-def plan(
-    positions: torch.Tensor,
-    rows: torch.Tensor,
-    units: torch.Tensor,
-    ring_len: int,
-    trash: int,
-) -> torch.Tensor:
-    """Where the queries of one decode step go; made once per step and shared by all layers.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The tokens of one decode step, and what decides where their queries go.
+
+    Attributes
+    ----------
+    positions
+        Their logical positions, shape ``(batch,)``, int64.
+    rows
+        The requests' rows of ``req_to_token``, shape ``(batch,)``, int64.
+    units
+        Units of each row's recorder, shape ``(num_rows, group)``, int64; -1 for a row without one, and
+        behind the only unit of one that keeps the mean.
+    ring_len
+        Tokens per unit.
+    """
+
+    positions: torch.Tensor
+    rows: torch.Tensor
+    units: torch.Tensor
+    ring_len: int
+
+
+def plan(step: Step, trash: int) -> torch.Tensor:
+    """Where the queries of one decode step go, the same in all layers.
 
     Parameters
     ----------
-    positions : torch.Tensor
-        Logical positions of the step's tokens, shape ``(batch,)``, int64.
-    rows : torch.Tensor
-        The requests' rows of ``req_to_token``, shape ``(batch,)``, int64.
-    units : torch.Tensor
-        Units of each row's recorder, shape ``(num_rows, group)``, int64; -1 for a row without one, and
-        behind the only unit of one that keeps the mean.
-    ring_len : int
-        Tokens per unit.
+    step : Step
     trash : int
         Index of the ring's last entry, which takes what nobody keeps.
 
@@ -127,48 +133,43 @@ def plan(
     torch.Tensor
         Ring entries, shape ``(batch, group)``, int64.
     """
-    units = units[rows]
-    entry = units * ring_len + positions[:, None] % ring_len
+    units = step.units[step.rows]
+    entry = units * step.ring_len + step.positions[:, None] % step.ring_len
     return torch.where(units < 0, trash, entry)
 
 
-def record(ring: Ring, entries: torch.Tensor, queries: Queries) -> None:
-    """Store one step's queries of one layer, or of all.
+def record(ring: Ring, step: Step, queries: Sequence[torch.Tensor]) -> None:
+    """Store one step's queries of some layers.
+
+    The same operations whoever records, so they may be captured in a CUDA graph.
 
     Parameters
     ----------
     ring : Ring
-        Written in place.
-    entries : torch.Tensor
-        What :func:`plan` returned, shape ``(batch, group)``. The ring's last entry is the trash; where
-        a row's second head goes there, its first place takes the mean of the group.
-    queries : torch.Tensor or list of torch.Tensor
-        Post-RoPE queries, shape ``(batch, num_kv_heads * group * head_dim)`` or with the last
-        dimension already split, any float dtype; where the ring has layers, a list with one per layer,
-        which must not be captured in a CUDA graph.
+        Of as many layers as there are queries, written in place. The last entry is the trash.
+    step : Step
+    queries : sequence of torch.Tensor
+        Post-RoPE queries, one tensor per layer, shape ``(batch, num_kv_heads * group * head_dim)`` or
+        with the last dimension already split, any float dtype.
     """
-    eager = isinstance(queries, list)
-    if isinstance(queries, list):
-        queries = torch.stack(queries)
+    _, num_entries, num_kv_heads, head_dim = ring.queries.shape
+    trash = num_entries - 1
+    entries = plan(step, trash)
     batch, group = entries.shape
-    *layers, num_entries, num_kv_heads, head_dim = ring.queries.shape
-    by_group = queries.view(*layers, batch, num_kv_heads, group, head_dim).transpose(-3, -2)
+    by_group = torch.stack(list(queries)).view(-1, batch, num_kv_heads, group, head_dim).transpose(2, 3)
     if group > 1:
-        trash = num_entries - 1
         alone = (entries[:, 1:2] == trash) & (entries[:, :1] != trash)
-        # What may be captured must be the same operations whoever records.
-        if not eager or alone.any():
-            first = torch.where(alone[..., None], mean_of(by_group), by_group[..., 0, :, :])
-            by_group = torch.cat([first[..., None, :, :], by_group[..., 1:, :, :]], dim=-3)
-    rows = by_group.reshape(*layers, batch * group, num_kv_heads, head_dim)
+        first = torch.where(alone[..., None], mean_of(by_group), by_group[..., 0, :, :])
+        by_group = torch.cat([first[..., None, :, :], by_group[..., 1:, :, :]], dim=2)
+    rows = by_group.reshape(-1, batch * group, num_kv_heads, head_dim)
     where = entries.flatten()
     if ring.exponents is None:
-        ring.queries.index_copy_(-3, where, rows.to(ring.queries.dtype))
+        ring.queries.index_copy_(1, where, rows.to(ring.queries.dtype))
         return
     rows, exponents = to_fp8(rows)
     # As bytes: index_copy_ does not know 8-bit floats.
-    ring.queries.view(torch.uint8).index_copy_(-3, where, rows.view(torch.uint8))
-    ring.exponents.index_copy_(-2, where, exponents)
+    ring.queries.view(torch.uint8).index_copy_(1, where, rows.view(torch.uint8))
+    ring.exponents.index_copy_(1, where, exponents)
 
 
 def mean_of(heads: torch.Tensor) -> torch.Tensor:

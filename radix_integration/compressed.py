@@ -43,6 +43,7 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from kara_sglang.compat.padding import padding_values
 from kara_sglang.radix_integration.keys import Text, first_stranger, physical_key, seed_of
 from kara_sglang.radix_integration.layout import Layout, LayoutIndex
 from kara_sglang.radix_integration.prefix import PREFIX, Prefix, layout_of, prefix_of, removed
@@ -134,9 +135,7 @@ class CompressedRadixCache(UnifiedRadixCache):
             return True
         if req is None or req.multimodal_inputs is None:
             return False
-        own: list[int] = []
-        for item in req.multimodal_inputs.mm_items:
-            own += getattr(item, "pad_values", None) or (item.pad_value,)  # 0.5.22 has one per item
+        own = [value for item in req.multimodal_inputs.mm_items for value in padding_values(item)]
         unsigned = np.frombuffer(ids, dtype=np.uint64)
         return bool(np.isin(unsigned[unsigned >= self.vocab_size], np.array(own, np.uint64)).all())
 

@@ -43,7 +43,7 @@ from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
-from kara_sglang.kernels.record import FP8, Ring
+from kara_sglang.kernels.record import FP8, Ring, Step
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.selectors.keys import KeysSelector
@@ -110,10 +110,16 @@ class Launch:
                 signature[parameter.name] = "constexpr"
                 constants[parameter.name] = value
                 continue
-            signature[parameter.name] = mangle_type(value)
-            number = value.data_ptr() if isinstance(value, torch.Tensor) else value
-            if number % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            if isinstance(value, tuple):
+                signature[parameter.name] = tuple(mangle_type(each) for each in value)
+                parts = {(index, place): each for place, each in enumerate(value)}
+            else:
+                signature[parameter.name] = mangle_type(value)
+                parts = {(index,): value}
+            for path, each in parts.items():
+                number = each.data_ptr() if isinstance(each, torch.Tensor) else each
+                if number % 16 == 0 and not parameter.do_not_specialize:
+                    attributes[path] = [["tt.divisibility", 16]]
         options = {name: self.arguments[name] for name in OPTIONS if name in self.arguments}
         return signature, constants, attributes, options
 
@@ -220,10 +226,11 @@ def launches(
     heads, dim = model.kv_heads, model.head_dim
     num_units = 1 if mean else model.group
     ring_len = window + delay
+    ring = Ring.zeros((1, num_units * ring_len + 1, heads, dim), ring_dtype)
     pool = LayerPool(
         keys=[torch.empty(window, heads, dim, dtype=key_dtype)],
         values=[torch.empty(window, heads, dim, dtype=key_dtype)],
-        rings=[Ring.zeros((num_units * ring_len + 1, heads, dim), ring_dtype)],
+        rings=[ring[0]],
         ring_len=ring_len,
         scales=[dim**-0.5],
         turn=Turn.of_layer(torch.ones(dim // 2), torch.zeros(dim // 2), dim, halves=halves),
@@ -249,13 +256,14 @@ def launches(
     )
     batch = 64
     queries = torch.empty(batch, model.query_heads * dim, dtype=torch.bfloat16)
-    entries = torch.zeros(batch, model.group, dtype=torch.int64)
+    rows = torch.zeros(batch, dtype=torch.int64)
+    step = Step(rows, rows, torch.zeros(1, model.group, dtype=torch.int64), ring_len)
     capability = divmod(architecture, 10)
     with caught() as found, patch.object(pool_module, "capability_of", lambda device: capability):
         kernels = TritonKernels()
         shape = WindowShape(1, heads, dim, key_dtype, window, window, num_units, window + delay)
         kernels.reserve(torch.device("cpu"), shape)
-        kernels.record(pool.rings[0], entries, queries)
+        kernels.record(ring, step, [queries])
         kernels.compress(pool, [job])
     return found
 

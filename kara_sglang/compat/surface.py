@@ -29,7 +29,7 @@ class Used:
     sharing
         Whether only compressed prefixes need it.
     beside
-        What makes the names needed, a hook's target for one: only where SGLang has it.
+        A hook's target: the names are needed only where SGLang has it.
     """
 
     owner: str
@@ -86,6 +86,7 @@ def _misfit(found: Definition, entry: str) -> str | None:
 
 _SCHEDULER = "managers.scheduler.Scheduler"
 _CONTROLLER = "managers.data_parallel_controller.DataParallelController"
+_MEDIUM = "managers.schedule_batch.MultimodalDataItem"
 
 # Without NEWER_FLAGS, which not every tested SGLang has (flags.py).
 _FLAGS = (
@@ -289,6 +290,9 @@ SURFACE = (
         ("cache_salt", "extra_key", "full_untruncated_fill_ids", "last_node"),
         sharing=True,
     ),
+    Used("managers.schedule_batch.MultimodalInputs", ("mm_items",), sharing=True),
+    Used(_MEDIUM, ("pad_value",), sharing=True),
+    Used(_MEDIUM, ("pad_values",), sharing=True, beside=f"{_MEDIUM}.padding_values"),
     Used(
         "managers.schedule_batch.ReqKvInfo",
         (
@@ -298,14 +302,6 @@ SURFACE = (
             "kv_committed_len",
             "req_pool_idx",
         ),
-    ),
-    Used("managers.schedule_batch.MultimodalInputs", ("mm_items",), sharing=True),
-    Used("managers.schedule_batch.MultimodalDataItem", ("pad_value",), sharing=True),
-    Used(
-        "managers.schedule_batch.MultimodalDataItem",
-        ("pad_values",),
-        sharing=True,
-        beside="managers.schedule_batch.MultimodalDataItem.padding_values",
     ),
     Used("managers.schedule_batch.BaseFinishReason", ("to_json()",)),
     Used(

@@ -1,23 +1,31 @@
-"""Storing one decode step's queries in the ring: one launch per layer, fit for a CUDA graph."""
+"""Storing one decode step's queries of several layers in the ring, by one launch fit for a CUDA graph."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from kara_sglang.kernels.record import EXPONENTS, Ring
+from kara_sglang.kernels.record import EXPONENTS, Ring, Step
 from kara_sglang.kernels.triton.fp8 import exponent_of, power_of_two, size_of, to_e4m3
+
+LAYERS_AT_ONCE = 8
+"""Layers that a launch records. More would save launches and hold the queries of more layers."""
 
 
 # row_stride is the model's; that it is a multiple of 16 makes for loads of 16 bytes.
-@triton.jit(do_not_specialize=["trash"])
+@triton.jit(do_not_specialize=["ring_len", "num_entries"])
 def record_kernel(
     ring,
     exponents,
-    entries,
     queries,
-    trash,
+    rows,
+    positions,
+    units,
+    ring_len,
+    num_entries,
     row_stride,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
@@ -28,22 +36,30 @@ def record_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """One program per (row, head of the group): it moves that head of every KV head.
+    """One program per (row of the batch, head of the group) and layer: it moves that head of every KV
+    head.
 
-    Where only the first head's place is kept, it gets the mean of the group.
+    Where a recorder has one unit, the first head's program stores the mean of the group.
     """
-    program = tl.program_id(0)
-    entry = tl.load(entries + program)
-    if entry == trash:
+    row = (tl.program_id(0) // GROUP).to(tl.int64)
+    member = tl.program_id(0) % GROUP
+    layer = tl.program_id(1)
+    units += tl.load(rows + row) * GROUP
+    unit = tl.load(units + member)
+    if unit < 0:
         return
-    row = (program // GROUP).to(tl.int64)
+    place = tl.load(positions + row).to(tl.int32) % ring_len
+    entry = layer.to(tl.int64) * num_entries + unit * ring_len + place
+    of_layer = queries[0]
+    for number in tl.static_range(1, len(queries)):
+        of_layer = tl.where(layer == number, queries[number], of_layer)
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     dim = tl.arange(0, BLOCK_DIM)[None, :]
     mask = (head < HEADS) & (dim < DIM)
-    query = queries + row * row_stride + head * (GROUP * DIM) + dim
-    value = tl.load(query + program % GROUP * DIM, mask=mask, other=0.0).to(tl.float32)
+    query = of_layer + row * row_stride + head * (GROUP * DIM) + dim
+    value = tl.load(query + member * DIM, mask=mask, other=0.0).to(tl.float32)
     if GROUP > 1:  # noqa: SIM102 - this one is decided when it is compiled
-        if tl.load(entries + row * GROUP + 1) == trash:
+        if tl.load(units + 1) < 0:
             for other in range(1, GROUP):
                 value += tl.load(query + other * DIM, mask=mask, other=0.0).to(tl.float32)
             value *= 1 / GROUP
@@ -55,44 +71,54 @@ def record_kernel(
     tl.store(ring + entry * (HEADS * DIM) + head * DIM + dim, value, mask=mask)
 
 
-def record(ring: Ring, entries: torch.Tensor, queries: torch.Tensor) -> None:
-    """As :func:`kara_sglang.kernels.record.record`, but nothing is written for idle rows.
+def record(ring: Ring, step: Step, queries: Sequence[torch.Tensor]) -> None:
+    """As :func:`kara_sglang.kernels.record.record`, but nothing is written for rows without recorder.
 
     Parameters
     ----------
     ring : Ring
-        Contiguous, written in place. The last entry is the trash: a row that points there is skipped.
-    entries : torch.Tensor
-        Shape ``(batch, group)``, int64, contiguous.
-    queries : torch.Tensor
-        Shape ``(batch, num_kv_heads * group * head_dim)`` or with the last dimension already split;
-        rows may be apart, as in a fused QKV output.
+        Of as many layers as there are queries, at most ``LAYERS_AT_ONCE``; contiguous, written in place.
+    step : Step
+    queries : sequence of torch.Tensor
+        One per layer, shape ``(batch, num_kv_heads * group * head_dim)`` or with the last dimension
+        already split; rows may be apart, as in a fused QKV output, in all layers equally far.
 
     Raises
     ------
     ValueError
         Where a tensor does not lie in memory as said above.
     """
-    batch, group = entries.shape
-    num_entries, num_kv_heads, head_dim = ring.queries.shape
+    group = step.units.shape[1]
+    num_layers, num_entries, num_kv_heads, head_dim = ring.queries.shape
+    batch = len(step.rows)
     if batch == 0:
         return
-    if not ring.queries.is_contiguous() or not entries.is_contiguous():
-        raise ValueError("ring and entries must be contiguous")
-    queries = queries.view(batch, -1)
-    if queries.shape[1] != num_kv_heads * group * head_dim or queries.stride(1) != 1:
-        raise ValueError(
-            f"queries of a row must be {num_kv_heads * group * head_dim} numbers without gaps, got "
-            f"shape {tuple(queries.shape)} with strides {queries.stride()}"
-        )
+    if not ring.queries.is_contiguous() or not step.units.is_contiguous():
+        raise ValueError("ring and units must be contiguous")
+    if num_layers != len(queries) or num_layers > LAYERS_AT_ONCE:
+        raise ValueError(f"{len(queries)} layers of queries for a ring of {num_layers}")
+    rows = [of_layer.view(batch, -1) for of_layer in queries]
+    stride = rows[0].stride(0)
+    for of_layer in rows:
+        if of_layer.shape[1] != num_kv_heads * group * head_dim or of_layer.stride(1) != 1:
+            raise ValueError(
+                f"queries of a row must be {num_kv_heads * group * head_dim} numbers without gaps, got "
+                f"shape {tuple(of_layer.shape)} with strides {of_layer.stride()}"
+            )
+        if of_layer.stride(0) != stride:
+            raise ValueError(f"rows of queries are {of_layer.stride(0)} and {stride} numbers apart")
     is_fp8 = ring.exponents is not None
-    record_kernel[(batch * group,)](
+    record_kernel[(batch * group, num_layers)](
         ring.queries.view(torch.uint8) if is_fp8 else ring.queries,
         ring.exponents,
-        entries,
-        queries,
-        num_entries - 1,
-        queries.stride(0),
+        # The last one stands in for those that are missing, so that one compilation serves all.
+        tuple(rows + rows[-1:] * (LAYERS_AT_ONCE - num_layers)),
+        step.rows,
+        step.positions,
+        step.units,
+        step.ring_len,
+        num_entries,
+        stride,
         GROUP=group,
         HEADS=num_kv_heads,
         DIM=head_dim,

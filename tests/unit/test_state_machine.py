@@ -211,7 +211,7 @@ class WatchedKernels(TorchKernels):
     """The reference, or, for histories without K/V, kernels that keep the first R and touch nothing."""
 
     def __init__(self, world: World, real: bool) -> None:
-        super().__init__(records_steps=True)
+        super().__init__()
         self.world = world
         self.real = real
 

@@ -36,7 +36,7 @@ FILES = [
     for path in (
         *(ROOT / "kara_sglang").glob("*.py"),
         ROOT / "kara_sglang" / "trace" / "tracer.py",
-        ROOT / "kara_sglang" / "compat" / "running_batch.py",
+        *(ROOT / "kara_sglang" / "compat" / name for name in ("running_batch.py", "padding.py")),
         *(ROOT / "radix_integration").glob("*.py"),
     )
     if path.name not in _COMMANDS
@@ -51,13 +51,13 @@ _LIBRARIES = (
         float,
         list,
         dict,
+        OrderedDict,
         set,
         tuple,
         memoryview,
         array.array,
         OSError,
         type,
-        OrderedDict,
     ),
     *(Path, argparse.ArgumentParser, logging.Logger, inspect.Signature, inspect.Parameter),
     *(types.FunctionType, types.CellType, np.ndarray, prometheus_client.Counter),
