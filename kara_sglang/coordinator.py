@@ -99,6 +99,7 @@ class Coordinator:
         self._arrivals = 0
         if config.prefix_reuse == "compressed":
             scheduler.tree_cache.settings_of = self.sharing_settings
+            scheduler.tree_cache.vocab_size = scheduler.model_config.vocab_size
             scheduler.tree_cache.debug_checks = config.debug_checks
 
     def warm_up(self) -> None:

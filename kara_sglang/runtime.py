@@ -44,6 +44,7 @@ class Runtime:
     scales: list[float] = field(default_factory=list)
     turn: Turn | None = None
     coordinator: Coordinator | None = None
+    row_freed: bool = False  # somebody may have finished since the last decode step
     refused: list[str] = field(default_factory=list)  # why this server must not start
 
 
@@ -220,7 +221,9 @@ def before_update_running_batch(_scheduler: Scheduler, batch: ScheduleBatch) -> 
     """BEFORE ``Scheduler.update_running_batch``: the pass, ahead of the memory check."""
     if runtime.coordinator is None:
         return
-    drop_finished(batch)
+    if runtime.row_freed:  # a look at every request costs more than the rest of a step without a pass
+        drop_finished(batch)
+        runtime.row_freed = False
     if batch.reqs:
         runtime.coordinator.before_decode(batch)
 
@@ -234,4 +237,5 @@ def after_reset_for_retract(_result: None, req: Req) -> None:
 def before_free_row(_pool: Any, req: Req) -> None:
     """BEFORE ``ReqToTokenPool.free``: the row, and with it the recorder, is about to be reused."""
     if runtime.coordinator is not None:
+        runtime.row_freed = True
         runtime.coordinator.row_freed(req)

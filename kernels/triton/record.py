@@ -1,4 +1,4 @@
-"""Storing one decode step's queries of several layers in the ring by one launch, as in CUDA graphs."""
+"""Storing one decode step's queries of several layers in the ring: one launch, fit for a CUDA graph."""
 
 from __future__ import annotations
 
