@@ -423,6 +423,10 @@ class Coordinator:
         with self._forward_stream():
             for job in jobs:
                 _keep_until_read(job)
+            if self.recorder is not None and (check := self.recorder.check) is not None:
+                for (req, _), job in zip(due, jobs, strict=True):
+                    if job.units is not None:
+                        check.require(req.rid, job.units, job.query_start, job.query_count)
             shown = self.config.debug_checks or self.tracer is not None
             kept = self.kernels.compress(self._pool(), jobs, positions=shown)
             if self.config.debug_checks:

@@ -15,7 +15,8 @@ import torch
 
 from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.copies import to_device
-from kara_sglang.kernels.record import FP8, Ring, Step
+from kara_sglang.kernels.record import Ring, Step
+from kara_sglang.ring_check import RingCheck
 
 if TYPE_CHECKING:
     from kara_sglang.state import Voters
@@ -60,10 +61,12 @@ class QueryRecorder:
         Tokens; a unit holds ``window + delay + lag`` of them.
     budget_bytes : int
         For all layers together.
-    fp8 : bool
-        Store e4m3, with a power of two per entry and KV head, instead of the model's dtype.
+    dtype : torch.dtype
+        Of what is stored: the model's, or ``FP8`` or ``FP4`` of ``kernels/record.py``.
     lag : int
         Tokens that a due window may wait for its pass before its first queries are overwritten.
+    checked : bool
+        Whether to keep a :class:`RingCheck` beside the ring.
     """
 
     def __init__(
@@ -72,13 +75,13 @@ class QueryRecorder:
         window: int,
         delay: int,
         budget_bytes: int,
-        fp8: bool,
+        dtype: torch.dtype,
         lag: int = LAG,
+        checked: bool = False,
     ) -> None:
         self.shape = shape
         self.lag = lag
         self.ring_len = window + delay + lag
-        dtype = FP8 if fp8 else shape.dtype
         entry_bytes = shape.num_layers * shape.num_kv_heads * Ring.head_bytes(shape.head_dim, dtype)
         self.unit_bytes = entry_bytes * self.ring_len
         self.num_units = budget_bytes // self.unit_bytes
@@ -90,6 +93,9 @@ class QueryRecorder:
             (shape.num_layers, entries, shape.num_kv_heads, shape.head_dim), dtype, shape.device
         )
         self.rings = [self.ring[layer] for layer in range(shape.num_layers)]
+        self.check = (
+            RingCheck((shape.num_layers, entries), self.ring_len, shape.device) if checked else None
+        )
         self._free = list(range(self.num_units - 1, -1, -1))
         self.active: dict[int, Recorder] = {}  # by row
         self._dirty: set[int] = set()
@@ -150,6 +156,8 @@ class QueryRecorder:
         units = [((r.units if r is not None else ()) + none)[:group] for r in active]
         where = to_device(torch.tensor(rows), device)
         self.units.index_copy_(0, where, to_device(torch.tensor(units), device))
+        if self.check is not None:
+            self.check.forget(unit for r in active if r is not None for unit in r.units)
         self._dirty.clear()
 
     def record(
@@ -173,8 +181,11 @@ class QueryRecorder:
         last = layer == self.shape.num_layers - 1
         if last or len(self._held) == kernels.layers_at_once:
             held, self._held = self._held, []
-            of_them = self.ring[layer + 1 - len(held) : layer + 1]
-            kernels.record(of_them, Step(positions, rows, self.units, self.ring_len), held)
+            layers = slice(layer + 1 - len(held), layer + 1)
+            step = Step(positions, rows, self.units, self.ring_len)
+            kernels.record(self.ring[layers], step, held)
+            if self.check is not None:
+                self.check.record(layers, step)
 
     def warm_up(self, kernels: Kernels) -> None:
         """Record row 0, which SGLang gives to nobody, so that no decode step waits for a compiler."""

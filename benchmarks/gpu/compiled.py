@@ -43,7 +43,7 @@ from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
-from kara_sglang.kernels.record import FP8, Ring, Step
+from kara_sglang.kernels.record import FP4, FP8, Ring, Step
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.selectors.keys import KeysSelector
@@ -74,6 +74,7 @@ KERNELS = (
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 LOGITS = ("log_sum_exp_kernel", "column_sum_kernel")
 SCORE = ("prepare_kernel", *LOGITS)
+RECORDED = ("record_kernel", *SCORE)  # those that a ring's dtype changes
 WEIGHTS, SELECT = ("prepare_kernel",), ("select_kernel",)
 
 
@@ -304,12 +305,14 @@ def cases(architecture: int) -> list[tuple[str, list[Launch]]]:
     found = [(model.name, made(model)) for model in (*MODELS, *OTHER_SHAPES)]
     for name, settings in (
         ("bf16 ring", {"ring_dtype": torch.bfloat16}),
+        ("fp4 ring", {"ring_dtype": FP4}),
         ("fp8 keys", {"key_dtype": FP8}),
         ("mean", {"mean": True}),
         ("causal", {"causal": True}),
         ("W = 1024", {"window": 1024}),
     ):
-        found.append((f"{first.name}, {name}", of(SCORE, made(first, **settings))))
+        kernels = RECORDED if "ring" in name else SCORE
+        found.append((f"{first.name}, {name}", of(kernels, made(first, **settings))))
     for model in OTHER_SHAPES:
         found.append((f"head_dim {model.head_dim}, keys", of(WEIGHTS, made(model, votes=False))))
         if model.head_dim not in (128, 256):
@@ -318,6 +321,7 @@ def cases(architecture: int) -> list[tuple[str, list[Launch]]]:
             ("not ahead", {"ahead": False}),
             ("pairs of neighbours", {"halves": False}),
             ("fp32 keys", {"key_dtype": torch.float32}),
+            ("fp4 ring", {"ring_dtype": FP4}),
         ):
             found.append((f"head_dim {model.head_dim}, {name}", of(SCORE, made(model, **settings))))
     found.append((f"{first.name}, no chunks", of(SELECT, made(first, chunks=False))))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import platform
 import shutil
 import statistics
@@ -33,7 +34,7 @@ from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import record as reference_record
 from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob, WindowShape
 from kara_sglang.kernels.compact import compact as reference_compact
-from kara_sglang.kernels.record import FP8, Ring, Step, to_fp8
+from kara_sglang.kernels.record import FP4, FP8, Ring, Step
 from kara_sglang.kernels.score import AttentionRule, blend_neighbours
 from kara_sglang.kernels.score import attention_scores as reference_scores
 from kara_sglang.kernels.score import weight_scores as reference_weights
@@ -57,16 +58,22 @@ CHUNKS = ChunkRule(budget=0.1)
 KARA, KEYS = KaraSelector(chunks=CHUNKS, rule=RULE), KeysSelector.from_config(KaraConfig())
 PAGE = 16
 BATCH = 64  # tokens of a decode step
+RING_DTYPES = {4: FP4, 8: FP8, 16: torch.bfloat16}
 OTHER_CASES = (
-    (Model("head_dim 64", 1, 12, 4, 64, 0), torch.float16, 1),
-    (Model("head_dim 80", 1, 4, 4, 80, 0), torch.bfloat16, 1),
-    (Model("head_dim 96", 1, 14, 2, 96, 0), torch.bfloat16, 2),
-    (Model("head_dim 128", 1, 32, 2, 128, 0), FP8, 1),
-    (Model("head_dim 128", 1, 8, 2, 128, 0), torch.float16, 2),
-    (Model("head_dim 192", 1, 6, 2, 192, 0), torch.bfloat16, 1),
-    (Model("head_dim 256", 1, 16, 8, 256, 0), FP8, 2),
+    (Model("head_dim 64", 1, 12, 4, 64, 0), torch.float16, 8),
+    (Model("head_dim 64", 1, 12, 4, 64, 0), torch.bfloat16, 4),
+    (Model("head_dim 80", 1, 4, 4, 80, 0), torch.bfloat16, 8),
+    (Model("head_dim 80", 1, 4, 4, 80, 0), torch.float16, 4),
+    (Model("head_dim 96", 1, 14, 2, 96, 0), torch.bfloat16, 16),
+    (Model("head_dim 128", 1, 32, 2, 128, 0), FP8, 8),
+    (Model("head_dim 128", 1, 32, 2, 128, 0), FP8, 4),
+    (Model("head_dim 128", 1, 8, 2, 128, 0), torch.float16, 16),
+    (Model("head_dim 192", 1, 6, 2, 192, 0), torch.bfloat16, 8),
+    (Model("head_dim 192", 1, 6, 2, 192, 0), torch.bfloat16, 4),
+    (Model("head_dim 256", 1, 16, 8, 256, 0), FP8, 16),
+    (Model("head_dim 256", 1, 16, 8, 256, 0), torch.bfloat16, 4),
 )
-"""Model shapes, dtype of K and V, bytes of a recorded number: checked, not timed."""
+"""Model shapes, dtype of K and V, bits of a recorded number: checked, not timed."""
 
 
 class Case:
@@ -86,11 +93,11 @@ class Case:
         heads, dim = model.kv_heads, model.head_dim
         width, units = settings.window, 1 if settings.mean else model.group
         slots = num_jobs * width * 2  # half of the pool belongs to others
-        ring_dtype = FP8 if settings.query_bytes == 1 else torch.bfloat16
+        ring_dtype = RING_DTYPES[settings.query_bits]
         shape = AttentionShape(layers, model.query_heads, heads, dim, torch.bfloat16, DEVICE)
         of_unit = layers * heads * Ring.head_bytes(dim, ring_dtype) * (width + settings.delay + LAG)
         self.recorder = QueryRecorder(
-            shape, width, settings.delay, num_jobs * units * of_unit, ring_dtype == FP8
+            shape, width, settings.delay, num_jobs * units * of_unit, ring_dtype
         )
         self.recorder.allocate_tables(1 + BATCH)
         self.units = [self.recorder.acquire(1 + job, units, 0).units for job in range(num_jobs)]
@@ -109,8 +116,8 @@ class Case:
             turn=Turn.of([Turn.of_layer(angles.cos(), angles.sin(), dim, halves=True)] * layers),
         )
         for ring in self.recorder.rings:
-            filled = ring_of(normal(len(ring.queries)), ring_dtype)
-            for part, full in zip(parts(ring), parts(filled), strict=True):
+            filled = Ring.of(normal(len(ring.queries)), ring_dtype)
+            for part, full in zip(ring.parts, filled.parts, strict=True):
                 part.copy_(full)
         pages = torch.randperm(slots // PAGE, device=DEVICE)[: num_jobs * width // PAGE]
         self.slots = (pages[:, None] * PAGE + torch.arange(PAGE, device=DEVICE)).int()
@@ -152,14 +159,14 @@ class Case:
 
     def expected_rings(self) -> Ring:
         """The ring as the reference leaves it after a step."""
-        ring = Ring(*(part.clone() for part in parts(self.recorder.ring)))
+        ring = Ring(*(part.clone() for part in self.recorder.ring.parts))
         step = Step(self.positions, self.rows, self.recorder.units, self.recorder.ring_len)
         reference_record.record(ring, step, list(self.queries))
         return ring
 
     def require_recorded(self, expected: Ring, what: str) -> None:
         """Raise where the ring is not ``expected``, the entry that nobody reads left out."""
-        for ours, theirs in zip(parts(self.recorder.ring), parts(expected), strict=True):
+        for ours, theirs in zip(self.recorder.ring.parts, expected.parts, strict=True):
             same = torch.equal(ours[:, :-1].view(torch.uint8), theirs[:, :-1].view(torch.uint8))
             require(same, what)
 
@@ -367,16 +374,6 @@ def check_replay(case: Case) -> None:
     case.require_recorded(expected, "record in a replayed graph")
 
 
-def ring_of(queries: torch.Tensor, dtype: torch.dtype) -> Ring:
-    """A ring that holds ``queries``."""
-    return Ring(*to_fp8(queries)) if dtype == FP8 else Ring(queries.to(dtype))
-
-
-def parts(ring: Ring) -> list[torch.Tensor]:
-    """The tensors of a ring."""
-    return [part for part in (ring.queries, ring.exponents) if part is not None]
-
-
 def copied(pool: LayerPool, dtype: torch.dtype | None = None) -> LayerPool:
     """A pool of its own with the same ring, K and V as ``dtype``."""
     keys, values = (
@@ -541,6 +538,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=[model.name for model in MODELS])
     parser.add_argument("--windows", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument(
+        "--bits", type=int, nargs="+", choices=RING_DTYPES, default=[8, 4], help="of recorded numbers"
+    )
     parser.add_argument("--jobs", type=int, default=8, help="windows in one pass")
     parser.add_argument("--moves", type=int, default=2000, help="of the stress test of compact")
     parser.add_argument("--output", type=Path, help="write the results there as JSON")
@@ -565,37 +565,37 @@ def main() -> None:
     print(f"compact: {arguments.moves} moves of overlapping rows, none wrong")
     report["checks"].append({"case": "compact", "moves": arguments.moves})
     write(report, arguments.output)
-    for model, key_dtype, query_bytes in OTHER_CASES:
-        settings = Settings(window=176, kept=80, delay=29, query_bytes=query_bytes)
+    for model, key_dtype, query_bits in OTHER_CASES:
+        settings = Settings(window=176, kept=80, delay=29, query_bits=query_bits)
         checks = check(Case(model, settings, 3, layers=2, key_dtype=key_dtype))
-        name = f"{model.name}, {key_dtype}, queries of {query_bytes} bytes"
+        name = f"{model.name}, {key_dtype}, queries of {query_bits} bits"
         print(f"{name}: correct: {checks}")
         report["checks"].append({"case": name, **checks})
         write(report, arguments.output)
     for model in (model for model in MODELS if model.name in arguments.models):
-        for window in arguments.windows:
-            for mean in (False, True):
-                settings = Settings(window=window, kept=window // 2, mean=mean)
-                print(f"{model.name}, W {window}, {'mean' if mean else 'all'} heads")
-                checks = check(Case(model, settings, min(arguments.jobs, 2), layers=2))
-                print(f"  correct: {checks}")
-                case = Case(model, settings, arguments.jobs, layers=model.layers)
-                case.score()
-                case.select()
-                measured = measure(case, gpu)
-                report["runs"].append(
-                    {
-                        "model": model.name,
-                        "settings": dataclasses.asdict(settings),
-                        "jobs": arguments.jobs,
-                        "checks": checks,
-                        "kernels": measured,
-                        "goals": goals(gpu, measured),
-                    }
-                )
-                write(report, arguments.output)  # what is done stays, should the next case crash
-                del case
-                torch.cuda.empty_cache()
+        for window, bits, mean in itertools.product(arguments.windows, arguments.bits, (False, True)):
+            settings = Settings(window=window, kept=window // 2, mean=mean, query_bits=bits)
+            print(f"{model.name}, W {window}, {'mean' if mean else 'all'} heads, {bits} bits")
+            # As many layers as make a whole launch that records, and one of another size.
+            checks = check(Case(model, settings, min(arguments.jobs, 2), layers=10))
+            print(f"  correct: {checks}")
+            case = Case(model, settings, arguments.jobs, layers=model.layers)
+            case.score()
+            case.select()
+            measured = measure(case, gpu)
+            report["runs"].append(
+                {
+                    "model": model.name,
+                    "settings": dataclasses.asdict(settings),
+                    "jobs": arguments.jobs,
+                    "checks": checks,
+                    "kernels": measured,
+                    "goals": goals(gpu, measured),
+                }
+            )
+            write(report, arguments.output)  # what is done stays, should the next case crash
+            del case
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -185,7 +185,16 @@ SURFACE = (
         ),
     ),
     Used("configs.model_config.AttentionArch", ("MHA",)),
-    Used("model_executor.model_runner.ModelRunner", ("device", "dtype", "model", "req_to_token_pool")),
+    Used(
+        "model_executor.model_runner.ModelRunner",
+        ("device", "dtype", "memory_saver_adapter", "model", "req_to_token_pool"),
+    ),
+    Used("model_executor.runner_utils.capture_mode", ("get_is_capture_mode()",)),
+    Used("constants", ("GPU_MEMORY_TYPE_KV_CACHE",)),
+    Used(
+        "utils.torch_memory_saver_adapter.TorchMemorySaverAdapter",
+        ("region(tag)",),
+    ),
     Used(
         "layers.radix_attention.RadixAttention",
         (
@@ -200,7 +209,13 @@ SURFACE = (
             "v_head_dim",
         ),
     ),
-    Used("layers.rotary_embedding.base.RotaryEmbedding", ("cos_sin_cache", "is_neox_style")),
+    Used(
+        "layers.rotary_embedding.base.RotaryEmbedding",
+        ("cos_sin_cache", "is_neox_style", "position_start"),
+    ),
+    # One model for all those whose attention keeps its embedding under this name.
+    Used("models.llama.LlamaAttention", ("rotary_emb",)),
+    Used("models.hunyuan.HunYuanAttention", ("query_layernorm",)),
     Used(
         "model_executor.forward_batch_info.ForwardBatch",
         ("forward_mode", "mrope_positions", "positions", "req_pool_indices"),
@@ -239,6 +254,8 @@ SURFACE = (
     ),
     Used("observability.metrics_collector.SchedulerMetricsCollector", ("labels",)),
     Used("managers.scheduler_components.new_token_ratio_tracker.NewTokenRatioTracker", ("current",)),
+    Used("managers.tokenizer_manager.TokenizerManager", ("model_config",)),
+    Used("managers.io_struct.GenerateReqInput", ("input_ids", "session_params")),
     Used("managers.io_struct.GetInternalStateReqOutput", ("internal_state",)),
     Used("managers.schedule_policy", ("CLIP_MAX_NEW_TOKENS",)),
     Used(
@@ -262,8 +279,6 @@ SURFACE = (
     ),
     Used(_CONTROLLER, ("_scheduler_init_infos",), beside=f"{_CONTROLLER}.get_init_info"),
     Used(_CONTROLLER, ("startup_time",)),
-    Used("managers.tokenizer_manager.TokenizerManager", ("model_config",)),
-    Used("managers.io_struct.GenerateReqInput", ("input_ids", "session_params")),
     # -- requests and batches ----------------------------------------------------------------------
     Used(
         "managers.schedule_batch.Req",

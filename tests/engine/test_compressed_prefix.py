@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import launch_sharing, prompt
+from conftest import launch_small, prompt
 from server import Server, in_parallel
 from test_exactness import RetainedCache, logprobs
 
@@ -29,7 +29,7 @@ EXACT = {"prefix": "exact"}
 
 @pytest.fixture(scope="module")
 def compressed_page_1(tiny_model: Path, logs: Path) -> Iterator[Server]:
-    with launch_sharing(tiny_model, logs, 1) as started:
+    with launch_small(tiny_model, logs, 1, "compressed") as started:
         started.page = 1
         yield started
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from kara_sglang.kernels import record as reference
 from kara_sglang.kernels.record import Ring, Step
-from kara_sglang.kernels.triton import TritonKernels, fp8
+from kara_sglang.kernels.triton import TritonKernels, numbers
 from kara_sglang.kernels.triton.record import record
 from kara_sglang.recorder import AttentionShape, QueryRecorder
 
@@ -28,8 +28,7 @@ def poisoned_ring(entries: int, heads: int, dim: int, dtype: torch.dtype, layers
 
 def bytes_of(ring: Ring) -> list[torch.Tensor]:
     """Everything that a ring holds."""
-    parts = [ring.queries] if ring.exponents is None else [ring.queries, ring.exponents]
-    return [part.view(torch.uint8) for part in parts]
+    return [part.view(torch.uint8) for part in ring.parts]
 
 
 def step_to(units: torch.Tensor) -> Step:
@@ -45,6 +44,8 @@ def step_to(units: torch.Tensor) -> Step:
         (torch.float8_e4m3fn, torch.bfloat16),
         (torch.float8_e4m3fn, torch.float16),
         (torch.float8_e4m3fn, torch.float32),
+        (reference.FP4, torch.bfloat16),
+        (reference.FP4, torch.float32),
         (torch.bfloat16, torch.bfloat16),
         (torch.float16, torch.float16),
     ],
@@ -116,11 +117,48 @@ def test_every_query_is_stored_as_the_nearest_number():
                 power *= 2
             while abs(given).max() <= 448 * power / 2:
                 power /= 2
-            assert 2.0 ** int(ring.exponents[0, entry, head]) == power
+            assert 2.0 ** int(ring.scales[0, entry, head]) == power
             distance = abs(given[:, None] / power - numbers[None, :])
             odd = (codes & 1)[None, :] * 1e-12  # the even one, where two are as near
             nearest = numbers[(distance + odd).argmin(axis=1)]
             assert (ring.queries[0, entry, head].double().numpy() == nearest).all()
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 192])
+def test_every_query_of_four_bits_is_the_nearest_number(dim):
+    """From the definition, float64: a scale is the largest number of its part divided by 6, as a
+    float16 of 3 mantissa bits; of the eight sizes that this leaves each query is the nearest, and of
+    two the one of an even code."""
+    heads, parts = 3, 4 if dim <= 128 else 8
+    queries = torch.randn(2, heads, dim) * torch.tensor([2000.0, 1.0, 1e-3])[:, None]
+    queries[1, 0, :8] = torch.tensor([6.0, 5.0, -3.5, 2.5, 1.25, -0.75, 0.25, -0.0])  # in the middle
+    queries[1, 0, 8 : dim // parts] = 0
+    ring = poisoned_ring(4, heads, dim, reference.FP4)
+    record(ring, step_to(torch.tensor([[2], [0]])), [queries.view(2, -1)])
+    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    for entry, rows in ((2, queries[0]), (0, queries[1])):
+        numbers = ring[0].numbers()[entry].double().numpy()
+        for head, given in enumerate(rows.double().numpy()):
+            for part, stored in zip(
+                given.reshape(parts, -1), numbers[head].reshape(parts, -1), strict=True
+            ):
+                fraction, exponent = np.frexp(abs(part).max() / 6)
+                scale = np.ldexp(np.round(fraction * 16) / 16, exponent)
+                distance = abs(abs(part)[:, None] - scale * sizes[None, :])
+                odd = np.arange(8) % 2 * 1e-12  # the even one, where two are as near
+                nearest = np.copysign(scale * sizes[(distance + odd).argmin(axis=1)], part)
+                np.testing.assert_array_equal(stored, nearest)
+                assert (np.signbit(stored) == np.signbit(part)).all()
+
+
+def test_what_is_no_number_becomes_the_largest_of_four_bits(identical):
+    queries = torch.tensor([[torch.inf, 1, torch.nan, -torch.inf, 1e30, -3e4, 0, 2.0] * 8])
+    ours, theirs = (poisoned_ring(2, 1, 64, reference.FP4) for _ in range(2))
+    record(ours, step_to(torch.tensor([[0]])), [queries])
+    reference.record(theirs, step_to(torch.tensor([[0]])), [queries])
+    assert all(identical(a[:, 0], b[:, 0]) for a, b in zip(ours.parts, theirs.parts, strict=True))
+    found = ours[0].numbers()[0, 0, :8].tolist()
+    assert found == [23040, 0, 23040, -23040, 23040, -23040, 0, 0]
 
 
 def test_rows_of_a_fused_projection(identical):
@@ -159,13 +197,13 @@ def test_an_empty_batch_is_nothing():
 @triton.jit
 def _encode(out, source, COUNT: tl.constexpr):
     lane = tl.arange(0, COUNT)
-    tl.store(out + lane, fp8.to_e4m3(tl.load(source + lane)))
+    tl.store(out + lane, numbers.to_e4m3(tl.load(source + lane)))
 
 
 @triton.jit
 def _decode(out, source, COUNT: tl.constexpr, STORED: tl.constexpr, NATIVE: tl.constexpr):
     lane = tl.arange(0, COUNT)
-    tl.store(out + lane, fp8.load_float(source + lane, lane < COUNT, STORED, NATIVE).to(tl.float32))
+    tl.store(out + lane, numbers.load_float(source + lane, lane < COUNT, STORED, NATIVE).to(tl.float32))
 
 
 def interpret(kernel):
@@ -201,13 +239,13 @@ def test_every_8_bit_number_is_decoded_exactly(name, native):
 
 
 @pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_a_recorders_ring_keeps_what_somebody_recorded_and_nothing_else(group, fp8):
+@pytest.mark.parametrize("dtype", [reference.FP4, reference.FP8, torch.bfloat16], ids=str)
+def test_a_recorders_ring_keeps_what_somebody_recorded_and_nothing_else(group, dtype):
     """The server's own ring and tables: idle rows, one with all heads and one with their mean; the rest
     stays poisoned."""
     layers = 10  # more than a launch takes
     shape = AttentionShape(layers, 2 * group, 2, 4, torch.bfloat16, torch.device("cpu"))
-    recorder = QueryRecorder(shape, 5, 2, 200_000, fp8)
+    recorder = QueryRecorder(shape, 5, 2, 200_000, dtype)
     assert recorder.num_units > group and recorder.ring.queries.shape[1] % 16 == 0
     recorder.allocate_tables(4)
     full, mean = recorder.acquire(1, group, since=0), recorder.acquire(3, 1, since=0)

@@ -119,7 +119,7 @@ WRONG_TYPE: list[tuple[str, Any, str]] = [
     ("last_queries", "all", "--kv-compress-config: last_queries must be a whole number"),
     ("granularity", "token", "--kv-compress-config: granularity must be one of head, layer"),
     ("query_heads", "some", "--kv-compress-config: query_heads must be one of auto, all, mean"),
-    ("query_dtype", "fp4", "--kv-compress-config: query_dtype must be one of fp8, model"),
+    ("query_dtype", "int4", "--kv-compress-config: query_dtype must be one of fp4, fp8, model"),
     (
         "policy",
         "none",
@@ -396,7 +396,7 @@ def typed_settings() -> st.SearchStrategy[dict[str, Any]]:
         "last_queries": st.integers(1, 100),
         "granularity": st.sampled_from(["head", "layer"]),
         "query_heads": st.sampled_from(["auto", "all", "mean"]),
-        "query_dtype": st.sampled_from(["fp8", "model"]),
+        "query_dtype": st.sampled_from(["fp4", "fp8", "model"]),
         "policy": st.sampled_from(["periodic", "threshold", "pressure"]),
         "period": st.integers(1, 65536),
         "threshold": st.integers(0, 10**6),
