@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help serve test test-sglang style venv gpu-bundle clean
+.PHONY: help serve test test-sglang style venv check-wheel gpu-bundle clean
 .NOTPARALLEL:
 
 PORT ?= 30000
@@ -53,6 +53,7 @@ help:
 	@echo 'make test-sglang VERSION=0.5.22   the core of the tests on another SGLang; ARGS="..." as above'
 	@echo 'make style   ruff check and ruff format --check'
 	@echo 'make venv    only set up .venv; PIP_ARGS="..." goes to pip'
+	@echo 'make check-wheel  build sdist and wheel into dist/, and try the wheel in a clean environment'
 	@echo 'make gpu-bundle  what a GPU machine without a network needs, in parts, into .gpukit (7 minutes)'
 	@echo 'make clean   remove .venv and caches (the converted model in the user cache stays)'
 
@@ -82,6 +83,19 @@ style: $(TEST_TOOLS)
 	@$(PY) -m ruff format --check .
 
 venv: $(ENGINE) $(PACKAGE)
+
+# SGLang and all else is found in .venv; the line in the .pth file is a bare path, so that the editable
+# install there is not. PYTHONSAFEPATH keeps the checkout out.
+check-wheel: WHEEL_PY := $(VENV)/wheel/bin/python
+check-wheel: $(ENGINE) $(PACKAGE) $(TEST_TOOLS) $(MODEL_PACKAGE)
+	@rm -rf dist $(VENV)/wheel && $(PY) -m venv $(VENV)/wheel
+	@$(WHEEL_PY) -m pip -q install $(PIP_ARGS) build
+	@$(WHEEL_PY) -m build --outdir dist .
+	@$(WHEEL_PY) -m pip -q install --no-deps dist/*.whl
+	@purelib='import sysconfig; print(sysconfig.get_paths()["purelib"])'; \
+	$(PY) -c "$$purelib" > "$$($(WHEEL_PY) -c "$$purelib")/shared.pth"
+	@$(if $(GPU),,PYTHONSAFEPATH=1 $(WHEEL_PY) -m kara_sglang.cpu_engine.install)
+	@PYTHONSAFEPATH=1 $(WHEEL_PY) tests/check_wheel.py
 
 gpu-bundle: $(ENGINE) $(PACKAGE)
 	@$(PY) -m kara_sglang.benchmarks.gpu.kit.build $(ARGS)

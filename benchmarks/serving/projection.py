@@ -55,6 +55,19 @@ CARDS = (
 )
 
 
+def step_seconds(model: Model, gpu: Gpu, running: float, slots: float) -> float:
+    """One decode step of ``running`` requests that hold ``slots`` KV slots together: the weights' read
+    or the batch's arithmetic, and then the read of all KV."""
+    weights = 2e9 * model.parameters
+    products = gpu.floor(Work(bytes=round(weights), flops=round(weights * running)))
+    return products + slots * model.kv_bytes / gpu.bandwidth
+
+
+def prompt_seconds(model: Model, gpu: Gpu, tokens: float) -> float:
+    """The prefill of so many tokens."""
+    return tokens * 2e9 * model.parameters / gpu.flop_rate
+
+
 def ring_bytes(model: Model, settings: Settings) -> int:
     """Of the query ring, for one request that records one query head of each group in fp8."""
     tokens = settings.window + settings.delay + LAG
@@ -103,14 +116,13 @@ class Counted:
             pool /= 1 + recorders_per_slot * ring_bytes(model, settings) / model.kv_bytes
         wider = pool / length / self.fits
 
-        weights, gpu = 2e9 * model.parameters, card.gpu
+        gpu = card.gpu
         seconds = 0.0
         for running, (steps, slots) in self.schedule.items():
-            products = gpu.floor(Work(bytes=round(weights), flops=round(weights * running * wider)))
             held = slots / steps / self.pool * pool
-            seconds += steps * longer * (products + held * model.kv_bytes / gpu.bandwidth)
+            seconds += steps * longer * step_seconds(model, gpu, running * wider, held)
         requests = self.requests * wider
-        seconds += requests * self.prompt * longer * weights / gpu.flop_rate
+        seconds += prompt_seconds(model, gpu, requests * self.prompt * longer)
         if self.retain is not None:
             windows = max(0, self.output - self.delay) // self.window
             seconds += requests * windows * pass_floor(model, settings, gpu)

@@ -180,8 +180,9 @@ def test_the_readme_is_read_in_five_minutes():
 
 
 def test_links_between_the_documents_lead_somewhere():
+    pages = (*(ROOT / "docs").glob("*.md"), *(ROOT / ".github").glob("*.md"))
     results = (ROOT / "benchmarks" / "results").glob("*/README.md")
-    for path in (README, *(ROOT / "docs").glob("*.md"), ROOT / "CHANGELOG.md", *results):
+    for path in (README, ROOT / "CHANGELOG.md", *pages, *results):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 

@@ -1,0 +1,77 @@
+"""What a load of equal requests holds, and how many of them run at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kara_sglang import policy
+from kara_sglang.admission import growth
+from kara_sglang.config import KaraConfig
+from kara_sglang.kernels.selectors import REGISTRY
+from kara_sglang.state import Geometry, ceil_align
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """``running`` requests at once, each with ``prompt`` tokens and an answer of ``answer``."""
+
+    prompt: int
+    answer: int
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """KV slots of one request.
+
+    Attributes
+    ----------
+    most
+        What SGLang reserves for it, prompt and answer: no request is retracted while all that run
+        find so much.
+    mean
+        Over the steps of its answer.
+    windows
+        That are compressed.
+    """
+
+    most: int
+    mean: float
+    windows: int
+
+    def fitting(self, pool: int) -> int:
+        """Requests that a pool of so many slots holds."""
+        return pool // self.most
+
+
+def uncompressed(load: Load, page_size: int) -> Held:
+    """As stock SGLang serves it."""
+    return Held(
+        most=ceil_align(load.prompt + load.answer, page_size),
+        mean=load.prompt + load.answer / 2,
+        windows=0,
+    )
+
+
+def compressed(load: Load, config: KaraConfig, page_size: int) -> Held:
+    """With compression. The most is what ``Coordinator.reserve`` reckons with."""
+    keeps_all = REGISTRY[config.selector].keeps_all
+    kept = config.window if keeps_all else config.kept(page_size)
+    decides = policy.build(config)
+    geometry = Geometry(page_size, config.window, config.delay + decides.wait)
+    start = ceil_align(load.prompt, page_size)
+    grown = growth(geometry, load.answer, load.prompt - start, kept)
+    grown = max(grown, min(load.answer, decides.floor - load.prompt))
+    in_time = decides.in_time(load.running, config.window)
+    grown = load.answer - in_time * (load.answer - grown)
+    # Tokens of the answer when its first window is due; a request whose last one is on its way is left.
+    first = max(start + config.window + geometry.delay, decides.floor) - load.prompt
+    windows = max(0, (load.answer - 3 - first) // config.window + 1)
+    freed = config.window - kept
+    # Each window is missing from its compression to the end.
+    missing = sum(load.answer - first - i * config.window for i in range(windows)) * freed
+    return Held(
+        most=ceil_align(load.prompt + round(grown), page_size),
+        mean=load.prompt + load.answer / 2 - in_time * missing / load.answer,
+        windows=windows,
+    )

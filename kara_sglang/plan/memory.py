@@ -1,0 +1,209 @@
+"""How one GPU's memory is divided: weights, SGLang's reserve, query ring, scratch, KV pool.
+
+The order is SGLang's (``mem_cache/kv_cache_configurator.py``, ``_profile_available_bytes``): what is
+free once the weights are loaded, less a share of what was free before, becomes the pool. Ring and
+scratch are allocated with the weights, so a compressed server's pool is smaller by them.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kara_sglang import doctor
+from kara_sglang.kernels.backend import WindowShape
+from kara_sglang.plan.launch import Launch
+
+if TYPE_CHECKING:
+    from kara_sglang.recorder import QueryRecorder
+
+CONTEXT_BYTES = 1 << 30
+"""What a driver and a CUDA context keep of a GPU's memory: an assumption, about right for an H100."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """What one tensor-parallel rank holds of a model; has the attributes that
+    :func:`kara_sglang.doctor.recorder_of` reads."""
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    kv_itemsize: int
+
+    @classmethod
+    def of(cls, launch: Launch) -> Rank:
+        """The rank's share.
+
+        Raises
+        ------
+        ValueError
+            Where the query heads cannot be divided.
+        """
+        model, tp = launch.model, launch.tp
+        if model.num_attention_heads % tp:
+            raise ValueError(f"--tp-size {tp} does not divide {model.num_attention_heads} query heads")
+        return cls(
+            num_hidden_layers=model.num_hidden_layers,
+            num_attention_heads=model.num_attention_heads // tp,
+            num_kv_heads=model.get_num_kv_heads(tp),
+            head_dim=model.head_dim,
+            v_head_dim=model.v_head_dim,
+            dtype=model.dtype,
+            kv_itemsize=1 if "fp8" in launch.resolved.kv_cache_dtype else model.dtype.itemsize,
+        )
+
+    def get_total_num_kv_heads(self) -> int:
+        return self.num_kv_heads
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token, all layers (``DefaultPoolConfigurator._compute_cell_size``)."""
+        numbers = self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.num_hidden_layers
+        return numbers * self.kv_itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes per GPU, and KV slots.
+
+    Attributes
+    ----------
+    total, context, weights, reserve
+        The GPU's memory, what a context takes, the model's weights, and what SGLang leaves for
+        activations and graphs. None where no GPU is planned for.
+    ring, scratch
+        What compression takes.
+    stock_pool, pool
+        KV slots without compression and with it.
+    """
+
+    total: int | None
+    context: int | None
+    weights: int | None
+    reserve: int | None
+    ring: int
+    scratch: int
+    stock_pool: int
+    pool: int
+
+
+def divide(launch: Launch, rank: Rank, ring: QueryRecorder | None, weights: int | None) -> Memory:
+    """Divide the memory of one GPU.
+
+    Parameters
+    ----------
+    launch, rank
+    ring
+        :func:`ring_of`.
+    weights
+        Bytes of weights of all ranks together; None where no GPU is planned for.
+
+    Raises
+    ------
+    ValueError
+        Where nothing is left for the pool.
+    """
+    taken = ring.num_units * ring.unit_bytes if ring is not None else 0
+    cap = launch.resolved.max_total_tokens
+    if launch.gpu_memory is None:
+        if cap is None:
+            raise ValueError("on a CPU the pool is as large as --max-total-tokens says; add it")
+        pool = _whole_pages(cap, launch)
+        return Memory(None, None, None, None, taken, 0, pool, pool)
+    assert weights is not None
+    scratch = scratch_bytes(launch, rank)
+    total = int(launch.gpu_memory * 2**20)
+    share = weights // launch.tp
+    reserve = int((total - CONTEXT_BYTES) * (1 - launch.resolved.mem_fraction_static))
+    left = total - CONTEXT_BYTES - share - reserve
+    pools = []
+    for free, what in ((left, "weights"), (left - taken - scratch, "weights, query ring and scratch")):
+        slots = free // rank.token_bytes
+        if slots < launch.resolved.page_size:
+            raise ValueError(
+                f"{what} leave no memory for KV on a GPU of {launch.gpu_memory / 1024:g} GiB with "
+                f"--tp-size {launch.tp}; use more GPUs, --mem-fraction-static above "
+                f"{launch.resolved.mem_fraction_static}, or less --kv-compress-query-mem-gb"
+            )
+        pools.append(_whole_pages(slots if cap is None else min(cap, slots), launch))
+    return Memory(total, CONTEXT_BYTES, share, reserve, taken, scratch, *pools)
+
+
+def _whole_pages(slots: int, launch: Launch) -> int:
+    page = launch.resolved.page_size
+    return slots // page * page
+
+
+def ring_of(launch: Launch, rank: Rank) -> QueryRecorder | None:
+    """The query ring of one rank, on the ``meta`` device; None where the selector needs no queries."""
+    return doctor.recorder_of(rank, launch.config) if launch.config.query_bytes else None
+
+
+def scratch_bytes(launch: Launch, rank: Rank) -> int:
+    """What the kernels reserve on a GPU (``TritonKernels.reserve``)."""
+    from kara_sglang.kernels.triton import TritonKernels
+
+    config = launch.config
+    group = rank.num_attention_heads // rank.num_kv_heads
+    largest = WindowShape(
+        num_layers=rank.num_hidden_layers,
+        num_kv_heads=rank.num_kv_heads,
+        head_dim=rank.head_dim,
+        dtype=rank.dtype,
+        width=config.window,
+        kept=config.window,
+        units=group if config.query_bytes else 0,
+        query_count=config.window + config.delay,
+    )
+    return TritonKernels().reserve(torch.device("meta"), largest)
+
+
+def weight_bytes(model_path: str, model: Any) -> int:
+    """Size of the weights in bytes: of the model's files, else counted from its config.
+
+    Parameters
+    ----------
+    model_path
+        Folder or name on a hub.
+    model
+        SGLang's ``ModelConfig``.
+
+    Raises
+    ------
+    ValueError
+        Where neither says it.
+    """
+    folder = Path(model_path)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return int(json.loads(index.read_text())["metadata"]["total_size"])
+    if files := sorted(folder.glob("*.safetensors")):
+        return sum(_tensor_bytes(file) for file in files)
+    if model.quantization is not None:
+        raise ValueError("a config does not say how large quantized weights are; add --weights-gb")
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(model.hf_text_config)
+    except Exception as error:  # whatever a model's code raises
+        raise ValueError(
+            f"the weights cannot be counted from this config ({type(error).__name__}); add --weights-gb"
+        ) from error
+    return sum(p.numel() for p in empty.parameters()) * model.dtype.itemsize
+
+
+def _tensor_bytes(file: Path) -> int:
+    """Of all tensors in a safetensors file: what follows its header."""
+    with file.open("rb") as stream:
+        (header,) = struct.unpack("<Q", stream.read(8))
+    return file.stat().st_size - 8 - header

@@ -1,0 +1,79 @@
+"""The plan against a real server with the same settings: pool, ring, windows, requests that run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from conftest import PAGE_16, WINDOW, prompt
+from server import CPU_FLAGS, Server, environment
+
+PROMPT, ANSWER, REQUESTS = 384, 420, 16
+
+
+def run(module: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        (sys.executable, "-m", module, *words),
+        env=environment(variables) | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def planned(model: Path) -> dict[str, Any]:
+    """What ``python -m kara_sglang.plan`` says of the server ``kara``."""
+    load = ("--prompt", str(PROMPT), "--answer", str(ANSWER), "--running", str(REQUESTS))
+    flags = ("--skip-tokenizer-init", *PAGE_16, *CPU_FLAGS, "--kv-compress", "kara", *WINDOW)
+    done = run("kara_sglang.plan", "--model", str(model), *load, "--json", "--", *flags)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def most_running(server: Server, option: Any) -> tuple[list[dict[str, Any]], int]:
+    """The reports of equal requests that arrive together, and how many the log says ran at once."""
+    server.flush()
+    before = len(server.log_text())
+    inputs = [prompt(PROMPT, 900 + i) for i in range(REQUESTS)]
+    answers = server.generate(inputs, kv_compress=option, tokens=ANSWER)
+    ran = re.findall(r"Decode batch.*#running-req: (\d+)", server.log_text()[before:])
+    return [a["meta_info"]["kv_compress"] for a in answers], max(int(count) for count in ran)
+
+
+def test_the_plan_the_doctor_and_the_server_agree(kara: Server, tiny_model: Path) -> None:
+    """One model, one set of settings: the same pool, ring and R from all three."""
+    kara.assert_nothing_leaked()
+    plan, state = planned(tiny_model), kara.state()
+    trace = {"trace": state["settings"]["trace"]}  # the only setting that the plan was not given
+    assert plan["settings"] | trace == state["settings"]
+    assert plan["pool_tokens"] == {"without": 8192, "with": state["pool_tokens"]}
+    ring = plan["ring"]
+    assert ring["units"] == state["recorder_units_free"]
+    line = f"query ring {ring['bytes'] / 2**30:.2f} GiB, room for {ring['units'] // ring['group']} to "
+    assert f"{line}{ring['units']} requests" in kara.log_text()
+
+    settings = json.dumps({key: plan["settings"][key] for key in ("window", "delay", "query_mem_gb")})
+    said = run("kara_sglang.doctor", "--model-path", str(tiny_model), SGLANG_KV_COMPRESS=settings)
+    unit = ring["unit_bytes"]
+    assert f"{ring['group'] * unit:,} bytes a request with all heads, {unit:,} with" in said.stdout
+    assert f"{ring['units'] // ring['group']} (all heads) to {ring['units']} (mean)" in said.stdout
+
+
+def test_as_many_run_as_the_plan_says(kara: Server, tiny_model: Path) -> None:
+    """Requests that arrive together and go to their end, stock and compressed."""
+    plan = planned(tiny_model)
+    fits = plan["requests_that_fit"]
+    assert fits["without"] < fits["with"] < REQUESTS
+    before = len(kara.log_text())
+    _, ran = most_running(kara, False)
+    assert ran == fits["without"]
+    reports, ran = most_running(kara, None)
+    assert ran == fits["with"]
+    assert {report["windows"] for report in reports} == {plan["windows_per_request"]}
+    assert "Retract requests" not in kara.log_text()[before:]
+    kara.assert_nothing_leaked()
