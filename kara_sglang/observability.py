@@ -89,6 +89,8 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
         "skipped": dict(totals.skipped),
         "recorders_in_use": recorder.in_use if recorder is not None else 0,
         "recorder_units_free": recorder.free_units if recorder is not None else 0,
+        "running_requests": len(scheduler.running_batch.reqs),
+        "waiting_requests": len(scheduler.waiting_queue),
         "running_held_tokens": held,
         "running_logical_tokens": logical,
         "pool_tokens": scheduler.max_total_num_tokens,
