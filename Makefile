@@ -14,7 +14,7 @@ VERSION ?=
 CORE := tests/unit/test_hooks.py tests/unit/test_surface.py tests/unit/test_compat.py \
   tests/unit/test_refusals.py tests/engine/test_exactness.py tests/engine/test_memory.py \
   tests/engine/test_prefix_cache.py tests/engine/test_compressed_prefix.py \
-  tests/engine/test_serving.py tests/engine/test_data_parallel.py
+  tests/engine/test_forced_decoding.py tests/engine/test_serving.py tests/engine/test_data_parallel.py
 # More options for pip, for example an index of PyTorch's CPU builds (they are about 3 GB smaller).
 PIP_ARGS ?=
 

@@ -23,6 +23,7 @@ from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.config import KaraConfig
 from kara_sglang.coordinator import Coordinator
 from kara_sglang.kernels.backend import TorchKernels
+from kara_sglang.kernels.record import FP8
 from kara_sglang.policy import lag
 from kara_sglang.recorder import AttentionShape, QueryRecorder
 
@@ -62,7 +63,7 @@ def running(number: int, settings: dict[str, Any], recorded: float) -> tuple[Coo
         shape = AttentionShape(1, 4, 1, 8, torch.float32, torch.device("cpu"))
         unit = 9 * (config.window + config.delay + lag(config))
         budget = int(number * recorded) * unit
-        recorder = QueryRecorder(shape, config.window, config.delay, budget, fp8=True, lag=lag(config))
+        recorder = QueryRecorder(shape, config.window, config.delay, budget, FP8, lag=lag(config))
         recorder.allocate_tables(number + 1)
     coordinator = Coordinator(scheduler, config, recorder, TorchKernels(), [1.0], None)
     requests = [_request(row) for row in range(1, number + 1)]

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from kara_sglang.kernels.record import FP4, FP8
 from kara_sglang.kernels.selectors import REGISTRY
 
 ENV = "SGLANG_KV_COMPRESS"
@@ -87,7 +90,7 @@ class KaraConfig:
         ``all`` query heads are recorded, or the ``mean`` of each GQA group; ``auto``: all while the
         ring has room and the mean when it has not.
     query_dtype
-        ``fp8`` (e4m3) or ``model`` (the model's own).
+        ``fp8`` (e4m3), ``fp4`` (e2m1 with a scale for every 32 numbers) or ``model`` (the model's own).
     policy
         Whose window is compressed when: ``periodic`` (the paper's), ``threshold`` or ``pressure``.
     period
@@ -125,7 +128,7 @@ class KaraConfig:
     last_queries: int = 32
     granularity: Literal["head", "layer"] = "head"
     query_heads: Literal["auto", "all", "mean"] = "auto"
-    query_dtype: Literal["fp8", "model"] = "fp8"
+    query_dtype: Literal["fp4", "fp8", "model"] = "fp8"
     policy: Literal["periodic", "threshold", "pressure"] = "periodic"
     period: int = 1
     max_requests_per_pass: int = 8
@@ -179,6 +182,10 @@ class KaraConfig:
         if self.query_mem_gb is not None:
             return int(self.query_mem_gb * 2**30)
         return 2 * 2**30 if REGISTRY[self.selector].needs_queries else 0
+
+    def ring_dtype(self, model: torch.dtype) -> torch.dtype:
+        """What recorded queries are stored as, of a model whose own are ``model``."""
+        return {"fp4": FP4, "fp8": FP8, "model": model}[self.query_dtype]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

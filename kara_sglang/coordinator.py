@@ -99,6 +99,7 @@ class Coordinator:
         self._arrivals = 0
         if config.prefix_reuse == "compressed":
             scheduler.tree_cache.settings_of = self.sharing_settings
+            scheduler.tree_cache.vocab_size = scheduler.model_config.vocab_size
             scheduler.tree_cache.debug_checks = config.debug_checks
 
     def warm_up(self) -> None:
@@ -398,6 +399,10 @@ class Coordinator:
         with self._forward_stream():
             for job in jobs:
                 _keep_until_read(job)
+            if self.recorder is not None and (check := self.recorder.check) is not None:
+                for (req, _), job in zip(due, jobs, strict=True):
+                    if job.units is not None:
+                        check.require(req.rid, job.units, job.query_start, job.query_count)
             shown = self.config.debug_checks or self.tracer is not None
             kept = self.kernels.compress(self._pool(), jobs, positions=shown)
             if self.config.debug_checks:

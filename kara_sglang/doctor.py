@@ -188,21 +188,22 @@ def _sgl_kernel(cpu: bool) -> Finding:
 def check_hooks(_plan: Plan) -> Iterator[Finding]:
     """Every place where the plugin touches SGLang, one line each."""
     way_out = f"pip install sglang=={versions.NEWEST}"
-    for hook in hooks.fitting(hooks.ALL_HOOKS):
+    for listed in hooks.ALL_HOOKS:
         try:
-            problem = hook.problem()
+            looked_at = [(hook, hook.problem()) for hook in hooks.fitting((listed,))]
         except Exception as error:  # whatever SGLang's modules raise when they are imported
-            problem = f"{hook.path} cannot be imported ({one_line(error)})"
-        if problem is not None:
-            yield Finding(BAD, "hook", problem, way_out)
-            continue
-        yield Finding(OK, "hook", f"{hook.target}: {hook.why}")
-        module, function = hook.handler.split(":")
-        try:
-            pkgutil.resolve_name(f"kara_sglang.{module}:{function}")
-        except Exception as error:
-            text = f"kara_sglang.{hook.handler} cannot be imported ({one_line(error)})"
-            yield Finding(BAD, "hook", text, "install kara-sglang again")
+            looked_at = [(listed, f"{listed.path} cannot be imported ({one_line(error)})")]
+        for hook, problem in looked_at:
+            if problem is not None:
+                yield Finding(BAD, "hook", problem, way_out)
+                continue
+            yield Finding(OK, "hook", f"{hook.target}: {hook.why}")
+            module, function = hook.handler.split(":")
+            try:
+                pkgutil.resolve_name(f"kara_sglang.{module}:{function}")
+            except Exception as error:
+                text = f"kara_sglang.{hook.handler} cannot be imported ({one_line(error)})"
+                yield Finding(BAD, "hook", text, "install kara-sglang again")
 
 
 def check_surface(_plan: Plan) -> Iterator[Finding]:
@@ -342,7 +343,7 @@ def recorder_of(model: Any, config: KaraConfig) -> QueryRecorder:
         config.window,
         config.delay,
         config.query_bytes,
-        fp8=config.query_dtype == "fp8",
+        config.ring_dtype(shape.dtype),
         lag=policy.lag(config),
     )
 

@@ -110,6 +110,14 @@ CLI_HOOKS = (
 # Registered in the server's parent process once compression is switched on.
 PARENT_HOOKS = (
     Hook(
+        "managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        "before",
+        ("self", "obj", "input_ids"),
+        "serving:check_input",
+        "refuses prompts that hold no token or what is none; an error is HTTP 400",
+        "SGLang itself refuses empty prompts and ids outside the vocabulary",
+    ),
+    Hook(
         "sampling.sampling_params.SamplingParams.verify",
         "after",
         ("self", "vocab_size"),

@@ -15,7 +15,8 @@ import torch
 
 from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.copies import to_device
-from kara_sglang.kernels.record import FP8, Ring, plan
+from kara_sglang.kernels.record import Ring, Step
+from kara_sglang.ring_check import RingCheck
 
 if TYPE_CHECKING:
     from kara_sglang.state import Voters
@@ -60,10 +61,12 @@ class QueryRecorder:
         Tokens; a unit holds ``window + delay + lag`` of them.
     budget_bytes : int
         For all layers together.
-    fp8 : bool
-        Store e4m3, with a power of two per entry and KV head, instead of the model's dtype.
+    dtype : torch.dtype
+        Of what is stored: the model's, or ``FP8`` or ``FP4`` of ``kernels/record.py``.
     lag : int
         Tokens that a due window may wait for its pass before its first queries are overwritten.
+    checked : bool
+        Whether to keep a :class:`RingCheck` beside the ring.
     """
 
     def __init__(
@@ -72,13 +75,13 @@ class QueryRecorder:
         window: int,
         delay: int,
         budget_bytes: int,
-        fp8: bool,
+        dtype: torch.dtype,
         lag: int = LAG,
+        checked: bool = False,
     ) -> None:
         self.shape = shape
         self.lag = lag
         self.ring_len = window + delay + lag
-        dtype = FP8 if fp8 else shape.dtype
         entry_bytes = shape.num_layers * shape.num_kv_heads * Ring.head_bytes(shape.head_dim, dtype)
         self.unit_bytes = entry_bytes * self.ring_len
         self.num_units = budget_bytes // self.unit_bytes
@@ -89,12 +92,14 @@ class QueryRecorder:
         self.ring = Ring.zeros(
             (shape.num_layers, entries, shape.num_kv_heads, shape.head_dim), dtype, shape.device
         )
-        self.rings = self.ring.layers()
+        self.rings = [self.ring[layer] for layer in range(shape.num_layers)]
+        self.check = (
+            RingCheck((shape.num_layers, entries), self.ring_len, shape.device) if checked else None
+        )
         self._free = list(range(self.num_units - 1, -1, -1))
         self.active: dict[int, Recorder] = {}  # by row
         self._dirty: set[int] = set()
-        self._entries: torch.Tensor | None = None
-        self._step: list[torch.Tensor] = []  # queries of a step's layers so far
+        self._held: list[torch.Tensor] = []  # queries of a step's newest layers, not stored yet
 
     def allocate_tables(self, num_rows: int) -> None:
         """Make the device tables for ``num_rows`` rows of ``req_to_token``, before graph capture."""
@@ -151,6 +156,8 @@ class QueryRecorder:
         units = [((r.units if r is not None else ()) + none)[:group] for r in active]
         where = to_device(torch.tensor(rows), device)
         self.units.index_copy_(0, where, to_device(torch.tensor(units), device))
+        if self.check is not None:
+            self.check.forget(unit for r in active if r is not None for unit in r.units)
         self._dirty.clear()
 
     def record(
@@ -163,24 +170,27 @@ class QueryRecorder:
     ) -> None:
         """Store one decode step's queries of one layer (called from the model's forward).
 
-        The plan is made by the first layer and reused by the others: peers that planned layer by
-        layer lost half their decode speed.
+        Layers wait for each other, so that one call stores several: ``kernels.layers_at_once``. What
+        waits is only referred to. That keeps its memory from being given to anybody else, also while a
+        CUDA graph is captured, whose replays find it there again; and no model writes into a layer's
+        queries once its attention has read them.
         """
         if layer == 0:
-            self._entries = plan(positions, rows, self.units, self.ring_len, self.trash)
-            self._step.clear()
-        assert self._entries is not None
-        if not kernels.records_steps:
-            kernels.record(self.rings[layer], self._entries, queries)
-            return
-        self._step.append(queries)
-        if layer == self.shape.num_layers - 1:
-            kernels.record(self.ring, self._entries, self._step)
-            self._step.clear()
+            self._held = []  # a step that broke off may have left some
+        self._held.append(queries)
+        last = layer == self.shape.num_layers - 1
+        if last or len(self._held) == kernels.layers_at_once:
+            held, self._held = self._held, []
+            layers = slice(layer + 1 - len(held), layer + 1)
+            step = Step(positions, rows, self.units, self.ring_len)
+            kernels.record(self.ring[layers], step, held)
+            if self.check is not None:
+                self.check.record(layers, step)
 
     def warm_up(self, kernels: Kernels) -> None:
-        """Record a row that nobody keeps, so that no decode step waits for a compiler."""
+        """Record row 0, which SGLang gives to nobody, so that no decode step waits for a compiler."""
         shape, device = self.shape, self.shape.device
-        entries = torch.full((1, shape.group), self.trash, dtype=torch.int64, device=device)
+        nobody = torch.zeros(1, dtype=torch.int64, device=device)
         queries = torch.zeros((1, shape.num_q_heads * shape.head_dim), dtype=shape.dtype, device=device)
-        kernels.record(self.rings[0], entries, queries)
+        for layer in range(shape.num_layers):
+            self.record(kernels, layer, queries, nobody, nobody)

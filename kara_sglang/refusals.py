@@ -9,6 +9,7 @@ out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,49 +30,67 @@ _ENTRIES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--grpc-mode", lambda c: c.grpc_mode or c.smg_grpc_mode),
 )
 
-# (flag or feature, does the resolved configuration use it?). Field names: sglang/srt/arg_groups/fields.
-_FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
-    ("--speculative-algorithm", lambda c: c.speculative_algorithm is not None),
-    ("--disaggregation-mode", lambda c: c.disaggregation_mode != "null"),
-    ("--pp-size", lambda c: c.pp_size > 1),
-    ("--enable-dp-attention", lambda c: c.enable_dp_attention or c.attn_dp_size > 1),
-    ("--attn-cp-size", lambda c: c.attn_cp_size > 1),
-    ("--dcp-size", lambda c: c.dcp_size > 1),
-    ("--enable-mixed-chunk", lambda c: c.enable_mixed_chunk),
-    ("--enable-two-batch-overlap", lambda c: c.enable_two_batch_overlap),
-    ("--enable-single-batch-overlap", lambda c: c.enable_single_batch_overlap),
-    ("--enable-pdmux", lambda c: c.enable_pdmux),
-    ("--enable-torch-compile", lambda c: c.enable_torch_compile),
-    ("--enable-streaming-session", lambda c: c.enable_streaming_session),
-    ("--enable-session-radix-cache", lambda c: c.enable_session_radix_cache),
-    ("--strip-thinking-cache", lambda c: c.strip_thinking_cache),
-    ("--enable-hierarchical-cache", lambda c: c.enable_hierarchical_cache),
-    ("--enable-hisparse", lambda c: c.enable_hisparse),
-    ("--enable-lmcache", lambda c: c.enable_lmcache),
-    ("--enable-flexkv", lambda c: c.enable_flexkv),
-    ("--enable-unified-cache-external-linker", lambda c: c.enable_unified_cache_external_linker),
-    ("--radix-cache-backend", lambda c: c.radix_cache_backend not in (None, CACHE_BACKEND)),
-    ("--enable-unified-memory", lambda c: c.enable_unified_memory),
-    ("--enable-page-major-kv-layout", lambda c: c.enable_page_major_kv_layout),
-    (
-        "--kv-cache-dtype (below 16 bits)",
-        lambda c: c.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
+# Group -> (flag or feature, does the resolved configuration use it?). Field names:
+# sglang/srt/arg_groups/fields.
+FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
+    "Steps that write more than one token a request": (
+        ("--speculative-algorithm", lambda c: c.speculative_algorithm is not None),
+        ("--dllm-algorithm", lambda c: c.dllm_algorithm is not None),
     ),
-    ("--device (other than cuda and cpu)", lambda c: c.device not in (None, "cuda", "cpu")),
-    ("--kv-canary", lambda c: c.kv_canary not in (None, "none")),
-    ("--enable-deterministic-inference", lambda c: c.enable_deterministic_inference),
-    ("--tokenizer-worker-num", lambda c: c.tokenizer_worker_num > 1),
-    *_ENTRIES,
-    ("--grpc-port", lambda c: c.grpc_port is not None),
-    # It reads a finished request's row by logical length.
-    ("--enable-return-routed-experts", lambda c: c.enable_return_routed_experts),
-    ("--enable-return-indexer-topk", lambda c: c.enable_return_indexer_topk),
-    # They decode without calling the attention layers.
-    ("--enable-nvidia-megakernel", lambda c: c.enable_nvidia_megakernel),
-    ("--enable-amd-monokernel", lambda c: c.enable_amd_monokernel),
-    ("--elastic-ep-backend", lambda c: c.elastic_ep_backend is not None),
-    ("--dllm-algorithm", lambda c: c.dllm_algorithm is not None),
-)
+    "Work split over servers and devices": (
+        ("--disaggregation-mode", lambda c: c.disaggregation_mode != "null"),
+        ("--pp-size", lambda c: c.pp_size > 1),
+        ("--enable-dp-attention", lambda c: c.enable_dp_attention or c.attn_dp_size > 1),
+        ("--attn-cp-size", lambda c: c.attn_cp_size > 1),
+        ("--dcp-size", lambda c: c.dcp_size > 1),
+        ("--elastic-ep-backend", lambda c: c.elastic_ep_backend is not None),
+    ),
+    "Batches that prefill and decode at once, or are cut in two": (
+        ("--enable-mixed-chunk", lambda c: c.enable_mixed_chunk),
+        ("--enable-two-batch-overlap", lambda c: c.enable_two_batch_overlap),
+        ("--enable-single-batch-overlap", lambda c: c.enable_single_batch_overlap),
+        ("--enable-pdmux", lambda c: c.enable_pdmux),
+    ),
+    "Model steps that do not call the attention layers from Python": (
+        ("--enable-torch-compile", lambda c: c.enable_torch_compile),
+        ("--enable-nvidia-megakernel", lambda c: c.enable_nvidia_megakernel),
+        ("--enable-amd-monokernel", lambda c: c.enable_amd_monokernel),
+    ),
+    "Other prefix caches and sessions": (
+        ("--enable-hierarchical-cache", lambda c: c.enable_hierarchical_cache),
+        ("--enable-hisparse", lambda c: c.enable_hisparse),
+        ("--enable-lmcache", lambda c: c.enable_lmcache),
+        ("--enable-flexkv", lambda c: c.enable_flexkv),
+        (
+            "--enable-unified-cache-external-linker",
+            lambda c: c.enable_unified_cache_external_linker,
+        ),
+        ("--radix-cache-backend", lambda c: c.radix_cache_backend not in (None, CACHE_BACKEND)),
+        ("--enable-streaming-session", lambda c: c.enable_streaming_session),
+        ("--enable-session-radix-cache", lambda c: c.enable_session_radix_cache),
+        ("--strip-thinking-cache", lambda c: c.strip_thinking_cache),
+    ),
+    "Other forms of the KV pool": (
+        (
+            "--kv-cache-dtype (below 16 bits)",
+            lambda c: c.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
+        ),
+        ("--enable-unified-memory", lambda c: c.enable_unified_memory),
+        ("--enable-page-major-kv-layout", lambda c: c.enable_page_major_kv_layout),
+        ("--kv-canary", lambda c: c.kv_canary not in (None, "none")),
+        ("--device (other than cuda and cpu)", lambda c: c.device not in (None, "cuda", "cpu")),
+    ),
+    "What reads a finished request's row by its logical length": (
+        ("--enable-return-routed-experts", lambda c: c.enable_return_routed_experts),
+        ("--enable-return-indexer-topk", lambda c: c.enable_return_indexer_topk),
+    ),
+    "Other processes, and results that must repeat to the bit": (
+        ("--tokenizer-worker-num", lambda c: c.tokenizer_worker_num > 1),
+        *_ENTRIES,
+        ("--grpc-port", lambda c: c.grpc_port is not None),
+        ("--enable-deterministic-inference", lambda c: c.enable_deterministic_inference),
+    ),
+}
 
 # What sharing compressed prefixes does not go with, beyond that.
 _SHARING_FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
@@ -80,7 +99,7 @@ _SHARING_FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--kv-events-config", lambda c: c.kv_events_config is not None),
 )
 
-_ENVIRONMENT = ("SGLANG_RUST_SERVER", "SGLANG_USE_HND_KVCACHE")
+ENVIRONMENT = ("SGLANG_RUST_SERVER", "SGLANG_USE_HND_KVCACHE")
 
 ATTENTION_BACKENDS = ("flashinfer", "triton", "fa3", "torch_native", "intel_amx")
 """Backends that read K/V through ``req_to_token[row, :seq_len]`` and nothing else."""
@@ -96,10 +115,10 @@ def of_flags(resolved: Any) -> list[str]:
     """
     from sglang.srt.environ import envs
 
-    lines = _used(_FLAGS, resolved)
+    lines = _used(tuple(chain.from_iterable(FLAGS.values())), resolved)
     lines += [
         f"{name}=1 does not work with --kv-compress; unset it"
-        for name in _ENVIRONMENT
+        for name in ENVIRONMENT
         if getattr(envs, name).get()
     ]
     for flag in ("attention_backend", "decode_attention_backend"):

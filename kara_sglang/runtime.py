@@ -44,7 +44,7 @@ class Runtime:
     scales: list[float] = field(default_factory=list)
     turn: Turn | None = None
     coordinator: Coordinator | None = None
-    starting: bool = False  # graphs are being captured
+    row_freed: bool = False  # somebody may have finished since the last decode step
     refused: list[str] = field(default_factory=list)  # why this server must not start
 
 
@@ -53,6 +53,7 @@ runtime = Runtime()
 
 def after_load_model(_result: Any, runner: ModelRunner) -> None:
     """AFTER ``ModelRunner.load_model``: allocate ring and scratch before SGLang sizes the KV pool."""
+    from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
     from sglang.srt.layers.radix_attention import RadixAttention
 
     layers = sorted(
@@ -96,14 +97,17 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
         dtype=runner.dtype,
         device=device,
     )
-    runtime.recorder = QueryRecorder(
-        shape,
-        config.window,
-        config.delay,
-        config.query_bytes,
-        fp8=config.query_dtype == "fp8",
-        lag=policy.lag(config),
-    )
+    # Given back and taken again with the KV pool (/release_memory_occupation): nobody runs then.
+    with runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
+        runtime.recorder = QueryRecorder(
+            shape,
+            config.window,
+            config.delay,
+            config.query_bytes,
+            config.ring_dtype(shape.dtype),
+            lag=policy.lag(config),
+            checked=config.debug_checks,
+        )
     need = policy.cheapest(shape.group, config.query_heads)
     if runtime.recorder.num_units < need:
         bytes_needed = need * runtime.recorder.unit_bytes
@@ -114,11 +118,7 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
 
 
 def before_cuda_graphs(runner: ModelRunner, *_args: Any, **_kwargs: Any) -> None:
-    """BEFORE ``ModelRunner.init_cuda_graphs``: captured graphs read the row tables.
-
-    The steps that warm a graph up record as well, so that no kernel is first compiled in a capture.
-    """
-    runtime.starting = True
+    """BEFORE ``ModelRunner.init_cuda_graphs``: captured graphs read the row tables."""
     if runtime.recorder is not None:
         runtime.recorder.allocate_tables(runner.req_to_token_pool.req_to_token.shape[0])
 
@@ -134,13 +134,14 @@ def before_attention(
 ) -> None:
     """BEFORE ``RadixAttention.forward``: record a decode step's post-RoPE queries.
 
-    Without a graph the step is skipped when nobody records. A graph, captured at start, is replayed for
-    any batch, so there the tables decide.
+    Without a graph the step is skipped when nobody records. A graph is replayed for any batch, so there
+    the tables decide, whenever it is captured: at start, or again with other weights. The steps that
+    warm it up record as well, so that no kernel is first compiled in a capture.
     """
     recorder = runtime.recorder
     if recorder is None or not forward_batch.forward_mode.is_decode():
         return
-    if recorder.active or runtime.starting:
+    if recorder.active or _capturing():
         recorder.record(
             runtime.kernels,
             layer.layer_id,
@@ -148,6 +149,13 @@ def before_attention(
             forward_batch.req_pool_indices,
             forward_batch.positions,
         )
+
+
+def _capturing() -> bool:
+    """Whether SGLang captures a graph or warms one up."""
+    from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_mode
+
+    return get_is_capture_mode()
 
 
 def after_init_forward_batch(
@@ -170,7 +178,6 @@ def after_init_forward_batch(
 
 def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kwargs: Any) -> None:
     """AFTER ``Scheduler.__init__``: look at the real objects, then start."""
-    runtime.starting = False
     config = runtime.config
     absent = hooks.missing(
         hooks.fitting(hooks.CHILD_HOOKS) if config is None else hooks.of_child(config)
@@ -214,7 +221,9 @@ def before_update_running_batch(_scheduler: Scheduler, batch: ScheduleBatch) -> 
     """BEFORE ``Scheduler.update_running_batch``: the pass, ahead of the memory check."""
     if runtime.coordinator is None:
         return
-    drop_finished(batch)
+    if runtime.row_freed:  # a look at every request costs more than the rest of a step without a pass
+        drop_finished(batch)
+        runtime.row_freed = False
     if batch.reqs:
         runtime.coordinator.before_decode(batch)
 
@@ -228,4 +237,5 @@ def after_reset_for_retract(_result: None, req: Req) -> None:
 def before_free_row(_pool: Any, req: Req) -> None:
     """BEFORE ``ReqToTokenPool.free``: the row, and with it the recorder, is about to be reused."""
     if runtime.coordinator is not None:
+        runtime.row_freed = True
         runtime.coordinator.row_freed(req)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kara_sglang import handshake, hooks, plugin
 from kara_sglang.options import KEY, RequestOptions
+from kara_sglang.radix_integration.keys import first_stranger
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -18,6 +20,34 @@ def verify_sampling_params(_result: None, params: SamplingParams, *_args: Any) -
     config = plugin.launched()
     if config is not None:
         RequestOptions.parse(params.custom_params, config)
+
+
+def check_input(manager: Any, obj: Any, input_ids: list[int] | None) -> None:
+    """BEFORE ``TokenizerManager._validate_one_request`` (parent): every prompt passes here, whatever
+    route it came by. A ``ValueError`` becomes HTTP 400.
+
+    SGLang takes any number as a token id. One that is none is a stranger in the prefix cache
+    (``radix_integration/keys.py``), and out of the embedding's bounds where it is computed.
+    """
+    if plugin.launched() is None:
+        return
+    in_session = (getattr(obj, "session_params", None) or {}).get("id")  # its history comes before
+    if input_ids is not None and not len(input_ids) and not in_session:
+        raise ValueError("the prompt (text or input_ids) is empty; it must have at least one token")
+    if obj.input_ids is None:
+        return
+    vocab_size = manager.model_config.vocab_size
+    try:
+        ids = array("q", obj.input_ids)
+        position = first_stranger(ids, vocab_size)
+        shown = None if position is None else f"holds {ids[position]} at position {position}"
+    except (TypeError, OverflowError):
+        shown = "holds something else than token ids"
+    if shown is not None:
+        raise ValueError(
+            f"input_ids (prompt on OpenAI routes) {shown}; the tokens of this model are 0 to "
+            f"{vocab_size - 1}"
+        )
 
 
 def check_children(infos: list[dict[str, Any]], *_args: Any) -> None:

@@ -6,6 +6,7 @@ specification and the CPU path; whatever replaces it on a GPU must leave the sam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -113,9 +114,9 @@ class Kernels(Protocol):
     name: str
     compiles: bool
     """Whether a first call waits for a compiler, so that a warm-up should make all kinds of calls."""
-    records_steps: bool
-    """Whether ``record`` takes a list of a step's queries of all layers, instead of one call per layer:
-    for kernels whose calls cost more than their work. A CUDA graph would have to keep all of them."""
+    layers_at_once: int | None
+    """How many layers one call of ``record`` takes, as calls cost more than their work; None: all.
+    Until then their queries are held, in a CUDA graph's memory where one is captured."""
 
     def reserve(self, device: torch.device, largest: WindowShape) -> int:
         """Allocate all memory that passes need, for windows up to ``largest``. Returns the bytes.
@@ -123,7 +124,7 @@ class Kernels(Protocol):
         To be called before the KV pool is sized, so that the sizing accounts for it.
         """
 
-    def record(self, ring: record.Ring, entries: torch.Tensor, queries: record.Queries) -> None:
+    def record(self, ring: record.Ring, step: record.Step, queries: Sequence[torch.Tensor]) -> None:
         """As :func:`kara_sglang.kernels.record.record`; may run inside a CUDA graph."""
 
     def compress(
@@ -151,14 +152,14 @@ class TorchKernels:
     name = "torch"
     compiles = False
 
-    def __init__(self, records_steps: bool = False) -> None:
-        self.records_steps = records_steps
+    def __init__(self, layers_at_once: int | None = None) -> None:
+        self.layers_at_once = layers_at_once
 
     def reserve(self, device: torch.device, largest: WindowShape) -> int:
         return 0
 
-    def record(self, ring: record.Ring, entries: torch.Tensor, queries: record.Queries) -> None:
-        record.record(ring, entries, queries)
+    def record(self, ring: record.Ring, step: record.Step, queries: Sequence[torch.Tensor]) -> None:
+        record.record(ring, step, queries)
 
     def compress(
         self, pool: LayerPool, jobs: list[WindowJob], *, positions: bool = False

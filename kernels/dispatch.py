@@ -16,13 +16,14 @@ def pick(device: torch.device) -> tuple[Kernels, str]:
     Triton is imported only where it is used.
     """
     if device.type != "cuda":
-        return TorchKernels(records_steps=True), f"the device is {device.type}, not a CUDA GPU"
+        return TorchKernels(), f"the device is {device.type}, not a CUDA GPU"
+    in_graphs = TorchKernels(layers_at_once=8)  # a CUDA graph keeps the memory of what is held
     if torch.version.hip is not None:
-        return TorchKernels(), "the Triton kernels are not tested on ROCm"
+        return in_graphs, "the Triton kernels are not tested on ROCm"
     capability = torch.cuda.get_device_capability(device)
     name = "compute capability {}.{}".format(*capability)
     if capability < OLDEST:
-        return TorchKernels(), "{}, Triton kernels need {}.{}".format(name, *OLDEST)
+        return in_graphs, "{}, Triton kernels need {}.{}".format(name, *OLDEST)
     from kara_sglang.kernels.triton import TritonKernels
 
     return TritonKernels(), f"a CUDA GPU of {name}"

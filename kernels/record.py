@@ -10,6 +10,7 @@ queries are still there when the next window begins.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -19,79 +20,187 @@ import torch
 from kara_sglang.kernels.copies import to_device
 
 FP8 = torch.float8_e4m3fn
+FP4 = torch.uint8
+"""Two numbers of 4 bits to a byte, see :func:`to_fp4`."""
 _FP8_MAX = torch.finfo(FP8).max
 _FP8_MAX_BITS = 0x43E00000  # 448.0 as a float32
 EXPONENTS = (-100, 119)
 """Smallest and largest exponent that is stored; within them no product over- or underflows."""
-Queries = torch.Tensor | list[torch.Tensor]
-"""A step's queries of one layer, or a list of all layers'."""
+FP4_MAX = 6
+FP4_SHIFT = 4
+"""A scale is stored times 2**4. So queries to 23,040 can be stored, and those from 1e-4 on lose nothing
+to the scale's own range."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ring:
     """Recorded queries of one layer, or of all layers with one more dimension in front.
 
-    e4m3 ends at 448, and some models' queries do not (those with biases in the projection and no norm
-    behind it). So a ring in fp8 keeps an exponent per entry and KV head: the smallest power of two by
-    which a head's numbers must be divided to fit. It is exact, needs no calibration, and costs one byte
-    beside ``head_dim`` bytes.
+    e4m3 ends at 448 and e2m1 at 6, and some models' queries do not (those with biases in the projection
+    and no norm behind it). So a ring in either keeps scales beside the numbers: :func:`to_fp8` and
+    :func:`to_fp4` say how they come about. They need no calibration and no state.
 
     Attributes
     ----------
     queries
-        Shape ``(num_entries, num_kv_heads, head_dim)``.
-    exponents
-        Shape ``(num_entries, num_kv_heads)``, int8: a query is ``queries * 2**exponents``. None where
-        ``queries`` are no e4m3.
+        Shape ``(num_entries, num_kv_heads, head_dim)``; as :data:`FP4` the last is ``head_dim / 2``.
+    scales
+        None where ``queries`` are floats of 16 or 32 bits; shape ``(num_entries, num_kv_heads)``, int8,
+        for :data:`FP8`; ``(num_entries, num_kv_heads, scales_of(head_dim))``, uint8, for :data:`FP4`.
     """
 
     queries: torch.Tensor
-    exponents: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        is_fp8 = self.queries.dtype == FP8
-        if is_fp8 != (self.exponents is not None):
+        wanted = _scales_of(self.queries.shape, self.queries.dtype)
+        given = None if self.scales is None else (self.scales.shape, self.scales.dtype)
+        if given != wanted:
             raise ValueError(
-                f"a ring of {self.queries.dtype} takes exponents if, and only if, it is {FP8}"
+                f"a ring of {self.queries.dtype}, {tuple(self.queries.shape)}, takes "
+                f"{'no scales' if wanted is None else f'scales of {wanted[1]}, {tuple(wanted[0])}'}"
             )
-        if self.exponents is not None and (
-            self.exponents.shape != self.queries.shape[:-1] or self.exponents.dtype != torch.int8
-        ):
-            raise ValueError(f"exponents must be int8 of shape {tuple(self.queries.shape[:-1])}")
 
     @classmethod
     def zeros(
         cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> Self:
         """A ring of ``shape`` ``([num_layers,] num_entries, num_kv_heads, head_dim)``."""
-        queries = torch.zeros(shape, dtype=dtype, device=device)
-        if dtype != FP8:
+        *front, head_dim = shape
+        shape = torch.Size((*front, head_dim // 2 if dtype == FP4 else head_dim))
+        queries, scales = torch.zeros(shape, dtype=dtype, device=device), _scales_of(shape, dtype)
+        if scales is None:
             return cls(queries)
-        return cls(queries, torch.zeros(shape[:-1], dtype=torch.int8, device=device))
+        return cls(queries, torch.zeros(scales[0], dtype=scales[1], device=device))
 
-    def layers(self) -> list[Self]:
-        """A ring of all layers as one ring per layer, on the same memory."""
-        count = self.queries.shape[0]
-        exponents = [None] * count if self.exponents is None else list(self.exponents)
-        return [type(self)(q, e) for q, e in zip(self.queries, exponents, strict=True)]
+    @classmethod
+    def of(cls, queries: torch.Tensor, dtype: torch.dtype) -> Self:
+        """A ring that holds ``queries``, shape ``(..., head_dim)``, as ``dtype``."""
+        if dtype == FP8:
+            return cls(*to_fp8(queries))
+        return cls(*to_fp4(queries)) if dtype == FP4 else cls(queries.to(dtype))
+
+    def numbers(self) -> torch.Tensor:
+        """The queries that it holds, shape ``(..., head_dim)``: float32 where they were scaled."""
+        if self.scales is None:
+            return self.queries
+        if self.queries.dtype == FP8:
+            return self.queries.float() * power_of_two(self.scales)[..., None]
+        return from_fp4(self.queries, self.scales)
+
+    def __getitem__(self, layers: int | slice) -> Self:
+        """One layer of a ring of all layers, or several, on the same memory."""
+        return type(self)(*(part[layers] for part in self.parts))
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The queries, and the scales where there are some."""
+        return (self.queries,) if self.scales is None else (self.queries, self.scales)
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a query."""
+        return self.queries.shape[-1] * (2 if self.queries.dtype == FP4 else 1)
 
     @staticmethod
     def head_bytes(head_dim: int, dtype: torch.dtype) -> int:
         """Bytes of one head of one entry."""
+        if dtype == FP4:
+            return head_dim // 2 + scales_of(head_dim)
         return head_dim * dtype.itemsize + (1 if dtype == FP8 else 0)
 
 
-def to_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``rows`` of shape ``(..., head_dim)`` as e4m3 and exponents ``(...)``, int8, see :class:`Ring`.
+def scales_of(head_dim: int) -> int:
+    """Scales of a head in :data:`FP4`: one for each quarter of its numbers, or eighth above 128."""
+    count = 4 if head_dim <= 128 else 8
+    if head_dim % count:
+        raise ValueError(
+            f"query_dtype fp4 needs a head_dim that is a multiple of {count}, not {head_dim}; take fp8"
+        )
+    return count
 
-    An infinity becomes the largest number that can be stored; NaN stays.
+
+def _scales_of(shape: torch.Size, dtype: torch.dtype) -> tuple[torch.Size, torch.dtype] | None:
+    """Shape and dtype of the scales of queries that are stored so."""
+    if dtype == FP8:
+        return shape[:-1], torch.int8
+    if dtype == FP4:
+        return torch.Size((*shape[:-1], scales_of(2 * shape[-1]))), torch.uint8
+    return None
+
+
+def to_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rows`` of shape ``(..., head_dim)`` as e4m3, and an exponent of each, ``(...)``, int8.
+
+    A row is divided by the smallest power of two with which it fits. That is exact. An infinity
+    becomes the largest number that can be stored; NaN stays.
     """
     rows = rows.float()
-    largest = rows.abs().contiguous().view(torch.int32).amax(dim=-1)  # as integers: in the same order
-    exponents = -((_FP8_MAX_BITS - largest) >> 23)  # log2(largest / 448), rounded up
+    exponents = -((_FP8_MAX_BITS - _sizes(rows).amax(dim=-1)) >> 23)  # log2(max / 448), rounded up
     exponents = exponents.clamp(*EXPONENTS)
     rows = (rows * power_of_two(-exponents)[..., None]).clamp(-_FP8_MAX, _FP8_MAX)
     return rows.to(FP8), exponents.to(torch.int8)
+
+
+def to_fp4(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rows`` of shape ``(..., head_dim)`` as e2m1, and their scales.
+
+    e2m1 is a sign and one of 0, 1/2, 1, 3/2, 2, 3, 4, 6: two bits of exponent, one of mantissa. Each
+    part of a row (:func:`scales_of`) has a scale: its largest number divided by 6, in 8 bits. These are
+    the upper bits of a float16 without its sign, five of exponent and three of mantissa. What is no
+    number, or too large, becomes the largest number that can be stored.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Bytes, shape ``(..., head_dim / 2)``, uint8: byte i holds the row's numbers i, in the bits of a
+        float16's upper byte (sign 7, others 3 to 1), and ``i + head_dim / 2`` (sign 0, others 6 to 4).
+        Scales, shape ``(..., scales_of(head_dim))``, uint8.
+    """
+    parts = rows.float().unflatten(-1, (scales_of(rows.shape[-1]), -1))
+    scales = _sizes(parts).amax(dim=-1).view(torch.float32) * (2**FP4_SHIFT / FP4_MAX)
+    codes = _rounded(scales, largest=61440.0, mantissa=3, least=2.0**-14).clamp_min(1)
+    numbers = _rounded(parts * (2**FP4_SHIFT / _scale(codes))[..., None], 6.0, 1, 1.0)
+    first, second = numbers.flatten(-2).chunk(2, dim=-1)
+    negative, also = parts.signbit().flatten(-2).to(torch.uint8).chunk(2, dim=-1)
+    return negative << 7 | first << 1 | second << 4 | also, codes
+
+
+def from_fp4(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What :func:`to_fp4` stored: shape ``(..., head_dim)``, float32."""
+    bits = rows.int()
+    first, second = (bits & 0x8E) << 8, (bits & 0x70) << 5 | (bits & 1) << 15
+    # As float16s these are e2m1 times 2**-14.
+    halves = torch.cat([first, second], dim=-1).to(torch.int16).view(torch.float16).float() * 2**14
+    parts = halves.unflatten(-1, (scales.shape[-1], -1))
+    return (parts * (_scale(scales) / 2**FP4_SHIFT)[..., None]).flatten(-2)
+
+
+def _rounded(numbers: torch.Tensor, largest: float, mantissa: int, least: float) -> torch.Tensor:
+    """The bits, without sign, of float32s in a type of so many bits of ``mantissa``, whose ``largest``
+    and ``least`` normal numbers these are; uint8. Ties go to the even one."""
+    # As integers: what is no number becomes the largest.
+    sizes = _sizes(numbers).clamp(max=_bits(largest))
+    dropped, zero = 23 - mantissa, _bits(least) - (1 << 23)  # an exponent of 0, like that below least
+    normal = (sizes + ((1 << (dropped - 1)) - 1) + ((sizes >> dropped) & 1) - zero) >> dropped
+    steps = sizes.view(torch.float32) * (2**mantissa / least)  # of the smallest number
+    tiny = steps.round().clamp(max=2**mantissa).int()
+    return torch.where(sizes < _bits(least), tiny, normal).to(torch.uint8)
+
+
+def _bits(number: float) -> int:
+    """Of a positive float32."""
+    return struct.unpack("<i", struct.pack("<f", number))[0]
+
+
+def _scale(codes: torch.Tensor) -> torch.Tensor:
+    """A stored scale, float32."""
+    return (codes.to(torch.int16) << 7).view(torch.float16).float()
+
+
+def _sizes(rows: torch.Tensor) -> torch.Tensor:
+    """``abs(rows)`` of float32 as int32 in the same order; NaN comes last."""
+    return rows.contiguous().view(torch.int32) & 0x7FFFFFFF
 
 
 def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
@@ -99,26 +208,35 @@ def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
     return ((exponents.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
-def plan(
-    positions: torch.Tensor,
-    rows: torch.Tensor,
-    units: torch.Tensor,
-    ring_len: int,
-    trash: int,
-) -> torch.Tensor:
-    """Where the queries of one decode step go; made once per step and shared by all layers.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The tokens of one decode step, and what decides where their queries go.
+
+    Attributes
+    ----------
+    positions
+        Their logical positions, shape ``(batch,)``, int64.
+    rows
+        The requests' rows of ``req_to_token``, shape ``(batch,)``, int64.
+    units
+        Units of each row's recorder, shape ``(num_rows, group)``, int64; -1 for a row without one, and
+        behind the only unit of one that keeps the mean.
+    ring_len
+        Tokens per unit.
+    """
+
+    positions: torch.Tensor
+    rows: torch.Tensor
+    units: torch.Tensor
+    ring_len: int
+
+
+def plan(step: Step, trash: int) -> torch.Tensor:
+    """Where the queries of one decode step go, the same in all layers.
 
     Parameters
     ----------
-    positions : torch.Tensor
-        Logical positions of the step's tokens, shape ``(batch,)``, int64.
-    rows : torch.Tensor
-        The requests' rows of ``req_to_token``, shape ``(batch,)``, int64.
-    units : torch.Tensor
-        Units of each row's recorder, shape ``(num_rows, group)``, int64; -1 for a row without one, and
-        behind the only unit of one that keeps the mean.
-    ring_len : int
-        Tokens per unit.
+    step : Step
     trash : int
         Index of the ring's last entry, which takes what nobody keeps.
 
@@ -127,48 +245,43 @@ def plan(
     torch.Tensor
         Ring entries, shape ``(batch, group)``, int64.
     """
-    units = units[rows]
-    entry = units * ring_len + positions[:, None] % ring_len
+    units = step.units[step.rows]
+    entry = units * step.ring_len + step.positions[:, None] % step.ring_len
     return torch.where(units < 0, trash, entry)
 
 
-def record(ring: Ring, entries: torch.Tensor, queries: Queries) -> None:
-    """Store one step's queries of one layer, or of all.
+def record(ring: Ring, step: Step, queries: Sequence[torch.Tensor]) -> None:
+    """Store one step's queries of some layers.
+
+    The same operations whoever records, so they may be captured in a CUDA graph.
 
     Parameters
     ----------
     ring : Ring
-        Written in place.
-    entries : torch.Tensor
-        What :func:`plan` returned, shape ``(batch, group)``. The ring's last entry is the trash; where
-        a row's second head goes there, its first place takes the mean of the group.
-    queries : torch.Tensor or list of torch.Tensor
-        Post-RoPE queries, shape ``(batch, num_kv_heads * group * head_dim)`` or with the last
-        dimension already split, any float dtype; where the ring has layers, a list with one per layer,
-        which must not be captured in a CUDA graph.
+        Of as many layers as there are queries, written in place. The last entry is the trash.
+    step : Step
+    queries : sequence of torch.Tensor
+        Post-RoPE queries, one tensor per layer, shape ``(batch, num_kv_heads * group * head_dim)`` or
+        with the last dimension already split, any float dtype.
     """
-    eager = isinstance(queries, list)
-    if isinstance(queries, list):
-        queries = torch.stack(queries)
+    _, num_entries, num_kv_heads, _ = ring.queries.shape
+    trash = num_entries - 1
+    entries = plan(step, trash)
     batch, group = entries.shape
-    *layers, num_entries, num_kv_heads, head_dim = ring.queries.shape
-    by_group = queries.view(*layers, batch, num_kv_heads, group, head_dim).transpose(-3, -2)
+    by_group = torch.stack(list(queries)).view(-1, batch, num_kv_heads, group, ring.head_dim)
+    by_group = by_group.transpose(2, 3)
     if group > 1:
-        trash = num_entries - 1
         alone = (entries[:, 1:2] == trash) & (entries[:, :1] != trash)
-        # What may be captured must be the same operations whoever records.
-        if not eager or alone.any():
-            first = torch.where(alone[..., None], mean_of(by_group), by_group[..., 0, :, :])
-            by_group = torch.cat([first[..., None, :, :], by_group[..., 1:, :, :]], dim=-3)
-    rows = by_group.reshape(*layers, batch * group, num_kv_heads, head_dim)
-    where = entries.flatten()
-    if ring.exponents is None:
-        ring.queries.index_copy_(-3, where, rows.to(ring.queries.dtype))
-        return
-    rows, exponents = to_fp8(rows)
-    # As bytes: index_copy_ does not know 8-bit floats.
-    ring.queries.view(torch.uint8).index_copy_(-3, where, rows.view(torch.uint8))
-    ring.exponents.index_copy_(-2, where, exponents)
+        first = torch.where(alone[..., None], mean_of(by_group), by_group[..., 0, :, :])
+        by_group = torch.cat([first[..., None, :, :], by_group[..., 1:, :, :]], dim=2)
+    stored = Ring.of(by_group.flatten(1, 2), ring.queries.dtype)
+    for part, new in zip(ring.parts, stored.parts, strict=True):
+        _movable(part).index_copy_(1, entries.flatten(), _movable(new))
+
+
+def _movable(part: torch.Tensor) -> torch.Tensor:
+    """A ring's part as bytes where torch knows no operations on its dtype."""
+    return part.view(torch.uint8) if part.dtype == FP8 else part
 
 
 def mean_of(heads: torch.Tensor) -> torch.Tensor:
@@ -199,7 +312,8 @@ def recorded(ring: Ring, start: int, count: int, units: Sequence[int], ring_len:
     Returns
     -------
     torch.Tensor
-        Shape ``(count, num_kv_heads, group or 1, head_dim)``; the ring's dtype, float32 for fp8.
+        Shape ``(count, num_kv_heads, group or 1, head_dim)``; the ring's dtype, or float32 where it has
+        scales.
     """
     if count > ring_len:
         raise ValueError(f"{count} queries asked of a ring that holds {ring_len} tokens")
@@ -207,10 +321,6 @@ def recorded(ring: Ring, start: int, count: int, units: Sequence[int], ring_len:
     offsets = torch.arange(start, start + count, device=device) % ring_len
     firsts = to_device(torch.tensor(units) * ring_len, device)
     entries = (firsts + offsets[:, None]).flatten()
-    if ring.exponents is None:
-        rows = ring.queries.index_select(0, entries)
-    else:
-        # As bytes, which every operation knows.
-        rows = ring.queries.view(torch.uint8).index_select(0, entries).view(FP8).float()
-        rows *= power_of_two(ring.exponents.index_select(0, entries))[..., None]
+    parts = (_movable(part).index_select(0, entries).view(part.dtype) for part in ring.parts)
+    rows = Ring(*parts).numbers()
     return rows.unflatten(0, (count, -1)).transpose(1, 2)

@@ -8,6 +8,8 @@ compression, because a compressed row is a row like any other whose key has one 
   for a beginning of them. The logically longest wins, exact KV wins ties. Only the winner is touched,
   so a compressed copy of what is there exactly ages out.
 * **insert**: a row with windows is inserted under its physical key.
+* **strangers**: a text with an id that is no token takes no part, because it could pass for a physical
+  key. The launcher refuses such texts; here it does not matter who let one in.
 * **lengths**: ``req.prefix_len`` stays logical, ``cache_protected_len`` and all else that counts slots
   is physical (:mod:`~kara_sglang.radix_integration.prefill`).
 
@@ -28,6 +30,7 @@ from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
@@ -40,7 +43,8 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from kara_sglang.radix_integration.keys import physical_key, seed_of
+from kara_sglang.compat.padding import padding_values
+from kara_sglang.radix_integration.keys import Text, first_stranger, physical_key, seed_of
 from kara_sglang.radix_integration.layout import Layout, LayoutIndex
 from kara_sglang.radix_integration.prefix import PREFIX, Prefix, layout_of, prefix_of, removed
 from kara_sglang.refusals import CACHE_BACKEND
@@ -68,6 +72,8 @@ class CompressedRadixCache(UnifiedRadixCache):
     settings_of : callable
         ``Req`` -> the settings of its windows as bytes, None where it takes and leaves exact KV only.
         Until the coordinator has set it, nobody takes part.
+    vocab_size : int
+        Token ids of the model are smaller; nothing is a token before the coordinator has set it.
     layouts : LayoutIndex
     debug_checks : bool
         Check the interval map of each row that is inserted.
@@ -75,6 +81,7 @@ class CompressedRadixCache(UnifiedRadixCache):
 
     def __init__(self, params: CacheInitParams) -> None:
         self.settings_of: Callable[[Req], bytes | None] = lambda _req: None
+        self.vocab_size = 0
         self.layouts = LayoutIndex()
         self.debug_checks = False
         super().__init__(params)
@@ -93,7 +100,11 @@ class CompressedRadixCache(UnifiedRadixCache):
         MatchResult
             ``device_prefix_len`` in tokens, ``cache_protected_len`` in slots where they differ.
         """
-        if params.req is None or self.disable:
+        if self.disable:
+            return super().match_prefix(params)
+        if not self._may_take_part(params.req, _ids_of(params.key)):
+            params = dataclasses.replace(params, key=_nothing_of(params.key))
+        if params.req is None:
             return super().match_prefix(params)
         prefix = self._prefix(params.req)
         prefix.windows = ()
@@ -112,37 +123,44 @@ class CompressedRadixCache(UnifiedRadixCache):
             cache_protected_len=slots,
         )
 
+    def touch_prefix(self, key: RadixKey) -> None:
+        """Keep a waiting text's prefix young; it must not split a window's node."""
+        if self._may_take_part(None, _ids_of(key)):
+            super().touch_prefix(key)
+
+    def _may_take_part(self, req: Req | None, ids: array | memoryview) -> bool:
+        """Whether ``ids`` are tokens, but for what SGLang has put in place of the request's own images
+        and sounds: numbers of up to 62 bits, drawn by a hash."""
+        if first_stranger(ids, self.vocab_size) is None:
+            return True
+        if req is None or req.multimodal_inputs is None:
+            return False
+        own = [value for item in req.multimodal_inputs.mm_items for value in padding_values(item)]
+        unsigned = np.frombuffer(ids, dtype=np.uint64)
+        return bool(np.isin(unsigned[unsigned >= self.vocab_size], np.array(own, np.uint64)).all())
+
     def _find(self, settings: bytes, key: RadixKey) -> tuple[RadixKey, Layout] | None:
         """The physical key under which more of the text is cached than under its tokens.
 
         Looks only (``match_full_device_prefix``), so that the loser of the comparison ages.
         """
-        tokens = memoryview(key.raw_token_ids())
-        longest, _, _ = self.tree_core.match_full_device_prefix(key)
+
+        def cached(ids: array) -> int:
+            candidate = RadixKey(ids, key.extra_key, cache_salt=key.cache_salt)
+            slots, _, _ = self.tree_core.match_full_device_prefix(candidate)
+            return slots
+
+        tokens = _ids_of(key)
+        exact, _, _ = self.tree_core.match_full_device_prefix(key)
         # The exact part of a compressed row is an exact prefix, so nothing can start behind it.
-        if longest == 0 or longest >= len(tokens) // self.page_size * self.page_size:
+        if exact == 0 or exact >= len(tokens) // self.page_size * self.page_size:
             return None
         seed = seed_of(settings, key.extra_key, key.cache_salt)
-        best = None
-        for layout in self.layouts.find(seed, tokens, longest):
-            layout = layout.within(len(tokens))
-            while layout.windows:
-                ids = physical_key(seed, tokens, layout.windows)
-                candidate = RadixKey(ids, key.extra_key, cache_salt=key.cache_salt)
-                slots, _, _ = self.tree_core.match_full_device_prefix(candidate)
-                reached = layout.tokens(slots)
-                shorter = layout.within(reached)
-                if reached > longest:
-                    longest = reached
-                    cut = layout.slots(reached)
-                    best = RadixKey(ids[:cut], key.extra_key, cache_salt=key.cache_salt), shorter
-                if len(shorter.windows) == len(layout.windows):
-                    break
-                # This text leaves the layout at a window; another may go on there, uncompressed.
-                layout = shorter
-        if best is not None:
-            self.layouts.add(seed, tokens, best[1])
-        return best
+        found = self.layouts.longest(seed, tokens, exact, cached)
+        if found is None:
+            return None
+        layout, ids = found
+        return RadixKey(ids, key.extra_key, cache_salt=key.cache_salt), layout
 
     def _prefix(self, req: Req) -> Prefix:
         prefix = prefix_of(req)
@@ -163,6 +181,8 @@ class CompressedRadixCache(UnifiedRadixCache):
             Tokens at the end of a prefill, slots at the end of the request, as SGLang's callers
             (``mem_cache/common.py``) have them.
         """
+        if not self.disable and not self._may_take_part(req, req.full_untruncated_fill_ids):
+            return  # as with SGLang's own ``skip_radix_cache_insert``
         layout = layout_of(req)
         if not layout.windows or self.disable:
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
@@ -170,7 +190,7 @@ class CompressedRadixCache(UnifiedRadixCache):
         text, prompt = req.full_untruncated_fill_ids, req.origin_input_ids
         seed = seed_of(self._prefix(req).settings, req.extra_key, req.cache_salt)
         tokens = memoryview(text)
-        ids = physical_key(seed, tokens, layout.windows)
+        ids = physical_key(Text(seed, tokens), layout.windows)
         slots = up_to if req.finished() else layout.slots(up_to)
         if self.debug_checks:
             layout.check(self.page_size)
@@ -206,3 +226,13 @@ class CompressedRadixCache(UnifiedRadixCache):
                 f"kv-compress: request {req.rid} matched {slots} slots, the path holds {len(path)}"
             )
         return path[:slots]
+
+
+def _ids_of(key: RadixKey) -> memoryview:
+    """The ids of a key without bigrams, within its limit."""
+    return memoryview(key.token_ids)[: len(key)]
+
+
+def _nothing_of(key: RadixKey) -> RadixKey:
+    """The empty beginning of a key."""
+    return RadixKey(array("q"), key.extra_key, cache_salt=key.cache_salt)

@@ -6,6 +6,10 @@ is as large, and a text that differs anywhere up to the window's end gets other 
 have the same length, as the tree demands, exact and compressed rows share the nodes of their exact
 part, and a match never ends inside a window.
 
+All of it rests on texts that hold tokens only: a "text" of ids could claim to be any window. SGLang
+lets a client send any number as a token id, so :func:`first_stranger` looks at every text, once where
+requests come in and once more where keys meet the tree.
+
 Python's ``hash()`` is not used: all tensor-parallel ranks must get the same ids.
 """
 
@@ -13,16 +17,24 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from kara_sglang.state import Window
 
-FIRST_ID = 1 << 32
-"""Ids of windows start here, above every token id."""
+FIRST_ID = 1 << 60
+"""Ids of windows are this large and smaller than twice as much; no token is."""
 
-_NUM_IDS = (1 << 61) - FIRST_ID  # the tree was tried with ids up to 2^61
+_STRIDE = 256  # tokens; hashing so many takes as long as all else that a digest takes
+
+
+def first_stranger(ids: array | memoryview, vocab_size: int) -> int | None:
+    """Index of the first of ``ids`` (int64) that is no token: outside [0, ``vocab_size``); or None."""
+    unsigned = np.frombuffer(ids, dtype=np.uint64)  # a negative one is larger than any token
+    if not len(unsigned) or unsigned.max() < vocab_size:
+        return None
+    return int((unsigned >= vocab_size).argmax())
 
 
 def seed_of(settings: bytes, extra_key: str | None, cache_salt: str | None) -> bytes:
@@ -38,54 +50,83 @@ def seed_of(settings: bytes, extra_key: str | None, cache_salt: str | None) -> b
     return repr((settings, extra_key, cache_salt or None)).encode()
 
 
-def prefix_digests(seed: bytes, tokens: memoryview, ends: Sequence[int]) -> list[bytes]:
-    """A digest of ``tokens[:end]`` for each of the ascending ``ends``."""
-    running = hashlib.blake2b(seed, digest_size=16)
-    digests, done = [], 0
-    for end in ends:
-        running.update(tokens[done:end])
-        digests.append(running.copy().digest())
-        done = end
-    return digests
-
-
-def physical_key(seed: bytes, tokens: memoryview, windows: Iterable[Window]) -> array:
-    """Ids of the slots that hold ``tokens``.
+class Text:
+    """A text, and digests of its beginnings: each token is hashed once, whatever is asked for.
 
     Parameters
     ----------
     seed : bytes
         Of :func:`seed_of`.
     tokens : memoryview of int64
-    windows : iterable of Window
-        Ascending; all of them lie wholly in ``tokens``.
-
-    Returns
-    -------
-    array of int64
-        As long as ``tokens`` less what the windows gave back.
     """
-    running = hashlib.blake2b(seed, digest_size=16)
-    key, done = array("q"), 0
+
+    def __init__(self, seed: bytes, tokens: memoryview) -> None:
+        self.seed = seed
+        self.tokens = tokens
+        self.length = len(tokens)
+        self._states = [hashlib.blake2b(seed, digest_size=16)]  # of the hash, every _STRIDE tokens
+        self._digests: dict[int, bytes] = {}
+
+    def digest(self, end: int) -> bytes:
+        """A digest of all before token ``end``, 16 bytes."""
+        digest = self._digests.get(end)
+        if digest is None:
+            stride = end // _STRIDE
+            for last in range(len(self._states) - 1, stride):
+                state = self._states[last].copy()
+                state.update(self.tokens[last * _STRIDE : (last + 1) * _STRIDE])
+                self._states.append(state)
+            state = self._states[stride].copy()
+            state.update(self.tokens[stride * _STRIDE : end])
+            digest = self._digests[end] = state.digest()
+        return digest
+
+    def window_digest(self, front: bytes, window: Window) -> bytes:
+        """A digest of all before the end of ``window``, and of how it and those before it were made.
+
+        ``front`` is that of the window before; of the first one, :meth:`digest` of what lies before it.
+        """
+        end = window.logical_start + window.width
+        made = f"{window.logical_start} {window.width} {window.kept} {window.mark}".encode()
+        return hashlib.blake2b(front + self.digest(end) + made, digest_size=16).digest()
+
+    def window_digests(self, windows: Sequence[Window]) -> list[bytes]:
+        """:meth:`window_digest` of each of a row's windows; all of them lie wholly in the text."""
+        digests: list[bytes] = []
+        front = self.digest(windows[0].logical_start) if windows else b""
+        for window in windows:
+            front = self.window_digest(front, window)
+            digests.append(front)
+        return digests
+
+
+def physical_key(text: Text, windows: Sequence[Window]) -> array:
+    """Ids of the slots that hold ``text``, int64.
+
+    As long as the text less what the windows, which are ascending and lie wholly in it, gave back.
+    """
+    return key_of(text.tokens, windows, text.window_digests(windows))
+
+
+def key_of(tokens: memoryview, windows: Sequence[Window], digests: Sequence[bytes]) -> array:
+    """:func:`physical_key`, where the windows' digests are known."""
+    key, done, taken = array("q"), 0, 0
+    ids = memoryview(_ids(digests, [window.kept for window in windows]))
     for window in windows:
-        start, end = window.logical_start, window.logical_start + window.width
-        key.frombytes(tokens[done:start].cast("B"))
-        running.update(tokens[done:start])
-        # No token is negative, so no text can look like this.
-        mark = window.mark.encode()
-        running.update(array("q", (-1, window.width, window.kept, len(mark))))
-        running.update(mark)
-        running.update(tokens[start:end])
-        key.frombytes(_ids(running.digest(), window.kept))
-        done = end
+        key.frombytes(tokens[done : window.logical_start].cast("B"))
+        key.frombytes(ids[taken : taken + window.kept].cast("B"))
+        done, taken = window.logical_start + window.width, taken + window.kept
     key.frombytes(tokens[done:].cast("B"))
     return key
 
 
-def _ids(digest: bytes, count: int) -> bytes:
-    """``count`` ids; the first two carry 60 bits each of the digest, so two windows of more than one
-    slot are the same where 120 bits of their digests are. Windows of one slot get no key
-    (``KaraConfig.may_share``)."""
-    first, step = (int.from_bytes(part, "little") for part in (digest[:8], digest[8:16]))
-    ids = np.uint64(first) + np.arange(count, dtype=np.uint64) * np.uint64(step)
-    return (ids % np.uint64(_NUM_IDS) + np.uint64(FIRST_ID)).astype(np.int64).tobytes()
+def _ids(digests: Sequence[bytes], counts: Sequence[int]) -> np.ndarray:
+    """``counts[k]`` ids for window k, one after the other; a window's first two carry 60 bits each of
+    the digest, so two windows of more than one slot are the same where 120 bits of their digests are.
+    Windows of one slot get no key (``KaraConfig.may_share``)."""
+    halves = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
+    first, step = np.repeat(halves, counts, axis=0).T
+    ends = np.cumsum(counts, dtype=np.int64)
+    place = np.arange(len(first)) - np.repeat(ends - counts, counts)  # in its window
+    ids = first + place.astype(np.uint64) * step
+    return (ids & np.uint64(FIRST_ID - 1) | np.uint64(FIRST_ID)).view(np.int64)

@@ -43,7 +43,7 @@ from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
-from kara_sglang.kernels.record import FP8, Ring
+from kara_sglang.kernels.record import FP4, FP8, Ring, Step
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.selectors.keys import KeysSelector
@@ -74,6 +74,7 @@ KERNELS = (
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 LOGITS = ("log_sum_exp_kernel", "column_sum_kernel")
 SCORE = ("prepare_kernel", *LOGITS)
+RECORDED = ("record_kernel", *SCORE)  # those that a ring's dtype changes
 WEIGHTS, SELECT = ("prepare_kernel",), ("select_kernel",)
 
 
@@ -110,10 +111,16 @@ class Launch:
                 signature[parameter.name] = "constexpr"
                 constants[parameter.name] = value
                 continue
-            signature[parameter.name] = mangle_type(value)
-            number = value.data_ptr() if isinstance(value, torch.Tensor) else value
-            if number % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            if isinstance(value, tuple):
+                signature[parameter.name] = tuple(mangle_type(each) for each in value)
+                parts = {(index, place): each for place, each in enumerate(value)}
+            else:
+                signature[parameter.name] = mangle_type(value)
+                parts = {(index,): value}
+            for path, each in parts.items():
+                number = each.data_ptr() if isinstance(each, torch.Tensor) else each
+                if number % 16 == 0 and not parameter.do_not_specialize:
+                    attributes[path] = [["tt.divisibility", 16]]
         options = {name: self.arguments[name] for name in OPTIONS if name in self.arguments}
         return signature, constants, attributes, options
 
@@ -220,10 +227,11 @@ def launches(
     heads, dim = model.kv_heads, model.head_dim
     num_units = 1 if mean else model.group
     ring_len = window + delay
+    ring = Ring.zeros((1, num_units * ring_len + 1, heads, dim), ring_dtype)
     pool = LayerPool(
         keys=[torch.empty(window, heads, dim, dtype=key_dtype)],
         values=[torch.empty(window, heads, dim, dtype=key_dtype)],
-        rings=[Ring.zeros((num_units * ring_len + 1, heads, dim), ring_dtype)],
+        rings=[ring[0]],
         ring_len=ring_len,
         scales=[dim**-0.5],
         turn=Turn.of_layer(torch.ones(dim // 2), torch.zeros(dim // 2), dim, halves=halves),
@@ -249,13 +257,14 @@ def launches(
     )
     batch = 64
     queries = torch.empty(batch, model.query_heads * dim, dtype=torch.bfloat16)
-    entries = torch.zeros(batch, model.group, dtype=torch.int64)
+    rows = torch.zeros(batch, dtype=torch.int64)
+    step = Step(rows, rows, torch.zeros(1, model.group, dtype=torch.int64), ring_len)
     capability = divmod(architecture, 10)
     with caught() as found, patch.object(pool_module, "capability_of", lambda device: capability):
         kernels = TritonKernels()
         shape = WindowShape(1, heads, dim, key_dtype, window, window, num_units, window + delay)
         kernels.reserve(torch.device("cpu"), shape)
-        kernels.record(pool.rings[0], entries, queries)
+        kernels.record(ring, step, [queries])
         kernels.compress(pool, [job])
     return found
 
@@ -296,12 +305,14 @@ def cases(architecture: int) -> list[tuple[str, list[Launch]]]:
     found = [(model.name, made(model)) for model in (*MODELS, *OTHER_SHAPES)]
     for name, settings in (
         ("bf16 ring", {"ring_dtype": torch.bfloat16}),
+        ("fp4 ring", {"ring_dtype": FP4}),
         ("fp8 keys", {"key_dtype": FP8}),
         ("mean", {"mean": True}),
         ("causal", {"causal": True}),
         ("W = 1024", {"window": 1024}),
     ):
-        found.append((f"{first.name}, {name}", of(SCORE, made(first, **settings))))
+        kernels = RECORDED if "ring" in name else SCORE
+        found.append((f"{first.name}, {name}", of(kernels, made(first, **settings))))
     for model in OTHER_SHAPES:
         found.append((f"head_dim {model.head_dim}, keys", of(WEIGHTS, made(model, votes=False))))
         if model.head_dim not in (128, 256):
@@ -310,6 +321,7 @@ def cases(architecture: int) -> list[tuple[str, list[Launch]]]:
             ("not ahead", {"ahead": False}),
             ("pairs of neighbours", {"halves": False}),
             ("fp32 keys", {"key_dtype": torch.float32}),
+            ("fp4 ring", {"ring_dtype": FP4}),
         ):
             found.append((f"head_dim {model.head_dim}, {name}", of(SCORE, made(model, **settings))))
     found.append((f"{first.name}, no chunks", of(SELECT, made(first, chunks=False))))

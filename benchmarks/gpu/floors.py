@@ -29,8 +29,8 @@ class Settings:
     ----------
     window, kept, delay
         W, R and the delay, in tokens.
-    query_bytes
-        Bytes of one recorded number: 1 for fp8, 2 for 16 bit.
+    query_bits
+        Of one recorded number: 4, 8 or 16.
     mean
         The mean of each group is recorded instead of all its heads.
     """
@@ -38,17 +38,23 @@ class Settings:
     window: int = 512
     kept: int = 256
     delay: int = 64
-    query_bytes: int = 1
+    query_bits: int = 8
     mean: bool = False
 
     def voters(self, model: Model) -> int:
         """Recorded queries per KV head that vote: those of the window."""
         return self.window * (1 if self.mean else model.group)
 
+    def head_bytes(self, model: Model) -> int:
+        """Bytes of one recorded query of one head, its scales included."""
+        scales = {4: 4 if model.head_dim <= 128 else 8, 8: 1, 16: 0}[self.query_bits]
+        return model.head_dim * self.query_bits // 8 + scales
+
 
 VARIANTS = {
     "W 512": Settings(),
     "W 512, mean": Settings(mean=True),
+    "W 512, fp4": Settings(query_bits=4),
     "W 1024": Settings(window=1024, kept=512),
 }
 
@@ -102,8 +108,7 @@ DATASHEET = (
 def record(model: Model, settings: Settings) -> Work:
     """One decode step of one recording request: queries read, and written to the ring."""
     written = model.kv_heads if settings.mean else model.query_heads
-    exponent = 1 if settings.query_bytes == 1 else 0
-    stored = written * (model.head_dim * settings.query_bytes + exponent)
+    stored = written * settings.head_bytes(model)
     return Work(bytes=model.layers * (model.query_heads * model.head_dim * 2 + stored))
 
 
@@ -118,7 +123,7 @@ def score(model: Model, settings: Settings) -> Work:
     """Both passes over queries and turned keys; the queries' log-sum-exps and scales are written by the
     first and read by the second, which reads the weights and writes the scores."""
     rows, width, dim = settings.voters(model), settings.window, model.head_dim
-    queries, keys, sums = rows * dim * settings.query_bytes, width * dim * 2, rows * 2 * 4
+    queries, keys, sums = rows * settings.head_bytes(model), width * dim * 2, rows * 2 * 4
     per_pass = Work(bytes=queries + keys + sums, flops=2 * rows * width * dim, exps=rows * width)
     per_head = per_pass * 2 + Work(bytes=2 * 4 * width)
     return per_head * (model.layers * model.kv_heads)

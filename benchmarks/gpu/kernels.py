@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import platform
 import shutil
 import statistics
@@ -33,7 +34,7 @@ from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import record as reference_record
 from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob, WindowShape
 from kara_sglang.kernels.compact import compact as reference_compact
-from kara_sglang.kernels.record import FP8, Ring, to_fp8
+from kara_sglang.kernels.record import FP4, FP8, Ring, Step
 from kara_sglang.kernels.score import AttentionRule, blend_neighbours
 from kara_sglang.kernels.score import attention_scores as reference_scores
 from kara_sglang.kernels.score import weight_scores as reference_weights
@@ -49,22 +50,30 @@ from kara_sglang.kernels.triton.prepare import weight_scores
 from kara_sglang.kernels.triton.score import Scratch, Voters, attention_scores, recorders_of
 from kara_sglang.kernels.triton.select import select
 from kara_sglang.kernels.turn import Turn
+from kara_sglang.recorder import LAG, AttentionShape, QueryRecorder
 
 DEVICE = torch.device("cuda")
 RULE = KaraSelector.from_config(KaraConfig()).rule
 CHUNKS = ChunkRule(budget=0.1)
 KARA, KEYS = KaraSelector(chunks=CHUNKS, rule=RULE), KeysSelector.from_config(KaraConfig())
 PAGE = 16
+BATCH = 64  # tokens of a decode step
+RING_DTYPES = {4: FP4, 8: FP8, 16: torch.bfloat16}
 OTHER_CASES = (
-    (Model("head_dim 64", 1, 12, 4, 64, 0), torch.float16, 1),
-    (Model("head_dim 80", 1, 4, 4, 80, 0), torch.bfloat16, 1),
-    (Model("head_dim 96", 1, 14, 2, 96, 0), torch.bfloat16, 2),
-    (Model("head_dim 128", 1, 32, 2, 128, 0), FP8, 1),
-    (Model("head_dim 128", 1, 8, 2, 128, 0), torch.float16, 2),
-    (Model("head_dim 192", 1, 6, 2, 192, 0), torch.bfloat16, 1),
-    (Model("head_dim 256", 1, 16, 8, 256, 0), FP8, 2),
+    (Model("head_dim 64", 1, 12, 4, 64, 0), torch.float16, 8),
+    (Model("head_dim 64", 1, 12, 4, 64, 0), torch.bfloat16, 4),
+    (Model("head_dim 80", 1, 4, 4, 80, 0), torch.bfloat16, 8),
+    (Model("head_dim 80", 1, 4, 4, 80, 0), torch.float16, 4),
+    (Model("head_dim 96", 1, 14, 2, 96, 0), torch.bfloat16, 16),
+    (Model("head_dim 128", 1, 32, 2, 128, 0), FP8, 8),
+    (Model("head_dim 128", 1, 32, 2, 128, 0), FP8, 4),
+    (Model("head_dim 128", 1, 8, 2, 128, 0), torch.float16, 16),
+    (Model("head_dim 192", 1, 6, 2, 192, 0), torch.bfloat16, 8),
+    (Model("head_dim 192", 1, 6, 2, 192, 0), torch.bfloat16, 4),
+    (Model("head_dim 256", 1, 16, 8, 256, 0), FP8, 16),
+    (Model("head_dim 256", 1, 16, 8, 256, 0), torch.bfloat16, 4),
 )
-"""Model shapes, dtype of K and V, bytes of a recorded number: checked, not timed."""
+"""Model shapes, dtype of K and V, bits of a recorded number: checked, not timed."""
 
 
 class Case:
@@ -82,11 +91,17 @@ class Case:
         self.settings = settings
         self.num_jobs = num_jobs
         heads, dim = model.kv_heads, model.head_dim
-        width, ring_len = settings.window, settings.window + settings.delay
-        units = 1 if settings.mean else model.group
+        width, units = settings.window, 1 if settings.mean else model.group
         slots = num_jobs * width * 2  # half of the pool belongs to others
-        entries = num_jobs * units * ring_len + 1
-        ring_dtype = FP8 if settings.query_bytes == 1 else torch.bfloat16
+        ring_dtype = RING_DTYPES[settings.query_bits]
+        shape = AttentionShape(layers, model.query_heads, heads, dim, torch.bfloat16, DEVICE)
+        of_unit = layers * heads * Ring.head_bytes(dim, ring_dtype) * (width + settings.delay + LAG)
+        self.recorder = QueryRecorder(
+            shape, width, settings.delay, num_jobs * units * of_unit, ring_dtype
+        )
+        self.recorder.allocate_tables(1 + BATCH)
+        self.units = [self.recorder.acquire(1 + job, units, 0).units for job in range(num_jobs)]
+        self.recorder.flush()
 
         def normal(rows: int) -> torch.Tensor:
             return torch.randn(rows, heads, dim, device=DEVICE, dtype=torch.bfloat16)
@@ -95,18 +110,21 @@ class Case:
         self.pool = LayerPool(
             keys=[normal(slots).to(key_dtype) for _ in range(layers)],
             values=[normal(slots).to(key_dtype) for _ in range(layers)],
-            rings=[ring_of(normal(entries), ring_dtype) for _ in range(layers)],
-            ring_len=ring_len,
+            rings=self.recorder.rings,
+            ring_len=self.recorder.ring_len,
             scales=[dim**-0.5] * layers,
             turn=Turn.of([Turn.of_layer(angles.cos(), angles.sin(), dim, halves=True)] * layers),
         )
+        for ring in self.recorder.rings:
+            filled = Ring.of(normal(len(ring.queries)), ring_dtype)
+            for part, full in zip(ring.parts, filled.parts, strict=True):
+                part.copy_(full)
         pages = torch.randperm(slots // PAGE, device=DEVICE)[: num_jobs * width // PAGE]
         self.slots = (pages[:, None] * PAGE + torch.arange(PAGE, device=DEVICE)).int()
         self.slots = self.slots.view(num_jobs, width)
-        self.units = [tuple(range(units * job, units * (job + 1))) for job in range(num_jobs)]
         self.starts = [16 + 1003 * job for job in range(num_jobs)]
         self.tables = PoolTables.of(self.pool)
-        self.voters = Voters(recorders_of(self.jobs(), ring_len).to(DEVICE), 0, width)
+        self.voters = Voters(recorders_of(self.jobs(), self.pool.ring_len).to(DEVICE), 0, width)
         self.scores = torch.empty(layers, num_jobs, heads, width, device=DEVICE)
         regions = Scratch.regions(
             (layers, num_jobs, heads), width, dim, self.voters.rows, self.tables.dot
@@ -117,18 +135,40 @@ class Case:
         self.kept = torch.empty(
             layers, num_jobs, heads, settings.kept, dtype=torch.int32, device=DEVICE
         )
-        batch = 64
-        group = model.group
-        self.queries = torch.randn(batch, model.query_heads * dim, device=DEVICE, dtype=torch.bfloat16)
-        picked = torch.randperm(entries - 1, device=DEVICE)[: num_jobs * group].view(-1, group)
-        if settings.mean:
-            picked[:, 1:] = entries - 1
-        idle = torch.full((batch - num_jobs, group), entries - 1, device=DEVICE)
-        self.entries = torch.cat([picked, idle])[torch.randperm(batch, device=DEVICE)]
+        self.rows = 1 + torch.randperm(BATCH, device=DEVICE)  # most of them have no recorder
+        self.positions = torch.randint(0, 40_000, (BATCH,), device=DEVICE)
+        # As the query part of a QKV projection.
+        projected = torch.randn(
+            layers, BATCH, model.query_heads + 2 * heads, dim, device=DEVICE, dtype=torch.bfloat16
+        )
+        self.queries = projected.flatten(2)[..., : model.query_heads * dim]
+        self.recording = TritonKernels()
 
     def record(self) -> None:
-        for ring in self.pool.rings:
-            TritonKernels().record(ring, self.entries, self.queries)
+        for layer, queries in enumerate(self.queries):
+            self.recorder.record(self.recording, layer, queries, self.rows, self.positions)
+
+    def record_in_a_model(self) -> None:
+        """The same, but each layer's queries are made and dropped, and other tensors then come to lie
+        in the memory that is free."""
+        for layer, stored in enumerate(self.queries):
+            queries = stored.clone()
+            self.recorder.record(self.recording, layer, queries, self.rows, self.positions)
+            del queries
+            torch.full_like(stored, torch.nan)
+
+    def expected_rings(self) -> Ring:
+        """The ring as the reference leaves it after a step."""
+        ring = Ring(*(part.clone() for part in self.recorder.ring.parts))
+        step = Step(self.positions, self.rows, self.recorder.units, self.recorder.ring_len)
+        reference_record.record(ring, step, list(self.queries))
+        return ring
+
+    def require_recorded(self, expected: Ring, what: str) -> None:
+        """Raise where the ring is not ``expected``, the entry that nobody reads left out."""
+        for ours, theirs in zip(self.recorder.ring.parts, expected.parts, strict=True):
+            same = torch.equal(ours[:, :-1].view(torch.uint8), theirs[:, :-1].view(torch.uint8))
+            require(same, what)
 
     def score(self, rule: AttentionRule = RULE) -> None:
         for launch in attention_scores(
@@ -204,12 +244,9 @@ def check(case: Case) -> dict[str, Any]:
         on; near ties may fall either way.
     """
     pool, settings = case.pool, case.settings
-    rings = [Ring(*(part.clone() for part in parts(ring))) for ring in pool.rings]
+    expected = case.expected_rings()
     case.record()
-    for ours, theirs in zip(pool.rings, rings, strict=True):
-        reference_record.record(theirs, case.entries, case.queries)
-        for mine, other in zip(parts(ours), parts(theirs), strict=True):
-            require(torch.equal(mine[:-1].view(torch.uint8), other[:-1].view(torch.uint8)), "record")
+    case.require_recorded(expected, "record")
 
     weight_error = error_of_weights(case)
     require(weight_error < 1e-3, f"weights: relative error {weight_error}")
@@ -326,29 +363,15 @@ def stress_compact(case: Case, moves: int) -> None:
 
 
 def check_replay(case: Case) -> None:
-    """A captured recording step follows its inputs when they are refreshed by copy, as SGLang's do."""
-    pool = case.pool
-    replay = captured(case.record)
-    rows = torch.randperm(len(case.queries), device=DEVICE)
+    """A captured recording step follows its inputs when they are refreshed by copy, as SGLang's do, and
+    its queries lie in memory of the graph."""
+    replay = captured(case.record_in_a_model)
     case.queries.copy_(torch.randn_like(case.queries) * 1000)
-    case.entries.copy_(case.entries[rows])
-    expected = [Ring(*(part.clone() for part in parts(ring))) for ring in pool.rings]
+    case.rows.copy_(case.rows[torch.randperm(BATCH, device=DEVICE)])
+    case.positions += 1
+    expected = case.expected_rings()
     replay()
-    for ours, theirs in zip(pool.rings, expected, strict=True):
-        reference_record.record(theirs, case.entries, case.queries)
-        for mine, other in zip(parts(ours), parts(theirs), strict=True):
-            same = torch.equal(mine[:-1].view(torch.uint8), other[:-1].view(torch.uint8))
-            require(same, "record in a replayed graph")
-
-
-def ring_of(queries: torch.Tensor, dtype: torch.dtype) -> Ring:
-    """A ring that holds ``queries``."""
-    return Ring(*to_fp8(queries)) if dtype == FP8 else Ring(queries.to(dtype))
-
-
-def parts(ring: Ring) -> list[torch.Tensor]:
-    """The tensors of a ring."""
-    return [part for part in (ring.queries, ring.exponents) if part is not None]
+    case.require_recorded(expected, "record in a replayed graph")
 
 
 def copied(pool: LayerPool, dtype: torch.dtype | None = None) -> LayerPool:
@@ -515,6 +538,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=[model.name for model in MODELS])
     parser.add_argument("--windows", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument(
+        "--bits", type=int, nargs="+", choices=RING_DTYPES, default=[8, 4], help="of recorded numbers"
+    )
     parser.add_argument("--jobs", type=int, default=8, help="windows in one pass")
     parser.add_argument("--moves", type=int, default=2000, help="of the stress test of compact")
     parser.add_argument("--output", type=Path, help="write the results there as JSON")
@@ -539,37 +565,37 @@ def main() -> None:
     print(f"compact: {arguments.moves} moves of overlapping rows, none wrong")
     report["checks"].append({"case": "compact", "moves": arguments.moves})
     write(report, arguments.output)
-    for model, key_dtype, query_bytes in OTHER_CASES:
-        settings = Settings(window=176, kept=80, delay=29, query_bytes=query_bytes)
+    for model, key_dtype, query_bits in OTHER_CASES:
+        settings = Settings(window=176, kept=80, delay=29, query_bits=query_bits)
         checks = check(Case(model, settings, 3, layers=2, key_dtype=key_dtype))
-        name = f"{model.name}, {key_dtype}, queries of {query_bytes} bytes"
+        name = f"{model.name}, {key_dtype}, queries of {query_bits} bits"
         print(f"{name}: correct: {checks}")
         report["checks"].append({"case": name, **checks})
         write(report, arguments.output)
     for model in (model for model in MODELS if model.name in arguments.models):
-        for window in arguments.windows:
-            for mean in (False, True):
-                settings = Settings(window=window, kept=window // 2, mean=mean)
-                print(f"{model.name}, W {window}, {'mean' if mean else 'all'} heads")
-                checks = check(Case(model, settings, min(arguments.jobs, 2), layers=2))
-                print(f"  correct: {checks}")
-                case = Case(model, settings, arguments.jobs, layers=model.layers)
-                case.score()
-                case.select()
-                measured = measure(case, gpu)
-                report["runs"].append(
-                    {
-                        "model": model.name,
-                        "settings": dataclasses.asdict(settings),
-                        "jobs": arguments.jobs,
-                        "checks": checks,
-                        "kernels": measured,
-                        "goals": goals(gpu, measured),
-                    }
-                )
-                write(report, arguments.output)  # what is done stays, should the next case crash
-                del case
-                torch.cuda.empty_cache()
+        for window, bits, mean in itertools.product(arguments.windows, arguments.bits, (False, True)):
+            settings = Settings(window=window, kept=window // 2, mean=mean, query_bits=bits)
+            print(f"{model.name}, W {window}, {'mean' if mean else 'all'} heads, {bits} bits")
+            # As many layers as make a whole launch that records, and one of another size.
+            checks = check(Case(model, settings, min(arguments.jobs, 2), layers=10))
+            print(f"  correct: {checks}")
+            case = Case(model, settings, arguments.jobs, layers=model.layers)
+            case.score()
+            case.select()
+            measured = measure(case, gpu)
+            report["runs"].append(
+                {
+                    "model": model.name,
+                    "settings": dataclasses.asdict(settings),
+                    "jobs": arguments.jobs,
+                    "checks": checks,
+                    "kernels": measured,
+                    "goals": goals(gpu, measured),
+                }
+            )
+            write(report, arguments.output)  # what is done stays, should the next case crash
+            del case
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

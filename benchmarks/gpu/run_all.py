@@ -82,7 +82,7 @@ STEPS = (
     Step(
         "kernels",
         "each kernel: correctness, 2,000 worst moves, time and share of its floor",
-        3,
+        5,
         "gpu.kernels",
         ("--models", "Qwen3-8B"),
         needs=("gpu",),
@@ -156,7 +156,7 @@ STEPS = (
     Step(
         "other_kernels",
         "the kernels in the other shapes",
-        6,
+        10,
         "gpu.kernels",
         ("--models", "R1-Distill-Qwen-7B", "Qwen3-32B"),
         needs=("gpu",),

@@ -30,8 +30,10 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def settings_of(run: dict[str, Any]) -> str:
-    heads = "mean" if run["settings"]["mean"] else "all heads"
-    return f"{run['model']}, W {run['settings']['window']}, {heads}"
+    settings = run["settings"]
+    heads = "mean" if settings["mean"] else "all heads"
+    stored = {4: "fp4", 8: "fp8", 16: "16 bit"}[settings["query_bits"]]
+    return f"{run['model']}, W {settings['window']}, {heads}, {stored}"
 
 
 def kernels(result: dict[str, Any]) -> str:

@@ -210,6 +210,7 @@ def measure(
         },
         "ended": len(reports),
         "windows": sum(report.get("windows", 0) for report in reports),
+        "without_queries": sum(report.get("without_queries", 0) for report in reports),
         "retained": statistics.fmean([report.get("retained", 1.0) for report in reports] or [1.0]),
         "counters": counters,
         "schedule": {str(running): list(found) for running, found in schedule.items()},

@@ -306,10 +306,11 @@ def put_into(document: str, folder: Path = RESULTS) -> str:
         if not path.is_file():
             return None
         result = json.loads(path.read_text())
+        place, _, retain = place.partition("@")
         if not place:
-            return reasoning.table(result["results"])
+            shown = (1, float(retain)) if retain else {r["retain"] for r in result["results"]}
+            return reasoning.table([r for r in result["results"] if r["retain"] in shown])
         part, _, group = place.partition("/")
-        group, _, retain = group.partition("@")
         if group == "goals":  # of the first part that has all rows
             if result["results"][0]["part"] == part and result["goals"]:
                 return goal_table(result["goals"])

@@ -184,4 +184,18 @@ def full() -> list[Part]:
         sweep += [Row(f"window {size}", "windows", "kara", r, _server(size)) for r in (0.5, 0.25)]
     text = Layout(wide, 1, tail=256, stride=2)
     parts.append(Part("windows", sweep, text, Layout(wide, 1, facts=8), 8))
+
+    small = 128
+    text = Layout(small, 1, tail=small, stride=2)
+    parts.append(Part("ring", _rings(small), text, Layout(small, 2, facts=3), None))
     return parts
+
+
+def _rings(window: int) -> list[Row]:
+    """What recorded queries are stored as, at a half."""
+    rows = [reference(window)]
+    for heads in ("all", "mean"):
+        for stored in ("model", "fp8", "fp4"):
+            server = _server(window, query_heads=heads, query_dtype=stored)
+            rows.append(Row(f"{stored}, {heads}", "ring", "kara", 0.5, server))
+    return rows

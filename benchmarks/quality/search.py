@@ -5,13 +5,15 @@
 
 Rows are ``paper`` (the paper's preset), ``kara`` (the defaults), any other selector, or a point of the
 space of ``variants.py``; with ``@mean`` behind it the mean query of each group votes (``query_heads``),
-else all heads do. Development texts by default: look at the held-out ones once, at the end.
+else all heads do. Development texts by default: look at the held-out ones once, at the end. With
+``--part`` the scripts are those of the report's tables, so that a row can be put beside theirs.
 ``--show sweep.json`` prints the table of a finished search again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from kara_sglang.benchmarks import marked
-from kara_sglang.benchmarks.quality import tasks, texts, variants
+from kara_sglang.benchmarks.quality import campaign, rows, tasks, texts, variants
 from kara_sglang.benchmarks.quality.estimates import Estimate, mean, observe
 from kara_sglang.benchmarks.quality.replay import Plan, Replay
 from kara_sglang.benchmarks.quality.script import Script, write_json
@@ -54,6 +56,12 @@ def scripts_of(tokenizer: Any, split: str, limit: int | None, window: int, seeds
             layout = Layout(window, 2, facts=facts)
             scripts.append(tasks.recall_script(encode, text, layout, 100 + seed))
     return scripts
+
+
+def scripts_of_part(tokenizer: Any, name: str, split: str, limit: int | None) -> list[Script]:
+    """Those that the rows of one of the report's tables perform."""
+    part = next(part for part in (*rows.quick(), *rows.full()) if part.name == name)
+    return campaign.scripts_of(dataclasses.replace(part, texts=limit or part.texts), tokenizer, split)
 
 
 def sweep(
@@ -121,6 +129,11 @@ def main() -> int:
     parser.add_argument("--split", choices=texts.SPLITS, default="development")
     parser.add_argument("--texts", type=int)
     parser.add_argument("--seeds", type=int, default=1, help="scripts with facts per text")
+    parser.add_argument(
+        "--part",
+        choices=[part.name for part in (*rows.quick(), *rows.full())],
+        help="the scripts of this part of the tables, instead of those laid out by --window",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, help="JSON file, with one value per row and text")
@@ -140,13 +153,17 @@ def main() -> int:
     variants.register([name.removesuffix(MEAN) for name in names])
     model = options.model or str(embedded_model_path())
     tokenizer = AutoTokenizer.from_pretrained(model)
-    scripts = scripts_of(tokenizer, options.split, options.texts, options.window, options.seeds)
+    if options.part:
+        scripts = scripts_of_part(tokenizer, options.part, options.split, options.texts)
+    else:
+        scripts = scripts_of(tokenizer, options.split, options.texts, options.window, options.seeds)
     with torch.no_grad():
         found = sweep(
             Replay(model, getattr(torch, options.dtype)), scripts, names, options.window, options.retain
         )
     settings = {
-        key: getattr(options, key) for key in ("window", "retain", "split", "texts", "seeds", "dtype")
+        key: getattr(options, key)
+        for key in ("window", "retain", "split", "texts", "seeds", "part", "dtype")
     }
     write_json(options.out, {"meta": settings | {"model": Path(model).name}, "rows": found})
     print(json.dumps(settings))

@@ -56,6 +56,16 @@ class Variant:
         key, ``1 - cos``, to this power.
     ahead
         Queries vote as if they stood one window later.
+    votes
+        What the queries say is taken to this power, before the other factors; with 0 they say nothing,
+        as in ``keys``.
+    since
+        Queries of the window's first so many tokens do not vote, as if they had not been recorded.
+    unlike
+        The score is multiplied by the distance of V's direction from that of the window's mean V, to
+        this power.
+    key
+        The score is multiplied by the norm of K to this power.
     """
 
     power: float = 2.0
@@ -71,6 +81,10 @@ class Variant:
     ahead: int = 0
     near: int = 1
     share: float = NEIGHBOURS_SHARE
+    votes: float = 1.0
+    since: int = 0
+    unlike: float = 0.0
+    key: float = 0.0
 
     @property
     def name(self) -> str:
@@ -121,23 +135,20 @@ class VariantSelector(Selector):
         assert queries is not None
         rule = self.variant
         width, num_kv_heads, _ = keys.shape
-        own = torch.arange(queries.shape[0], device=keys.device)
-        places = torch.arange(width, device=keys.device)
-        scores = torch.empty((num_kv_heads, width), device=keys.device)
-        for head in range(num_kv_heads):  # one at a time bounds the probabilities' memory
-            logits = torch.einsum("qgd,kd->gqk", queries[:, head].float(), keys[:, head].float())
-            logits *= scale
-            if rule.apart:
-                near = (own[:, None] - places).abs() < rule.apart
-                logits.masked_fill_(near, float("-inf"))
-            votes = torch.softmax(logits, dim=-1).nan_to_num_(0.0)
-            votes = _change(votes, values[:, head].float()) if rule.drop else votes**rule.power
-            votes[:, width:] *= rule.later
-            scores[head] = votes.sum(dim=(0, 1))
+        scores = torch.ones((num_kv_heads, width), device=keys.device)
+        for head in range(num_kv_heads if rule.votes else 0):  # one at a time bounds their memory
+            said = _votes(
+                queries[:, head].float(), keys[:, head].float(), values[:, head].float(), scale, rule
+            )
+            scores[head] = said**rule.votes
         if rule.value and not rule.drop:
             scores *= values.float().norm(dim=-1).T ** rule.value
         if rule.novel:
             scores *= key_distances(keys) ** rule.novel
+        if rule.unlike:
+            scores *= key_distances(values) ** rule.unlike
+        if rule.key:
+            scores *= keys.float().norm(dim=-1).T ** rule.key
         if rule.pool > 1:
             scores = torch.nn.functional.avg_pool1d(
                 scores[None], rule.pool, 1, rule.pool // 2, count_include_pad=False
@@ -150,6 +161,26 @@ class VariantSelector(Selector):
         if rule.newest:
             scores[:, width - rule.newest :] = float("inf")
         return scores
+
+
+def _votes(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, rule: Variant
+) -> torch.Tensor:
+    """What each key of one head collects, ``(W,)``.
+
+    ``queries`` has shape ``(num_queries, group, head_dim)``, ``keys`` and ``values`` ``(W, head_dim)``.
+    """
+    own = torch.arange(rule.since, queries.shape[0], device=keys.device)
+    logits = torch.einsum("qgd,kd->gqk", queries[rule.since :], keys)
+    logits *= scale
+    if rule.apart:
+        places = torch.arange(keys.shape[0], device=keys.device)
+        near = (own[:, None] - places).abs() < rule.apart
+        logits.masked_fill_(near, float("-inf"))
+    votes = torch.softmax(logits, dim=-1).nan_to_num_(0.0)
+    votes = _change(votes, values) if rule.drop else votes**rule.power
+    votes[:, own >= keys.shape[0]] *= rule.later
+    return votes.sum(dim=(0, 1))
 
 
 def _change(probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The documents' tables of committed results, so that no figure is typed by hand.
 
-    python -m kara_sglang.benchmarks.serving.tables README.md docs/throughput.md
+    python -m kara_sglang.benchmarks.serving.tables README.md docs/throughput.md \\
+        benchmarks/results/serving/README.md
 
 renders every table between the lines ``<!-- serving:RESULT/SCENARIO VIEW -->`` and ``<!-- end of
 serving -->`` anew, from ``RESULT.json`` in ``benchmarks/results/serving``. VIEW is one of

@@ -12,7 +12,8 @@ def drop_finished(batch: ScheduleBatch) -> None:
     """Let finished requests leave, in place; they have given their rows back.
 
     SGLang 0.5.23 does the same ahead of each step (``Scheduler.get_next_batch_to_run``), so there it
-    changes nothing. 0.5.22 does it inside ``update_running_batch``, behind our hook. Gone with 0.5.22.
+    changes nothing. 0.5.22 does it inside ``update_running_batch``, behind our hook. A finished request
+    gives its row back at once, so a step is asked for this only when a row was. Gone with 0.5.22.
     """
     size = batch.batch_size()
     batch.filter_batch()

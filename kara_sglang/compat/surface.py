@@ -86,6 +86,7 @@ def _misfit(found: Definition, entry: str) -> str | None:
 
 _SCHEDULER = "managers.scheduler.Scheduler"
 _CONTROLLER = "managers.data_parallel_controller.DataParallelController"
+_MEDIUM = "managers.schedule_batch.MultimodalDataItem"
 
 # Without NEWER_FLAGS, which not every tested SGLang has (flags.py).
 _FLAGS = (
@@ -174,10 +175,20 @@ SURFACE = (
             "is_hybrid_swa",
             "num_attention_heads",
             "num_hidden_layers",
+            "vocab_size",
         ),
     ),
     Used("configs.model_config.AttentionArch", ("MHA",)),
-    Used("model_executor.model_runner.ModelRunner", ("device", "dtype", "model", "req_to_token_pool")),
+    Used(
+        "model_executor.model_runner.ModelRunner",
+        ("device", "dtype", "memory_saver_adapter", "model", "req_to_token_pool"),
+    ),
+    Used("model_executor.runner_utils.capture_mode", ("get_is_capture_mode()",)),
+    Used("constants", ("GPU_MEMORY_TYPE_KV_CACHE",)),
+    Used(
+        "utils.torch_memory_saver_adapter.TorchMemorySaverAdapter",
+        ("region(tag)",),
+    ),
     Used(
         "layers.radix_attention.RadixAttention",
         (
@@ -192,7 +203,13 @@ SURFACE = (
             "v_head_dim",
         ),
     ),
-    Used("layers.rotary_embedding.base.RotaryEmbedding", ("cos_sin_cache", "is_neox_style")),
+    Used(
+        "layers.rotary_embedding.base.RotaryEmbedding",
+        ("cos_sin_cache", "is_neox_style", "position_start"),
+    ),
+    # One model for all those whose attention keeps its embedding under this name.
+    Used("models.llama.LlamaAttention", ("rotary_emb",)),
+    Used("models.hunyuan.HunYuanAttention", ("query_layernorm",)),
     Used(
         "model_executor.forward_batch_info.ForwardBatch",
         ("forward_mode", "mrope_positions", "positions", "req_pool_indices"),
@@ -228,6 +245,8 @@ SURFACE = (
     ),
     Used("observability.metrics_collector.SchedulerMetricsCollector", ("labels",)),
     Used("managers.scheduler_components.new_token_ratio_tracker.NewTokenRatioTracker", ("current",)),
+    Used("managers.tokenizer_manager.TokenizerManager", ("model_config",)),
+    Used("managers.io_struct.GenerateReqInput", ("input_ids", "session_params")),
     Used("managers.io_struct.GetInternalStateReqOutput", ("internal_state",)),
     Used("managers.schedule_policy", ("CLIP_MAX_NEW_TOKENS",)),
     Used(
@@ -235,6 +254,7 @@ SURFACE = (
         (
             "_get_running_request_total_token_offset(req)",
             "_select_prefill_admission(req, *, total_tokens, **rest)",
+            "can_run_list",
             "running_batch",
         ),
     ),
@@ -276,6 +296,9 @@ SURFACE = (
         ("cache_salt", "extra_key", "full_untruncated_fill_ids", "last_node"),
         sharing=True,
     ),
+    Used("managers.schedule_batch.MultimodalInputs", ("mm_items",), sharing=True),
+    Used(_MEDIUM, ("pad_value",), sharing=True),
+    Used(_MEDIUM, ("pad_values",), sharing=True, beside=f"{_MEDIUM}.padding_values"),
     Used(
         "managers.schedule_batch.ReqKvInfo",
         (
@@ -344,7 +367,7 @@ SURFACE = (
             "__init__(token_ids, extra_key, *, cache_salt)",
             "cache_salt",
             "extra_key",
-            "raw_token_ids()",
+            "token_ids",
         ),
         sharing=True,
     ),
@@ -359,6 +382,7 @@ SURFACE = (
             "path_device_indices(node)",
             "prefix_device_indices(req)",
             "reset()",
+            "touch_prefix(key)",
             "tree_core",
         ),
         sharing=True,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
+import secrets
 import tempfile
 import zipfile
 import zlib
@@ -122,8 +124,9 @@ def prepare_folder(text: str) -> None:
     folder = folder_of(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as trial:
+            Path(trial, "file").touch()
+            os.link(Path(trial, "file"), Path(trial, "link"))  # as save() names its files
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
@@ -132,15 +135,20 @@ def prepare_folder(text: str) -> None:
 
 
 def file_name(rid: str, tp_rank: int = 0, tp_size: int = 1) -> str:
-    """The file of a request, safe on any file system: a rid is whatever the client sent."""
+    """The file of a request, safe on any file system: a rid is whatever the client sent.
+
+    What was replaced or cut off may be all that tells two rids apart, and a rid may look like what has
+    become of another, so a checksum that nobody can aim at is always behind it.
+    """
     stem = re.sub(r"[^A-Za-z0-9_-]", "_", rid)[:_LONGEST_NAME] or "_"
-    if stem != rid:  # what was replaced or cut off may be all that tells two of them apart
-        stem += f"-{zlib.crc32(rid.encode(errors='replace')):08x}"
-    return f"{stem}.tp{tp_rank}.npz" if tp_size > 1 else f"{stem}.npz"
+    checksum = hashlib.blake2b(rid.encode(errors="backslashreplace"), digest_size=8).hexdigest()
+    rank = f".tp{tp_rank}" if tp_size > 1 else ""
+    return f"{stem}-{checksum}{rank}.npz"
 
 
 def save(trace: Trace, folder: Path) -> Path:
-    """Write ``trace`` into ``folder``; a reader sees the whole file or none.
+    """Write ``trace`` into ``folder``; a reader sees the whole file or none. No file is ever replaced:
+    where a request with the same rid has left one, eight random characters tell them apart.
 
     Besides the arrays of :class:`Trace` the file holds ``mean`` for those who read it with numpy alone.
 
@@ -150,19 +158,24 @@ def save(trace: Trace, folder: Path) -> Path:
     """
     about = trace.about
     path = folder / file_name(about.rid, about.tp_rank, about.tp_size)
-    unfinished = folder / f".{path.name}.tmp"
     header = {"format": FORMAT, "version": VERSION} | dataclasses.asdict(about)
+    # A name that nobody can foresee, opened so that no link is followed.
+    descriptor, unfinished = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
     try:
-        with unfinished.open("wb") as out:
+        with os.fdopen(descriptor, "wb") as out:
             np.savez(
                 out,
                 about=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
                 mean=trace.mean(),
                 **{name: getattr(trace, name) for name in _ARRAYS},
             )
-        os.replace(unfinished, path)
+        try:
+            os.link(unfinished, path)
+        except FileExistsError:
+            path = path.with_name(f"{secrets.token_hex(4)}-{path.name}")
+            os.link(unfinished, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        os.unlink(unfinished)
     return path
 
 

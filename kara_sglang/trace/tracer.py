@@ -44,8 +44,8 @@ class TracedWindow:
 class Tracer:
     """The traces of one scheduler (one tensor-parallel rank).
 
-    What was collected lies in the request's own state: it goes when the request is retracted or ends,
-    so memory is bounded by what runs: per window, layers * KV heads * W / 8 bytes on the host.
+    What was collected lies in the request's own state and goes when the request gives its row back, so
+    memory is bounded by what runs: per window, layers * KV heads * W / 8 bytes on the host.
     """
 
     def __init__(self, scheduler: Scheduler, config: KaraConfig) -> None:
@@ -88,10 +88,9 @@ class Tracer:
         Without a window there is nothing to show: short requests, health checks among them, leave no
         file. A file that cannot be written is an error in the log, since no answer depends on it.
         """
-        if not state.traced or not req.finished():
-            return
         try:
-            save(self._trace(req, state), self.folder)
+            if state.traced and req.finished():
+                save(self._trace(req, state), self.folder)
         except OSError as error:
             logger.error(
                 "kv-compress: the trace of request %s could not be written to %s "
@@ -100,6 +99,8 @@ class Tracer:
                 self.folder,
                 error.strerror or error,
             )
+        finally:
+            state.traced.clear()  # a session keeps its requests, and with them their states
 
     def _trace(self, req: Req, state: RequestState) -> Trace:
         rows = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape, reference_scores
 from kara_sglang.kernels.copies import fill, to_device
-from kara_sglang.kernels.record import Queries, Ring
+from kara_sglang.kernels.record import Ring, Step
 from kara_sglang.kernels.score import WeightRule
 from kara_sglang.kernels.selectors.base import AttentionSelector, BlindSelector, Selector
 from kara_sglang.kernels.selectors.keys import KeysSelector
@@ -20,7 +20,7 @@ from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.launch import Launch
 from kara_sglang.kernels.triton.pool import PoolTables
 from kara_sglang.kernels.triton.prepare import weight_scores
-from kara_sglang.kernels.triton.record import record
+from kara_sglang.kernels.triton.record import LAYERS_AT_ONCE, record
 from kara_sglang.kernels.triton.score import Scratch, Voters, attention_scores, recorders_of
 from kara_sglang.kernels.triton.select import select
 
@@ -83,7 +83,7 @@ class TritonKernels:
 
     name = "triton"
     compiles = True
-    records_steps = False
+    layers_at_once = LAYERS_AT_ONCE
 
     def __init__(self) -> None:
         self._tables: PoolTables | None = None
@@ -96,9 +96,8 @@ class TritonKernels:
         self._plan.cache_clear()
         return size
 
-    def record(self, ring: Ring, entries: torch.Tensor, queries: Queries) -> None:
-        assert not isinstance(queries, list)  # records_steps
-        record(ring, entries, queries)
+    def record(self, ring: Ring, step: Step, queries: Sequence[torch.Tensor]) -> None:
+        record(ring, step, queries)
 
     def compress(
         self, pool: LayerPool, jobs: list[WindowJob], *, positions: bool = False

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from kara_sglang.kernels.backend import LayerPool
 from kara_sglang.kernels.copies import to_device
+from kara_sglang.kernels.record import FP4, Ring
 from kara_sglang.kernels.turn import Turn
 
 
@@ -21,9 +22,9 @@ class PoolTables:
 
     Attributes
     ----------
-    keys, values, rings, exponents
+    keys, values, rings, ring_scales
         Address of each layer's buffer, shape ``(num_layers,)``, int64. ``rings`` is None without a
-        recorder, ``exponents`` where the ring is no fp8.
+        recorder, ``ring_scales`` where the ring has none.
     scales
         Softmax scale of each layer, shape ``(num_layers,)``, float32.
     turn
@@ -48,7 +49,7 @@ class PoolTables:
     keys: torch.Tensor
     values: torch.Tensor
     rings: torch.Tensor | None
-    exponents: torch.Tensor | None
+    ring_scales: torch.Tensor | None
     scales: torch.Tensor
     turn: Turn | None
     moves: tuple[tuple[torch.Tensor, int], ...]
@@ -74,7 +75,7 @@ class PoolTables:
             not fit.
         """
         rings = [ring.queries for ring in pool.rings]
-        exponents = [ring.exponents for ring in pool.rings if ring.exponents is not None]
+        ring_scales = [ring.scales for ring in pool.rings if ring.scales is not None]
         if not pool.keys:
             raise ValueError("a pool without layers")
         for name, per_layer in (("V", pool.values), ("scale", pool.scales), ("ring", rings)):
@@ -84,7 +85,7 @@ class PoolTables:
             ("K", pool.keys),
             ("V", pool.values),
             ("ring", rings),
-            ("exponent", exponents),
+            ("ring's scales", ring_scales),
         ):
             for buffer in buffers:
                 if buffer.shape != buffers[0].shape or buffer.dtype != buffers[0].dtype:
@@ -95,7 +96,7 @@ class PoolTables:
             raise ValueError("K and V differ in dtype")
         if pool.keys[0].shape[:2] != pool.values[0].shape[:2]:
             raise ValueError("K and V differ in slots or heads")
-        if rings and rings[0].shape[1:] != pool.keys[0].shape[1:]:
+        if rings and (rings[0].shape[1], pool.rings[0].head_dim) != pool.keys[0].shape[1:]:
             raise ValueError("the ring's heads are not those of K")
         shape = len(pool.keys), pool.keys[0].shape[2]
         if pool.turn is not None and any(
@@ -116,7 +117,7 @@ class PoolTables:
             keys=key_table,
             values=value_table,
             rings=table(_addresses(rings), device) if rings else None,
-            exponents=table(_addresses(exponents), device) if exponents else None,
+            ring_scales=table(_addresses(ring_scales), device) if ring_scales else None,
             scales=to_device(torch.tensor(pool.scales, dtype=torch.float32), device),
             turn=pool.turn,
             moves=((both, key_bytes),)
@@ -161,6 +162,18 @@ def stored_type(dtype: torch.dtype) -> tl.dtype:
     if dtype not in names:
         raise ValueError(f"{dtype} has no score; a pool of raw bytes must be viewed as its own type")
     return names[dtype]
+
+
+def ring_type(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of what a ring of ``dtype`` stores; uint8 for pairs of e2m1."""
+    return tl.uint8 if dtype == FP4 else stored_type(dtype)
+
+
+def scale_words(ring: Ring) -> torch.Tensor | None:
+    """A ring's scales with all of a head's in one integer."""
+    if ring.scales is None or ring.queries.dtype != FP4:
+        return ring.scales
+    return ring.scales.view(torch.int32 if ring.scales.shape[-1] == 4 else torch.int64)
 
 
 @triton.jit

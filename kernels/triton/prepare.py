@@ -21,14 +21,14 @@ import triton.language as tl
 
 from kara_sglang.kernels.record import EXPONENTS
 from kara_sglang.kernels.score import AttentionRule, WeightRule
-from kara_sglang.kernels.triton.fp8 import (
+from kara_sglang.kernels.triton.launch import Launch
+from kara_sglang.kernels.triton.numbers import (
     NATIVE_E4M3,
     exponent_of,
     load_float,
     power_of_two,
     size_of,
 )
-from kara_sglang.kernels.triton.launch import Launch
 from kara_sglang.kernels.triton.pool import PoolTables, layer_buffer, stored_type, task, within
 
 # The sizes that benchmarks/gpu/tiles.py found fastest on an H100 (docs/kernels.md).

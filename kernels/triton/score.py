@@ -21,19 +21,30 @@ import triton
 import triton.language as tl
 
 from kara_sglang.kernels.backend import WindowJob
-from kara_sglang.kernels.record import EXPONENTS
+from kara_sglang.kernels.record import EXPONENTS, FP4, FP4_SHIFT, scales_of
 from kara_sglang.kernels.score import AttentionRule
-from kara_sglang.kernels.triton.fp8 import (
+from kara_sglang.kernels.triton.launch import Launch
+from kara_sglang.kernels.triton.numbers import (
+    E2M1,
     NATIVE_E4M3,
     exponent_of,
+    from_e2m1,
     load_float,
     power_of_two,
+    scale_of,
     size_of,
 )
-from kara_sglang.kernels.triton.launch import Launch
-from kara_sglang.kernels.triton.pool import PoolTables, layer_buffer, stored_type, task, within
+from kara_sglang.kernels.triton.pool import (
+    PoolTables,
+    layer_buffer,
+    ring_type,
+    stored_type,
+    task,
+    within,
+)
 from kara_sglang.kernels.triton.prepare import prepare
 
+_E2M1_EXPONENT: tl.constexpr = tl.constexpr(3 - FP4_SHIFT)  # of a product of from_e2m1 and scale_of
 _LOWEST: tl.constexpr = tl.constexpr(EXPONENTS[0])
 _HIGHEST: tl.constexpr = tl.constexpr(EXPONENTS[1])
 # A logit that does not count. No infinity, whose difference from itself would be no number.
@@ -71,58 +82,81 @@ def _places(start, token, ring_len):
 
 
 @triton.jit
+def _of_head(
+    rings,
+    ring_scales,
+    layer,
+    head,
+    DIM: tl.constexpr,
+    SCALES: tl.constexpr,
+    RING: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Where one KV head's queries and their scales begin in a layer's ring."""
+    ring = layer_buffer(rings, layer, RING, ALIGN)
+    if E2M1 == RING:
+        WORD: tl.constexpr = tl.int32 if SCALES == 4 else tl.int64
+        return ring + head * (DIM // 2), layer_buffer(ring_scales, layer, WORD, SCALES) + head
+    elif tl.float8e4nv == RING:
+        return ring + head * DIM, layer_buffer(ring_scales, layer, tl.int8, 1) + head
+    else:
+        return ring + head * DIM, None
+
+
+@triton.jit
 def _queries(
     ring,
+    ring_scales,
     unit,
     place,
     inside,
     ring_len,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    SCALES: tl.constexpr,
     RING: tl.constexpr,
     DOT: tl.constexpr,
     NATIVE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Recorded queries, a row each where ``ROWS`` is 1, a column each where it is 0; and an exponent
-    for each: bfloat16 is divided by a power of two where it becomes float16."""
+    """Recorded queries, a row each where ``ROWS`` is 1, a column each where it is 0, in one tile or, of
+    e2m1, two: the first and the second half of a head's numbers. And an exponent for each: bfloat16 is
+    divided by a power of two where it becomes float16, and e2m1 comes with one."""
+    BYTES: tl.constexpr = DIM // 2 if E2M1 == RING else DIM  # or numbers, where they are no pairs
     dim = tl.arange(0, BLOCK_D)
-    mask = tl.expand_dims(inside, ROWS) & tl.expand_dims(within(dim, DIM, BLOCK_D), 1 - ROWS)
-    offset = tl.expand_dims(place * (HEADS * DIM), ROWS) + tl.expand_dims(dim, 1 - ROWS)
-    query = load_float(ring + unit * ring_len * (HEADS * DIM) + offset, mask, RING, NATIVE)
-    exponent = tl.zeros(place.shape, tl.int32)
-    if (tl.bfloat16 == RING) & (tl.float16 == DOT):
-        query = query.to(tl.float32)
-        exponent = exponent_of(tl.max(size_of(query), axis=ROWS), _LOWEST, _HIGHEST)
-        query *= tl.expand_dims(power_of_two(-exponent), ROWS)
-    return query.to(DOT), exponent
-
-
-@triton.jit
-def _query_scales(
-    exponents,
-    exponent,
-    unit,
-    place,
-    inside,
-    ring_len,
-    scale,
-    HEADS: tl.constexpr,
-    RING: tl.constexpr,
-):
-    """By what the logits of each query are multiplied; an fp8 query has a stored exponent."""
-    if tl.float8e4nv == RING:
-        stored = exponents + unit * ring_len * HEADS + place * HEADS
-        exponent = tl.load(stored, mask=inside, other=0).to(tl.int32)
-    return power_of_two(exponent) * scale
+    mask = tl.expand_dims(inside, ROWS) & tl.expand_dims(within(dim, BYTES, BLOCK_D), 1 - ROWS)
+    offset = tl.expand_dims(place * (HEADS * BYTES), ROWS) + tl.expand_dims(dim, 1 - ROWS)
+    ring += unit * ring_len * (HEADS * BYTES)
+    if E2M1 == RING:
+        first, second = from_e2m1(tl.load(ring + offset, mask=mask, other=0))
+        words = tl.load(ring_scales + (unit * ring_len + place) * HEADS, mask=inside, other=0)
+        part = dim // (DIM // SCALES)
+        if BYTES % BLOCK_D != 0:  # numbers that are none have a scale, too: 0 times it must be 0
+            part = tl.minimum(part, SCALES // 2 - 1)
+        shift = tl.expand_dims(part * 8, 1 - ROWS)
+        words = tl.expand_dims(words, ROWS)
+        first *= scale_of(words >> shift)
+        second *= scale_of(words >> (shift + SCALES * 4))
+        return (first.to(DOT), second.to(DOT)), tl.full(place.shape, _E2M1_EXPONENT, tl.int32)
+    else:
+        query = load_float(ring + offset, mask, RING, NATIVE)
+        exponent = tl.zeros(place.shape, tl.int32)
+        if (tl.bfloat16 == RING) & (tl.float16 == DOT):
+            query = query.to(tl.float32)
+            exponent = exponent_of(tl.max(size_of(query), axis=ROWS), _LOWEST, _HIGHEST)
+            query *= tl.expand_dims(power_of_two(-exponent), ROWS)
+        elif tl.float8e4nv == RING and ROWS == 1:  # the second step has its products with the sums
+            stored = ring_scales + (unit * ring_len + place) * HEADS
+            exponent = tl.load(stored, mask=inside, other=0).to(tl.int32)
+        return (query.to(DOT),), exponent
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def log_sum_exp_kernel(
     sums,
     rings,
-    exponents,
+    ring_scales,
     turned,
     key_scales,
     recorders,
@@ -135,6 +169,7 @@ def log_sum_exp_kernel(
     HEADS: tl.constexpr,
     UNITS: tl.constexpr,
     DIM: tl.constexpr,
+    SCALES: tl.constexpr,
     RING: tl.constexpr,
     DOT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -160,29 +195,42 @@ def log_sum_exp_kernel(
     inside = within(voter, COUNT, BLOCK_Q)
     token = first_query + voter
     place = _places(tl.load(recorder), token, ring_len)
-    ring = layer_buffer(rings, layer, RING, ALIGN) + head * DIM
-    query, exponent = _queries(
-        ring, unit, place, inside, ring_len, HEADS, DIM, RING, DOT, NATIVE, BLOCK_D, 1
+    ring, ring_scales = _of_head(rings, ring_scales, layer, head, DIM, SCALES, RING, ALIGN)
+    queries, exponent = _queries(
+        ring,
+        ring_scales,
+        unit,
+        place,
+        inside,
+        ring_len,
+        HEADS,
+        DIM,
+        SCALES,
+        RING,
+        DOT,
+        NATIVE,
+        BLOCK_D,
+        1,
     )
-    if tl.float8e4nv == RING:
-        exponents = layer_buffer(exponents, layer, tl.int8, 1) + head
-    scale = tl.load(key_scales + index)
-    query_scale = _query_scales(exponents, exponent, unit, place, inside, ring_len, scale, HEADS, RING)
+    query_scale = power_of_two(exponent) * tl.load(key_scales + index)
 
+    NUMBERS: tl.constexpr = DIM // len(queries)
     dim = tl.arange(0, BLOCK_D)
-    is_dim = within(dim, DIM, BLOCK_D)
+    is_dim = within(dim, NUMBERS, BLOCK_D)
     turned += index.to(tl.int64) * (WIDTH * DIM)
     largest = tl.full((BLOCK_Q, 4), _HIDDEN, dtype=tl.float32)
     total = tl.zeros((BLOCK_Q, 4), dtype=tl.float32)
     for first in range(0, WIDTH, BLOCK_K):
         position = first + tl.arange(0, BLOCK_K)
         is_key = within(position, WIDTH, BLOCK_K)
-        key = tl.load(
-            turned + position[None, :] * DIM + dim[:, None],
-            mask=is_dim[:, None] & is_key[None, :],
-            other=0.0,
-        )
-        products = tl.dot(query, key, input_precision="tf32")
+        products = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
+        for part in tl.static_range(len(queries)):
+            key = tl.load(
+                turned + part * NUMBERS + position[None, :] * DIM + dim[:, None],
+                mask=is_dim[:, None] & is_key[None, :],
+                other=0.0,
+            )
+            products = tl.dot(queries[part], key, products, input_precision="tf32")
         visible = is_key[None, :]
         if CAUSAL:
             visible = visible & (position[None, :] <= token[:, None])
@@ -211,6 +259,7 @@ def column_sum_kernel(
     sums,
     weights,
     rings,
+    ring_scales,
     turned,
     recorders,
     first_layer,
@@ -222,6 +271,7 @@ def column_sum_kernel(
     HEADS: tl.constexpr,
     UNITS: tl.constexpr,
     DIM: tl.constexpr,
+    SCALES: tl.constexpr,
     RING: tl.constexpr,
     DOT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -236,7 +286,7 @@ def column_sum_kernel(
     BLOCKS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = (COUNT + BLOCK_Q - 1) // BLOCK_Q
     index, layer, job, head = task(BLOCKS, num_jobs, first_layer, HEADS)
-    ring = layer_buffer(rings, layer, RING, ALIGN) + head * DIM
+    ring, ring_scales = _of_head(rings, ring_scales, layer, head, DIM, SCALES, RING, ALIGN)
     recorder = recorders + job * (1 + UNITS)
     start = tl.load(recorder)
     units = _units(recorder, UNITS, BLOCK_U)
@@ -245,11 +295,12 @@ def column_sum_kernel(
     dim = tl.arange(0, BLOCK_D)
     position = tl.program_id(0) % BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
     is_key = within(position, WIDTH, BLOCK_K)
-    key = tl.load(
-        turned + index.to(tl.int64) * (WIDTH * DIM) + position[:, None] * DIM + dim[None, :],
-        mask=is_key[:, None] & within(dim, DIM, BLOCK_D)[None, :],
-        other=0.0,
-    )
+    turned += index.to(tl.int64) * (WIDTH * DIM)
+    NUMBERS: tl.constexpr = DIM // 2 if E2M1 == RING else DIM  # of a tile of queries
+    at = turned + position[:, None] * DIM + dim[None, :]
+    is_number = is_key[:, None] & within(dim, NUMBERS, BLOCK_D)[None, :]
+    key = tl.load(at, mask=is_number, other=0.0)
+    keys = (key, tl.load(at + NUMBERS, mask=is_number, other=0.0)) if E2M1 == RING else (key,)
     score = tl.zeros((BLOCK_K, 4, 2), dtype=tl.float32)
     for step in range(UNITS * STEPS):
         member = step // STEPS
@@ -258,13 +309,28 @@ def column_sum_kernel(
         inside = within(voter, COUNT, BLOCK_Q)
         token = first_query + voter
         place = _places(start, token, ring_len)
-        query, _ = _queries(
-            ring, unit, place, inside, ring_len, HEADS, DIM, RING, DOT, NATIVE, BLOCK_D, 0
+        queries, _ = _queries(
+            ring,
+            ring_scales,
+            unit,
+            place,
+            inside,
+            ring_len,
+            HEADS,
+            DIM,
+            SCALES,
+            RING,
+            DOT,
+            NATIVE,
+            BLOCK_D,
+            0,
         )
         row = sums + member * COUNT + voter
         log_sum = tl.load(row, mask=inside, other=float("inf"))  # inf: no probability
         query_scale = tl.load(row + UNITS * COUNT, mask=inside, other=0.0)
-        products = tl.dot(key, query, input_precision="tf32")
+        products = tl.zeros((BLOCK_K, BLOCK_Q), dtype=tl.float32)
+        for part in tl.static_range(len(queries)):
+            products = tl.dot(keys[part], queries[part], products, input_precision="tf32")
         probability = tl.exp2(products * query_scale[None, :] - log_sum[None, :])
         if CAUSAL:
             probability = tl.where(position[:, None] <= token[None, :], probability, 0.0)
@@ -395,6 +461,7 @@ def attention_scores(
             raise ValueError("slots, scores, scratch and recorders must be contiguous")
     arguments = {
         "rings": tables.rings,
+        "ring_scales": tables.ring_scales,
         "turned": scratch.turned,
         "sums": scratch.sums,
         "recorders": voters.recorders,
@@ -407,12 +474,13 @@ def attention_scores(
         "HEADS": tables.num_kv_heads,
         "UNITS": voters.units,
         "DIM": tables.head_dim,
-        "RING": stored_type(tables.ring_dtype),
+        "SCALES": scales_of(tables.head_dim) if tables.ring_dtype == FP4 else None,
+        "RING": ring_type(tables.ring_dtype),
         "DOT": stored_type(tables.dot),
         "ALIGN": tables.alignment,
         "NATIVE": tables.capability >= NATIVE_E4M3,
         "CAUSAL": rule.causal,
-        "BLOCK_D": triton.next_power_of_2(tables.head_dim),
+        "BLOCK_D": triton.next_power_of_2(tables.pool.rings[0].queries.shape[-1]),
         "enable_fp_fusion": True,
     }
     tiles = tiles_for(tables, rule.causal)
@@ -423,7 +491,6 @@ def attention_scores(
         Launch(
             log_sum_exp_kernel,
             programs * voters.units * triton.cdiv(voters.count, rows.BLOCK_Q),
-            exponents=tables.exponents,
             key_scales=scratch.key_scales,
             SQUARED=rule.squared,
             **arguments,

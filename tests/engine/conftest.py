@@ -22,6 +22,8 @@ WINDOW = (
     *("--kv-compress-window", "64", "--kv-compress-query-mem-gb", "0.05"),
     *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
 )
+# What odd requests may ask for (torture.py).
+ODD = ("--enable-return-hidden-states", "--enable-custom-logit-processor")
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -49,7 +51,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def stock(tiny_model: Path, logs: Path) -> Iterator[Server]:
     """SGLang without compression; the plugin is installed but off."""
-    with launch(tiny_model, logs / "stock.log", "--skip-tokenizer-init", *PAGE_16) as server:
+    flags = ("--skip-tokenizer-init", *PAGE_16, *ODD)
+    with launch(tiny_model, logs / "stock.log", *flags) as server:
         yield server
 
 
@@ -62,24 +65,27 @@ def kara(tiny_model: Path, logs: Path, traces: Path) -> Iterator[Server]:
         yield server
 
 
-def launch_sharing(tiny_model: Path, logs: Path, page_size: int) -> AbstractContextManager[Server]:
-    """A server with compressed prefixes: small windows on a small pool, overlap scheduling on."""
+def launch_small(
+    tiny_model: Path, logs: Path, page_size: int, reuse: str, *more: str
+) -> AbstractContextManager[Server]:
+    """Small windows on a small pool, overlap scheduling on; requests may be odd."""
     flags = (
         *("--skip-tokenizer-init", "--dtype", "float32", "--page-size", str(page_size)),
         *("--max-total-tokens", "1536", "--chunked-prefill-size", "128"),
         *("--kv-compress", "kara", "--kv-compress-window", "32", "--kv-compress-query-mem-gb", "0.05"),
-        *("--kv-compress-prefix-reuse", "compressed"),
+        *("--kv-compress-prefix-reuse", reuse),
         *("--kv-compress-config", '{"delay": 8, "debug_checks": true}'),
+        *(*ODD, "--enable-priority-scheduling", *more),
     )
     # Requests are admitted as if they wrote 16 tokens, so that some must be retracted.
     env = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
-    return launch(tiny_model, logs / f"compressed_{page_size}.log", *flags, env=env)
+    return launch(tiny_model, logs / f"{reuse}_{page_size}.log", *flags, env=env)
 
 
 @pytest.fixture(scope="session")
 def compressed(tiny_model: Path, logs: Path) -> Iterator[Server]:
     """Compressed prefixes, page size 16."""
-    with launch_sharing(tiny_model, logs, 16) as server:
+    with launch_small(tiny_model, logs, 16, "compressed") as server:
         server.page = 16
         yield server
 

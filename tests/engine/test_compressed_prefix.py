@@ -6,6 +6,7 @@ import json
 import random
 import threading
 import time
+from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +14,13 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import launch_sharing, prompt
+from conftest import launch_small, prompt
 from server import Server, in_parallel
 from test_exactness import RetainedCache, logprobs
+
+from kara_sglang.config import KaraConfig
+from kara_sglang.radix_integration.keys import FIRST_ID, Text, physical_key, seed_of
+from kara_sglang.state import Window
 
 W, R, DELAY = 32, 16, 8  # of these servers
 PROMPT = prompt(100, 21)
@@ -24,7 +29,7 @@ EXACT = {"prefix": "exact"}
 
 @pytest.fixture(scope="module")
 def compressed_page_1(tiny_model: Path, logs: Path) -> Iterator[Server]:
-    with launch_sharing(tiny_model, logs, 1) as started:
+    with launch_small(tiny_model, logs, 1, "compressed") as started:
         started.page = 1
         yield started
 
@@ -198,6 +203,49 @@ def test_other_salts_and_keys_do_not_share(server: Server, name: str) -> None:
     server.assert_nothing_leaked()
 
 
+def forged(settings: dict[str, Any], text: list[int], base: int, windows: int) -> list[int]:
+    """The physical key of a text whose windows start at ``base``: what a client can compute that knows
+    the text and reads the server's settings in /server_info."""
+    settings = dict(settings)
+    kept = settings.pop("kept")
+    config = KaraConfig(**settings)
+    seed = seed_of(repr((config.to_json(), config.selector, kept, None)).encode(), None, None)
+    layout = [Window(base + k * W, base + k * kept, W, kept, "all") for k in range(windows)]
+    return physical_key(Text(seed, memoryview(array("q", text))), layout).tolist()
+
+
+def test_forged_keys_are_refused_and_change_nobodys_answer(server: Server) -> None:
+    """A client that sends a physical key as its prompt, before and after the windows are written,
+    does not change what an honest client is told."""
+    tail = prompt(60, 23)
+
+    def story(*, attack: bool) -> tuple[dict, dict]:
+        server.flush()
+        answers = []
+        for wanted in (PROMPT, None):
+            text = wanted or [*PROMPT, *answers[0]["output_ids"], *tail]
+            if attack:
+                body = {"input_ids": fake + tail, "sampling_params": {"max_new_tokens": 1}}
+                response = server.post("/generate", body)
+                assert (response.status_code, "input_ids" in response.text) == (400, True)
+            answers.append(server.generate(text, tokens=120))
+        return answers[0], answers[1]
+
+    first, honest = story(attack=False)
+    windows = report(first)["windows"]
+    assert windows >= 2 and report(honest)["reused_tokens"] > 0
+    base = ceil(len(PROMPT), server.page)
+    text = [*PROMPT, *first["output_ids"][:-1]]
+    fake = forged(server.state()["settings"], text, base, windows)
+    assert max(fake) >= FIRST_ID and len(fake) == len(text) - windows * (W - R)
+    again, shared = story(attack=True)
+    assert again["output_ids"] == first["output_ids"]
+    assert shared["output_ids"] == honest["output_ids"]
+    assert logprobs(shared) == logprobs(honest)
+    assert (cached(shared), report(shared)) == (cached(honest), report(honest))
+    server.assert_nothing_leaked()
+
+
 def test_diverging_in_a_window_reuses_up_to_its_start(server: Server) -> None:
     base = ceil(len(PROMPT), server.page)
     server.flush()
@@ -214,6 +262,30 @@ def test_diverging_in_a_window_reuses_up_to_its_start(server: Server) -> None:
         answer = server.generate([*text[:leaves], other, 9, 9], tokens=1)
         assert cached(answer) == reused, leaves
         assert report(answer)["reused_tokens"] == max(0, reused - base)
+    server.assert_nothing_leaked()
+
+
+def test_a_session_is_its_turns(server: Server) -> None:
+    """A turn answers, and finds in the cache, what a request with the whole text would."""
+    server.flush()
+    turns = [prompt(length, 40 + length) for length in (100, 20, 30)]
+    session = server.post("/open_session", {"capacity_of_str_len": 10_000}).json()
+    rid, answers = None, []
+    for turn in turns:
+        part = {"id": session, "rid": rid}
+        answers.append(server.generate(turn, tokens=90, session_params=part))
+        rid = answers[-1]["meta_info"]["id"]
+    assert server.post("/close_session", {"session_id": session}).status_code == 200
+    server.flush()
+    text: list[int] = []
+    for turn, answer in zip(turns, answers, strict=True):
+        text += turn
+        whole = server.generate(text, tokens=90)
+        assert whole["output_ids"] == answer["output_ids"]
+        assert (cached(whole), report(whole)) == (cached(answer), report(answer))
+        assert report(answer)["windows"] == 2
+        text += answer["output_ids"]
+    assert report(answers[-1])["reused_tokens"] > 0
     server.assert_nothing_leaked()
 
 

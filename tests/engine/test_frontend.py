@@ -373,10 +373,10 @@ def test_the_command_line(smollm2: Server) -> None:
     assert "with compression" in done.stdout and "Answer: " in done.stdout
 
 
-def test_the_readmes_program(smollm2: Server, capsys) -> None:
+def test_the_documents_program(smollm2: Server, capsys) -> None:
     """It runs as it can be pasted, but for the address."""
-    text = (ROOT / "README.md").read_text().partition("\n## Frontend programs\n")[2]
+    text = (ROOT / "docs" / "frontend.md").read_text()
     program = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     assert "http://127.0.0.1:30000" in program
-    exec(program.replace("http://127.0.0.1:30000", smollm2.url), {"__name__": "readme"})
+    exec(program.replace("http://127.0.0.1:30000", smollm2.url), {"__name__": "document"})
     assert "KV slots" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from conftest import PAGE_16, WINDOW, prompt
 from server import Server, in_parallel, launch
 from test_exactness import PROMPTS, logprobs
 
-from kara_sglang.trace.file import load
+from kara_sglang.trace.file import file_name, load
 
 
 def test_pool_grows_by_what_a_window_frees(kara: Server) -> None:
@@ -151,7 +151,7 @@ def test_retracted_requests_end_right(page_1: Server, stock: Server, logs: Path)
         assert logprobs(answers[index]) == pytest.approx(logprobs(expected[index]), abs=1e-3)
     assert len(answers[2]["output_ids"]) == 300
     for answer in answers:
-        info, path = answer["meta_info"], logs / "page_1-traces" / f"{answer['meta_info']['id']}.npz"
+        info, path = answer["meta_info"], logs / "page_1-traces" / file_name(answer["meta_info"]["id"])
         assert path.exists() == (info["kv_compress"]["windows"] > 0)
         if path.exists():
             trace = load(path)

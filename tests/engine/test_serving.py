@@ -14,6 +14,8 @@ import pytest
 import requests
 from server import Server, in_parallel
 
+from kara_sglang.trace.file import file_name
+
 QUESTION = [{"role": "user", "content": "Tell me about the history of bread, in detail."}]
 
 
@@ -107,6 +109,57 @@ def test_bad_options_are_refused_with_400(smollm2: Server, option: object, field
     assert field in streamed.text
 
 
+VOCAB = 49152  # of SmolLM2
+
+
+@pytest.mark.parametrize("ident", [-1, VOCAB, 2**32 - 1, 2**32, 2**62])
+def test_ids_that_are_no_tokens_are_refused_with_400(smollm2: Server, ident: int) -> None:
+    """Wherever a client can send ids; SGLang itself does not look at them."""
+    session = smollm2.post("/open_session", {"capacity_of_str_len": 1000}).json()
+    two = {"max_new_tokens": 2}
+    wrong = [5, ident, 5]
+    routes = (
+        ("/generate", {"input_ids": wrong, "sampling_params": two}),
+        ("/generate", {"input_ids": [[5, 5], wrong], "sampling_params": two}),
+        ("/generate", {"input_ids": wrong, "sampling_params": two | {"n": 2}}),
+        ("/generate", {"input_ids": wrong, "sampling_params": two, "session_params": {"id": session}}),
+        ("/v1/completions", {"model": "m", "prompt": wrong, "max_tokens": 2}),
+        ("/v1/completions", {"model": "m", "prompt": [[5, 5], wrong], "max_tokens": 2}),
+        ("/v1/chat/completions", {"model": "m", "messages": QUESTION, "input_ids": wrong}),
+    )
+    for route, body in routes:
+        response = smollm2.post(route, body)
+        assert response.status_code == 400, (route, body)
+        assert f"input_ids (prompt on OpenAI routes) holds {ident} at position 1" in response.text
+    assert smollm2.post("/close_session", {"session_id": session}).status_code == 200
+    body = {"input_ids": [5, VOCAB - 1, 0], "sampling_params": two}
+    assert smollm2.post("/generate", body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"text": ""},
+        {"text": ["a", ""]},
+        {"text": "", "sampling_params": {"n": 2}},
+        {"input_ids": []},
+        {"input_ids": [[5], []]},
+        {"input_ids": [[]]},
+    ],
+)
+def test_empty_prompts_are_refused_with_400(smollm2: Server, body: dict) -> None:
+    """Without the check the CPU engine dies of one, stock SGLang's as well."""
+    body = {"sampling_params": {"max_new_tokens": 2}} | body
+    response = smollm2.post("/generate", body)
+    assert (response.status_code, "empty" in response.text) == (400, True), response.text
+    streamed = smollm2.post("/generate", body | {"stream": True})
+    assert '"code":400' in streamed.text or streamed.status_code == 400
+    for prompt in ("", [], [[5], []]):
+        body = {"model": "m", "prompt": prompt, "max_tokens": 2}
+        assert smollm2.post("/v1/completions", body).status_code == 400, prompt
+    assert smollm2.post("/generate", {"text": "a"}).status_code == 200
+
+
 def test_bad_request_hurts_nobody_else(smollm2: Server) -> None:
     """Good requests around a bad one are answered in full."""
     calls = [
@@ -130,7 +183,7 @@ def test_openai_routes_take_options(smollm2: Server) -> None:
 def test_the_page_of_a_trace_shows_the_answer(smollm2: Server, logs: Path) -> None:
     """`python -m kara_sglang.trace show` finds the tokenizer by itself; its text is the answer's."""
     answer = chat(smollm2, tokens=400).json()
-    path = logs / "smollm2-traces" / f"{answer['id']}.npz"
+    path = logs / "smollm2-traces" / file_name(answer["id"])
     command = (sys.executable, "-m", "kara_sglang.trace", "show", str(path))
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0, shown.stderr

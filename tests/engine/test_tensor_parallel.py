@@ -26,7 +26,8 @@ def test_engine_with_two_ranks(stock: Server, tiny_model: Path, logs: Path, tmp_
     assert lines, log.read_text()[-4000:]
     result = json.loads(lines[-1][7:])
 
-    reports = [answer["meta_info"]["kv_compress"] for answer in result["answers"]]
+    answers = result["answers"]
+    reports = [answer["meta_info"]["kv_compress"] for answer in answers]
     assert [report["windows"] for report in reports] == [4, 4, 4, 0]
     assert [report["tokens_removed"] for report in reports] == [128, 0, 192, 0]
     stock.flush()
@@ -40,12 +41,22 @@ def test_engine_with_two_ranks(stock: Server, tiny_model: Path, logs: Path, tmp_
     report = reused["kv_compress"]
     assert (report["reused_tokens"], report["reused_slots"]) == (304 - 16, 304 - 16 - 128)
     assert "kv_compress.retain" in result["error"]
+
+    # Forged keys: refused by the launcher, and without effect where they get past it.
+    assert "input_ids" in result["refusal"]
+    assert result["cached"] == [0, 0]
+    (first, honest), (again, attacked) = result["stories"]
+    assert first == again
+    assert attacked["output_ids"] == honest["output_ids"]
+    for name in ("cached_tokens", "kv_compress"):
+        assert attacked["meta_info"][name] == honest["meta_info"][name]
+    assert honest["meta_info"]["kv_compress"]["reused_tokens"] == 304 - 16
     for state in result["states"]:
-        assert (state["windows"], state["slots_freed"]) == (12, 320)
+        assert (state["windows"], state["slots_freed"]) == (20, 576)
         assert state["settings"]["kept"] == pytest.approx(32)
 
     # Each rank wrote what its own heads kept.
-    assert len(list(tmp_path.iterdir())) == 2 * 3
+    assert len(list(tmp_path.iterdir())) == 2 * (3 + 2)  # and two of the forgery's
     for index, selector in ((0, "kara"), (1, "identity"), (2, "random")):
         answer = result["answers"][index]
         rid = answer["meta_info"]["id"]

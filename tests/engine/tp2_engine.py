@@ -4,6 +4,48 @@ from __future__ import annotations
 
 import json
 import sys
+from array import array
+from typing import Any
+
+from kara_sglang import plugin
+from kara_sglang.radix_integration.keys import Text, physical_key, seed_of
+from kara_sglang.state import Window
+
+
+def forge(engine: Any, prompt: list[int]) -> dict[str, Any]:
+    """A continued answer without an attack, and with forged keys that get past the launcher's check.
+
+    More than one rank looks ids up in a part of the vocabulary each, and does not fail of one that is
+    in nobody's part.
+    """
+    tail, greedy = [9] * 50, {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+
+    def ask(ids: list[int], tokens: int) -> dict:
+        return engine.generate(input_ids=ids, sampling_params=greedy | {"max_new_tokens": tokens})
+
+    engine.flush_cache()
+    first = ask(prompt, 300)["output_ids"]
+    text = prompt + first
+    honest = ask(text + tail + [7], 8)
+
+    windows = [Window(16 + 64 * k, 16 + 32 * k, 64, 32, "all") for k in range(4)]
+    config = plugin.active()
+    seed = seed_of(repr((config.to_json(), "kara", 32, None)).encode(), None, None)
+    fake = physical_key(Text(seed, memoryview(array("q", text[:-1]))), windows).tolist() + tail
+    try:
+        refusal = ask(fake, 1)
+    except ValueError as error:
+        refusal = str(error)
+    engine.flush_cache()
+    launched = plugin.launched()
+    plugin.set_launched(None)  # the launcher lets everything through
+    forged = [ask(fake, 1)]  # before anybody has written the windows
+    again = ask(prompt, 300)["output_ids"]
+    forged.append(ask(fake, 1))  # and after
+    plugin.set_launched(launched)
+    attacked = ask(text + tail + [7], 8)
+    cached = [answer["meta_info"]["cached_tokens"] for answer in forged]
+    return {"refusal": refusal, "cached": cached, "stories": [[first, honest], [again, attacked]]}
 
 
 def main(model: str, traces: str) -> None:
@@ -53,9 +95,11 @@ def main(model: str, traces: str) -> None:
         error = None
     except ValueError as raised:
         error = str(raised)
+    attacked = forge(engine, prompts[0])
     states = [state["kv_compress"] for state in engine.get_server_info()["internal_states"]]
     engine.shutdown()
     result = {"answers": answers, "follow_up": follow_up, "states": states, "error": error}
+    result |= attacked
     print("RESULT " + json.dumps(result))
 
 

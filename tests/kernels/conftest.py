@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 
 import kara_sglang.kernels.triton as package
 from kara_sglang.kernels.backend import LayerPool, WindowShape
-from kara_sglang.kernels.record import FP8, Ring, to_fp8
+from kara_sglang.kernels.record import Ring
 from kara_sglang.kernels.triton import TritonKernels
 from kara_sglang.kernels.turn import Turn
 
@@ -118,7 +118,7 @@ def _new_pool(
     return LayerPool(
         keys=keys,
         values=values,
-        rings=[Ring(*to_fp8(q)) if ring_dtype == FP8 else Ring(q.to(ring_dtype)) for q in queries],
+        rings=[Ring.of(q, ring_dtype) for q in queries],
         ring_len=ring_len,
         scales=[dim**-0.5 * (1 + 0.1 * layer) for layer in range(layers)],
         turn=_turn(layers, dim),

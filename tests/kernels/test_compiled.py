@@ -29,6 +29,7 @@ from kara_sglang.benchmarks.gpu.compiled import (
     of,
 )
 from kara_sglang.benchmarks.gpu.models import MODELS
+from kara_sglang.kernels.record import FP4, FP8
 
 pytestmark = pytest.mark.skipif(
     knobs.runtime.interpret, reason="TRITON_INTERPRET=1 leaves nothing to compile"
@@ -94,6 +95,12 @@ def test_weights_of_other_types(shape, key_dtype):
         ("head_dim 256", {"halves": False}),
         ("head_dim 192", {"ring_dtype": torch.bfloat16, "window": 2048}),
         ("Qwen3-8B", {"ring_dtype": torch.bfloat16, "window": 4096}),
+        ("Qwen3-8B", {"ring_dtype": FP4}),
+        ("R1-Distill-Qwen-7B", {"ring_dtype": FP4, "causal": True}),
+        ("head_dim 64", {"ring_dtype": FP4, "key_dtype": torch.float16}),
+        ("head_dim 80", {"ring_dtype": FP4}),
+        ("head_dim 192", {"ring_dtype": FP4}),
+        ("head_dim 256", {"ring_dtype": FP4, "key_dtype": FP8}),
     ],
     ids=str,
 )
@@ -107,6 +114,7 @@ def test_other_shapes(architecture, shape, settings):
     ("key_dtype", "ring_dtype"),
     [
         (torch.float32, torch.float8_e4m3fn),
+        (torch.float32, FP4),
         (torch.float32, torch.float32),
         (torch.float16, torch.bfloat16),
         (torch.bfloat16, torch.float16),

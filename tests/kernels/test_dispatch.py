@@ -14,7 +14,7 @@ def test_a_cpu_gets_torch():
     kernels, reason = pick(torch.device("cpu"))
     assert isinstance(kernels, TorchKernels)
     assert reason == "the device is cpu, not a CUDA GPU"
-    assert kernels.records_steps
+    assert kernels.layers_at_once is None
 
 
 @pytest.mark.parametrize(
@@ -32,5 +32,4 @@ def test_a_gpu_gets_triton_where_it_works(monkeypatch, capability, hip, expected
     kernels, given = pick(torch.device("cuda", 0))
     assert type(kernels) is expected
     assert given == reason
-    # A graph that was captured must hold for whoever records, and must not keep all layers' queries.
-    assert not kernels.records_steps
+    assert kernels.layers_at_once == 8, "a captured graph must not keep all layers' queries"

@@ -54,10 +54,11 @@ def test_its_checks_pass_on_right_kernels_and_fail_on_wrong_ones(monkeypatch, me
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_its_checks_take_other_types(monkeypatch):
+@pytest.mark.parametrize("bits", [4, 16])
+def test_its_checks_take_other_types(monkeypatch, bits):
     monkeypatch.setattr(kernels, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(kernels, "captured", lambda call: call)
-    settings = Settings(window=48, kept=16, delay=9, query_bytes=2)
+    settings = Settings(window=48, kept=16, delay=9, query_bits=bits)
     kernels.check(kernels.Case(TINY, settings, num_jobs=1, layers=1, key_dtype=FP8))
 
 
@@ -233,14 +234,19 @@ def test_tables_of_a_gpu(tmp_path):
     done["pass"] = {"one_window_us": 20.0, "one_window_launches_us": took, "us": 40.0}
     done["pass"]["launches_us"] = {name: 2 * us for name, us in took.items()}
     done["pass without queries"] = done["pass"]
-    run = {"model": "M", "settings": {"window": 512, "mean": True}, "jobs": 8, "kernels": done}
+    run = {
+        "model": "M",
+        "settings": {"window": 512, "mean": True, "query_bits": 4},
+        "jobs": 8,
+        "kernels": done,
+    }
     (tmp_path / "it.json").write_text(json.dumps({"runs": [run]}))
     views = ("it kernels", "it passes")
     marks = "".join(f"<!-- gpu:{view} -->\nold\n<!-- end of gpu -->\n" for view in views)
     lines = tables.render(marks, tmp_path).splitlines()
-    assert lines[3] == "| M, W 512, mean | 8 |" + " 100 (50%) |" * 5
-    assert lines[-5] == "| M, W 512, mean | 1 | 1 | 2 | 0 | 4 | 0 | 12 | 20 |"
-    assert lines[-2] == "| M, W 512, mean, `keys` | 8 | 2 | 4 | 0 | 8 | 0 | 24 | 40 |"
+    assert lines[3] == "| M, W 512, mean, fp4 | 8 |" + " 100 (50%) |" * 5
+    assert lines[-5] == "| M, W 512, mean, fp4 | 1 | 1 | 2 | 0 | 4 | 0 | 12 | 20 |"
+    assert lines[-2] == "| M, W 512, mean, fp4, `keys` | 8 | 2 | 4 | 0 | 8 | 0 | 24 | 40 |"
     missing = marks.replace("it ", "another ")
     assert tables.render(missing, tmp_path) == missing
     with pytest.raises(ValueError, match="a mark is gpu:RESULT VIEW with kernels or passes"):

@@ -393,7 +393,7 @@ def test_nothing_is_uploaded_from_pageable_memory(make, monkeypatch):
     kernels = TritonKernels()
     kernels.reserve(device, WindowShape(3, 2, 32, torch.float32, WIDTH, WIDTH, GROUP, WIDTH + DELAY))
     shape = AttentionShape(3, 2 * GROUP, 2, 32, torch.float32, device)
-    recorder = QueryRecorder(shape, WIDTH, DELAY, 10**6, fp8=True)
+    recorder = QueryRecorder(shape, WIDTH, DELAY, 10**6, FP8)
     recorder.allocate_tables(8)
     with Uploads(monkeypatch) as control:
         torch.ones(3).to(device)

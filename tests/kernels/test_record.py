@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from kara_sglang.kernels import record as reference
-from kara_sglang.kernels.record import Ring
-from kara_sglang.kernels.triton import TritonKernels, fp8
+from kara_sglang.kernels.record import Ring, Step
+from kara_sglang.kernels.triton import TritonKernels, numbers
 from kara_sglang.kernels.triton.record import record
 from kara_sglang.recorder import AttentionShape, QueryRecorder
 
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 POISON = 0xA5
 
 
-def poisoned_ring(entries: int, heads: int, dim: int, dtype: torch.dtype) -> Ring:
-    ring = Ring.zeros((entries, heads, dim), dtype)
+def poisoned_ring(entries: int, heads: int, dim: int, dtype: torch.dtype, layers: int = 1) -> Ring:
+    ring = Ring.zeros((layers, entries, heads, dim), dtype)
     for raw in bytes_of(ring):
         raw.fill_(POISON)
     return ring
@@ -28,8 +28,13 @@ def poisoned_ring(entries: int, heads: int, dim: int, dtype: torch.dtype) -> Rin
 
 def bytes_of(ring: Ring) -> list[torch.Tensor]:
     """Everything that a ring holds."""
-    parts = [ring.queries] if ring.exponents is None else [ring.queries, ring.exponents]
-    return [part.view(torch.uint8) for part in parts]
+    return [part.view(torch.uint8) for part in ring.parts]
+
+
+def step_to(units: torch.Tensor) -> Step:
+    """Rows that record into these units of one token, ``(batch, group)``."""
+    batch = len(units)
+    return Step(torch.zeros(batch, dtype=torch.int64), torch.arange(batch), units, ring_len=1)
 
 
 @pytest.mark.parametrize("group", [1, 3, 5, 7, 12, 16])
@@ -39,12 +44,14 @@ def bytes_of(ring: Ring) -> list[torch.Tensor]:
         (torch.float8_e4m3fn, torch.bfloat16),
         (torch.float8_e4m3fn, torch.float16),
         (torch.float8_e4m3fn, torch.float32),
+        (reference.FP4, torch.bfloat16),
+        (reference.FP4, torch.float32),
         (torch.bfloat16, torch.bfloat16),
         (torch.float16, torch.float16),
     ],
 )
 def test_bytes_are_the_references(identical, group, ring_dtype, query_dtype):
-    batch, heads, dim, ring_len = 4, 3, 20, 8
+    layers, batch, heads, dim, ring_len = 3, 4, 3, 20, 8
     trash = (group + 2) * ring_len
     units = torch.stack(
         [
@@ -55,24 +62,24 @@ def test_bytes_are_the_references(identical, group, ring_dtype, query_dtype):
         ]
     )
     positions = torch.tensor([1003, 7, 58, 1_000_001])
-    entries = reference.plan(positions, torch.arange(4), units, ring_len, trash)
-    queries = torch.randn(batch, heads * group * dim).mul(200).to(query_dtype)
+    step = Step(positions, torch.tensor([2, 0, 3, 1]), units[[1, 3, 0, 2]], ring_len)
+    queries = torch.randn(layers, batch, heads * group * dim).mul(200).to(query_dtype)
 
-    ours, theirs = (poisoned_ring(trash + 1, heads, dim, ring_dtype) for _ in range(2))
-    record(ours, entries, queries)
-    reference.record(theirs, entries, queries)
+    ours, theirs = (poisoned_ring(trash + 1, heads, dim, ring_dtype, layers) for _ in range(2))
+    record(ours, step, list(queries))
+    reference.record(theirs, step, list(queries))
 
     if ring_dtype == torch.bfloat16 and group > 1:
         # The interpreter cuts float32 off where it should round: a mean may be the next number.
-        means = [int(entry) for entry in entries[2:, 0]]
-        ours_bits, bits = (ring.queries.view(torch.int16)[means].int() for ring in (ours, theirs))
+        means = reference.plan(step, trash)[2:, 0]
+        ours_bits, bits = (ring.queries.view(torch.int16)[:, means].int() for ring in (ours, theirs))
         assert (ours_bits - bits).abs().max() <= 1
-        assert (ours_bits != POISON * 0x101 - 0x10000).flatten(1).any(dim=1).all()
-        ours.queries[means] = theirs.queries[means]
+        assert (ours_bits != POISON * 0x101 - 0x10000).flatten(2).any(dim=2).all()
+        ours.queries[:, means] = theirs.queries[:, means]
     for mine, other in zip(bytes_of(ours), bytes_of(theirs), strict=True):
-        assert identical(mine[:-1], other[:-1])
-        assert (mine[-1] == POISON).all(), "an idle row was stored"
-        assert (other[-1] != POISON).any(), "the test has no idle row"
+        assert identical(mine[:, :-1], other[:, :-1])
+        assert (mine[:, -1] == POISON).all(), "an idle row was stored"
+        assert (other[:, -1] != POISON).flatten(1).any(dim=1).all(), "the test has no idle row"
 
 
 @pytest.mark.parametrize("group", [2, 3, 5, 7, 12])
@@ -80,15 +87,16 @@ def test_the_mean_is_the_mean(group):
     """Beside rows with all heads and idle ones, from the definition."""
     heads, dim, trash = 2, 6, 40
     queries = torch.randn(3, heads, group, dim)
-    entries = torch.full((3, group), trash)
-    entries[0, 0] = 7
-    entries[2] = torch.arange(10, 10 + group)
+    units = torch.full((3, group), -1)
+    units[0, 0] = 7
+    units[2] = torch.arange(10, 10 + group)
     for store in (record, reference.record):
-        ring = Ring.zeros((trash + 1, heads, dim), torch.float32)
-        store(ring, entries, queries.view(3, -1))
-        torch.testing.assert_close(ring.queries[7], queries[0].mean(dim=1))
-        assert torch.equal(ring.queries[10 : 10 + group], queries[2].transpose(0, 1))
-        written = ring.queries[:trash].flatten(1).any(dim=1).nonzero().flatten().tolist()
+        ring = Ring.zeros((1, trash + 1, heads, dim), torch.float32)
+        store(ring, step_to(units), [queries.view(3, -1)])
+        (stored,) = ring.queries
+        torch.testing.assert_close(stored[7], queries[0].mean(dim=1))
+        assert torch.equal(stored[10 : 10 + group], queries[2].transpose(0, 1))
+        written = stored[:trash].flatten(1).any(dim=1).nonzero().flatten().tolist()
         assert written == [7, *range(10, 10 + group)]
 
 
@@ -101,7 +109,7 @@ def test_every_query_is_stored_as_the_nearest_number():
     queries = torch.randn(2, heads * dim) * torch.tensor([2000.0, 1.0, 1e-3]).repeat_interleave(dim)
     queries[1, :dim] = torch.tensor([448.0, 17.0, 19.0]).repeat(dim // 3)  # 17 and 19: in the middle
     ring = poisoned_ring(4, heads, dim, reference.FP8)
-    record(ring, torch.tensor([[2], [0]]), queries)
+    record(ring, step_to(torch.tensor([[2], [0]])), [queries])
     for entry, row in ((2, queries[0]), (0, queries[1])):
         for head, given in enumerate(row.view(heads, dim).double().numpy()):
             power = 1.0
@@ -109,11 +117,48 @@ def test_every_query_is_stored_as_the_nearest_number():
                 power *= 2
             while abs(given).max() <= 448 * power / 2:
                 power /= 2
-            assert 2.0 ** int(ring.exponents[entry, head]) == power
+            assert 2.0 ** int(ring.scales[0, entry, head]) == power
             distance = abs(given[:, None] / power - numbers[None, :])
             odd = (codes & 1)[None, :] * 1e-12  # the even one, where two are as near
             nearest = numbers[(distance + odd).argmin(axis=1)]
-            assert (ring.queries[entry, head].double().numpy() == nearest).all()
+            assert (ring.queries[0, entry, head].double().numpy() == nearest).all()
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 192])
+def test_every_query_of_four_bits_is_the_nearest_number(dim):
+    """From the definition, float64: a scale is the largest number of its part divided by 6, as a
+    float16 of 3 mantissa bits; of the eight sizes that this leaves each query is the nearest, and of
+    two the one of an even code."""
+    heads, parts = 3, 4 if dim <= 128 else 8
+    queries = torch.randn(2, heads, dim) * torch.tensor([2000.0, 1.0, 1e-3])[:, None]
+    queries[1, 0, :8] = torch.tensor([6.0, 5.0, -3.5, 2.5, 1.25, -0.75, 0.25, -0.0])  # in the middle
+    queries[1, 0, 8 : dim // parts] = 0
+    ring = poisoned_ring(4, heads, dim, reference.FP4)
+    record(ring, step_to(torch.tensor([[2], [0]])), [queries.view(2, -1)])
+    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    for entry, rows in ((2, queries[0]), (0, queries[1])):
+        numbers = ring[0].numbers()[entry].double().numpy()
+        for head, given in enumerate(rows.double().numpy()):
+            for part, stored in zip(
+                given.reshape(parts, -1), numbers[head].reshape(parts, -1), strict=True
+            ):
+                fraction, exponent = np.frexp(abs(part).max() / 6)
+                scale = np.ldexp(np.round(fraction * 16) / 16, exponent)
+                distance = abs(abs(part)[:, None] - scale * sizes[None, :])
+                odd = np.arange(8) % 2 * 1e-12  # the even one, where two are as near
+                nearest = np.copysign(scale * sizes[(distance + odd).argmin(axis=1)], part)
+                np.testing.assert_array_equal(stored, nearest)
+                assert (np.signbit(stored) == np.signbit(part)).all()
+
+
+def test_what_is_no_number_becomes_the_largest_of_four_bits(identical):
+    queries = torch.tensor([[torch.inf, 1, torch.nan, -torch.inf, 1e30, -3e4, 0, 2.0] * 8])
+    ours, theirs = (poisoned_ring(2, 1, 64, reference.FP4) for _ in range(2))
+    record(ours, step_to(torch.tensor([[0]])), [queries])
+    reference.record(theirs, step_to(torch.tensor([[0]])), [queries])
+    assert all(identical(a[:, 0], b[:, 0]) for a, b in zip(ours.parts, theirs.parts, strict=True))
+    found = ours[0].numbers()[0, 0, :8].tolist()
+    assert found == [23040, 0, 23040, -23040, 23040, -23040, 0, 0]
 
 
 def test_rows_of_a_fused_projection(identical):
@@ -121,39 +166,44 @@ def test_rows_of_a_fused_projection(identical):
     batch, heads, group, dim = 5, 2, 3, 16
     qkv = torch.randn(batch, heads * (group + 2) * dim)
     queries = qkv[:, : heads * group * dim]
-    entries = torch.randperm(40)[: batch * group].view(batch, group)
+    step = step_to(torch.randperm(40)[: batch * group].view(batch, group))
     ours, theirs = (poisoned_ring(41, heads, dim, torch.float32) for _ in range(2))
-    record(ours, entries, queries)
-    reference.record(theirs, entries, queries)
+    record(ours, step, [queries])
+    reference.record(theirs, step, [queries])
     assert identical(ours.queries, theirs.queries)
 
 
 def test_rows_that_are_not_what_they_should_be_are_refused():
-    ring, entries = Ring.zeros((9, 2, 4), torch.float32), torch.zeros(3, 2, dtype=torch.int64)
+    ring, step = Ring.zeros((2, 9, 2, 4), torch.float32), step_to(torch.zeros(3, 2, dtype=torch.int64))
+    good = torch.zeros(3, 16)
     with pytest.raises(ValueError, match=r"must be 16 numbers without gaps, got shape \(3, 12\)"):
-        record(ring, entries, torch.zeros(3, 12))
+        record(ring, step, [torch.zeros(3, 12)] * 2)
     with pytest.raises(ValueError, match="without gaps"):
-        record(ring, entries, torch.zeros(3, 32)[:, ::2])
-    with pytest.raises(ValueError, match="ring and entries must be contiguous"):
-        record(ring, torch.zeros(2, 3, dtype=torch.int64).T, torch.zeros(3, 16))
+        record(ring, step, [good, torch.zeros(3, 32)[:, ::2]])
+    with pytest.raises(ValueError, match="rows of queries are 32 and 16 numbers apart"):
+        record(ring, step, [good, torch.zeros(3, 32)[:, :16]])
+    with pytest.raises(ValueError, match="1 layers of queries for a ring of 2"):
+        record(ring, step, [good])
+    with pytest.raises(ValueError, match="ring and units must be contiguous"):
+        record(ring, step_to(torch.zeros(2, 3, dtype=torch.int64).T), [good] * 2)
 
 
 def test_an_empty_batch_is_nothing():
-    ring = Ring.zeros((3, 1, 16), torch.float32)
-    record(ring, torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 32))
+    ring = Ring.zeros((1, 3, 1, 16), torch.float32)
+    record(ring, step_to(torch.empty(0, 2, dtype=torch.int64)), [torch.empty(0, 32)])
     assert not ring.queries.any()
 
 
 @triton.jit
 def _encode(out, source, COUNT: tl.constexpr):
     lane = tl.arange(0, COUNT)
-    tl.store(out + lane, fp8.to_e4m3(tl.load(source + lane)))
+    tl.store(out + lane, numbers.to_e4m3(tl.load(source + lane)))
 
 
 @triton.jit
 def _decode(out, source, COUNT: tl.constexpr, STORED: tl.constexpr, NATIVE: tl.constexpr):
     lane = tl.arange(0, COUNT)
-    tl.store(out + lane, fp8.load_float(source + lane, lane < COUNT, STORED, NATIVE).to(tl.float32))
+    tl.store(out + lane, numbers.load_float(source + lane, lane < COUNT, STORED, NATIVE).to(tl.float32))
 
 
 def interpret(kernel):
@@ -189,12 +239,13 @@ def test_every_8_bit_number_is_decoded_exactly(name, native):
 
 
 @pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_a_recorders_ring_keeps_what_somebody_recorded_and_nothing_else(group, fp8):
+@pytest.mark.parametrize("dtype", [reference.FP4, reference.FP8, torch.bfloat16], ids=str)
+def test_a_recorders_ring_keeps_what_somebody_recorded_and_nothing_else(group, dtype):
     """The server's own ring and tables: idle rows, one with all heads and one with their mean; the rest
     stays poisoned."""
-    shape = AttentionShape(2, 2 * group, 2, 4, torch.bfloat16, torch.device("cpu"))
-    recorder = QueryRecorder(shape, 5, 2, 40_000, fp8)
+    layers = 10  # more than a launch takes
+    shape = AttentionShape(layers, 2 * group, 2, 4, torch.bfloat16, torch.device("cpu"))
+    recorder = QueryRecorder(shape, 5, 2, 200_000, dtype)
     assert recorder.num_units > group and recorder.ring.queries.shape[1] % 16 == 0
     recorder.allocate_tables(4)
     full, mean = recorder.acquire(1, group, since=0), recorder.acquire(3, 1, since=0)
@@ -203,7 +254,7 @@ def test_a_recorders_ring_keeps_what_somebody_recorded_and_nothing_else(group, f
         for raw in bytes_of(ring):
             raw.fill_(POISON)
     rows, positions = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 9, 1, group + 1])
-    for layer in range(2):
+    for layer in range(layers):
         queries = torch.randn(4, 2 * group * 4, dtype=torch.bfloat16)
         recorder.record(TritonKernels(), layer, queries, rows, positions)
 

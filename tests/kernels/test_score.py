@@ -10,7 +10,7 @@ import torch
 
 from kara_sglang.kernels import record
 from kara_sglang.kernels.backend import LayerPool
-from kara_sglang.kernels.record import Ring
+from kara_sglang.kernels.record import FP4, FP8, Ring
 from kara_sglang.kernels.score import LEAST_SCORE, MOST_SCORE, NEIGHBOURS_SHARE, AttentionRule
 from kara_sglang.kernels.score import attention_scores as reference_scores
 from kara_sglang.kernels.score import blend_neighbours as reference_blend
@@ -22,7 +22,7 @@ from kara_sglang.kernels.turn import Turn
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
-FP8, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E5M2 = torch.float8_e5m2
 SUM, BEST = (
     AttentionRule(),
     AttentionRule(squared=True, value_norm=4, key_distance=True, neighbours=13, delay_votes=False),
@@ -66,10 +66,22 @@ def triton_scores(
 
 def stored_queries(pool: LayerPool) -> list[torch.Tensor]:
     """The numbers that the rings stand for, float64."""
-    powers = (
-        1.0 if r.exponents is None else 2.0 ** r.exponents.double()[..., None] for r in pool.rings
+    return [stored_numbers(ring) for ring in pool.rings]
+
+
+def stored_numbers(ring: Ring) -> torch.Tensor:
+    if ring.scales is None:
+        return ring.queries.double()
+    if ring.queries.dtype == FP8:
+        return ring.queries.double() * 2.0 ** ring.scales.double()[..., None]
+    sizes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    bits = ring.queries.long()
+    first = sizes[bits >> 1 & 7] * (1 - 2 * (bits >> 7))
+    second = sizes[bits >> 4 & 7] * (1 - 2 * (bits & 1))
+    scales = (ring.scales.to(torch.int16) << 7).view(torch.float16).double() / 16
+    return torch.cat([first, second], -1) * scales.repeat_interleave(
+        ring.head_dim // scales.shape[-1], -1
     )
-    return [r.queries.double() * power for r, power in zip(pool.rings, powers, strict=True)]
 
 
 def brute_force(
@@ -162,7 +174,7 @@ def check(pool, slots, units, starts, count, rule, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("ring_dtype", [torch.float32, FP8], ids=str)
+@pytest.mark.parametrize("ring_dtype", [torch.float32, FP8, FP4], ids=str)
 def test_queries_moved_ahead(make, dim, ring_dtype):
     """In halves, in part and in neighbours, and not at all: the pool's layers differ."""
     pool = make.pool(dim, layers=3, heads=1, dim=dim, ring_len=64, ring_dtype=ring_dtype)
@@ -173,7 +185,7 @@ def test_queries_moved_ahead(make, dim, ring_dtype):
     assert (apart[:2].abs().amax(dim=-1) > 0.05).all() and apart[2].abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("ring_dtype", [FP8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ring_dtype", [FP4, FP8, torch.bfloat16], ids=str)
 def test_turned_keys_are_rounded_to_float16(make, ring_dtype):
     """Keys of 16 bits are turned in float32 and multiplied in float16; a score loses no more."""
     pool = make.pool(3, dtype=torch.bfloat16, ring_dtype=ring_dtype)
@@ -182,8 +194,9 @@ def test_turned_keys_are_rounded_to_float16(make, ring_dtype):
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
-def test_head_dims(make, dim):
-    pool = make.pool(dim, dim=dim, ring_len=64, dtype=torch.bfloat16, ring_dtype=torch.bfloat16)
+@pytest.mark.parametrize("ring_dtype", [FP4, torch.bfloat16], ids=str)
+def test_head_dims(make, dim, ring_dtype):
+    pool = make.pool(dim, dim=dim, ring_len=64, dtype=torch.bfloat16, ring_dtype=ring_dtype)
     slots = make.windows(2, 48, slots=256, seed=dim, page=16)
     check(pool, slots, torch.tensor([[0, 3], [2, 1]]), [16, 777], 57, BEST)
 
@@ -303,6 +316,9 @@ def test_windows_of_thousands(make, width, causal):
         (FP8, FP8),
         (E5M2, FP8),
         (torch.float32, FP8),
+        (torch.float32, FP4),
+        (torch.bfloat16, FP4),
+        (FP8, FP4),
         (torch.bfloat16, torch.float32),
     ],
     ids=str,
@@ -319,17 +335,18 @@ def test_types(make, key_dtype, ring_dtype, capability):
 
 
 @pytest.mark.parametrize("key_dtype", [torch.bfloat16, FP8], ids=str)
-def test_queries_far_beyond_what_fp8_can_hold(make, key_dtype):
-    """Heads whose largest number is 2000, 20 and 0.002 in one fp8 ring, as in models with biases in q:
-    the scores are those of the queries before they were stored, up to fp8's own rounding."""
+@pytest.mark.parametrize(("ring_dtype", "most"), [(FP8, 0.03), (FP4, 0.09)], ids=["fp8", "fp4"])
+def test_queries_far_beyond_what_8_bits_can_hold(make, key_dtype, ring_dtype, most):
+    """Heads whose largest number is 2000, 20 and 0.002 in one ring, as in models with biases in q:
+    the scores are those of the queries before they were stored, up to the numbers' own rounding."""
     pool = make.pool(5, heads=3, dtype=key_dtype, units=1, ring_len=50)
     queries = torch.randn(51, 3, 64)
     queries *= (torch.tensor([2000, 20, 0.002]) / queries.abs().amax(-1).amax(0))[:, None]
     # Small keys, so that the softmax of the largest head is no single one.
     keys = [(key.float() * torch.tensor([0.002, 0.2, 16])[:, None]).to(key_dtype) for key in pool.keys]
-    ring = Ring.zeros((51, 3, 64), FP8)
-    record.record(ring, torch.arange(51)[:, None], queries.view(51, -1))
-    assert ring.exponents.amax(dim=0).tolist() == [3, -4, -17]
+    ring = Ring.of(queries, ring_dtype)
+    if ring_dtype == FP8:
+        assert ring.scales.amax(dim=0).tolist() == [3, -4, -17]
     stored = dataclasses.replace(pool, keys=keys, rings=[ring])
     slots, units = make.windows(1, 48, slots=256, seed=1), torch.tensor([[0]])
     check(stored, slots, units, [0], 50, BEST)
@@ -340,7 +357,7 @@ def test_queries_far_beyond_what_fp8_can_hold(make, key_dtype):
         ours, true = (brute_force(p, slots, units, [0], 50, SUM) for p in (others, exact))
         return abs(ours / true - 1).max()
 
-    assert error(ring) < 0.03 < 0.1 < error(Ring(queries.clamp(-448, 448)))
+    assert error(ring) < most < 0.1 < error(Ring(queries.clamp(-448, 448)))
 
 
 @pytest.mark.parametrize("rule", [BEST, AHEAD], ids=["as they are", "turned"])

@@ -42,8 +42,9 @@ def coordinator_of(config: KaraConfig) -> Coordinator:
     recorder = None
     if config.query_bytes:
         shape = AttentionShape(LAYERS, HEADS * GROUP, HEADS, DIM, torch.bfloat16, CPU)
-        fp8 = config.query_dtype == "fp8"
-        recorder = QueryRecorder(shape, width, config.delay, 4 << 20, fp8)
+        dtype = config.ring_dtype(torch.bfloat16)
+        recorder = QueryRecorder(shape, width, config.delay, 4 << 20, dtype)
+        recorder.allocate_tables(8)
     still = Turn.of_layer(torch.ones(DIM // 2), torch.zeros(DIM // 2), DIM, halves=True)
     turn = Turn.of([still] * LAYERS)
     return Coordinator(scheduler, config, recorder, kernels, [0.125] * LAYERS, turn)
@@ -54,6 +55,7 @@ def coordinator_of(config: KaraConfig) -> Coordinator:
     [
         {},
         {"query_dtype": "model", "score": "sum", "neighbours": 1, "chunk_budget": 0.0},
+        {"query_dtype": "fp4"},
         {"selector": "recent"},
     ],
     ids=str,
@@ -91,9 +93,10 @@ def test_no_request_needs_a_compiler(settings):
         for job in jobs:
             kernels.compress(coordinator._pool(), [job] * 17)
         for batch in (1, 2, 17, 64) if recorder is not None else ():
-            entries = torch.zeros(batch, GROUP, dtype=torch.int64)
+            rows = torch.zeros(batch, dtype=torch.int64)
             queries = torch.zeros(batch, HEADS * GROUP * DIM, dtype=torch.bfloat16)
-            kernels.record(recorder.rings[1], entries, queries)
+            for layer in range(LAYERS):
+                recorder.record(kernels, layer, queries, rows, rows)
     assert len(launches) > 2 * len(jobs)
     assert {launch.key for launch in launches} - warm == set()
 

@@ -40,6 +40,7 @@ PARTS = {
     ("Scheduler", "tree_cache"): "UnifiedRadixCache",
     ("Scheduler", "waiting_queue"): "[Req]",
     ("SchedulerMetricsCollectorContext", "collector"): "SchedulerMetricsCollector",
+    ("TokenizerManager", "model_config"): "ModelConfig",
     ("UnifiedRadixCache", "match_prefix"): "MatchResult",
     ("UnifiedRadixCache", "tree_core"): "UnifiedTreeCoreInterface",
     ("model_override_base", "model_config_of"): "ModelConfig",
@@ -57,10 +58,13 @@ KNOWN_NAMES = {
     ("refusals.py", "model"): "ModelConfig",
     ("refusals.py", "resolved"): "ServerArgs",
     ("rotary.py", "layer"): "RadixAttention",
+    ("rotary.py", "rotary"): "RotaryEmbedding",
     ("runtime.py", "first"): "RadixAttention",
     ("runtime.py", "layer"): "RadixAttention",
     ("runtime.py", "layers"): "[RadixAttention]",
     ("serving.py", "base"): "SchedulerOutputStreamer",
+    ("serving.py", "manager"): "TokenizerManager",
+    ("serving.py", "obj"): "GenerateReqInput",
 }
 KNOWN_BASES = {
     "CompressedPrefillAdder": "PrefillAdder",
@@ -355,8 +359,8 @@ class Reader:
         function = node.func
         if isinstance(function, ast.Name) and function.id in ("getattr", "setattr", "hasattr"):
             kind, name = self._infer(node.args[0], names), node.args[1]
-            if kind in self.types and isinstance(name, ast.Constant):
-                self._use(kind, name.value, node)
+            if kind not in self.ours.attributes and isinstance(name, ast.Constant):
+                self._use(kind if kind in self.types else "", name.value, node)
         elif isinstance(function, ast.Name) and function.id in self.imported:
             module, _, name = self.imported[function.id].partition(":")
             for keyword in given:

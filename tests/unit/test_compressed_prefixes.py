@@ -16,31 +16,41 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.managers.schedule_batch import ReqKvInfo
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, ReqKvInfo
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import match_kv_cache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
+from kara_sglang.radix_integration import keys
 from kara_sglang.radix_integration.compressed import CompressedRadixCache
-from kara_sglang.radix_integration.keys import FIRST_ID, physical_key, seed_of
-from kara_sglang.radix_integration.layout import MOST_STARTS, Layout, LayoutIndex
+from kara_sglang.radix_integration.keys import FIRST_ID, Text, first_stranger, physical_key, seed_of
+from kara_sglang.radix_integration.layout import (
+    MOST_FOLLOWERS,
+    MOST_STARTS,
+    MOST_TRIES,
+    Layout,
+    LayoutIndex,
+    tries_of_a_look,
+)
 from kara_sglang.radix_integration.prefix import forget_match, layout_of, prefix_of
 from kara_sglang.state import STATE, VOTERS, Window, ceil_align
 
 ROW = 200
 POOL = 1200
 ROWS = 4
+VOCAB = 1000
 # One request's settings -> window and kept tokens, in pages. None: exact KV only.
 SETTINGS = {b"half": (2, 1), b"quarter": (4, 1), b"half of four": (4, 2)}
 
 Who = tuple[str | None, str | None]  # extra_key, cache_salt
 EVERYONE: list[Who] = [(None, None), (None, None), ("lora", None), (None, "salt")]
 Tokens = tuple[int, ...]
-Cuts = tuple[tuple[int, int, int], ...]  # windows: start, width, kept
+Cuts = tuple[tuple[int, int, int, str], ...]  # windows: start, width, kept, mark
 Chain = tuple[Who, Tokens, Cuts, bytes | None]  # settings: None without windows
 
 
@@ -58,6 +68,7 @@ class Request:
         self.prefix_len = 0
         self.lock: Any = None
         self.last_node: Any = None
+        self.multimodal_inputs: Any = None
         self.priority = self.session = self.session_id = self.kv_rotation_base = None
         self.slots: list[int] = []  # of its row, kept beside it
 
@@ -92,7 +103,7 @@ class Model:
         while True:
             window = starts.get(at)
             if window is not None:
-                cuts = (*cuts, (at, window.width, window.kept))
+                cuts = (*cuts, (at, window.width, window.kept, window.mark))
             at += window.width if window is not None else self.page
             if at > length:
                 return
@@ -163,7 +174,7 @@ class Model:
 class World:
     """Requests that come, grow, are compressed, share, and go, on a small pool."""
 
-    def __init__(self, page: int, seed: int, capacity: int = 10_000, per_text: int = 1000) -> None:
+    def __init__(self, page: int, seed: int, capacity: int = 10_000) -> None:
         self.random = Random(seed)
         self.page = page
         rows = ReqToTokenPool(size=ROWS, max_context_len=ROW, device="cpu", enable_memory_saver=False)
@@ -183,7 +194,8 @@ class World:
             )
         )
         self.cache.settings_of = lambda req: req.settings
-        self.cache.layouts = LayoutIndex(capacity, per_text)
+        self.cache.vocab_size = VOCAB
+        self.cache.layouts = LayoutIndex(capacity)
         self.cache.debug_checks = True
         self.complete = capacity > 1000  # the index forgets nothing
         self.model = Model(page)
@@ -238,10 +250,11 @@ class World:
         assert req.prefix_len - layout.removed == req.kv.cache_protected_len
         layout.check(self.page)
         slots = self.cache.prefix_device_indices(req).tolist() if req.prefix_len else []
-        cuts = tuple((one.logical_start, one.width, one.kept) for one in layout.windows)
+        cuts = tuple((one.logical_start, one.width, one.kept, one.mark) for one in layout.windows)
         found: Chain = (req.who, req.tokens[: req.prefix_len], cuts, req.settings if cuts else None)
         assert slots == self.model.slots(found)
-        best = self.model.longest(req, limit)
+        strangers = any(not 0 <= ident < VOCAB for ident in req.tokens[:limit])
+        best = [] if strangers else self.model.longest(req, limit)
         if self.complete or not cuts:
             assert found in best or not self.complete or found[1] == () == tuple(best)
         if best and best[0][1] == found[1]:
@@ -302,7 +315,7 @@ class World:
         req.full_untruncated_fill_ids.extend(self.random.randrange(3) for _ in range(count))
         req.kv.kv_committed_len = req.kv.kv_allocated_len = held + count
 
-    def compress(self, req: Request, gap: int) -> None:
+    def compress(self, req: Request, gap: int, mark: str = "all") -> None:
         """A pass over one window, ``gap`` pages behind the base."""
         if req.settings is None:
             return
@@ -311,7 +324,7 @@ class World:
         base = state.base + self.page * gap
         if req.kv.kv_committed_len < base + width:
             return
-        state.windows.append(Window(base + state.removed, base, width, kept))
+        state.windows.append(Window(base + state.removed, base, width, kept, mark))
         state.removed += width - kept
         state.base = base + kept
         freed = req.slots[base + kept : base + width]
@@ -399,7 +412,8 @@ class World:
             req = random.choice(self.live)
             self.decode(req, random.randrange(1, 5 * self.page + 2))
             if req in self.live and random.random() < 0.7:
-                self.compress(req, gap=random.choice([0, 0, 0, 0, 1]))
+                mark = "mean" if random.random() < 0.1 else "all"
+                self.compress(req, gap=random.choice([0, 0, 0, 0, 1]), mark=mark)
         elif dice < 0.97 and self.live:
             self.release(random.choice(self.live), checkpoint=random.random() < 0.8)
         elif dice < 0.999:
@@ -427,7 +441,7 @@ def test_tree_and_index_are_the_dictionary(page: int, block: int) -> None:
 
 def test_a_forgetful_index_costs_misses_only() -> None:
     """Eight windows, one layout for a text: whatever is matched is right all the same."""
-    world = World(page=4, seed=7, capacity=8, per_text=1)
+    world = World(page=4, seed=7, capacity=8)
     for _ in range(5000):
         world.step()
         assert world.cache.layouts.num_windows <= 8
@@ -442,7 +456,11 @@ SHARED = [index % 7 for index in range(24)]  # six pages
 
 
 def finished(
-    world: World, tokens: list[int], windows: int, settings: bytes | None = b"half"
+    world: World,
+    tokens: list[int],
+    windows: int,
+    settings: bytes | None = b"half",
+    mark: str = "all",
 ) -> Request:
     """A request whose answer of ``len(tokens) - 9`` tokens is compressed from page 3 on, and done."""
     req = Request(len(world.texts), (None, None), settings, tokens[:9])
@@ -453,7 +471,7 @@ def finished(
     world.write_row(req)
     req.kv.kv_committed_len = req.kv.kv_allocated_len = len(tokens) - layout_of(req).removed
     for _ in range(windows):
-        world.compress(req, gap=0)
+        world.compress(req, gap=0, mark=mark)
     world.release(req, checkpoint=True)
     world.check()
     return req
@@ -505,6 +523,17 @@ def test_twins_share_one_copy() -> None:
     assert world.allocator.available_size() == free
 
 
+def test_windows_that_were_chosen_differently_are_not_twins() -> None:
+    """Of all heads and of their mean: both stay, and the first that was there is not passed off as the
+    other. A third request may continue on either."""
+    world = World(page=4, seed=0)
+    for mark in ("all", "mean"):
+        free = world.allocator.available_size()
+        finished(world, SHARED, windows=1, mark=mark)
+        assert free - world.allocator.available_size() == (20 if mark == "all" else 8)
+    assert looked_up(world, [*SHARED, 1]) == (24, 20)
+
+
 def test_a_window_behind_a_reused_one() -> None:
     """A continued text is compressed further on, and a third request continues that."""
     world = World(page=4, seed=0)
@@ -518,11 +547,125 @@ def test_a_window_behind_a_reused_one() -> None:
     world.write_row(req)
     req.kv.kv_committed_len = req.kv.kv_allocated_len = 35
     world.compress(req, gap=0)
-    assert layout_of(req).windows[1] == Window(logical_start=28, kv_start=24, width=8, kept=4)
+    assert layout_of(req).windows[1] == Window(28, 24, 8, 4, "all")
     world.release(req, checkpoint=True)
     world.check()
     assert looked_up(world, [*req.tokens, 5]) == (36, 28)
     assert prefix_of(req).windows == ()
+
+
+# -- ids that are no tokens ----------------------------------------------------------------------------
+
+SEED = seed_of(b"half", None, None)
+
+
+def forged(tokens: list[int], page: int) -> list[int]:
+    """The physical key of ``tokens`` in pages of ``page``, as a client can compute it: a window from
+    the first page border behind 9 tokens on."""
+    start = ceil_align(9, page)
+    window = Window(start, start, 2 * page, page, "all")
+    return physical_key(Text(SEED, memoryview(array("q", tokens))), (window,)).tolist()
+
+
+@pytest.mark.parametrize("page", [1, 4])
+def test_a_forged_key_matches_nothing_and_stays_out(page: int) -> None:
+    """Whoever knows a text can write its physical key. As a text of its own it finds nothing, leaves
+    nothing behind, and who shares the text notices nothing: before and after the window is there."""
+    world = World(page, seed=0)
+    tail = [5] * (2 * page)
+    text = forged(SHARED, page) + tail
+    free = world.allocator.available_size()
+
+    def attack() -> None:
+        before = world.cache.all_values_flatten().tolist()
+        req = Request(77, (None, None), b"half", text)
+        world.match(req)
+        assert (req.prefix_len, req.slots) == (0, [])
+        req.lock = world.cache.lock(req.last_node)
+        assert world.grow(req, len(text))
+        req.kv.req_pool_idx = world.free_rows.pop()
+        world.write_row(req)
+        req.kv.kv_committed_len = req.kv.kv_allocated_len = len(text)
+        for done, up_to in ((False, len(text) // 2), (False, len(text)), (True, len(text))):
+            req.done = done
+            world.cache.checkpoint(req, up_to=up_to)
+        assert req.kv.cache_protected_len == 0
+        world.allocator.free_segment(torch.tensor(req.slots), start_pos=0)
+        world.cache.unlock(req.lock)
+        world.free_rows.append(req.kv.req_pool_idx)
+        assert world.cache.all_values_flatten().tolist() == before
+
+    attack()  # nobody has written the window yet
+    assert world.allocator.available_size() == free
+    finished(world, SHARED, windows=1)
+    honest = looked_up(world, [*SHARED, *tail, 1])
+    assert honest == (24, 24 - page)
+    attack()
+    assert looked_up(world, [*SHARED, *tail, 1]) == honest
+    world.check()
+
+
+STRANGERS = [-1, -(2**63), VOCAB, 2**31, 2**32, FIRST_ID, 2 * FIRST_ID - 1, 2**63 - 1]
+
+
+@pytest.mark.parametrize("ident", STRANGERS)
+def test_one_stranger_bars_a_text(ident: int) -> None:
+    """Negative, between the vocabulary and 2^32, a window's, and beyond."""
+    world = World(page=1, seed=0)
+    finished(world, SHARED, windows=0, settings=None)
+    assert looked_up(world, [*SHARED, 1]) == (24, 24)
+    assert looked_up(world, [*SHARED, ident, 1]) == (0, 0)
+    assert looked_up(world, [*SHARED, VOCAB - 1, 1]) == (24, 24)
+
+
+def test_a_waiting_text_with_a_stranger_touches_nothing() -> None:
+    """SGLang walks the tree for those that wait: a forged key would split windows and keep them."""
+    world = World(page=1, seed=0)
+    finished(world, SHARED, windows=1)
+    walked: list[RadixKey] = []
+    world.cache.tree_core = SimpleNamespace(
+        match_prefix=lambda params: walked.append(params.key) or SimpleNamespace(cache_actions=[])
+    )
+    world.cache.touch_prefix(RadixKey(array("q", forged(SHARED, 1))))
+    assert walked == []
+    world.cache.touch_prefix(RadixKey(array("q", SHARED)))
+    assert len(walked) == 1
+
+
+def test_images_are_no_strangers() -> None:
+    """SGLang writes numbers of its own for the image of a request; they, and no other, may pass."""
+    world = World(page=1, seed=0)
+    image = MultimodalDataItem(modality=Modality.IMAGE)
+    image.set_hash(1234)
+    pads = image.padding_sequence(6)
+    assert min(pads) > VOCAB
+    for text, reuse in (([1, 2, *pads, 3, 4], 9), ([1, 2, *pads[:5], pads[5] + 1, 3, 4], 0)):
+        req = Request(5, (None, None), None, text)
+        req.multimodal_inputs = SimpleNamespace(mm_items=[image])
+        req.kv.req_pool_idx, req.slots = 1, world.allocator.alloc(10).tolist()
+        world.write_row(req)
+        req.lock = world.cache.lock(world.cache.match_prefix(params_of(req)).last_device_node)
+        world.cache.checkpoint(req, up_to=10)
+        again = Request(6, (None, None), None, text)
+        again.multimodal_inputs = req.multimodal_inputs
+        assert (
+            match_kv_cache(
+                again, world.cache, again.full_untruncated_fill_ids, max_prefix_len=9
+            ).device_prefix_len
+            == reuse
+        )
+
+
+def params_of(req: Request) -> MatchPrefixParams:
+    return MatchPrefixParams(key=RadixKey(req.full_untruncated_fill_ids), req=req)
+
+
+@pytest.mark.parametrize(
+    "ids,index",
+    [([], None), ([0, VOCAB - 1], None), ([0, VOCAB], 1), ([-1, -1], 0), ([3, 2**62, -4], 1)],
+)
+def test_the_first_stranger(ids: list[int], index: int | None) -> None:
+    assert first_stranger(array("q", ids), VOCAB) == index
 
 
 # -- the interval map and the keys ---------------------------------------------------------------------
@@ -596,15 +739,15 @@ def test_keys_are_tokens_and_ids_that_no_token_has() -> None:
     seed = seed_of(b"settings", "lora", "salt")
 
     def key(ids: list[int] = tokens, start: bytes = seed, cut: tuple = windows) -> list[int]:
-        return physical_key(start, memoryview(array("q", ids)), cut).tolist()
+        return physical_key(Text(start, memoryview(array("q", ids))), cut).tolist()
 
     one = key()
     assert len(one) == 40 - 8
     assert one[:8] == tokens[:8] and one[12:16] == tokens[16:20] and one[20:] == tokens[28:]
     drawn = one[8:12] + one[16:20]
-    assert all(FIRST_ID <= ident < 2**61 for ident in drawn) and len(set(drawn)) == 8
+    assert all(FIRST_ID <= ident < 2 * FIRST_ID for ident in drawn) and len(set(drawn)) == 8
     # The same in every process and on every rank.
-    assert one[8] == 1313325329014818125
+    assert one[8] == 1305857510282797703
     for position, first_changed in ((3, 8), (15, 8), (17, 13), (27, 16), (30, 22)):
         other = key([*tokens[:position], 7, *tokens[position + 1 :]])
         differs = [index for index in range(32) if other[index] != one[index]]
@@ -619,35 +762,189 @@ def test_keys_are_tokens_and_ids_that_no_token_has() -> None:
     ):
         assert not set(key(start=start)[8:12]) & set(drawn)
     assert key(cut=(Window(8, 8, 8, 5), Window(20, 17, 8, 4)))[8:12] != one[8:12]
-    chosen_by = [key(cut=(Window(8, 8, 8, 4, mark), windows[1])) for mark in ("", *VOTERS)]
-    assert len({tuple(other[8:12]) for other in chosen_by}) == 4
-    assert len({tuple(other[16:20]) for other in chosen_by}) == 4, "windows behind tell it, too"
+    chosen_by = [key(cut=(Window(8, 8, 8, 4, mark), windows[1])) for mark in (*VOTERS, "seed 1")]
+    assert all(other[:8] == one[:8] and other[20:] == one[20:] for other in chosen_by)
+    assert len({ident for other in (one, *chosen_by) for ident in other[8:12] + other[16:20]}) == 5 * 8
     assert seed_of(b"x", None, "") == seed_of(b"x", None, None)
 
 
 # -- the index by itself -------------------------------------------------------------------------------
 
 
-def test_forks_of_different_length_are_all_remembered() -> None:
+class Rows:
+    """The tree, as far as the index asks it: physical keys, and which part of one it holds."""
+
+    def __init__(self) -> None:
+        self.keys: list[array] = []
+        self.asked: list[int] = []  # lengths
+
+    def put(self, text: list[int], layout: Layout) -> None:
+        self.keys.append(physical_key(text_of(text), layout.windows))
+
+    def __call__(self, ids: array) -> int:
+        self.asked.append(len(ids))
+        common = (
+            next((i for i, (a, b) in enumerate(zip(ids, key, strict=False)) if a != b), None)
+            for key in self.keys
+        )
+        lengths = [
+            min(len(ids), len(key)) if differs is None else differs
+            for differs, key in zip(common, self.keys, strict=True)
+        ]
+        return max(lengths, default=0)
+
+
+def text_of(tokens: list[int]) -> Text:
+    return Text(b"seed", memoryview(array("q", tokens)))
+
+
+def windows_from(start: int, *gaps: int, width: int = 8, kept: int = 4) -> Layout:
+    """A window at ``start``, and one behind each gap."""
+    windows, removed = [], 0
+    for gap in (0, *gaps):
+        start += gap
+        windows.append(Window(start, start - removed, width, kept, "all"))
+        start, removed = start + width, removed + width - kept
+    return Layout(tuple(windows))
+
+
+def search(index: LayoutIndex, rows: Rows, text: list[int], exact: int) -> int:
+    """How far the index leads, in tokens; 0 where no further than exact KV does."""
+    found = index.longest(b"seed", memoryview(array("q", text)), exact, rows)
+    if found is None:
+        return 0
+    layout, ids = found
+    assert rows(ids) == len(ids)
+    return layout.tokens(len(ids))
+
+
+def test_forks_of_different_length_are_all_found() -> None:
     """Each goes on behind one chain with windows of its own; the next step of each must find them."""
-    tokens = memoryview(array("q", range(3, 403)))
-    chain = Window(logical_start=16, kv_start=16, width=8, kept=4)
-    index = LayoutIndex()
-    forks = [
-        Layout((chain, Window(logical_start=24 + 4 * n, kv_start=20 + 4 * n, width=8, kept=4)))
-        for n in range(16)
-    ]
-    for fork in forks:
-        index.add(b"seed", tokens, fork)
-    assert set(index.find(b"seed", tokens, len(tokens))) == set(forks)
+    stem, index, rows = list(range(3, 103)), LayoutIndex(), Rows()
+    forks = []
+    for n in range(16):
+        text = [*stem[: 30 + 4 * n], *([1000 + n] * 40)]
+        layout = windows_from(16, 10 + 4 * n, 0, 3)
+        index.add(b"seed", memoryview(array("q", text)), layout)
+        rows.put(text, layout)
+        forks.append(text)
+    for text in forks:
+        assert search(index, rows, [*text, 5, 5], 16) == len(text)
+    assert search(index, rows, [*stem[:50], 5], 16) == 50
 
 
-def test_a_search_looks_at_a_bounded_number_of_beginnings() -> None:
-    """The longest ones: it runs in the scheduler, whatever other users' texts left behind."""
-    tokens = memoryview(array("q", range(3, 3003)))
+def test_the_clean_part_behind_a_window_counts() -> None:
+    """Two rows share their first window; one is compressed behind it, the other goes on without."""
+    text, index, rows = list(range(3, 103)), LayoutIndex(), Rows()
+    for length, layout in ((50, windows_from(16, 2, 2)), (90, windows_from(16))):
+        index.add(b"seed", memoryview(array("q", text[:length])), layout)
+        rows.put(text[:length], layout)
+    assert search(index, rows, [*text, 5], 16) == 90
+    assert search(index, rows, [*text[:48], 5], 16) == 48
+
+
+def test_what_is_gone_is_not_looked_for_again_until_it_is_back() -> None:
+    """A search notes what the tree has lost, and the same row is found when it is there again."""
+    text, index, rows = list(range(3, 203)), LayoutIndex(), Rows()
+    layout = windows_from(16, 2, 2, 2)
+    index.add(b"seed", memoryview(array("q", text)), layout)
+    assert search(index, rows, text, 100) == 0
+    asked = len(rows.asked)
+    assert asked and search(index, rows, text, 100) == 0 and len(rows.asked) == asked
+    rows.put(text, layout)
+    index.add(b"seed", memoryview(array("q", text)), layout)
+    assert search(index, rows, text, 100) == len(text)
+
+
+def test_the_oldest_goes_first_and_never_before_what_continues_it() -> None:
+    """Eight beginnings: of three rows of three windows the last two stay, all of the first is gone."""
+    index, rows, texts = LayoutIndex(capacity=8), Rows(), []
+    for n in range(3):
+        text = [n] * 60
+        layout = windows_from(16 + n, 2, 2)
+        index.add(b"seed", memoryview(array("q", text)), layout)
+        rows.put(text, layout)
+        texts.append(text)
+        assert index.num_windows == min(4 * (n + 1), 8)
+    assert [search(index, rows, text, 20) for text in texts] == [0, 60, 60]
+    assert search(index, rows, texts[1], 20) == 60  # used: now the other one is older
+    index.add(b"seed", memoryview(array("q", texts[0])), windows_from(16))
+    assert [search(index, rows, text, 20) for text in texts] == [26, 60, 28]
+    for n in range(50):
+        index.add(b"other", memoryview(array("q", [9, n] * 30)), windows_from(n))
+    assert set(index._starts) == {b"other"} and len(index._starts[b"other"]) == 4
+
+
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts, from here on, tokens that are hashed and windows that are tried."""
+    counts: Counter[str] = Counter()
+    real, window_digest = keys.hashlib.blake2b, Text.window_digest
+
+    class Hash:
+        def __init__(self, data: bytes = b"", digest_size: int = 16, state: Any = None) -> None:
+            self.state = state or real(data, digest_size=digest_size)
+
+        def update(self, data: memoryview) -> None:
+            counts["tokens"] += len(data)
+            self.state.update(data)
+
+        def copy(self) -> Hash:
+            return Hash(state=self.state.copy())
+
+        def digest(self) -> bytes:
+            return self.state.digest()
+
+    def tried(text: Text, front: bytes, window: Window) -> bytes:
+        counts["tries"] += 1
+        return window_digest(text, front, window)
+
+    monkeypatch.setattr(keys, "hashlib", SimpleNamespace(blake2b=Hash))
+    monkeypatch.setattr(Text, "window_digest", tried)
+    return counts
+
+
+LONG = [index * 7919 % 9973 for index in range(20_000)]
+# Layouts of one text, and how far each is in the tree; 16,000 tokens of it are there exactly.
+CROWDS: dict[str, list[tuple[Layout, int]]] = {
+    "no row is left": [
+        (windows_from(64 + 16 * n, *[8 * m] * 60), 0) for n in range(40) for m in range(9)
+    ],
+    "first windows are left": [
+        (windows_from(64 + 16 * n, *[8 * m] * 60), 72 + 16 * n) for n in range(40) for m in range(9)
+    ],
+    "halves are left": [(windows_from(64 + n, *[n % 7] * 200), 1500) for n in range(60)],
+    "many beginnings": [(windows_from(1 + n), 0) for n in range(15_000)],
+    "many followers": [(windows_from(64, n), 72) for n in range(5_000)],
+    "beginnings far behind": [(windows_from(15_000 + n), 0) for n in range(500)],
+}
+
+
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_the_work_of_a_search_is_bounded(crowd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other clients have left behind, it runs in the scheduler: the text is hashed once, and a
+    bounded number of windows are tried and rows looked at."""
     index = LayoutIndex()
-    starts = [4 * n for n in range(1, MOST_STARTS + 100)]
-    for start in starts:
-        index.add(b"seed", tokens, Layout((Window(start, start, width=8, kept=4),)))
-    found = [layout.windows[0].logical_start for layout in index.find(b"seed", tokens, len(tokens))]
-    assert found == starts[: -MOST_STARTS - 1 : -1]
+    tokens = memoryview(array("q", LONG))
+    rows = Rows()
+    for layout, end in CROWDS[crowd]:
+        index.add(b"seed", tokens, layout)
+        if end:
+            rows.put(LONG[:end], layout.within(end))
+    mine = windows_from(40, *[0] * 2400)
+    index.add(b"seed", tokens, mine)
+    rows.put(LONG, mine)
+    counts = hashed(monkeypatch)
+    reached = 0
+    for _ in range(12):
+        rows.asked.clear()
+        counts.clear()
+        reached = max(reached, search(index, rows, [*LONG, 1], 16_000))
+        digests = MOST_STARTS + counts["tries"]
+        assert counts["tokens"] <= len(LONG) + 2 + keys._STRIDE * digests
+        # One opening may pass the bound by as many as it has followers.
+        assert counts["tries"] <= MOST_TRIES + len(LONG) // 8 + 2 * MOST_FOLLOWERS
+        assert sum(map(tries_of_a_look, rows.asked)) <= MOST_TRIES + len(LONG) // 8 + 50
+    # What a search finds gone is out of the way of the next ones. Only the longest beginnings are
+    # looked at; one's own is, as a rule, as long as what is there exactly.
+    far = crowd in ("many beginnings", "beginnings far behind")
+    assert reached == (0 if far else len(LONG))

@@ -1,4 +1,4 @@
-"""The documents list exactly what the code has. Run as a program: writes the hook tables anew."""
+"""The documents list exactly what the code has. Run as a program: writes the rendered tables anew."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import json
 import re
 from pathlib import Path
 
-from kara_sglang import hooks, options
+import pytest
+
+from kara_sglang import hooks, options, refusals
 from kara_sglang.benchmarks.serving import tables
 from kara_sglang.config import FLAGS, PRESETS, KaraConfig
 from kara_sglang.kernels.selectors import REGISTRY
@@ -18,10 +20,12 @@ README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 THROUGHPUT = ROOT / "docs" / "throughput.md"
-
 UPGRADING = ROOT / "docs" / "upgrading-sglang.md"
+USAGE = ROOT / "docs" / "usage.md"
+LIMITS = ROOT / "docs" / "limits.md"
 
 _HOOK_TABLE = re.compile(r"(?<=<!-- hooks -->\n).*(?=<!-- end of hooks -->)", re.DOTALL)
+_REFUSALS = re.compile(r"(?<=<!-- refusals -->\n).*(?=<!-- end of refusals -->)", re.DOTALL)
 _GONE_TABLE = re.compile(r"(?<=<!-- gone -->\n).*(?=<!-- end of gone -->)", re.DOTALL)
 
 
@@ -51,6 +55,24 @@ def gone_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def refusal_table() -> str:
+    """Flags that do not go with compression, by group, in Markdown."""
+    groups = {group: [flag for flag, _ in flags] for group, flags in refusals.FLAGS.items()}
+    groups["Environment variables"] = [f"{name}=1" for name in refusals.ENVIRONMENT]
+    lines = ["| group | refused |", "|---|---|"]
+    for group, names in groups.items():
+        shown = (re.sub(r"^(\S+)", r"`\1`", name) for name in names)
+        lines.append(f"| {group} | {', '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+RENDERED = (
+    (ARCHITECTURE, _HOOK_TABLE, hook_table()),
+    (UPGRADING, _GONE_TABLE, gone_table()),
+    (LIMITS, _REFUSALS, refusal_table()),
+)
+
+
 def table(path: Path, marker: str) -> list[list[str]]:
     """Cells of the table behind ``marker`` (an HTML comment or a heading), without its header."""
     lines = path.read_text().split(f"\n{marker}\n", 1)[1].lstrip("\n").splitlines()
@@ -67,18 +89,12 @@ def bare(cell: str) -> str:
     return cell.strip("`")
 
 
-def test_the_hook_table_is_the_codes():
-    found = _HOOK_TABLE.search(ARCHITECTURE.read_text())
+@pytest.mark.parametrize("path,pattern,made", RENDERED)
+def test_rendered_tables_are_the_codes(path: Path, pattern: re.Pattern, made: str):
+    found = pattern.search(path.read_text())
     assert found is not None
-    assert found[0] == hook_table(), "run python tests/unit/test_docs.py"
-    listed = [bare(row[1]) for row in table(ARCHITECTURE, "<!-- hooks -->")]
-    assert listed == [hook.target for hook in hooks.ALL_HOOKS]
-
-
-def test_the_table_of_what_makes_hooks_needless_is_the_codes():
-    found = _GONE_TABLE.search(UPGRADING.read_text())
-    assert found is not None
-    assert found[0] == gone_table(), "run python tests/unit/test_docs.py"
+    assert found[0] == made, "run python tests/unit/test_docs.py"
+    assert made.count("\n") > 5
 
 
 def test_the_settings_are_the_codes_with_their_defaults():
@@ -117,8 +133,8 @@ def test_the_readmes_flags():
     assert rows["--kv-compress-query-mem-gb"] == f"{default.query_bytes / 2**30:g}"
 
 
-def test_the_readmes_selectors_are_the_registry():
-    rows = table(README, "## Selectors")
+def test_the_selectors_are_the_registry():
+    rows = table(USAGE, "<!-- selectors -->")
     listed = {bare(row[0]): row[2] for row in rows}
     assert len(rows) == len(listed)
     assert listed == {
@@ -126,13 +142,13 @@ def test_the_readmes_selectors_are_the_registry():
     }
 
 
-def test_the_readmes_metrics_are_the_exported_ones():
+def test_the_metrics_are_the_exported_ones():
     source = (ROOT / "kara_sglang" / "metrics.py").read_text()
     counters = re.findall(r'\bcounter\(\s*"(\w+)"', source)
     gauges = re.findall(r'\bgauge\(\s*"(\w+)"', source)
     assert len(counters) == source.count("counter(") - 1 and len(gauges) == source.count("gauge(") - 1
     names = [f"{name}_total" for name in counters] + gauges
-    listed = [bare(row[0]) for row in table(README, "<!-- metrics -->")]
+    listed = [bare(row[0]) for row in table(USAGE, "<!-- metrics -->")]
     assert listed == [f"sglang:kv_compress_{name}" for name in names]
 
 
@@ -149,23 +165,28 @@ def test_the_example_of_the_ring_prints_what_it_says():
 
 def test_the_throughput_tables_are_the_committed_results():
     """A figure edited by hand, or a result exchanged without its tables, is found here."""
-    for path in (README, THROUGHPUT):
+    results = ROOT / "benchmarks" / "results" / "serving" / "README.md"
+    for path, shown in ((README, "quick/"), (THROUGHPUT, "quick/"), (results, "tiny/")):
         text = path.read_text()
-        assert re.search(r"<!-- serving:quick/scarce.* -->\n\| row \|", text)
+        assert re.search(rf"<!-- serving:{shown}.* -->\n\| (row|point) \|", text)
         command = f"python -m kara_sglang.benchmarks.serving.tables {path.relative_to(ROOT)}"
         assert tables.render(text) == text, f"run {command}"
 
 
+def test_the_readme_is_read_in_five_minutes():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1500
+
+
 def test_links_between_the_documents_lead_somewhere():
     pages = (*(ROOT / "docs").glob("*.md"), *(ROOT / ".github").glob("*.md"))
-    for path in (README, *pages, ROOT / "CHANGELOG.md"):
+    results = (ROOT / "benchmarks" / "results").glob("*/README.md")
+    for path in (README, ROOT / "CHANGELOG.md", *pages, *results):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
 if __name__ == "__main__":
-    for path, pattern, made in (
-        (ARCHITECTURE, _HOOK_TABLE, hook_table()),
-        (UPGRADING, _GONE_TABLE, gone_table()),
-    ):
+    for path, pattern, made in RENDERED:
         path.write_text(pattern.sub(lambda _match, made=made: made, path.read_text()))

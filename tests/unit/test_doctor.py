@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pkgutil
 from pathlib import Path
 
 import pytest
@@ -93,15 +94,22 @@ def test_an_attribute_that_sglang_lacks_is_named(capsys, monkeypatch, only):
     assert f"pip install sglang=={versions.NEWEST}" in lines[-1]
 
 
-def test_a_module_that_breaks_on_import_is_a_line_and_no_traceback(capsys, monkeypatch, only):
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_module_that_breaks_on_import_is_a_line_and_no_traceback(replaced, capsys, monkeypatch, only):
+    """Also where other hooks would take the place of one that SGLang does not have."""
     only(doctor.check_hooks)
+    broken = next(hook for hook in hooks.ALL_HOOKS if bool(hook.otherwise) == replaced)
+    resolve = pkgutil.resolve_name
 
-    def explode(_hook: hooks.Hook) -> None:
-        raise RuntimeError("operator torchvision::nms does not exist\nand more")
+    def explode(path: str) -> object:
+        if path == broken.path:
+            raise RuntimeError("operator torchvision::nms does not exist\nand more")
+        return resolve(path)
 
-    monkeypatch.setattr(hooks.Hook, "problem", explode)
+    monkeypatch.setattr(pkgutil, "resolve_name", explode)
     code, lines = run(capsys)
     assert code == 1
+    assert f"{broken.path} cannot be imported" in lines[-1]
     assert "(RuntimeError: operator torchvision::nms does not exist)" in lines[-1]
 
 

@@ -48,7 +48,7 @@ from kara_sglang.benchmarks.quality.variants import Variant, VariantSelector
 from kara_sglang.config import KaraConfig
 from kara_sglang.embedded_model import transformers_name
 from kara_sglang.kernels import record, selectors
-from kara_sglang.kernels.score import NEIGHBOURS_SHARE, AttentionRule
+from kara_sglang.kernels.score import NEIGHBOURS_SHARE, AttentionRule, key_distances
 
 VOCAB = 50
 
@@ -314,6 +314,16 @@ def test_a_variant_without_changes_is_the_product_selector(score: str, variant: 
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_variant_without_votes_is_the_selector_without_queries():
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(64, 2, 16, generator=generator) for _ in range(2))
+    nobody = torch.full((80, 2, 3, 16), math.nan)
+    expected = selectors.build("keys", KaraConfig()).score(None, keys, values, scale=0.25, seed=0)
+    variant = dataclasses.replace(rows.PRODUCT, votes=0)
+    got = VariantSelector(variant=variant).score(nobody, keys, values, scale=0.25, seed=0)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_ablations_start_from_the_default():
     selector = selectors.build("kara", KaraConfig())
     assert selector.chunks.budget == rows.PRODUCT.chunks
@@ -334,6 +344,15 @@ def test_a_search_knows_whose_queries_vote(name: str):
     assert dataclasses.replace(every, mean=True) == mean and not every.mean
 
 
+def test_a_search_can_take_the_scripts_of_a_table():
+    tokenizer = SimpleNamespace(encode=lambda text, **_: encode(text))
+    found = search.scripts_of_part(tokenizer, "windows", "held_out", 2)
+    assert [script.name.split("-")[0] for script in found] == ["text", "recall"] * 2
+    assert {len(script.probes) for script in found[1::2]} == {8}
+    layout = Layout(1024, 1, facts=8)
+    assert found[3] == tasks.recall_script(encode, texts.load("held_out", 2)[1], layout, seed=1)
+
+
 def test_a_replay_keeps_what_the_recorder_keeps():
     """The same queries through the ring and out of a replay's layer; 3 query heads, 2 KV heads."""
     generator = torch.Generator().manual_seed(0)
@@ -342,15 +361,15 @@ def test_a_replay_keeps_what_the_recorder_keeps():
     for mean in (False, True):
         plan = Plan(None, 16, 8, 4, mean=mean)
         got = Replay._recorded(layer, plan, 10, 2)
-        ring = record.Ring.zeros((3 * 20 + 1, 2, 16), torch.float32)
+        ring = record.Ring.zeros((1, 3 * 20 + 1, 2, 16), torch.float32)
         units = [0, -1, -1] if mean else [0, 1, 2]
         for position in range(10, 30):
-            where = record.plan(
-                torch.tensor([position]), torch.tensor([0]), torch.tensor([units]), 20, 60
+            step = record.Step(
+                torch.tensor([position]), torch.tensor([0]), torch.tensor([units]), ring_len=20
             )
-            record.record(ring, where, queries[None, :, position])
+            record.record(ring, step, [queries[None, :, position]])
         kept = tuple(unit for unit in units if unit >= 0)
-        assert torch.equal(got, record.recorded(ring, 10, 20, kept, 20))
+        assert torch.equal(got, record.recorded(ring[0], 10, 20, kept, 20))
 
 
 def test_what_variants_change():
@@ -371,6 +390,12 @@ def test_what_variants_change():
     torch.testing.assert_close(score(later=0), _without_later(queries, keys, values))
     pooled = score(pool=3)
     torch.testing.assert_close(pooled[:, 5], plain[:, 4:7].mean(-1))
+    torch.testing.assert_close(score(votes=0.5, value=0), score(value=0) ** 0.5)
+    torch.testing.assert_close(score(key=-2), plain / keys.square().sum(-1).T)
+    torch.testing.assert_close(score(unlike=2), plain * key_distances(values) ** 2)
+    late, queries[:48] = score(since=48), 0.0
+    torch.testing.assert_close(score(since=48), late)
+    assert not torch.equal(score(), plain)
 
 
 def _without_later(queries, keys, values) -> torch.Tensor:
@@ -593,8 +618,8 @@ def test_the_documents_tables_are_the_committed_results():
     for name in ("quick", "coder", "full", "half", "windows"):
         result = json.loads((results / f"{name}.json").read_text())
         assert (results / f"{name}.md").read_text() == report.markdown(result)
-    for text in (document, readme):
-        assert "<!-- quality:quick quick/selectors" in text
+    for text, shown in ((document, "quick quick/selectors"), (readme, "gsm8k-h100 @0.5")):
+        assert f"<!-- quality:{shown} -->\n| row |" in text
         assert report.put_into(text) == text
 
 

@@ -13,13 +13,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kara_sglang.kernels.backend import TorchKernels
-from kara_sglang.kernels.record import FP8, Ring, plan, record, recorded
+from kara_sglang.kernels.record import (
+    FP4,
+    FP8,
+    Ring,
+    Step,
+    from_fp4,
+    plan,
+    record,
+    recorded,
+    to_fp4,
+)
 from kara_sglang.recorder import LAG, AttentionShape, QueryRecorder, Recorder
 
-KERNELS = TorchKernels(records_steps=True)
-BY_LAYER = TorchKernels()  # one call per layer, as in a CUDA graph
+DIM = 4
+BYTES = {torch.float32: 4 * DIM, FP8: DIM + 1, FP4: DIM // 2 + 4}  # of a head
+KERNELS = TorchKernels()
+BY_TWOS = TorchKernels(layers_at_once=2)  # a call for every two layers, as in a CUDA graph
 
 
 def make(
@@ -30,27 +43,42 @@ def make(
     window: int = 4,
     delay: int = 1,
     units: int = 4,
-    fp8: bool = False,
-    dtype: torch.dtype = torch.float32,
+    ring_dtype: torch.dtype = torch.float32,
     rows: int = 6,
 ) -> QueryRecorder:
     """A recorder with room for exactly ``units`` units."""
-    shape = AttentionShape(layers, group * kv_heads, kv_heads, 3, dtype, torch.device("cpu"))
-    entry = layers * kv_heads * (3 + 1 if fp8 else 3 * dtype.itemsize)
+    shape = AttentionShape(layers, group * kv_heads, kv_heads, DIM, torch.float32, torch.device("cpu"))
+    entry = layers * kv_heads * BYTES[ring_dtype]
     budget = units * entry * (window + delay + LAG)
-    made = QueryRecorder(shape, window, delay, budget + entry, fp8)
+    made = QueryRecorder(shape, window, delay, budget + entry, ring_dtype)
     assert made.num_units == made.free_units == units
     made.allocate_tables(rows)
     return made
 
 
-def stored(queries: torch.Tensor, fp8: bool) -> torch.Tensor:
-    """What the ring may remember of ``queries``: e4m3 times the smallest power of two that fits."""
-    if not fp8:
+def stored(queries: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the ring may remember of ``queries``: for fp8 e4m3 times the smallest power of two that
+    fits; fp4 has a test of its own."""
+    if dtype == FP4:
+        return from_fp4(*to_fp4(queries))
+    if dtype != FP8:
         return queries
     largest = queries.double().abs().amax(dim=-1, keepdim=True)
     power = 2.0 ** torch.where(largest > 0, largest / 448, 1.0).log2().ceil()
     return ((queries.double() / power).float().to(FP8).double() * power).float()
+
+
+def store(ring: Ring, entries: torch.Tensor, queries: torch.Tensor) -> None:
+    """Record one layer's queries at these entries, ``(batch, group)``."""
+    batch = len(entries)
+    units = torch.where(entries == len(ring.queries) - 1, -1, entries)
+    step = Step(torch.zeros(batch, dtype=torch.int64), torch.arange(batch), units, ring_len=1)
+    record(one_layer(ring), step, [queries])
+
+
+def one_layer(ring: Ring) -> Ring:
+    """A layer's ring as that of a model with one layer."""
+    return Ring(*(part[None] for part in ring.parts))
 
 
 def mean(heads: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -75,7 +103,7 @@ class Request:
     queries: dict[int, torch.Tensor] = field(default_factory=dict)  # (layers, kv, group, dim)
 
 
-def check_recorded(recorder: QueryRecorder, request: Request, fp8: bool) -> None:
+def check_recorded(recorder: QueryRecorder, request: Request) -> None:
     """Everything that ``voters`` promises is in the ring, bit for bit."""
     given = request.recorder
     group = recorder.shape.group
@@ -94,7 +122,8 @@ def check_recorded(recorder: QueryRecorder, request: Request, fp8: bool) -> None
             truth = request.queries[first + i][layer]
             if heads < group:
                 truth = mean(truth.unbind(dim=1))[:, None]
-            assert torch.equal(got[i].float(), stored(truth, fp8).float()), (first + i, given)
+            expected = stored(truth, ring.queries.dtype)
+            assert torch.equal(got[i].float(), expected.float()), (first + i, given)
 
 
 def play(random: Random) -> tuple[int, int]:
@@ -105,13 +134,13 @@ def play(random: Random) -> tuple[int, int]:
     tuple of int
         Queries compared, and how many of them lay behind a wrap of the ring.
     """
-    group, fp8 = random.choice([1, 2, 3, 7]), random.random() < 0.5
+    group = random.choice([1, 2, 3, 7])
     recorder = make(
         group=group,
         kv_heads=random.randint(1, 2),
         layers=random.randint(1, 2),
         units=random.randint(0, 3 * group),
-        fp8=fp8,
+        ring_dtype=random.choice([FP4, FP8, torch.float32]),
     )
     generator = torch.Generator().manual_seed(random.getrandbits(31))
     running: dict[int, Request] = {}
@@ -160,7 +189,7 @@ def play(random: Random) -> tuple[int, int]:
         assert recorder.free_units == recorder.num_units - len(held)
         assert recorder.in_use == len(holders)
         for request in holders if action == "decode" else []:
-            check_recorded(recorder, request, fp8)
+            check_recorded(recorder, request)
             recorded_by_now = request.length - request.recorder.since
             compared += min(recorded_by_now, recorder.ring_len)
             wrapped += max(0, recorded_by_now - recorder.ring_len)
@@ -202,7 +231,7 @@ def test_plan_sends_each_head_to_its_unit_or_to_the_trash(data: st.DataObject) -
     where = torch.tensor(data.draw(st.permutations(range(num_rows)))[:batch], dtype=torch.int64)
     table = torch.full((num_rows, group), 77)  # what stands in other rows must not matter
     table[where] = torch.tensor(units, dtype=torch.int64).reshape(batch, group)
-    got = plan(torch.tensor(positions, dtype=torch.int64), where, table, ring_len, trash)
+    got = plan(Step(torch.tensor(positions, dtype=torch.int64), where, table, ring_len), trash)
     assert got.dtype == torch.int64 and got.tolist() == expected
 
 
@@ -216,12 +245,12 @@ def test_the_ring_wraps_after_ring_len_tokens(group: int, num_units: str) -> Non
     request.recorder = recorder.acquire(3, group if num_units == "all" else 1, since=17)
     for turn in range(3 * recorder.ring_len):
         flush(recorder)
-        queries = torch.full((1, group * 3), float(turn))
+        queries = torch.full((1, group * DIM), float(turn))
         recorder.record(KERNELS, 0, queries, torch.tensor([3]), torch.tensor([request.length]))
-        request.queries[request.length] = queries.view(1, 1, group, 3)
+        request.queries[request.length] = queries.view(1, 1, group, DIM)
         request.length += 1
         if turn % 29 == 0 or turn > 2.9 * recorder.ring_len:
-            check_recorded(recorder, request, fp8=False)
+            check_recorded(recorder, request)
 
 
 def test_a_row_without_recorder_leaves_the_ring_alone() -> None:
@@ -235,10 +264,10 @@ def test_a_row_without_recorder_leaves_the_ring_alone() -> None:
     before = recorder.rings[0].queries.clone()
     rows, positions = torch.tensor([2, 4, 5]), torch.tensor([0, 1, 2])
     for layer in range(recorder.shape.num_layers):
-        recorder.record(KERNELS, layer, torch.ones(3, 12), rows, positions)
+        recorder.record(KERNELS, layer, torch.ones(3, 4 * DIM), rows, positions)
     assert torch.equal(recorder.rings[0].queries[: recorder.trash], before[: recorder.trash])
     for layer in range(recorder.shape.num_layers):
-        recorder.record(KERNELS, layer, torch.ones(1, 12), torch.tensor([1]), torch.tensor([0]))
+        recorder.record(KERNELS, layer, torch.ones(1, 4 * DIM), torch.tensor([1]), torch.tensor([0]))
     assert recorder.rings[0].queries.count_nonzero() > 0 and mine.units != gone.units
 
 
@@ -318,11 +347,10 @@ def test_the_budget_is_never_exceeded() -> None:
     """All units stay within the bytes that were given; up to 16 entries for trash lie beyond."""
     shape = AttentionShape(3, 8, 4, 16, torch.bfloat16, torch.device("cpu"))
     for budget in (0, 1, 10**5, 10**6, 3 * 10**6):
-        for fp8 in (False, True):
-            recorder = QueryRecorder(shape, 64, 16, budget, fp8)
-            used = sum(ring.queries.nbytes for ring in recorder.rings)
-            used += sum(ring.exponents.nbytes for ring in recorder.rings if fp8)
-            entry = 3 * 4 * (16 + 1 if fp8 else 16 * 2)
+        for dtype, head in ((torch.bfloat16, 16 * 2), (FP8, 16 + 1), (FP4, 16 // 2 + 4)):
+            recorder = QueryRecorder(shape, 64, 16, budget, dtype)
+            used = sum(part.nbytes for ring in recorder.rings for part in ring.parts)
+            entry = 3 * 4 * head
             units = entry * recorder.num_units * recorder.ring_len
             assert units <= budget < units + recorder.unit_bytes
             assert units < used <= units + 16 * entry
@@ -334,15 +362,15 @@ def test_fp8_keeps_queries_of_any_size() -> None:
     ring = Ring.zeros((3, 4, 6), FP8)
     rows = torch.tensor([2000.0, -1999.0, 448.0, 3.0, -0.03, 1.7])
     queries = torch.stack([rows, rows / 1000, rows * 1e30, torch.zeros(6)]).view(1, -1)
-    record(ring, torch.tensor([[1]]), queries)
+    store(ring, torch.tensor([[1]]), queries)
     got = recorded(ring, 1, 1, (0,), 3)[0, :, 0]
-    assert ring.exponents[1].tolist() == [3, -7, 102, -100]
+    assert ring.scales[1].tolist() == [3, -7, 102, -100]
     for ours, head in zip(got, queries.view(4, 6), strict=True):
         # Three bits behind the point, and the smallest number that a head's scale leaves.
         assert ((ours - head).abs() <= head.abs() / 16 + head.abs().max() * 2.0**-18).all()
-    assert torch.equal(got, stored(queries.view(4, 6), fp8=True))
+    assert torch.equal(got, stored(queries.view(4, 6), FP8))
     assert ring.queries[[0, 2]].float().count_nonzero() == 0
-    assert ring.exponents[[0, 2]].count_nonzero() == 0
+    assert ring.scales[[0, 2]].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -351,31 +379,52 @@ def test_fp8_clamps_instead_of_making_nan(dtype: torch.dtype) -> None:
     ring = Ring.zeros((2, 3, 2), FP8)
     huge = torch.finfo(dtype).max
     queries = torch.tensor([[-huge, 1.0, torch.inf, huge, torch.nan, huge]], dtype=dtype)
-    record(ring, torch.tensor([[0]]), queries)
+    store(ring, torch.tensor([[0]]), queries)
     finite, infinite, broken = recorded(ring, 0, 1, (0,), 2)[0, :, 0]
     assert finite[0] == pytest.approx(max(-huge, -448 * 2.0**119), rel=1 / 16)
     assert infinite[0] == 448 * 2.0**119 and infinite[1].isfinite()
     assert broken[0].isnan() and broken[1].isfinite()
 
 
+@pytest.mark.parametrize("dim", [64, 80, 128, 192, 256])
+def test_fp4_keeps_the_nearest_of_fifteen_numbers(dim: int) -> None:
+    """From the definition: the largest number of each part divided by 6, rounded to 3 bits of mantissa,
+    is its scale; and every part has one of its own."""
+    parts = 4 if dim <= 128 else 8
+    sizes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    rows = torch.randn(50, parts, dim // parts) * 10.0 ** torch.arange(-4, parts - 4)[:, None]
+    got = Ring.of(rows.flatten(1), FP4).numbers().unflatten(1, (parts, -1)).double()
+    fraction, exponent = (rows.double().abs().amax(-1, keepdim=True) / 6).frexp()
+    scale = ((fraction * 16).round() / 16).ldexp(exponent)
+    nearest = (rows.double().abs()[..., None] - scale[..., None] * sizes).abs().amin(-1)
+    assert torch.equal((got.abs() / scale).unique(), sizes)
+    torch.testing.assert_close((rows.double() - got).abs(), nearest, rtol=0, atol=0)
+
+
 def test_a_ring_is_checked() -> None:
-    with pytest.raises(ValueError, match="takes exponents if, and only if"):
+    with pytest.raises(ValueError, match=r"takes scales of torch.int8, \(3, 1\)"):
         Ring(torch.zeros(3, 1, 4).to(FP8))
-    with pytest.raises(ValueError, match="exponents must be int8 of shape"):
+    with pytest.raises(ValueError, match=r"takes scales of torch.int8, \(3, 1\)"):
         Ring(torch.zeros(3, 1, 4).to(FP8), torch.zeros(3, 2, dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"takes scales of torch.uint8, \(3, 1, 8\)"):
+        Ring(torch.zeros(3, 1, 96, dtype=FP4), torch.zeros(3, 1, 4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"takes no scales"):
+        Ring(torch.zeros(3, 1, 4), torch.zeros(3, 1, dtype=torch.int8))
+    with pytest.raises(ValueError, match="fp4 needs a head_dim that is a multiple of 8, not 132"):
+        Ring.zeros((3, 1, 132), FP4)
     with pytest.raises(ValueError, match="5 queries asked of a ring that holds 4 tokens"):
         recorded(Ring.zeros((9, 1, 4), torch.float32), 0, 5, (0,), 4)
 
 
-@pytest.mark.parametrize("ring_dtype", [torch.float32, torch.float16, torch.bfloat16, FP8])
+@pytest.mark.parametrize("ring_dtype", [torch.float32, torch.float16, torch.bfloat16, FP8, FP4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_queries_of_any_float_dtype_are_accepted(ring_dtype: torch.dtype, dtype: torch.dtype) -> None:
     """Some models keep RoPE's result in float32 while the ring has the model's dtype."""
     ring = Ring.zeros((3, 2, 4), ring_dtype)
-    queries = torch.arange(8.0).reshape(1, 8).to(dtype)
-    record(ring, torch.tensor([[2]]), queries)
+    numbers = [0, 6, 12, 24, 1.5, 3, -3, 48]
+    store(ring, torch.tensor([[2]]), torch.tensor([numbers]).to(dtype))
     got = recorded(ring, 2, 1, (0,), 3)
-    assert got.float().flatten().tolist() == list(range(8))
+    assert got.float().flatten().tolist() == numbers
 
 
 def test_queries_may_be_a_slice_of_a_wider_projection() -> None:
@@ -383,8 +432,8 @@ def test_queries_may_be_a_slice_of_a_wider_projection() -> None:
     qkv = torch.randn(3, 40)
     entries = torch.tensor([[0, 1], [2, 3], [4, 5]])
     flat, split = (Ring.zeros((7, 2, 4), torch.float32) for _ in range(2))
-    record(flat, entries, qkv[:, 8:24])
-    record(split, entries, qkv[:, 8:24].view(3, 4, 4))
+    store(flat, entries, qkv[:, 8:24])
+    store(split, entries, qkv[:, 8:24].view(3, 4, 4))
     assert torch.equal(flat.queries, split.queries)
     for token in range(3):
         for head in range(4):  # heads of one GQA group follow each other
@@ -397,7 +446,7 @@ def test_what_is_read_is_a_copy() -> None:
     """The ring is overwritten by the next step while scores are still computed from it."""
     for dtype in (torch.float32, FP8):
         ring = Ring.zeros((5, 1, 2), dtype)
-        record(ring, torch.arange(5)[:, None], torch.randn(5, 2))
+        store(ring, torch.arange(5)[:, None], torch.randn(5, 2))
         got = recorded(ring, 0, 4, (0,), 4)
         before = got.clone()
         assert before.count_nonzero() == 8
@@ -424,24 +473,26 @@ class Tape(TorchDispatchMode):
     def replay(self) -> None:
         for func, args, kwargs, result in self.operations:
             again = func(*args, **kwargs)
-            if again.data_ptr() != result.data_ptr():  # else a view, or written in place
-                result.copy_(again)
+            for new, old in zip(tree_leaves(again), tree_leaves(result), strict=True):
+                if new.data_ptr() != old.data_ptr():  # else a view, or written in place
+                    old.copy_(new)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
-    """Recorders come and go between replays of one captured step; nobody else writes the ring."""
-    group, kv_heads, layers, batch = 3, 2, 2, 4
-    recorder = make(group=group, kv_heads=kv_heads, layers=layers, units=8, fp8=fp8)
+@pytest.mark.parametrize("ring_dtype", [torch.float32, FP8, FP4], ids=str)
+def test_a_captured_step_follows_the_tables(ring_dtype: torch.dtype) -> None:
+    """Recorders come and go between replays of one captured step; nobody else writes the ring. Five
+    layers, stored two at a time, whose queries are made in the step and dropped by the model."""
+    group, kv_heads, layers, batch = 3, 2, 5, 4
+    recorder = make(group=group, kv_heads=kv_heads, layers=layers, units=8, ring_dtype=ring_dtype)
     flush(recorder)
     table = recorder.units
     addresses = [t.data_ptr() for t in (table, *(ring.queries for ring in recorder.rings))]
     # The graph's own inputs, which SGLang fills by copy before each replay.
     rows, positions = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
-    queries = torch.zeros(layers, batch, kv_heads * group * 3)
+    queries = torch.zeros(layers, batch, kv_heads * group * DIM)
     with Tape() as graph:
         for layer in range(layers):
-            recorder.record(BY_LAYER, layer, queries[layer], rows, positions)
+            recorder.record(BY_TWOS, layer, queries[layer] + 0, rows, positions)
 
     generator = torch.Generator().manual_seed(0)
     held: dict[int, Recorder] = {}
@@ -457,7 +508,7 @@ def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
         positions.copy_(torch.randint(0, 5000, (batch,), generator=generator))
         queries.copy_(torch.randn(queries.shape, generator=generator))
         graph.replay()
-        by_head = queries.view(layers, batch, kv_heads, group, 3)
+        by_head = queries.view(layers, batch, kv_heads, group, DIM)
         for index, (who, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
             if who not in held:
                 continue
@@ -467,14 +518,14 @@ def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
                 heads = [mean(heads)]
             for unit, head in zip(units, heads, strict=True):
                 place = (unit, position % recorder.ring_len)
-                expected[place] = stored(head, fp8).clone()
+                expected[place] = stored(head, ring_dtype).clone()
     assert len(expected) > 100
     for unit in range(recorder.num_units):
         got = [
             recorded(ring, 0, recorder.ring_len, (unit,), recorder.ring_len) for ring in recorder.rings
         ]
         for place in range(recorder.ring_len):
-            truth = expected.get((unit, place), torch.zeros(layers, kv_heads, 3))
+            truth = expected.get((unit, place), torch.zeros(layers, kv_heads, DIM))
             ours = torch.stack([layer[place, :, 0] for layer in got])
             assert torch.equal(ours.float(), truth.float()), (unit, place)
     now = [t.data_ptr() for t in (recorder.units, *(ring.queries for ring in recorder.rings))]
@@ -482,23 +533,23 @@ def test_a_captured_step_follows_the_tables(fp8: bool) -> None:
     assert recorder.units is table
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_a_step_in_one_call_is_its_layers_one_by_one(fp8: bool) -> None:
+@pytest.mark.parametrize("ring_dtype", [torch.float32, FP8, FP4], ids=str)
+def test_a_step_in_one_call_is_its_layers_some_at_a_time(ring_dtype: torch.dtype) -> None:
     """Same bytes; and a step that broke off leaves nothing behind in the next one."""
-    recorders = [make(layers=3, units=4, fp8=fp8) for _ in range(2)]
+    recorders = [make(layers=3, units=4, ring_dtype=ring_dtype) for _ in range(2)]
     for recorder in recorders:
         recorder.acquire(1, 2, since=0)
         recorder.acquire(3, 1, since=0)
         flush(recorder)
     generator = torch.Generator().manual_seed(1)
     rows, positions = torch.tensor([1, 2, 3]), torch.tensor([5, 9, 7])
-    stale = torch.randn(3, 12, generator=generator)
+    stale = torch.randn(3, 4 * DIM, generator=generator)
     recorders[0].record(KERNELS, 0, stale, rows, positions)
     for layer in range(3):
-        queries = 500 * torch.randn(3, 12, generator=generator)
-        for recorder, kernels in zip(recorders, (KERNELS, BY_LAYER), strict=True):
+        queries = 500 * torch.randn(3, 4 * DIM, generator=generator)
+        for recorder, kernels in zip(recorders, (KERNELS, BY_TWOS), strict=True):
             recorder.record(kernels, layer, queries, rows, positions)
     for ours, theirs in zip(recorders[0].rings, recorders[1].rings, strict=True):
-        assert torch.equal(ours.queries.view(torch.uint8), theirs.queries.view(torch.uint8))
-        assert not fp8 or torch.equal(ours.exponents, theirs.exponents)
+        for mine, other in zip(ours.parts, theirs.parts, strict=True):
+            assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
         assert ours.queries.view(torch.uint8).count_nonzero() > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,7 +121,7 @@ def test_flags_refused_with_compressed_prefixes_only(
 def test_every_entry_of_the_table_is_tried(resolved: Resolved) -> None:
     """And every field that it reads is one of the installed SGLang's, with another default."""
     tried = {flag for flag, _ in REFUSED}
-    for flag, used in refusals._FLAGS:
+    for flag, used in chain.from_iterable(refusals.FLAGS.values()):
         assert flag.split()[0] in tried, flag
         assert not used(Flags(resolved()))
 
@@ -134,7 +135,7 @@ def test_flags_are_spelled_as_sglang_spells_them() -> None:
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     known = {option for action in parser._actions for option in action.option_strings}
-    named = {flag.split()[0] for flag, _ in refusals._FLAGS}
+    named = {flag.split()[0] for group in refusals.FLAGS.values() for flag, _ in group}
     newer = {f"--{flag.replace('_', '-')}" for flag in NEWER_FLAGS}
     assert named - known <= newer, named - known
 
@@ -158,7 +159,7 @@ def test_every_attention_backend_is_decided(resolved: Resolved) -> None:
                 assert backend in lines[0] and "torch_native" in lines[0]
 
 
-@pytest.mark.parametrize("name", refusals._ENVIRONMENT)
+@pytest.mark.parametrize("name", refusals.ENVIRONMENT)
 def test_refused_environment(name: str, resolved: Resolved, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every spelling that SGLang takes for true, and none that it takes for false."""
     from sglang.srt.environ import EnvBool, envs

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+from array import array
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from kara_sglang.benchmarks.reuse import __main__ as program
-from kara_sglang.benchmarks.reuse import modes
+from kara_sglang.benchmarks.reuse import match, modes
 from kara_sglang.benchmarks.reuse.__main__ import ROWS, Sizes, draw, markdown, over_repetitions
 from kara_sglang.benchmarks.serving.peers import Setup
 
@@ -153,3 +156,15 @@ def test_modes_keeps_what_it_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_the_documents_talks_are_the_committed_ones() -> None:
     kept = json.loads((RESULTS / "modes.json").read_text())
     assert modes.markdown(modes.of_json(kept["turns"])) in (ROOT / "docs" / "frontend.md").read_text()
+
+
+def test_a_match_is_measured_on_the_real_cache() -> None:
+    """The whole text where its row is there, as much as is there exactly where it is not."""
+    text = array("q", (2 + index % 99_991 for index in range(match.TEXT)))
+    found = {}
+    for case in itertools.islice(match.cases(), 2):
+        one = dataclasses.replace(case, remembered=case.remembered[:8])
+        result = match.measure(one, text, repetitions=1)
+        found[case.name] = result["found"]
+        assert all(result[f"{name}_ms"] > 0 for name in ("hash", "stock", "first", "again"))
+    assert found == {"honest": [match.TEXT - 1] * 2, "gone": [2000] * 2}

@@ -28,7 +28,7 @@ from kara_sglang.config import SELECTORS, KaraConfig
 from kara_sglang.coordinator import STATE, Coordinator
 from kara_sglang.handout import MOST_IN_A_ROW
 from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob
-from kara_sglang.kernels.record import FP8
+from kara_sglang.kernels.record import FP4, FP8, Ring
 from kara_sglang.kernels.select import select
 from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.kernels.turn import Turn
@@ -209,7 +209,7 @@ class WatchedKernels(TorchKernels):
     """The reference, or, for histories without K/V, kernels that keep the first R and touch nothing."""
 
     def __init__(self, world: World, real: bool) -> None:
-        super().__init__(records_steps=True)
+        super().__init__()
         self.world = world
         self.real = real
 
@@ -295,11 +295,12 @@ class World:
         if config.query_bytes:
             device = torch.device("cpu")
             shape = AttentionShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, DIM, torch.float32, device)
-            fp8 = config.query_dtype == "fp8"
-            unit = LAYERS * KV_HEADS * (DIM + 1 if fp8 else 4 * DIM)
+            dtype = config.ring_dtype(torch.float32)
+            unit = LAYERS * KV_HEADS * {FP4: DIM // 2 + 4, FP8: DIM + 1}.get(dtype, 4 * DIM)
             unit *= config.window + config.delay + LAG
+            checked = config.debug_checks and setting.real  # else no query is ever made
             self.recorder = WatchedRecorder(
-                shape, config.window, config.delay, setting.units * unit, fp8
+                shape, config.window, config.delay, setting.units * unit, dtype, checked=checked
             )
             self.recorder.world = self
             self.recorder.allocate_tables(ROWS)
@@ -691,6 +692,8 @@ class World:
         if self.config.query_dtype == "fp8":
             power = 2.0 ** (queries.double().abs().amax(dim=-1, keepdim=True) / 448).log2().ceil()
             queries = ((queries / power).float().to(FP8).double() * power).float()
+        if self.config.query_dtype == "fp4":
+            queries = Ring.of(queries, FP4).numbers()
         return queries
 
     def selector_name(self, req: Request) -> str:
@@ -840,7 +843,7 @@ def random_setting(random: Random, real: bool) -> Setting:
         chunk_quantile=random.choice([0.0, 0.5]),
         last_queries=random.choice([1, 8]),
         query_heads=random.choice(["auto", "all", "mean"]),
-        query_dtype=random.choice(["fp8", "model"]),
+        query_dtype=random.choice(["fp4", "fp8", "model"]),
         policy=random.choice(["periodic", "periodic", "threshold", "pressure"]),
         period=random.choice([1, 1, 3, 100]),
         max_requests_per_pass=random.choice([1, 8]),
@@ -1203,6 +1206,27 @@ def test_debug_checks_notice_torn_pages(first: int, second: int) -> None:
     row = world.req_to_token[req.kv.req_pool_idx]
     row[[first, second]] = row[[second, first]]
     with pytest.raises(RuntimeError, match="does not consist of whole pages"):
+        world.coordinator.before_decode(world.batch)
+
+
+@pytest.mark.parametrize("heads", ["all", "mean"])
+def test_debug_checks_notice_a_step_that_recorded_nothing(heads: str) -> None:
+    """As in a CUDA graph that was captured without its recording launches: the window would be chosen
+    by what lay in the ring before."""
+    world, req = one_request(selector="kara", query_heads=heads, debug_checks=True)
+    advance(world, 8 + 2)
+    world.coordinator.before_decode(world.batch)
+    assert len(req.state.windows) == 1
+    world, _ = one_request(selector="kara", query_heads=heads, debug_checks=True)
+    advance(world, 8)
+    record = world.recorder.record
+    world.recorder.record = lambda *_: None
+    advance(world, 1)
+    world.recorder.record = record
+    advance(world, 1)
+    with pytest.raises(
+        RuntimeError, match="the query of position 13 in layer 0, it holds none of this request's"
+    ):
         world.coordinator.before_decode(world.batch)
 
 

@@ -115,7 +115,8 @@ def test_a_full_disk_is_an_error_in_the_log(tmp_path: Path, caplog: pytest.LogCa
     )
     tracer = Tracer(scheduler, KaraConfig(trace=str(tmp_path / "gone")))
     state = RequestState(selector=REGISTRY["recent"](), kept=4, seed=0, base=4)
-    state.traced.append(TracedWindow(Window(0, 0, 8, 4), torch.full((1, 1, 1), 0xF0).byte(), None))
+    traced = TracedWindow(Window(0, 0, 8, 4), torch.full((1, 1, 1), 0xF0).byte(), None)
+    state.traced.append(traced)
     req = SimpleNamespace(
         rid="r",
         finished=lambda: True,
@@ -130,8 +131,14 @@ def test_a_full_disk_is_an_error_in_the_log(tmp_path: Path, caplog: pytest.LogCa
     text = record.getMessage()
     assert "request r " in text and "--kv-compress-trace" in text and "No such file" in text
     (tmp_path / "gone").mkdir()
+    assert state.traced == []
+    state.traced.append(traced)
     tracer.end(req, state)
-    assert file.load(tmp_path / "gone" / "r.npz").keeps().tolist() == [[[[0] * 4 + [1] * 4]]]
+    assert file.load(tmp_path / "gone" / file.file_name("r")).keeps().tolist() == [
+        [[[0] * 4 + [1] * 4]]
+    ]
+    # A session keeps the request and its state for as long as it is open.
+    assert state.traced == []
 
 
 # -- files ---------------------------------------------------------------------------------------------
@@ -146,6 +153,31 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     with np.load(path) as arrays:
         bits = np.unpackbits(trace.bits, axis=-1, bitorder="little")[..., :WIDTH]
         assert arrays["mean"] == pytest.approx(bits.mean(axis=(1, 2)))
+
+
+def test_no_file_is_replaced(tmp_path: Path) -> None:
+    """A request with an id that was used before, or that looks like another's file, has its own."""
+    rids = ["a_b", "a/b", f"a_b-{file.file_name('a_b')[4:-4]}", "a_b", "a_b"]
+    traces = [some_trace(rid=rid, seed=seed) for seed, rid in enumerate(rids)]
+    paths = [file.save(trace, tmp_path) for trace in traces]
+    assert sorted(tmp_path.iterdir()) == sorted(set(paths)) and len(set(paths)) == 5
+    for path, trace in zip(paths, traces, strict=True):
+        assert_same(file.load(path), trace)
+    assert [path.name.endswith(f"-{paths[0].name}") for path in paths] == [False] * 3 + [True] * 2
+
+
+def test_planted_links_are_not_followed(tmp_path: Path) -> None:
+    """Whoever else may write into the folder cannot make the server write elsewhere."""
+    victim, folder = tmp_path / "victim", tmp_path / "traces"
+    victim.write_text("precious")
+    folder.mkdir()
+    name = file.file_name("r")
+    for planted in (name, f".{name}.tmp"):
+        (folder / planted).symlink_to(victim)
+    path = file.save(some_trace(rid="r"), folder)
+    assert victim.read_text() == "precious" and (folder / name).is_symlink()
+    assert_same(file.load(path), some_trace(rid="r"))
+    assert path.stat().st_mode & 0o077 == 0, "others may read it"
 
 
 def test_a_reader_sees_the_old_file_or_the_new_one(
@@ -170,14 +202,15 @@ def test_a_reader_sees_the_old_file_or_the_new_one(
 def test_file_names_are_safe(rid: str) -> None:
     """Whatever a client calls its request, the file lies in the folder, visible, with a short name."""
     name = file.file_name(rid)
-    assert re.fullmatch(r"[A-Za-z0-9_-]{1,109}\.npz", name)
+    assert re.fullmatch(r"[A-Za-z0-9_-]{1,100}-[0-9a-f]{16}\.npz", name)
 
 
 def test_file_names_tell_requests_and_ranks_apart() -> None:
     rids = ["a/b", "a_b", "a b", "../a", "..", "x" * 100, "x" * 101, "x" * 102, ""]
     assert len({file.file_name(rid) for rid in rids}) == len(rids)
-    assert file.file_name("4fdd-98_X") == "4fdd-98_X.npz"
-    assert file.file_name("r", 1, 4) == "r.tp1.npz"
+    assert re.fullmatch(r"4fdd-98_X-[0-9a-f]{16}\.npz", file.file_name("4fdd-98_X"))
+    assert re.fullmatch(r"r-[0-9a-f]{16}\.tp1\.npz", file.file_name("r", 1, 4))
+    assert file.file_name("r", 1, 4)[:18] == file.file_name("r", 0, 4)[:18]
 
 
 def change(path: Path, **arrays: Any) -> None:
@@ -459,8 +492,9 @@ def test_show_writes_the_page_beside_the_file(
     path = file.save(dataclasses.replace(trace, prompt_ids=ids[:5], output_ids=ids[5:]), tmp_path)
     assert main(["show", str(path)]) == 0
     said = capsys.readouterr()
-    assert said.out == f"{tmp_path / 'a-request.html'}\n" and said.err == ""
-    html = (tmp_path / "a-request.html").read_text()
+    page = path.with_suffix(".html")
+    assert page.parent == tmp_path and said.out == f"{page}\n" and said.err == ""
+    html = page.read_text()
     shown = re.sub(r"<h2>.*?</h2>|<[^>]*>|\n", "", html.split("<article>")[1].split("</article>")[0])
     assert unescape(shown) == text[:65]
 
@@ -507,4 +541,4 @@ def test_show_opens_the_page(
     trace = some_trace(tokenizer=str(byte_tokenizer))
     paths = [str(file.save(part, tmp_path)) for part in split(trace, [[0], [1]])]
     assert main(["show", *paths, "--open"]) == 0
-    assert opened == [(tmp_path / "a-request.tp0.html").as_uri()]
+    assert opened == [Path(paths[0]).with_suffix(".html").as_uri()]

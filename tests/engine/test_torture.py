@@ -1,0 +1,51 @@
+"""Hundreds of odd requests at once change nothing for those who opted out, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from conftest import launch_small, prompt
+from server import Server
+from torture import Torture, assert_as_stock
+
+
+def stays_boring(server: Server, stock: Server, weights: Path, seed: int, count: int) -> Torture:
+    """All that happened, when nothing went wrong."""
+    print(f"TORTURE_SEED={seed} sends the same requests again")  # pytest shows it with a failure
+    server.flush()
+    units, start = server.state()["recorder_units_free"], len(server.log_text())
+    torture = Torture(server, weights, seed, count)
+    torture.run()
+    print(dict(torture.seen))
+    server.assert_nothing_leaked()
+    assert server.state()["recorder_units_free"] == units
+    assert "Traceback" not in server.log_text()[start:]
+    fresh = {
+        "input_ids": prompt(60, seed),
+        "sampling_params": {"max_new_tokens": 60, "temperature": 0, "ignore_eos": True},
+    }
+    torture.exact.append((fresh, server.generate(prompt(60, seed), tokens=60, kv_compress=False)))
+    compared = assert_as_stock(stock, torture.exact)
+    print(f"{compared} tokens of {len(torture.exact)} answers are stock's")
+    assert compared > 5 * count
+    return torture
+
+
+def test_odd_requests_stay_boring(compressed: Server, stock: Server, tiny_model: Path) -> None:
+    seed = int(os.environ.get("TORTURE_SEED", 14))
+    stays_boring(compressed, stock, tiny_model, seed, count=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("reuse", ["exact", "compressed"])
+def test_many_odd_requests_stay_boring(
+    stock: Server, tiny_model: Path, logs: Path, reuse: str, page_size: int
+) -> None:
+    seed = int(os.environ.get("TORTURE_SEED", random.randrange(10**6)))
+    few_units = ("--kv-compress-query-mem-gb", "0.0003")
+    with launch_small(tiny_model, logs, page_size, reuse, *few_units) as server:
+        stays_boring(server, stock, tiny_model, seed, count=400)

@@ -1,0 +1,117 @@
+"""When the hook in front of attention stores a step's queries, and the guard for when it did not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
+
+from kara_sglang import runtime
+from kara_sglang.kernels.backend import TorchKernels
+from kara_sglang.kernels.record import Step
+from kara_sglang.recorder import AttentionShape, QueryRecorder
+from kara_sglang.ring_check import RingCheck
+
+LAYERS, GROUP, DIM = 3, 2, 4
+
+
+class CountedKernels(TorchKernels):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = 0
+
+    def record(self, ring: Any, step: Step, queries: list[torch.Tensor]) -> None:
+        self.layers += len(queries)
+        super().record(ring, step, queries)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[runtime.Runtime]:
+    """A server that has started and serves, with a recorder that nobody has asked for yet."""
+    shape = AttentionShape(LAYERS, GROUP, 1, DIM, torch.float32, torch.device("cpu"))
+    recorder = QueryRecorder(shape, 8, 2, 1 << 20, torch.float32, checked=True)
+    recorder.allocate_tables(4)
+    running = runtime.Runtime(kernels=CountedKernels(), recorder=recorder)
+    monkeypatch.setattr(runtime, "runtime", running)
+    return running
+
+
+def decode(rows: list[int], positions: list[int], mode: ForwardMode = ForwardMode.DECODE) -> None:
+    """The hook's calls in one step."""
+    batch = SimpleNamespace(
+        forward_mode=mode,
+        req_pool_indices=torch.tensor(rows),
+        positions=torch.tensor(positions),
+    )
+    for layer in range(LAYERS):
+        queries = torch.ones(len(rows), GROUP * DIM)
+        runtime.before_attention(SimpleNamespace(layer_id=layer), queries, None, None, batch)
+
+
+def test_a_graph_records_whenever_it_is_captured(started: runtime.Runtime) -> None:
+    """At start, and again after `/update_weights_from_disk` with `recapture_cuda_graph`, while nobody
+    records: who records during a replay is in the tables."""
+    for _ in range(2):
+        with model_capture_mode():
+            decode([0, 0], [0, 0])
+        assert started.kernels.layers == LAYERS
+        decode([1, 2], [5, 6])  # without a graph, for nobody
+        assert started.kernels.layers == LAYERS
+        started.kernels.layers = 0
+    with model_capture_mode():
+        decode([0, 0], [0, 0], ForwardMode.EXTEND)
+    assert started.kernels.layers == 0
+
+
+def test_a_step_is_recorded_when_somebody_asks(started: runtime.Runtime) -> None:
+    started.recorder.acquire(1, GROUP, since=5)
+    started.recorder.flush()
+    decode([1, 2], [5, 6])
+    assert started.kernels.layers == LAYERS
+
+
+def test_nothing_is_launched_without_a_ring(started: runtime.Runtime) -> None:
+    """A server whose selector needs no queries, in a graph as well."""
+    started.recorder = None
+    with model_capture_mode():
+        decode([0], [0])
+    decode([1], [5])
+    assert started.kernels.layers == 0
+
+
+def test_sglang_captures_decode_graphs_in_its_capture_mode() -> None:
+    """All of them: what captures again makes a new runner of this class."""
+    source = inspect.getsource(DecodeCudaGraphRunner.__init__)
+    assert "with model_capture_mode():\n                self.capture()" in source
+
+
+def test_the_check_knows_what_was_written_for_whom() -> None:
+    """Each layer by itself; the mean's only unit; places written again a ring later; a new owner."""
+    ring_len = 5
+    check = RingCheck((2, 3 * ring_len + 1), ring_len, torch.device("cpu"))
+    units = torch.tensor([[-1, -1], [0, 1], [2, -1]])
+    rows = torch.tensor([0, 1, 2])
+
+    def step(position: int) -> Step:
+        return Step(torch.tensor([99, position, position + 100]), rows, units, ring_len)
+
+    for position in range(7, 15):
+        check.record(slice(0, 2), step(position))
+    check.require("a", (0, 1), 10, 5)
+    check.require("b", (2,), 110, 5)
+    with pytest.raises(RuntimeError, match=r"request a: .* position 9 in layer 0, .* of position 14"):
+        check.require("a", (0, 1), 9, 5)
+    check.record(slice(0, 1), step(15))
+    with pytest.raises(RuntimeError, match=r"request b: .* position 115 in layer 1, .* position 110"):
+        check.require("b", (2,), 111, 5)
+    check.forget((1,))
+    check.require("a", (0,), 11, 4)
+    with pytest.raises(RuntimeError, match="position 11 in layer 0, it holds none of this request's"):
+        check.require("a", (0, 1), 11, 4)
