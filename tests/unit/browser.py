@@ -1,6 +1,6 @@
 """A real Chromium without a window, with real key presses and clicks, over its DevTools pipe.
 
-https://chromedevtools.github.io/devtools-protocol/ describes the messages: JSON, each with a NUL behind.
+https://chromedevtools.github.io/devtools-protocol/ describes the messages, JSON with a NUL behind each.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Page:
         """Press and release keys: names of :data:`KEYS`, or single characters."""
         for key in keys:
             event: dict[str, Any] = {"key": key, "modifiers": SHIFT if shift else 0}
-            event["windowsVirtualKeyCode"] = KEYS[key] if key in KEYS else 0
+            event["windowsVirtualKeyCode"] = KEYS.get(key, 0)
             text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
             self._send("Input.dispatchKeyEvent", type="keyDown", text=text, **event)
             self._send("Input.dispatchKeyEvent", type="keyUp", **event)
@@ -119,9 +119,12 @@ class Page:
             f"(box => [box.x + box.width / 2, box.y + box.height / 2])(({element}).getClientRects()[0])"
         )
         for kind in ("mousePressed", "mouseReleased"):
-            self._send(
-                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
-            )
+            self._send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def prefer(self, scheme: str) -> None:
+        """``light`` or ``dark`` from the next page on."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self._send("Emulation.setEmulatedMedia", features=features)
 
     def picture(self, path: Path) -> None:
         """What the window shows, as a PNG file."""
