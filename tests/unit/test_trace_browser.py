@@ -362,6 +362,24 @@ def test_any_token_can_be_linked_to(token: int, url: str, shown: browser.Page) -
     assert is_in_sight(shown, token) and shown.run("location.hash") == f"#t{token}"
 
 
+@pytest.mark.parametrize("width", [1280, 360])
+def test_a_token_far_down_is_found(width: int, pair_url: str, shown: browser.Page) -> None:
+    """The sections on the way have guessed heights, because they were never on screen."""
+    for token in (250, 400, 520, 60):
+        shown.open(f"{pair_url}#t{token}", width, 800)
+        assert is_in_sight(shown, token)
+
+
+def test_the_arrow_keys_do_not_go_behind_the_controls(pair_url: str, shown: browser.Page) -> None:
+    """On a narrow screen the controls stay on top of the text."""
+    shown.open(f"{pair_url}#t120", 360, 800)
+    assert is_in_sight(shown, 120)
+    shown.run("sides[0].spans[120].focus({preventScroll: true})")
+    for token in range(119, 49, -1):
+        shown.press("ArrowLeft")
+        assert focused(shown) == token and is_in_sight(shown, token)
+
+
 @pytest.mark.parametrize("address", [f"#t{PROMPT + OUTPUT}", "#t-1", "#tx", "#t", "#t1e3"])
 def test_an_address_of_no_token(address: str, url: str, shown: browser.Page) -> None:
     shown.open(url + address)
