@@ -161,6 +161,7 @@ def check_server_args(_result: None, record: Any) -> None:
             if lines := refused():
                 raise ValueError("; ".join(lines))
         config.check_page_size(resolved.page_size)
+        config.check_context(model_config_of(record).context_len, resolved.page_size)
         if config.trace is not None:
             prepare_folder(config.trace)
         if config.prefix_reuse == "compressed":

@@ -92,7 +92,8 @@ class KaraConfig:
     query_dtype
         ``fp8`` (e4m3), ``fp4`` (e2m1 with a scale for every 32 numbers) or ``model`` (the model's own).
     policy
-        Whose window is compressed when: ``periodic`` (the paper's), ``threshold`` or ``pressure``.
+        Whose window is compressed when: ``periodic`` (the paper's), ``threshold``, ``pressure``, or
+        ``punctual``: each in the step in which it falls due.
     period
         Decode steps between two passes (``periodic``, ``pressure``).
     max_requests_per_pass
@@ -129,7 +130,7 @@ class KaraConfig:
     granularity: Literal["head", "layer"] = "head"
     query_heads: Literal["auto", "all", "mean"] = "auto"
     query_dtype: Literal["fp4", "fp8", "model"] = "fp8"
-    policy: Literal["periodic", "threshold", "pressure"] = "periodic"
+    policy: Literal["periodic", "threshold", "pressure", "punctual"] = "periodic"
     period: int = 1
     max_requests_per_pass: int = 8
     threshold: int = 0
@@ -149,6 +150,11 @@ class KaraConfig:
             raise ValueError(
                 f"--kv-compress-query-mem-gb 0 leaves no room for the queries that --kv-compress "
                 f"{self.selector} needs; give it memory or choose {_without_queries()}"
+            )
+        if self.policy == "punctual" and self.query_heads == "auto" and self.query_bytes:
+            raise ValueError(
+                f'{flag_of("policy")} "punctual" is there for answers that do not depend on what else '
+                'runs, and query_heads "auto" makes them: set query_heads to "all" or "mean"'
             )
 
     @classmethod
@@ -211,6 +217,18 @@ class KaraConfig:
                 f"--kv-compress-retain {self.retain:g} keeps a single token of a window of "
                 f"{self.window}, too few to tell windows apart with --kv-compress-prefix-reuse "
                 "compressed; keep more"
+            )
+
+    def check_context(self, context_length: int, page_size: int) -> None:
+        """Raise where no answer can get as long as a window and its delay, behind the shortest prompt.
+
+        ``context_length`` is the model's, in tokens, prompt and answer together.
+        """
+        if page_size + self.window + self.delay >= context_length:
+            raise ValueError(
+                f"no answer fills a window of {self.window} tokens (--kv-compress-window) and its "
+                f"delay of {self.delay} within the model's context of {context_length} "
+                "(--context-length), so nothing would ever be compressed; use a smaller window"
             )
 
     def may_share(self, kept: int) -> bool:

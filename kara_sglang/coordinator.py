@@ -23,6 +23,7 @@ from kara_sglang import policy
 from kara_sglang.admission import LOOK_EVERY, Latch, growth, needed, short_of_slots
 from kara_sglang.calendar import Calendar
 from kara_sglang.config import KaraConfig
+from kara_sglang.graphs import Graphs
 from kara_sglang.handout import Handout
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
@@ -43,6 +44,11 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
+
+COPY = "kv_compress_copy"
+"""Attribute of SGLang's ``Req``: which of the answers to one prompt it is. It survives a retraction."""
+
+_MOST_PROMPTS = 4096
 
 
 class Coordinator:
@@ -82,6 +88,7 @@ class Coordinator:
         # What admission counts on: the last windows of all requests may wait for their passes.
         self._latest = dataclasses.replace(self.geometry, delay=config.delay + self.policy.wait)
         self.latch = Latch()
+        self.graphs = Graphs(scheduler.tp_worker.get_decode_cuda_graph_bs())
         self.totals = Totals()
         context = scheduler.metrics_collector_context
         self.metrics: Metrics | None = None
@@ -97,6 +104,7 @@ class Coordinator:
         self._acting = False  # whether the policy did when it was asked last
         self._sizes: tuple[int, int] | None = None  # of batch and queue then; None: ask again
         self._arrivals = 0
+        self._copies: dict[int, int] = {}  # admitted so far, by prompt
         if config.prefix_reuse == "compressed":
             scheduler.tree_cache.settings_of = self.sharing_settings
             scheduler.tree_cache.vocab_size = scheduler.model_config.vocab_size
@@ -217,11 +225,24 @@ class Coordinator:
         return int(self.scheduler.req_to_token_pool.req_generation[req.kv.req_pool_idx])
 
     def _seed(self, req: Req, options: RequestOptions) -> int:
-        if options.seed is not None:
-            return options.seed
         # From the prompt, by crc32: the same in every run and on every rank, which request ids and
         # hash() are not.
-        return self.config.seed ^ zlib.crc32(array("q", req.origin_input_ids).tobytes())
+        prompt = zlib.crc32(array("q", req.origin_input_ids).tobytes())
+        seed = self.config.seed ^ prompt if options.seed is None else options.seed
+        number = self._copy_number(req, prompt)
+        return zlib.crc32(f"{seed} {number}".encode()) if number else seed
+
+    def _copy_number(self, req: Req, prompt: int) -> int:
+        """Which of the ``n`` answers to its prompt a request is, from 0, in the order of admission."""
+        copies = req.sampling_params.n
+        if copies > 1 and not hasattr(req, COPY):
+            number = self._copies.pop(prompt, 0) % copies
+            setattr(req, COPY, number)
+            if number + 1 < copies:
+                self._copies[prompt] = number + 1
+            if len(self._copies) > _MOST_PROMPTS:  # of copies that were aborted before
+                del self._copies[next(iter(self._copies))]
+        return getattr(req, COPY, 0)
 
     def forget(self, req: Req) -> None:
         """The request was retracted: its KV is gone and will be computed anew, uncompressed."""
@@ -254,11 +275,14 @@ class Coordinator:
         Called before SGLang's memory check and before it prepares the decode step, so that freed pages
         can spare a retraction.
         """
+        self.graphs.step(len(batch.reqs))
         looked_at = self.calendar.next_step() + self._newcomers(batch)
         for req, state in looked_at:
             if req.kv.kv_committed_len >= self._ready_at(state):
                 self._ready[state.order] = req, state
         due = self._due(batch)
+        if self.config.debug_checks:
+            self._check_ranks_agree(due)
         if due:
             self._compress(batch, due)
             self._sizes = None
@@ -387,7 +411,7 @@ class Coordinator:
                 )
             )
             to_free.append((slots[state.kept :], state.base + state.kept))
-            if not state.shares:
+            if not state.shares and state.kept < geometry.window:
                 exact.bar_insert(req, state)
             window = state.commit(geometry, _mark(state, voters, seed))
             state.voted += voters != "none"
@@ -420,8 +444,6 @@ class Coordinator:
             # free_segment, because plain free() of the paged allocator synchronises.
             allocator.free_segment(slots, start_pos=start)
         allocator.free_group_end()
-        if self.config.debug_checks:
-            self._check_ranks_agree(due)
         seconds = time.perf_counter() - started
         self.totals.add_pass(len(due), without_queries, int(freed.sum()), seconds)
         self.export()
@@ -455,7 +477,8 @@ class Coordinator:
                 )
 
     def _check_ranks_agree(self, due: list[tuple[Req, RequestState]]) -> None:
-        """All tensor-parallel ranks took the same windows of the same requests."""
+        """All tensor-parallel ranks are about to take the same windows of the same requests. Every rank
+        asks in every step: one that asked only where something is due would wait for the others."""
         scheduler = self.scheduler
         if scheduler.tp_size == 1:
             return
@@ -466,7 +489,7 @@ class Coordinator:
             bounds, op=torch.distributed.ReduceOp.MAX, group=scheduler.tp_cpu_group
         )
         if bounds.tolist() != [mine, -mine]:
-            raise RuntimeError(f"kv-compress: tensor-parallel ranks disagree; this one took {taken}")
+            raise RuntimeError(f"kv-compress: tensor-parallel ranks disagree; this one takes {taken}")
 
     def _pool(self) -> LayerPool:
         """The same object as long as SGLang's buffers are the same."""

@@ -22,16 +22,18 @@ from importlib import metadata, util
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from kara_sglang import __version__, cpu_engine, hooks, plugin, refusals, serve
+from kara_sglang import __version__, cpu_engine, graphs, hooks, plugin, refusals, serve
 from kara_sglang.compat import surface, versions
 from kara_sglang.compat.source import Source
 from kara_sglang.config import KaraConfig
+from kara_sglang.state import Geometry
 
 if TYPE_CHECKING:
     from kara_sglang.recorder import QueryRecorder
 
 OK, NOTE, BAD = "ok", "note", "BAD"
 CPU_SWITCH = "SGLANG_USE_CPU_ENGINE"
+_LONG = 4096  # tokens of an answer that is taken as an example
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,13 +288,36 @@ def check_model(plan: Plan) -> Iterator[Finding]:
     resolved = resolving_view(record)
     backend = resolved.decode_attention_backend or resolved.attention_backend
     yield _attention(plan, backend)
+    yield _graphs(model, plan.config, resolved)
     for line in refusals.of_flags(resolved):
         if "attention-backend" not in line:  # said above, with what to pass instead
             yield Finding(BAD, "flags", line)
     try:
         plan.config.check_page_size(resolved.page_size)
+        plan.config.check_context(model.context_len, resolved.page_size)
     except ValueError as error:
-        yield Finding(BAD, "page size", str(error))
+        yield Finding(BAD, "window", str(error))
+
+
+def _graphs(model: Any, config: KaraConfig, resolved: Any) -> Finding:
+    """The largest decode graph, and the KV memory that lets more requests run than it is for."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    decode = resolved.cuda_graph_config.decode
+    if decode.backend == Backend.DISABLED or not decode.max_bs:
+        return Finding(OK, "graphs", "SGLang decodes without graphs here")
+    page = resolved.page_size
+    geometry = Geometry(page, config.window, config.delay)
+    slots = graphs.slots_of(geometry, config.kept(page), _LONG)
+    slot = 2 * model.num_hidden_layers * model.get_total_num_kv_heads() * model.head_dim
+    slot *= model.dtype.itemsize / 2**30 * decode.max_bs
+    return Finding(
+        OK,
+        "graphs",
+        f"SGLang captures decode graphs for up to {decode.max_bs} requests and decodes more without "
+        f"one. So many answers of {_LONG:,} tokens take {slots * slot:.1f} GiB of KV, "
+        f"{_LONG * slot:.1f} uncompressed; where the pool is larger, {graphs.FLAG} captures more",
+    )
 
 
 def _query_ring(model: Any, config: KaraConfig) -> Finding:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kara_sglang.config import KaraConfig
 
+PLUGIN, DISTRIBUTION = "kara", "kara-sglang"
 _ROOT = "sglang.srt."
 
 
@@ -330,12 +331,14 @@ def digest(hooks: tuple[Hook, ...]) -> int:
 
 def register(hooks: tuple[Hook, ...]) -> None:
     """Put ``hooks`` into SGLang's registry, each target once. Applied by ``apply_hooks()``."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
+    # Said for those that SGLang does not register itself: it logs who holds a target.
+    source = HookSource(PLUGIN, DISTRIBUTION)
     for hook in hooks:
         handler = _handler(hook)
         if all(registered is not handler for _, registered, _ in HookRegistry._hooks[hook.path]):
-            HookRegistry.register(hook.path, handler, HookType(hook.kind))
+            HookRegistry.register(hook.path, handler, HookType(hook.kind), source=source)
 
 
 def missing(hooks: tuple[Hook, ...]) -> list[str]:

@@ -20,7 +20,7 @@ from kara_sglang.compat import surface
 from kara_sglang.compat.source import Source
 from kara_sglang.config import ENV, KaraConfig
 
-ENTRY_POINT = "kara"
+ENTRY_POINT = hooks.PLUGIN
 _SCHEDULING = ("scheduler", "data_parallel_controller")
 
 _launched: KaraConfig | None = None

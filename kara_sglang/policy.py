@@ -118,7 +118,8 @@ class Periodic:
 class Threshold:
     """Each request for itself, as soon as it holds ``threshold`` slots: what the paper argues against.
 
-    The more requests run, the more steps carry a pass.
+    The more requests run, the more steps carry a pass. At 0 this is ``punctual``: no window waits, so
+    when it is compressed does not depend on what else runs.
     """
 
     wait = 0
@@ -160,6 +161,8 @@ def build(config: KaraConfig) -> Policy:
     """The policy that the settings name."""
     if config.policy == "threshold":
         return Threshold(config.threshold)
+    if config.policy == "punctual":
+        return Threshold(0)
     if config.policy == "pressure":
         return Pressure(config.period, config.max_requests_per_pass, config.min_pool_usage)
     return Periodic(config.period, config.max_requests_per_pass)

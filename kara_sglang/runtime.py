@@ -192,12 +192,12 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
         scheduler, config, runtime.recorder, runtime.kernels, runtime.scales, runtime.turn
     )
     runtime.coordinator.warm_up()
-    recorder = runtime.recorder
+    recorder, kept = runtime.recorder, config.kept(scheduler.page_size)
     logger.info(
-        "KV compression is on: %s, window %d, kept %d, delay %d tokens, %s kernels (%s), %s.",
+        "KV compression is on: %s, window %d, kept %d, delay %d tokens, %s kernels (%s), %s, %s.",
         config.selector,
         config.window,
-        config.kept(scheduler.page_size),
+        kept,
         config.delay,
         runtime.kernels.name,
         runtime.kernels_why,
@@ -205,6 +205,12 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
         f"{recorder.num_units // recorder.shape.group} to {recorder.num_units} requests"
         if recorder is not None
         else "no query ring",
+        runtime.coordinator.graphs.room(
+            runtime.coordinator.geometry,
+            kept,
+            scheduler.max_total_num_tokens,
+            scheduler.max_running_requests,
+        ),
     )
 
 

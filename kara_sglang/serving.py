@@ -77,7 +77,9 @@ def output_streamer_class(original: Callable[..., type], scheduler: Any) -> type
 
         def build_additional_customized_info(self, reqs: list[Req]) -> dict[str, list]:
             fields = base.build_additional_customized_info(self, reqs)
-            fields[KEY] = [request_report(req) for req in reqs]
+            reports = [request_report(req) for req in reqs]
+            if any(report is not None for report in reports):  # else nobody ends with this batch
+                fields[KEY] = reports
             return fields
 
         def should_build_additional_customized_info(self) -> bool:

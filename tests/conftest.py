@@ -1,7 +1,9 @@
-"""What unit and engine tests share: a tokenizer for the tiny model."""
+"""What all tests share: a tokenizer for the tiny model, and a switch by which a skipped test fails."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,9 @@ import pytest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+NO_SKIPS = "KARA_TESTS_NO_SKIPS"
+"""Environment variable, set by .ci/run: a test that is skipped, for want of a tool say, fails."""
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,6 +25,16 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    report = yield
+    if os.environ.get(NO_SKIPS) and report.skipped and not hasattr(report, "wasxfail"):
+        *_, reason = report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{NO_SKIPS} is set, and the test was not run: {reason}"
+    return report
 
 
 @pytest.fixture(scope="session")

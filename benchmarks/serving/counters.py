@@ -9,6 +9,7 @@ _DECODE = re.compile(r"Decode batch, #running-req: (\d+), #token: (\d+)")
 _PREFILL = re.compile(r"Prefill batch, #new-seq: \d+, #new-token: (\d+), #cached-token: (\d+)")
 _HELD = re.compile(r"kv-compress: ([\d.]+) held")
 _WINDOWS = re.compile(r"#window: (\d+), #without-queries: (\d+)")
+_GRAPH = re.compile(r"Decode batch, .*? graph: (True|False)")
 _RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
 
 
@@ -32,6 +33,9 @@ class Counters:
     without_queries
         Share of the compressed windows that were chosen without queries though the selector asks for
         them; None where none was compressed.
+    without_graph
+        Share of the decode steps that SGLang ran eagerly: all on a CPU, elsewhere those of more
+        requests than its largest captured graph is for. None where the engine does not say.
     schedule
         For each number of running requests: how many steps ran with it, and the KV slots that were in
         use, summed over these steps.
@@ -44,6 +48,7 @@ class Counters:
     hit_rate: float
     held: float
     without_queries: float | None
+    without_graph: float | None
     schedule: dict[int, tuple[int, int]]
 
     @classmethod
@@ -58,6 +63,7 @@ class Counters:
         steps = [(int(requests), int(slots)) for requests, slots in _DECODE.findall(log)]
         if not steps:
             raise ValueError("the server's log has no `Decode batch` line")
+        eager = _GRAPH.findall(log)
         running = [requests for requests, _ in steps]
         schedule: dict[int, tuple[int, int]] = {}
         for requests, slots in steps:
@@ -78,6 +84,7 @@ class Counters:
             hit_rate=sum(cached for _, cached in prefills) / prompt if prompt else 0.0,
             held=sum(held) / len(held),
             without_queries=_share_without(log),
+            without_graph=eager.count("False") / len(eager) if eager else None,
             schedule=dict(sorted(schedule.items())),
         )
 

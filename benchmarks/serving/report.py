@@ -24,6 +24,7 @@ COLUMNS: dict[str, Callable[[Result], float | None]] = {
     "hit rate": lambda r: _counter(r, "hit_rate"),
     "slots per token": lambda r: _counter(r, "held"),
     "without queries": lambda r: _counter(r, "without_queries"),
+    "without graph": lambda r: _counter(r, "without_graph"),
     "CPU s per 1000 tok": lambda r: (
         None if r["cpu_seconds_per_output_token"] is None else 1e3 * r["cpu_seconds_per_output_token"]
     ),

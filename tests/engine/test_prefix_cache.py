@@ -66,13 +66,19 @@ def test_compressed_output_stays_out_of_the_tree(kara: Server, stock: Server) ->
     kara.assert_nothing_leaked()
 
 
-def test_uncompressed_output_is_reused(kara: Server, stock: Server) -> None:
-    """An answer shorter than a window goes into the tree as ever."""
+@pytest.mark.parametrize(
+    ("tokens", "option"), [(60, None), (200, {"selector": "identity"}), (200, {"retain": 1.0})]
+)
+def test_uncompressed_output_is_reused(
+    tokens: int, option: dict | None, kara: Server, stock: Server
+) -> None:
+    """An answer of which nothing was dropped goes into the tree as ever: one shorter than a window, and
+    one whose windows keep all."""
     for server in (kara, stock):
         server.flush()
     reused = []
     for server in (kara, stock):
-        first = server.generate(PROMPT, tokens=60)
+        first = server.generate(PROMPT, tokens=tokens, kv_compress=option)
         follow_up = PROMPT + first["output_ids"] + prompt(8, 22)
         reused.append(server.generate(follow_up, tokens=4)["meta_info"]["cached_tokens"])
     assert reused[0] == reused[1] > 96

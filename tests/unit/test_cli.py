@@ -298,6 +298,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, resolved: Any) -> Any:
         attention_arch=SimpleNamespace(name="MHA"),
         is_hybrid_swa=False,
         attention_chunk_size=None,
+        context_len=8192,
         hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]),
         hf_text_config=SimpleNamespace(),
     )
@@ -362,6 +363,7 @@ BAD_SERVERS: list[tuple[dict[str, Any], str]] = [
     ({"enable_mixed_chunk": True}, "--enable-mixed-chunk does not work with --kv-compress"),
     ({"page_size": 100}, "--kv-compress-window 512 is not a multiple of the page size 100"),
     ({"model_changes": {"is_encoder_decoder": True}}, "is an encoder-decoder"),
+    ({"model_changes": {"context_len": 576}}, "no answer fills a window of 512"),
     ({"pp_size": 2, "enable_lmcache": True}, "--pp-size does not work"),
 ]
 

@@ -120,7 +120,11 @@ WRONG_TYPE: list[tuple[str, Any, str]] = [
     ("granularity", "token", "--kv-compress-config: granularity must be one of head, layer"),
     ("query_heads", "some", "--kv-compress-config: query_heads must be one of auto, all, mean"),
     ("query_dtype", "int4", "--kv-compress-config: query_dtype must be one of fp4, fp8, model"),
-    ("policy", "none", "--kv-compress-config: policy must be one of periodic, threshold, pressure"),
+    (
+        "policy",
+        "none",
+        "--kv-compress-config: policy must be one of periodic, threshold, pressure, punctual",
+    ),
     ("threshold", 1.0, "--kv-compress-config: threshold must be a whole number"),
     ("min_pool_usage", "80%", "--kv-compress-config: min_pool_usage must be a number"),
     ("period", 0.5, "--kv-compress-config: period must be a whole number"),
@@ -333,6 +337,29 @@ def test_a_share_that_keeps_all_in_whole_pages(window: int, retain: float, page:
     assert text.startswith("--kv-compress-retain") and "--kv-compress-window" in text
     KaraConfig(window=window, retain=1.0).check_page_size(page)
     KaraConfig(selector="identity", window=window, retain=retain).check_page_size(page)
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_a_window_that_no_answer_fills_is_refused(page: int) -> None:
+    """A page of prompt, a window and its delay must fit the model's context, and leave a token over."""
+    config = KaraConfig(window=512, delay=64)
+    config.check_context(512 + 64 + page + 1, page)
+    for context in (512 + 64 + page, 512):
+        with pytest.raises(ValueError, match="no answer fills a window of 512") as caught:
+            config.check_context(context, page)
+        text = str(caught.value)
+        assert f"context of {context}" in text and "--kv-compress-window" in text and "\n" not in text
+
+
+@pytest.mark.parametrize("selector", ["kara", "recent"])
+def test_punctual_answers_need_one_kind_of_recorder(selector: str) -> None:
+    """Where anybody may record queries, ring room must not decide what an answer says."""
+    for heads in ("all", "mean"):
+        KaraConfig(selector, policy="punctual", query_heads=heads)
+    KaraConfig("recent", policy="punctual")
+    with pytest.raises(ValueError, match='policy "punctual"') as caught:
+        KaraConfig(selector, policy="punctual", query_mem_gb=1)
+    assert 'set query_heads to "all" or "mean"' in str(caught.value)
 
 
 def test_windows_of_one_slot_cannot_be_shared() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import pkgutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,8 +241,8 @@ def test_the_stand_in_belongs_on_a_cpu_only(monkeypatch):
     assert doctor._sgl_kernel(cpu=False).level == doctor.BAD
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 def test_a_cpu_gets_its_hint_and_the_environment_is_left_alone(capsys, monkeypatch, only):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     only(doctor.check_device)
     monkeypatch.delenv(doctor.CPU_SWITCH, raising=False)
     _, lines = run(capsys)
@@ -251,15 +252,33 @@ def test_a_cpu_gets_its_hint_and_the_environment_is_left_alone(capsys, monkeypat
     assert any(f"{kernels.name}: {why}" in line for line in lines)
 
 
+class Model:
+    num_hidden_layers, num_attention_heads, head_dim = 36, 32, 128
+    dtype = torch.bfloat16
+
+    @staticmethod
+    def get_total_num_kv_heads() -> int:
+        return 8
+
+
+@pytest.mark.parametrize(("backend", "size"), [("full", 256), ("full", None), ("disabled", 256)])
+def test_the_largest_decode_graph_beside_the_memory_that_leads_past_it(backend, size):
+    from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
+
+    config = CudaGraphConfig(decode=PhaseConfig(backend=backend, max_bs=size))
+    resolved = SimpleNamespace(cuda_graph_config=config, page_size=16)
+    finding = doctor._graphs(Model, KaraConfig(), resolved)
+    assert finding.level == doctor.OK
+    if backend == "disabled" or size is None:
+        assert finding.text == "SGLang decodes without graphs here"
+        return
+    # 147,456 bytes a token, 256 answers: 4,096 - 7 * 256 slots each, and 4,096.
+    assert "for up to 256 requests" in finding.text
+    assert "take 81.0 GiB of KV, 144.0 uncompressed" in finding.text
+    assert "--cuda-graph-max-bs-decode" in finding.text
+
+
 def test_the_ring_is_the_recorders_own():
-    class Model:
-        num_hidden_layers, num_attention_heads, head_dim = 36, 32, 128
-        dtype = torch.bfloat16
-
-        @staticmethod
-        def get_total_num_kv_heads() -> int:
-            return 8
-
     ring = doctor.recorder_of(Model, KaraConfig())
     assert ring.unit_bytes == 36 * 8 * (128 + 1) * ring.ring_len
     assert ring.shape.group == 4

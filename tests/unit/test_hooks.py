@@ -159,6 +159,16 @@ def test_registering_twice_hooks_once(registry: Any) -> None:
     } == expected
 
 
+def test_the_log_says_whose_hooks_they_are(registry: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Also of those that a launcher puts in place by itself, outside SGLang's loading of plugins."""
+    hooks.register(CLI_HOOKS)
+    with caplog.at_level("INFO"):
+        registry.apply_hooks()
+    lines = [record.getMessage() for record in caplog.records if "hook(s)" in record.getMessage()]
+    assert len(lines) == len(CLI_HOOKS)
+    assert all("from: plugin=kara, dist=kara-sglang" in line for line in lines)
+
+
 def test_other_plugins_hooks_on_the_same_target_stay(registry: Any) -> None:
     """Ours is added to theirs, not taken for it."""
     from sglang.srt.plugins.hook_registry import HookType

@@ -152,6 +152,8 @@ def test_settings_choose_the_policy() -> None:
     assert (periodic.floor, periodic.wait) == (0, 2)
     threshold = policy.build(KaraConfig(policy="threshold", **shared))
     assert isinstance(threshold, Threshold) and (threshold.floor, threshold.wait) == (77, 0)
+    punctual = policy.build(KaraConfig("recent", policy="punctual", **shared))
+    assert punctual.due([candidate(i) for i in range(9)]) == list(range(9))
     pressure = policy.build(KaraConfig(policy="pressure", **shared))
     assert isinstance(pressure, Pressure) and pressure.min_usage == 0.6
     assert [bool(pressure.due([candidate(i) for i in range(9)])) for _ in range(3)] == [

@@ -49,6 +49,10 @@ def test_counters_of_a_log() -> None:
     assert counted.without_queries == 0.25, "of those since the first step of the run"
     first = LOG.splitlines(keepends=True)[:3]
     assert Counters.of("".join(first)).without_queries is None
+    assert counted.without_graph == 1.0
+    graphs = LOG.replace("#freed: 32)\n", "#freed: 32), cuda graph: True\n")
+    assert Counters.of(graphs).without_graph == pytest.approx(1 / 3)
+    assert Counters.of(LOG.replace(", cpu graph: False", "")).without_graph is None
     assert counted.schedule == {1: (1, 80), 2: (2, 260)}
 
 
@@ -379,7 +383,7 @@ def test_vllm_says_what_it_has_counted() -> None:
     server.log += "".join(f"x Running: {n} reqs, Waiting: 1 reqs\n" for n in (2, 3, 3, 0))
     server.totals = {"num_preemptions": 4, "prefix_cache_hits": 30, "prefix_cache_queries": 180}
     counted = vllm.counters(server, mark)
-    assert counted == Counters(None, 8 / 3, 3, 3, 0.25, 1.0, None, {})
+    assert counted == Counters(None, 8 / 3, 3, 3, 0.25, 1.0, None, None, {})
     still = vllm.counters(server, vllm.mark(server))
     assert (still.mean_running, still.peak_running, still.hit_rate) == (None, None, 0.0)
     del server.totals["prefix_cache_hits"]

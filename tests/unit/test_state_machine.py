@@ -32,6 +32,7 @@ from kara_sglang.kernels.record import FP4, FP8, Ring
 from kara_sglang.kernels.select import select
 from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.kernels.turn import Turn
+from kara_sglang.options import RequestOptions
 from kara_sglang.recorder import LAG, AttentionShape, QueryRecorder
 from kara_sglang.state import VOTERS, Geometry, RequestState, Voters, Window, ceil_align
 from kara_sglang.stats import Totals
@@ -145,6 +146,7 @@ class Request:
             custom_params=None if options is None else {"kv_compress": options},
             max_new_tokens=max_new_tokens,
             ignore_eos=True,
+            n=1,
         )
         self.kv = Kv()
         self.skip_radix_cache_insert = False
@@ -284,6 +286,7 @@ class World:
             forward_stream_ctx=self.stream,
             req_to_token_pool=rows,
             tree_cache=SimpleNamespace(evictable_size=self.evictable_size),
+            tp_worker=SimpleNamespace(get_decode_cuda_graph_bs=lambda: []),
             max_total_num_tokens=setting.num_pages * self.page,
             waiting_queue=self.queue,
             new_token_ratio_tracker=SimpleNamespace(current=0.5),
@@ -458,7 +461,7 @@ class World:
     def release(self, req: Request, *, checkpoint: bool) -> None:
         """SGLang's ``release_kv_cache``."""
         kv = req.kv
-        if req.windows:
+        if any(window.freed for window in req.windows):
             assert req.skip_radix_cache_insert, "its row no longer is what the tree would say"
         else:
             assert req.skip_radix_cache_insert == req.never_inserts
@@ -718,6 +721,10 @@ class World:
         if config.policy == "threshold":
             for req, window in taken:
                 assert len(req.slots) + window.freed >= config.threshold
+        elif config.policy == "punctual":
+            for req, window in taken:
+                due_at = window.kv_start + window.width + config.delay
+                assert len(req.slots) + window.freed == due_at, "late"
         else:
             assert len(taken) <= config.max_requests_per_pass
             assert not taken or self.steps % config.period == 0
@@ -904,6 +911,36 @@ def test_traced_histories(tmp_path: Path) -> None:
     assert sum(world.retractions for world in worlds) > 20
 
 
+def test_punctual_histories() -> None:
+    """No window waits, whatever else runs, is retracted, or is out of recorders."""
+    worlds = []
+    for seed in range(2000, 2300):
+        setting = random_setting(Random(seed), real=False)
+        heads = "all" if setting.config.query_heads == "all" else "mean"
+        config = dataclasses.replace(setting.config, policy="punctual", query_heads=heads)
+        worlds.append(World(dataclasses.replace(setting, config=config), seed))
+        worlds[-1].run()
+    assert sum(world.windows for world in worlds) > 900
+    assert sum(world.retractions for world in worlds) > 100
+
+
+@pytest.mark.parametrize("policy", ["periodic", "punctual"])
+def test_windows_that_fall_due_together(policy: str) -> None:
+    """Spread over the next steps by default; with ``punctual`` all go at once."""
+    config = KaraConfig(selector="recent", window=64, delay=2, policy=policy)
+    world = World(Setting(config, num_pages=2000, max_running=6, trouble=0.0, real=False), seed=0)
+    for rid in range(6):
+        assert world.prefill(Request(rid, [rid, 1, 2, 3, 4], 10_000, None))
+    steps = []
+    for _ in range(64 + 2 + 40):
+        before = world.windows
+        advance(world, 1)
+        world.before_decode()
+        steps += [world.steps] * (world.windows - before)
+    assert len(steps) == 6
+    assert len(set(steps)) == 1 if policy == "punctual" else len(set(steps)) > 3
+
+
 @pytest.mark.parametrize("block", range(8))
 def test_histories_of_rows_and_pages(block: int) -> None:
     """Thousands of histories of lengths, rows and pages alone."""
@@ -1036,6 +1073,96 @@ def test_seeds_come_from_the_prompt() -> None:
         world.before_decode()
         states.append(req.state.seed)
     assert states[0] == states[1] != states[2] and states[3] == 5
+
+
+def test_the_answers_to_one_prompt_have_seeds_of_their_own() -> None:
+    """With ``n`` above 1: the same ones in every run, also after a retraction, whichever others run."""
+    runs = []
+    for others in (0, 2):
+        world = World(Setting(KaraConfig(selector="random", window=8, delay=2), trouble=0.0), seed=0)
+        seeds: list[list[int]] = []
+        for options in (None, {"seed": 5}):
+            copies = [Request(rid, [1, 2, 3], 100, options) for rid in range(3)]
+            for copy in copies:
+                copy.sampling_params.n = 3
+            requests = [*copies[:2], *(Request(7, [4], 100, None) for _ in range(others)), copies[2]]
+            for req in requests:
+                assert world.prefill(req)
+            world.before_decode()
+            first = [copy.state.seed for copy in copies]
+            world.retract(copies[1])
+            world.queue.remove(copies[1])
+            assert world.prefill(copies[1])
+            world.before_decode()
+            assert [copy.state.seed for copy in copies] == first
+            for req in requests:
+                req.finished_reason = Finish("length")
+                world.release(req, checkpoint=True)
+            world.drop(requests)
+            seeds.append(first)
+        assert len({seed for of_copies in seeds for seed in of_copies}) == 6
+        assert seeds[1][0] == 5
+        runs.append(seeds)
+    assert runs[0] == runs[1]
+    assert world.coordinator._copies == {}
+
+
+def test_copies_that_never_come_are_forgotten() -> None:
+    world, _ = one_request(selector="random")
+    for number in range(5000):
+        req = Request(number, [number], 100, None)
+        req.sampling_params.n = 2
+        world.coordinator._seed(req, RequestOptions())
+    assert 0 < len(world.coordinator._copies) < 5000
+
+
+@pytest.mark.parametrize("selector", ["identity", "kara", "recent"])
+def test_a_window_of_which_all_is_kept_bars_nobody_from_the_tree(selector: str) -> None:
+    """``identity``, and any other at a share of 1: the row still is what the tree would say."""
+    world, req = one_request(selector=selector, retain=1.0)
+    advance(world, 40)
+    assert len(req.windows) > 2 and not req.skip_radix_cache_insert
+    req.finished_reason = Finish("length")
+    req.output_ids = [7] * (len(req.token_at) - 5)
+    cached = len(world.tree)
+    world.release(req, checkpoint=True)
+    assert len(world.tree) == cached + 1 and len(world.tree[-1].ids) == len(req.token_at)
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_ranks_that_disagree_about_whether_raise(mine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something is due on one rank and nothing on the other: both take part in the comparison, in every
+    step, so neither waits for the other, and nothing has been done to a row yet."""
+    worlds = [one_request(debug_checks=True)[0] for _ in range(2)]
+    for world in worlds:
+        world.scheduler.tp_size, world.scheduler.tp_cpu_group = 2, "ranks"
+    world = worlds[0]
+    asked: list[torch.Tensor] = []
+
+    def agreeing(bounds: torch.Tensor, **_: Any) -> None:
+        asked.append(bounds.clone())
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", agreeing)
+    req = world.batch.reqs[0]
+    while len(req.slots) < 5 + 8 + 2:
+        advance(world, 1)
+    steps = len(asked)
+    assert steps == world.steps and len({tuple(one.tolist()) for one in asked}) == 1, "nothing was due"
+    world.before_decode()
+    assert len(asked) == steps + 1 and len(req.windows) == 1
+    other = asked[0] if mine else asked[-1]  # what the other rank says of the next step
+
+    def disagreeing(bounds: torch.Tensor, **_: Any) -> None:
+        torch.maximum(bounds, other, out=bounds)
+
+    world.decode(world.batch.reqs)
+    while mine and len(req.slots) < 5 + 4 + 8 + 2:
+        advance(world, 1)
+    monkeypatch.setattr(torch.distributed, "all_reduce", disagreeing)
+    windows = list(req.state.windows)
+    with pytest.raises(RuntimeError, match="tensor-parallel ranks disagree; this one takes"):
+        world.coordinator.before_decode(world.batch)
+    assert req.state.windows == windows
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -1207,6 +1334,17 @@ def test_debug_checks_notice_torn_pages(first: int, second: int) -> None:
     row[[first, second]] = row[[second, first]]
     with pytest.raises(RuntimeError, match="does not consist of whole pages"):
         world.coordinator.before_decode(world.batch)
+
+
+@pytest.mark.parametrize("stored", ["model", "fp8", "fp4"])
+@pytest.mark.parametrize("heads", ["all", "mean"])
+def test_what_lay_in_the_ring_before_does_not_matter(heads: str, stored: str) -> None:
+    """After `/resume_memory_occupation` anything may: the ring has been given back meanwhile."""
+    world, req = one_request(selector="kara", query_heads=heads, query_dtype=stored)
+    for part in world.recorder.ring.parts:
+        part.view(torch.uint8).fill_(0xFF)  # NaN, or the largest numbers
+    advance(world, 100)  # scores, and so the kept tokens, are checked against the true queries
+    assert len(req.windows) >= 11 and votes(req) == heads[0] * len(req.windows)
 
 
 @pytest.mark.parametrize("heads", ["all", "mean"])

@@ -71,6 +71,7 @@ class VLLM:
             hit_rate=hits / asked if asked else 0.0,
             held=1.0,
             without_queries=None,
+            without_graph=None,
             schedule={},
         )
 

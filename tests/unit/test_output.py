@@ -1,0 +1,50 @@
+"""What travels with the outputs of a batch, and what becomes of it in the launcher."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+
+from kara_sglang import serving
+from kara_sglang.options import KEY
+
+STREAMER = serving.output_streamer_class(lambda _scheduler: SchedulerOutputStreamer, None)
+
+
+def info(*finished: bool) -> dict[str, list]:
+    """The plugin's part of a batch whose requests have ended or not."""
+    reqs: list[Any] = [
+        SimpleNamespace(finished=lambda end=end: end, kv=SimpleNamespace(kv_committed_len=7))
+        for end in finished
+    ]
+    return STREAMER.build_additional_customized_info(object.__new__(STREAMER), reqs)
+
+
+def test_nothing_is_sent_unless_a_request_ends() -> None:
+    """Every decode step has an output batch, and few of them end anything."""
+    assert info() == info(False) == info(False, False) == {}
+    fields = info(False, True, False)
+    assert list(fields) == [KEY]
+    running, ended, other = fields[KEY]
+    assert running is None and other is None
+    assert ended["logical_length"] == 7
+
+
+def test_the_launcher_puts_the_report_of_an_ended_request_into_its_answer() -> None:
+    """And leaves other plugins' fields to SGLang, in batches with and without ours."""
+    passed: list[tuple[dict, int]] = []
+
+    def original(_manager: Any, _meta: dict, _state: Any, others: dict, index: int, _: Any) -> None:
+        passed.append((others, index))
+
+    for fields, expected in (
+        ({"x": [1, 2]}, {}),
+        ({"x": [1, 2], KEY: [{"windows": 1}, None]}, {}),
+        ({"x": [1, 2], KEY: [None, {"windows": 3}]}, {KEY: {"windows": 3}}),
+    ):
+        meta: dict[str, Any] = {}
+        serving.update_request_meta_info(original, None, meta, None, fields, 1, None)
+        assert meta == expected
+    assert passed == [({"x": [1, 2]}, 1)] * 3
