@@ -53,7 +53,6 @@ def running(number: int, settings: dict[str, Any], recorded: float) -> tuple[Coo
         tp_worker=SimpleNamespace(get_decode_cuda_graph_bs=lambda: []),
         req_to_token_pool=rows,
         enable_overlap=False,
-        tp_worker=SimpleNamespace(get_decode_cuda_graph_bs=lambda: []),
         tp_size=1,
         max_total_num_tokens=10**9,
         waiting_queue=[],
