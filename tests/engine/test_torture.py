@@ -11,8 +11,8 @@ from conftest import launch_small, prompt
 from server import Server
 from torture import Torture, assert_as_stock
 
-# SGLang's own: behind a streamed request a background task aborts it, and looks for a field that a request
-# does not have when its form was refused (``TokenizerManager.create_abort_task``, 0.5.23).
+# SGLang's own: behind a streamed request a background task aborts it, and looks for a field that is not
+# there when the request's form was refused (``TokenizerManager.create_abort_task``, 0.5.23).
 STOCKS_OWN = "AttributeError: 'GenerateReqInput' object has no attribute 'is_single'"
 
 
