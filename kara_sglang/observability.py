@@ -90,6 +90,8 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
         "recorders_in_use": recorder.in_use if recorder is not None else 0,
         "recorder_units_free": recorder.free_units if recorder is not None else 0,
         "largest_decode_graph": coordinator.graphs.largest,
+        "running_requests": len(scheduler.running_batch.reqs),
+        "waiting_requests": len(scheduler.waiting_queue),
         "running_held_tokens": held,
         "running_logical_tokens": logical,
         "pool_tokens": scheduler.max_total_num_tokens,

@@ -56,6 +56,17 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)  # without SGLang's usage text, which is hundreds of lines
 
 
+def parser() -> argparse.ArgumentParser:
+    """All flags of ``sglang.launch_server``, the plugin's included; raises ``ValueError``."""
+    from sglang.srt.server_args import ServerArgs
+
+    made = _Parser(allow_abbrev=False)
+    ServerArgs.add_cli_args(made)
+    if not any("--kv-compress" in action.option_strings for action in made._actions):
+        cli.add_cli_args(None, made)  # SGLang's hooks do it where plugins are loaded
+    return made
+
+
 def read(words: list[str], gpu_memory: float | None) -> Launch:
     """Read ``words`` as the launcher does, for a GPU of ``gpu_memory`` MiB.
 
@@ -76,12 +87,8 @@ def read(words: list[str], gpu_memory: float | None) -> Launch:
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.server_args import ServerArgs
 
-    parser = _Parser(allow_abbrev=False)
-    ServerArgs.add_cli_args(parser)
-    if not any("--kv-compress" in action.option_strings for action in parser._actions):
-        cli.add_cli_args(None, parser)  # SGLang's hooks do it where plugins are loaded
     device = [] if gpu_memory is None else ["--device", "cuda"]
-    namespace = parser.parse_args([*words, *device])
+    namespace = parser().parse_args([*words, *device])
     config = cli.read_flags(namespace)
     if config is None:
         raise ValueError("a plan needs compression; leave out --kv-compress none")
@@ -105,6 +112,7 @@ def read(words: list[str], gpu_memory: float | None) -> Launch:
     if refused:
         raise ValueError("; ".join(refused))
     config.check_page_size(resolved.page_size)
+    config.check_context(model.context_len, resolved.page_size)
     return Launch(words, resolved, model, config, gpu_memory)
 
 

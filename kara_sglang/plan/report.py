@@ -8,15 +8,13 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from kara_sglang import policy
+from kara_sglang import graphs, policy
 from kara_sglang.benchmarks.gpu.floors import Settings
 from kara_sglang.benchmarks.gpu.models import Model
 from kara_sglang.plan import gain
 from kara_sglang.plan.launch import Launch
 from kara_sglang.plan.load import Held, Load, compressed, uncompressed
 from kara_sglang.plan.memory import Memory, Rank, divide, ring_of
-
-GRAPHS = "--cuda-graph-max-bs-decode"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +161,7 @@ class Plan:
             lines.append(
                 f"{running} requests run, and by itself SGLang captures decode graphs up to "
                 f"{self.asked_graph} here; larger batches run without a graph, slower: "
-                f"{GRAPHS} {max(running, self.launch.captured)}"
+                f"{graphs.FLAG} {max(running, self.launch.captured)}"
             )
         if self.ring is not None and self.ring.requests < running:
             need = math.ceil(running * self.ring.least * self.ring.unit_bytes / 2**30 * 100) / 100

@@ -53,6 +53,28 @@ def test_pool_grows_by_what_a_window_frees(kara: Server) -> None:
     kara.assert_nothing_leaked()
 
 
+def test_memory_that_is_given_back_and_taken_again(kara: Server) -> None:
+    """The same answers, from the same windows, after a round trip; and the first one runs into a server
+    that knows nothing of the earlier requests. (Without torch_memory_saver, as on a CPU, the pages of
+    ring and pool stay where they are; that what lies in them does not matter is shown in
+    `tests/unit/test_state_machine.py`.)"""
+    asked = [prompt(40 + 10 * i, 60 + i) for i in range(3)]
+
+    def answers() -> list[tuple[list[int], int]]:
+        given = [kara.generate(ids, tokens=200) for ids in asked]
+        return [(one["output_ids"], one["meta_info"]["kv_compress"]["windows"]) for one in given]
+
+    kara.flush()
+    before = answers()
+    for _ in range(2):
+        assert kara.post("/release_memory_occupation", {}).ok
+        assert kara.state()["recorders_in_use"] == 0
+        assert kara.post("/resume_memory_occupation", {}).ok
+        assert answers() == before
+    assert all(windows > 1 for _, windows in before)
+    kara.assert_nothing_leaked()
+
+
 def test_what_passes_free_is_filled_while_long_answers_run(kara: Server) -> None:
     """Answers whose end SGLang cannot know: those that found no room come in before anybody leaves."""
     kara.flush()

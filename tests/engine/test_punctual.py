@@ -34,6 +34,12 @@ def test_the_same_answer_alone_and_under_load(tiny_model: Path, logs: Path, kara
         for alone, together in alone_and_together(server):
             assert alone["output_ids"] == together["output_ids"]
             assert logprobs(alone) == pytest.approx(logprobs(together), abs=2e-4)
+        # With `random`, the answers to one prompt have seeds of their own, the same ones each time.
+        options = {"kv_compress": {"selector": "random"}}
+        sampling = {"max_new_tokens": 200, "temperature": 0, "ignore_eos": True, "n": 3}
+        body = {"input_ids": PROMPTS[0], "sampling_params": sampling | {"custom_params": options}}
+        runs = [[one["output_ids"] for one in server.post("/generate", body).json()] for _ in range(2)]
+        assert sorted(runs[0]) == sorted(runs[1]) and len({tuple(ids) for ids in runs[0]}) == 3
     # By default windows wait for each other, and here that makes a difference.
     pairs = alone_and_together(kara)
     assert any(alone["output_ids"] != together["output_ids"] for alone, together in pairs)

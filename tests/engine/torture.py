@@ -22,6 +22,8 @@ from conftest import prompt
 from server import Server, in_parallel
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
+from kara_sglang.benchmarks.tiny_model import VOCAB
+
 CLIENTS = 8
 LONGEST = 1300  # tokens of a prompt; the pools hold 1,536 (conftest.launch_small)
 # What the plugin must leave as it is, and what it may change.
@@ -33,7 +35,8 @@ CHANGED = (
 )
 BAD_OPTIONS = ("odd", 0, [], {"retain": 0}, {"retain": "half"}, {"selector": "no"}, {"window": 32})
 BAD_PARAMS = ({"temperature": -1}, {"top_p": 2}, {"max_new_tokens": -1}, {"stop_token_ids": "odd"})
-BAD_PROMPTS = ([3] * 9000, [3] * 1600)  # longer than the context; longer than the pool
+# Empty; no tokens of this model; longer than the context; longer than the pool.
+BAD_PROMPTS = ([], [VOCAB], [5, -1], [2**32 + 5], [3] * 9000, [3] * 1600)
 # All requests with this processor must name the same ids.
 PROCESSOR = {"custom_logit_processor": DisallowedTokensLogitsProcessor.to_str()}
 FORBIDDEN = {"token_ids": [7, 11, 13]}
@@ -122,39 +125,8 @@ class Torture:
         text, option = self.text(rng, index)
         if rng.random() < 0.5:
             option = rng.choice(EXACT if rng.random() < 0.5 else CHANGED)
-        params: dict[str, Any] = {
-            "max_new_tokens": rng.choice([1, 2, 30, 39, 40, 41, 60, 100, 150]),
-            "temperature": rng.choice([0, 0, 0, 1.0]),
-            "ignore_eos": rng.random() < 0.7,
-        }
-        extra: dict[str, Any] = {}  # beside the text and what stock gets as well
-        ask: dict[str, Any] = {"sampling_params": params}
-        custom: dict[str, Any] = {}
-        if rng.random() < 0.2:
-            params["stop_token_ids"] = prompt(5, index)
-        if rng.random() < 0.1:
-            params["frequency_penalty"] = 0.5
-        if rng.random() < 0.1:
-            params["logit_bias"] = {"5": 1.0}
-        if rng.random() < 0.4:
-            ask["return_logprob"] = True
-            ask["logprob_start_len"] = rng.choice([-1, 0, 5])
-            ask["top_logprobs_num"] = rng.choice([0, 3])
-            if rng.random() < 0.5:
-                ask["token_ids_logprob"] = [3, 4, 5]
-        if rng.random() < 0.1:
-            ask["return_hidden_states"] = True
-        if rng.random() < 0.1:
-            ask |= PROCESSOR
-            custom |= FORBIDDEN
-        if rng.random() < 0.7:
-            extra["priority"] = rng.randrange(80)
-        if rng.random() < 0.05:
-            extra["extra_key"] = rng.choice("ab")
-        if rng.random() < 0.05:
-            extra["cache_salt"] = rng.choice("ab")
-        if rng.random() < 0.4:
-            extra["stream"] = True
+        ask, extra = odd(rng, index)
+        params = ask["sampling_params"]
         texts = [text]
         if rng.random() < 0.1:
             texts.append(self.text(rng, index + 1)[0])
@@ -163,8 +135,7 @@ class Torture:
             extra["rid"] = f"torture-{self.seed}-{index}"
 
         sent = params | ({"n": copies} if copies > 1 else {})
-        if option is not None or custom:
-            sent["custom_params"] = custom | {"kv_compress": option}
+        sent["custom_params"] = params.get("custom_params", {}) | {"kv_compress": option}
         if ask.get("logprob_start_len", -1) >= min(map(len, texts)):
             ask["logprob_start_len"] = 0
         body = ask | extra | {"sampling_params": sent}
@@ -172,23 +143,19 @@ class Torture:
         answers = self.answers(rng, body)
         for kind in (*ask, *extra, *params, *({"n"} & sent.keys())):
             self.saw(kind)
-        if custom:
-            params["custom_params"] = custom
         for number, answer in answers.items():
             text = texts[number // copies]
             self.check(ask | {"input_ids": text}, answer, option)
-            # SGLang forgets what the penalties of a retracted request have counted, also without us.
-            forgetful = (
-                "frequency_penalty" in params and answer["meta_info"].get("num_retractions") != 0
-            )
-            if not params["temperature"] and option in EXACT and not forgetful:
+            # Which tokens SGLang counts for a penalty depends on the steps in flight, also without us.
+            steady = not params["temperature"] and "frequency_penalty" not in params
+            if steady and option in EXACT:
                 self.exact.append((ask | {"input_ids": text}, answer))
             with self.lock:
                 self.texts[4:] = [*self.texts[4:][-20:], (text + answer["output_ids"], option)]
 
     def answers(self, rng: random.Random, body: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """All answers by their place in the request; none where the client hangs up."""
-        patience = rng.randrange(1, 80) if rng.random() < 0.25 else None
+        patience = rng.randrange(1, 60) if rng.random() < 0.25 else None
         if "stream" not in body:
             try:
                 wait = 300 if patience is None else patience / 40
@@ -276,7 +243,7 @@ class Torture:
     # The operator
 
     def operator(self) -> None:
-        """An act for every twelfth request, each once before any comes again."""
+        """An act for every tenth request, each once before any comes again."""
         rng = random.Random(f"{self.seed}/operator")
         acts: dict[str, Callable[[], None]] = {
             "abort all": self.abort_all,
@@ -295,12 +262,12 @@ class Torture:
                 f"pause {mode}, new weights": lambda flush=mode == "retract": self.load(flush),
             }
         deck: list[str] = []
-        next_act = self.count - 12
+        next_act = self.count - 10
         while self.busy:
             if len(self.left) > next_act:
                 time.sleep(0.01)
                 continue
-            next_act -= 12
+            next_act -= 10
             deck = deck or rng.sample(sorted(acts), len(acts))
             name = deck.pop()
             if not name.startswith("pause"):
@@ -332,6 +299,43 @@ class Torture:
     def look(self) -> None:
         for path in ("/health", "/server_info", "/v1/models"):
             assert requests.get(self.server.url + path, timeout=120).status_code == 200, path
+
+
+def odd(rng: random.Random, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A request without its text: what decides the answer, and what only says how it is handled."""
+    params: dict[str, Any] = {
+        "max_new_tokens": rng.choice([1, 2, 30, 39, 40, 41, 60, 100, 150]),
+        "temperature": rng.choice([0, 0, 0, 1.0]),
+        "ignore_eos": rng.random() < 0.7,
+    }
+    ask: dict[str, Any] = {"sampling_params": params}
+    if rng.random() < 0.2:
+        params["stop_token_ids"] = prompt(5, index)
+    if rng.random() < 0.1:
+        params["frequency_penalty"] = 0.5
+    if rng.random() < 0.1:
+        params["logit_bias"] = {"5": 1.0}
+    if rng.random() < 0.4:
+        ask["return_logprob"] = True
+        ask["logprob_start_len"] = rng.choice([-1, 0, 5])
+        ask["top_logprobs_num"] = rng.choice([0, 3])
+        if rng.random() < 0.5:
+            ask["token_ids_logprob"] = [3, 4, 5]
+    if rng.random() < 0.1:
+        ask["return_hidden_states"] = True
+    if rng.random() < 0.1:
+        ask |= PROCESSOR
+        params["custom_params"] = FORBIDDEN
+    extra: dict[str, Any] = {}
+    if rng.random() < 0.7:
+        extra["priority"] = rng.randrange(80)
+    if rng.random() < 0.05:
+        extra["extra_key"] = rng.choice("ab")
+    if rng.random() < 0.05:
+        extra["cache_salt"] = rng.choice("ab")
+    if rng.random() < 0.4:
+        extra["stream"] = True
+    return ask, extra
 
 
 def assert_as_stock(stock: Server, exact: list[tuple[dict[str, Any], dict[str, Any]]]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from types import SimpleNamespace
@@ -150,7 +151,10 @@ def test_the_command_describes_what_was_planned(qwen, capsys):
 # -- the doctor and the pass -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"window": 1024, "query_heads": "mean", "query_mem_gb": 0.5}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"window": 1024, "query_heads": "mean", "query_mem_gb": 0.5}, {"query_dtype": "fp4"}],
+)
 def test_the_doctor_says_the_same_of_the_ring(qwen, capsys, monkeypatch, settings):
     monkeypatch.setenv(ENV, json.dumps({"selector": "kara"} | settings))
     found = planned(capsys, "--model", qwen, "--gpu-memory", "80", *LOAD)["ring"]
@@ -189,7 +193,12 @@ def test_ring_and_scratch_are_those_that_the_pass_allocates(qwen, monkeypatch):
     monkeypatch.setattr(runtime, "pick", lambda _device: (Kernels(), "a test"))
     monkeypatch.setattr(runtime, "turn_of", lambda *_: None)
     layers = [RadixAttention(16, 128, 0.1, 4, layer_id=i) for i in range(36)]
-    runner = SimpleNamespace(model=torch.nn.ModuleList(layers), device="meta", dtype=torch.bfloat16)
+    runner = SimpleNamespace(
+        model=torch.nn.ModuleList(layers),
+        device="meta",
+        dtype=torch.bfloat16,
+        memory_saver_adapter=SimpleNamespace(region=lambda _tag: contextlib.nullcontext()),
+    )
     runtime.after_load_model(None, runner)
     assert fresh.refused == []
     monkeypatch.setattr("kara_sglang.kernels.triton.TritonKernels", Kernels)

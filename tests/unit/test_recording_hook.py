@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
 
 from kara_sglang import runtime
+from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import TorchKernels
-from kara_sglang.kernels.record import Step
+from kara_sglang.kernels.record import Ring, Step
 from kara_sglang.recorder import AttentionShape, QueryRecorder
 from kara_sglang.ring_check import RingCheck
 
@@ -84,6 +87,50 @@ def test_nothing_is_launched_without_a_ring(started: runtime.Runtime) -> None:
         decode([0], [0])
     decode([1], [5])
     assert started.kernels.layers == 0
+
+
+def test_the_ring_goes_and_comes_with_the_kv_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made in the region of torch_memory_saver that `/release_memory_occupation` gives back, and
+    nothing else is: the scratch of a pass and the row tables stay."""
+    inside: list[str] = []
+    made: list[tuple[str, list[str]]] = []
+
+    @contextmanager
+    def region(tag: str) -> Iterator[None]:
+        inside.append(tag)
+        yield
+        inside.pop()
+
+    class Kernels(TorchKernels):
+        def reserve(self, *_: Any) -> None:
+            made.append(("scratch", inside[:]))
+
+    def zeros(*arguments: Any) -> Ring:
+        made.append(("ring", inside[:]))
+        return ring_zeros(*arguments)
+
+    def full(*arguments: Any, **rest: Any) -> torch.Tensor:
+        made.append(("tables", inside[:]))
+        return torch_full(*arguments, **rest)
+
+    ring_zeros, torch_full = Ring.zeros, torch.full
+    monkeypatch.setattr(Ring, "zeros", zeros)
+    monkeypatch.setattr(runtime, "runtime", runtime.Runtime())
+    monkeypatch.setattr(runtime, "pick", lambda device: (Kernels(), "a test"))
+    config = KaraConfig(selector="snapkv", window=32, ahead=False, query_mem_gb=0.001)
+    monkeypatch.setattr(runtime.plugin, "active", lambda: config)
+    runner = SimpleNamespace(
+        model=torch.nn.ModuleList(RadixAttention(GROUP, DIM, 0.5, 1, layer) for layer in range(LAYERS)),
+        device="cpu",
+        dtype=torch.float32,
+        memory_saver_adapter=SimpleNamespace(region=region),
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(4, 8)),
+    )
+    runtime.after_load_model(None, runner)
+    monkeypatch.setattr(torch, "full", full)
+    runtime.before_cuda_graphs(runner)
+    assert made == [("scratch", []), ("ring", ["kv_cache"]), ("tables", [])]
+    assert runtime.runtime.recorder.num_units > 0 and not runtime.runtime.refused
 
 
 def test_sglang_captures_decode_graphs_in_its_capture_mode() -> None:

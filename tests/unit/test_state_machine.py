@@ -1336,6 +1336,17 @@ def test_debug_checks_notice_torn_pages(first: int, second: int) -> None:
         world.coordinator.before_decode(world.batch)
 
 
+@pytest.mark.parametrize("stored", ["model", "fp8", "fp4"])
+@pytest.mark.parametrize("heads", ["all", "mean"])
+def test_what_lay_in_the_ring_before_does_not_matter(heads: str, stored: str) -> None:
+    """After `/resume_memory_occupation` anything may: the ring has been given back meanwhile."""
+    world, req = one_request(selector="kara", query_heads=heads, query_dtype=stored)
+    for part in world.recorder.ring.parts:
+        part.view(torch.uint8).fill_(0xFF)  # NaN, or the largest numbers
+    advance(world, 100)  # scores, and so the kept tokens, are checked against the true queries
+    assert len(req.windows) >= 11 and votes(req) == heads[0] * len(req.windows)
+
+
 @pytest.mark.parametrize("heads", ["all", "mean"])
 def test_debug_checks_notice_a_step_that_recorded_nothing(heads: str) -> None:
     """As in a CUDA graph that was captured without its recording launches: the window would be chosen

@@ -29,8 +29,8 @@ from sglang_uses import Ours, Reader, Use, collect
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Files in which SGLang's objects live. The commands below start a server and never hold one.
-_COMMANDS = {"serve.py", "embedded_model.py"}
+# Files in which SGLang's objects live. The commands below talk to a server and never hold one.
+_COMMANDS = {"serve.py", "embedded_model.py", "top.py"}
 FILES = [
     path
     for path in (
