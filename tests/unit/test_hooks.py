@@ -159,13 +159,15 @@ def test_registering_twice_hooks_once(registry: Any) -> None:
     } == expected
 
 
-def test_the_log_says_whose_hooks_they_are(registry: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_whose_hooks_they_are(
+    registry: Any, targets: tuple[Hook, ...], caplog: pytest.LogCaptureFixture
+) -> None:
     """Also of those that a launcher puts in place by itself, outside SGLang's loading of plugins."""
-    hooks.register(CLI_HOOKS)
+    hooks.register(targets)
     with caplog.at_level("INFO"):
         registry.apply_hooks()
     lines = [record.getMessage() for record in caplog.records if "hook(s)" in record.getMessage()]
-    assert len(lines) == len(CLI_HOOKS)
+    assert len(lines) == len(targets)
     assert all("from: plugin=kara, dist=kara-sglang" in line for line in lines)
 
 
