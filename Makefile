@@ -3,13 +3,13 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help serve test test-sglang style venv check-wheel gpu-bundle clean
+.PHONY: help serve test test-sglang test-triton style venv check-wheel gpu-bundle clean
 .NOTPARALLEL:
 
 PORT ?= 30000
 MODEL ?=
 ARGS ?=
-# For test-sglang: the version, and what runs on it where ARGS does not say otherwise.
+# For test-sglang and test-triton: the version; and what runs on SGLang's where ARGS does not say otherwise.
 VERSION ?=
 CORE := tests/unit/test_hooks.py tests/unit/test_surface.py tests/unit/test_compat.py \
   tests/unit/test_refusals.py tests/engine/test_exactness.py tests/engine/test_memory.py \
@@ -51,6 +51,7 @@ help:
 	@echo '               ARGS="..."   further options of sglang.launch_server'
 	@echo 'make test    set up, then run the test suite; ARGS="..." goes to pytest'
 	@echo 'make test-sglang VERSION=0.5.22   the core of the tests on another SGLang; ARGS="..." as above'
+	@echo 'make test-triton VERSION=3.6.0    the tests of the kernels on another Triton; ARGS="..." as above'
 	@echo 'make style   ruff check and ruff format --check'
 	@echo 'make venv    only set up .venv; PIP_ARGS="..." goes to pip'
 	@echo 'make check-wheel  build sdist and wheel into dist/, and try the wheel in a clean environment'
@@ -68,15 +69,30 @@ test-sglang: $(ENGINE) $(PACKAGE) $(TEST_TOOLS) $(MODEL_PACKAGE)
 	@$(MAKE) $(VENV)/sglang-$(VERSION)/ready
 	@$(VENV)/sglang-$(VERSION)/bin/python -m pytest $(or $(ARGS),$(CORE))
 
-# Another SGLang in an environment of its own; all else it finds in .venv, the CPU stand-ins included.
-$(VENV)/sglang-%/ready:
-	@echo 'Installing SGLang $* beside the one in $(VENV) (about 200 MB, half a minute)'
+test-triton: $(ENGINE) $(PACKAGE) $(TEST_TOOLS)
+	@if [ -z '$(VERSION)' ]; then echo 'Say which: make test-triton VERSION=3.6.0'; exit 2; fi
+	@$(MAKE) $(VENV)/triton-$(VERSION)/ready
+	@$(VENV)/triton-$(VERSION)/bin/python -m pytest $(or $(ARGS),tests/kernels)
+
+# Another release of one package in an environment of its own; all else it finds in .venv, the CPU stand-ins
+# included.
+define beside
 	@rm -rf $(@D) && $(PY) -m venv --without-pip $(@D)
 	@purelib='import sysconfig; print(sysconfig.get_paths()["purelib"])'; \
 	own=$$($(@D)/bin/python -c "$$purelib"); shared=$$($(PY) -c "$$purelib"); \
-	$(call pip_install,--no-deps --target "$$own" sglang==$*); \
+	$(call pip_install,--no-deps --target "$$own" $(1)); \
 	echo "import site; site.addsitedir('$$shared')" > "$$own/shared.pth"
 	@touch $@
+endef
+
+$(VENV)/sglang-%/ready:
+	@echo 'Installing SGLang $* beside the one in $(VENV) (about 200 MB, half a minute)'
+	$(call beside,sglang==$*)
+
+# The interpreter of Triton 3.6 makes integers of arrays with one element, which NumPy 2.4 refuses.
+$(VENV)/triton-%/ready:
+	@echo 'Installing Triton $* beside the one in $(VENV) (about 200 MB, half a minute)'
+	$(call beside,triton==$* 'numpy<2.4')
 
 style: $(TEST_TOOLS)
 	@$(PY) -m ruff check .

@@ -5,7 +5,7 @@ Triton's wheel brings ptxas and cuobjdump, so neither a GPU nor CUDA is needed::
     python -m kara_sglang.benchmarks.gpu.compiled
 
 prints two tables of docs/kernels.md: registers per thread, spilled bytes per thread, and shared memory
-per program; and the instructions that the score's loops issue. Another release of Triton is tried
+per program; and the instructions that the score issues. Another release of Triton is tried
 without touching the environment::
 
     pip install --target DIR --no-deps triton==3.8.0
@@ -39,6 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
+from kara_sglang.benchmarks.gpu.floors import DATASHEET
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.config import KaraConfig
@@ -47,7 +48,7 @@ from kara_sglang.kernels.record import FP4, FP8, Ring, Step
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.selectors.keys import KeysSelector
-from kara_sglang.kernels.triton import TritonKernels, record
+from kara_sglang.kernels.triton import TritonKernels, prepare, record
 from kara_sglang.kernels.triton import launch as launch_module
 from kara_sglang.kernels.triton import pool as pool_module
 from kara_sglang.kernels.turn import Turn
@@ -76,6 +77,9 @@ LOGITS = ("log_sum_exp_kernel", "column_sum_kernel")
 SCORE = ("prepare_kernel", *LOGITS)
 RECORDED = ("record_kernel", *SCORE)  # those that a ring's dtype changes
 WEIGHTS, SELECT = ("prepare_kernel",), ("select_kernel",)
+ISSUE_RATE = DATASHEET[0].exp_rate / 4
+"""Instructions of warps per second on an H100: four per multiprocessor and clock, beside sixteen
+exponentials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,15 +158,17 @@ class Compiled:
         """As in the table of docs/kernels.md."""
         return cell(self.registers, self.spilled, self.shared)
 
+    def code(self) -> list[tuple[int, str]]:
+        """Addresses and instructions of the machine."""
+        found = re.findall(
+            r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", cuobjdump(self.cubin, "-sass"), re.MULTILINE
+        )
+        return [(int(address, 16), instruction) for address, instruction in found]
+
     def loops(self) -> list[list[str]]:
         """Instructions of the machine from the head of each loop to its branch back, outer loops with
         their inner ones."""
-        code = [
-            (int(address, 16), instruction)
-            for address, instruction in re.findall(
-                r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", cuobjdump(self.cubin, "-sass"), re.MULTILINE
-            )
-        ]
+        code = self.code()
         found = []
         for address, instruction in code:
             branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
@@ -170,6 +176,25 @@ class Compiled:
                 head = int(branch[1], 16)
                 found.append([each for at, each in code if head <= at <= address])
         return found
+
+    def issues(self, turns: Sequence[int]) -> int:
+        """Instructions that a warp issues until its last exit, where the loops, none of which lies in
+        another, turn so often.
+
+        Raises
+        ------
+        ValueError
+            Where there are more or fewer loops, or a branch that leads ahead.
+        """
+        code = [instruction for _, instruction in self.code()]
+        end = max(index for index, instruction in enumerate(code) if "EXIT" in instruction)
+        loops = [len(loop) for loop in self.loops()]
+        branches = sum(re.search(r"\bBRA\b", instruction) is not None for instruction in code[:end])
+        if len(loops) != len(turns) or branches != len(loops):
+            raise ValueError(
+                f"{self.kernel} has {len(loops)} loops, {branches} branches, not {len(turns)} of each"
+            )
+        return end + 1 + sum((turn - 1) * size for turn, size in zip(turns, loops, strict=True))
 
     @property
     def logits_loop(self) -> list[str]:
@@ -336,15 +361,42 @@ def of(kernels: Sequence[str], found: list[Launch]) -> list[Launch]:
 
 
 def issued(launch: Launch) -> dict[str, Any]:
-    """What a loop over logits issues on sm_90: instructions of each warp in one turn, and how many
-    that makes per 32 logits."""
-    loop = launch.compile(90).logits_loop
-    block = launch.arguments["BLOCK_Q"] * launch.arguments["BLOCK_K"]
+    """What a launch of the score issues on sm_90 for one window in all layers of Qwen3-8B.
+
+    Returns
+    -------
+    dict
+        ``turns`` and ``loops``: how often each loop of a program turns, and the instructions of a warp
+        in one turn; ``exponentials`` among those of the loop over logits, 0 where there is none.
+        ``in_loops`` and ``whole``: instructions of all warps per 32 of the window's logits, in loops
+        and from start to end. ``us``: how long an H100 issues the whole, one in every clock.
+    """
+    arguments, name = launch.arguments, launch.kernel.__name__
+    width, blocks = arguments["WIDTH"], arguments["WIDTH"] // arguments["BLOCK_K"]
+    queries = MODELS[0].group * width  # the delay's do not vote
+    if name == "prepare_kernel":
+        programs = arguments["PARTS"]
+        turns = [blocks // prepare.UNROLL.value, blocks // programs]
+    else:
+        steps = queries // arguments["BLOCK_Q"]
+        programs, turns = (steps, [blocks]) if name == LOGITS[0] else (blocks, [steps])
+    compiled = launch.compile(90)
+    loops = [len(loop) for loop in compiled.loops()]
+    whole = compiled.issues(turns)
+    in_loops = sum(turn * size for turn, size in zip(turns, loops, strict=True))
+    logits = queries * width
+    per_32 = 32 * programs * arguments["num_warps"] / logits
+    heads = MODELS[0].layers * MODELS[0].kv_heads
     return {
-        "kernel": launch.kernel.__name__,
-        "turn": len(loop),
-        "exponentials": sum("MUFU.EX2" in each for each in loop),
-        "per_32_logits": 32 * len(loop) * launch.arguments["num_warps"] / block,
+        "kernel": name,
+        "turns": turns,
+        "loops": loops,
+        "exponentials": sum("MUFU.EX2" in each for each in compiled.logits_loop)
+        if name in LOGITS
+        else 0,
+        "in_loops": per_32 * in_loops,
+        "whole": per_32 * whole,
+        "us": 1e6 * heads * logits / 32 * per_32 * whole / ISSUE_RATE,
     }
 
 
@@ -378,7 +430,7 @@ def report(architectures: Sequence[int]) -> dict[str, Any]:
             for (name, used), shapes in rows.items()
             if name == kernel
         ],
-        "issued": [issued(launch) for launch in of(LOGITS, launches(MODELS[0], 90))],
+        "issued": [issued(launch) for launch in of(SCORE, launches(MODELS[0], 90))],
     }
 
 
@@ -393,11 +445,19 @@ def show(found: dict[str, Any]) -> None:
         print(f"| `{row['kernel']}` |", " | ".join(cells), f"| {'; '.join(row['shapes'])} |")
 
     print(f"\n{MODELS[0].name} on sm_90\n")
-    print("| loop of | instructions of a turn | exponentials among them | per 32 logits |")
-    print("|---|---|---|---|")
+    print(
+        "| kernel | turns x instructions of a warp | exponentials of a turn "
+        "| per 32 logits, in loops | from start to end | us per window |"
+    )
+    print("|---|---|---|---|---|---|")
     for row in found["issued"]:
-        cells = (row["turn"], row["exponentials"], f"{row['per_32_logits']:.1f}")
-        print(f"| `{row['kernel']}` |", " | ".join(map(str, cells)), "|")
+        loops = zip(row["turns"], row["loops"], strict=True)
+        cells = (
+            " + ".join(f"{turn} x {size}" for turn, size in loops),
+            str(row["exponentials"]),
+            *(f"{row[key]:.1f}" for key in ("in_loops", "whole")),
+        )
+        print(f"| `{row['kernel']}` |", " | ".join(cells), f"| {row['us']:.0f} |")
 
 
 def cell(registers: int, spilled_bytes: int, shared_bytes: int) -> str:

@@ -1,19 +1,23 @@
-"""Compares a stock server with one on which every pass runs and keeps every token.
+"""Compares stock SGLang with a server that compresses, whose requests ask to be left as they are.
 
-Starts both, one after the other, for each attention backend, and sends them the same greedy requests::
+For each attention backend both servers get the same greedy requests::
 
     python -m kara_sglang.benchmarks.gpu.identity --model Qwen/Qwen3-8B --output identity.json
 
-Sent one by one, both servers compute the same shapes, so the tokens must be equal. Sent all at once
-they are batched as they come, which may change last bits; the stock server gets them twice, to show how
-much that is. SGLang's own checks for leaks and double frees are on. Works without a GPU, too. With
-``--pool`` the servers of all backends are up at the same time, each with so many KV slots.
+The second server runs ``--kv-compress kara``: it has a query ring, and its decode graphs record. Sent
+one by one, requests under ``identity`` (every pass runs and keeps every token) and such that opt out
+compute the shapes of stock SGLang's, so their tokens must be equal. Then as many under ``kara`` run
+beside them in one batch. There batching may change last bits, so the stock server gets the batch twice,
+to show how much that is. SGLang's own checks for leaks and double frees are on. The result says whether
+the servers had CUDA graphs and overlap on. Works without a GPU, too. With ``--pool`` the servers of all
+backends are up at the same time, each with so many KV slots.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import shlex
 import sys
 import tempfile
@@ -38,6 +42,13 @@ from kara_sglang.embedded_model import EmbeddedModelMissing
 MODULE = "kara_sglang.benchmarks.gpu.identity"
 WINDOWS = 3
 """Windows that each answer has."""
+SERVER = "kara-0.5"
+OPTIONS: dict[str, Any] = {
+    "identity": {"selector": "identity", "retain": 1.0},
+    "opted out": False,
+    "kara": {"selector": "kara", "retain": 0.5},
+}
+"""How requests name what is to be done with them; a stock server is told nothing."""
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
     "Count from one to three hundred in words.",
@@ -62,19 +73,21 @@ class Checked(SGLang):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answers:
-    """What a server said to each of ``PROMPTS``.
+    """What a server said to each of some prompts.
 
     Attributes
     ----------
     tokens, logprobs
         Of the output, one list per prompt.
-    windows
-        Compressed windows per prompt; 0 on a stock server.
+    windows, without_queries
+        Compressed windows per prompt, and how many of them were chosen without queries though the
+        selector asks for them; 0 on a stock server.
     """
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
     windows: list[int]
+    without_queries: list[int]
 
     @classmethod
     def of(cls, responses: Sequence[dict[str, Any]]) -> Answers:
@@ -85,6 +98,16 @@ class Answers:
             tokens=[[token for _, token, *_ in answer] for answer in scored],
             logprobs=[[logprob for logprob, *_ in answer] for answer in scored],
             windows=[info.get("kv_compress", {}).get("windows", 0) for info in said],
+            without_queries=[info.get("kv_compress", {}).get("without_queries", 0) for info in said],
+        )
+
+    def part(self, chosen: slice) -> Answers:
+        """Those of some prompts."""
+        return Answers(
+            self.tokens[chosen],
+            self.logprobs[chosen],
+            self.windows[chosen],
+            self.without_queries[chosen],
         )
 
 
@@ -108,13 +131,41 @@ def compare(ours: Answers, theirs: Answers) -> dict[str, Any]:
     }
 
 
-def ask(server: Server, output: int, *, together: bool) -> Answers:
-    """Greedy answers of ``output`` tokens to ``PROMPTS``, in one batch or one after the other."""
-    params = {"temperature": 0, "max_new_tokens": output, "ignore_eos": True}
-    body = {"sampling_params": params, "return_logprob": True}
+ONE_BY_ONE = len(PROMPTS)
+MIXED = [*["kara"] * ONE_BY_ONE, *["identity", "opted out"] * (ONE_BY_ONE // 2)]
+"""What the requests of the batch ask for: all prompts under ``kara``, and all once more beside them."""
+BESIDE = slice(ONE_BY_ONE, None)
+
+
+def ask(server: Server, output: int, kinds: Sequence[str | None], *, together: bool) -> Answers:
+    """Greedy answers of ``output`` tokens to ``PROMPTS``, again and again for as many ``kinds`` as
+    there are, in one batch or one after the other; the prefix cache is empty when they begin."""
+    server.post("/flush_cache", {})
+    texts, every = [], []
+    for index, kind in enumerate(kinds):
+        params: dict[str, Any] = {"temperature": 0, "max_new_tokens": output, "ignore_eos": True}
+        if kind is not None:
+            params["custom_params"] = {"kv_compress": OPTIONS[kind]}
+        texts.append(PROMPTS[index % len(PROMPTS)])
+        every.append(params)
     if together:
-        return Answers.of(server.post("/generate", body | {"text": list(PROMPTS)}).json())
-    return Answers.of([server.post("/generate", body | {"text": p}).json() for p in PROMPTS])
+        body = {"text": texts, "sampling_params": every, "return_logprob": True}
+        return Answers.of(server.post("/generate", body).json())
+    bodies = (
+        {"text": text, "sampling_params": params, "return_logprob": True}
+        for text, params in zip(texts, every, strict=True)
+    )
+    return Answers.of([server.post("/generate", body).json() for body in bodies])
+
+
+def facts(server: Server, peer: SGLang) -> dict[str, Any]:
+    """Whether CUDA graphs and overlap are off, as the server says, and the share of its decode steps so
+    far that ran without a graph, as its log says."""
+    info = server.get("/server_info").json()
+    return {
+        **{flag: info[flag] for flag in ("disable_cuda_graph", "disable_overlap_schedule")},
+        "steps_without_graph": peer.counters(server, 0).without_graph,
+    }
 
 
 def check(setup: Setup, backend: str, logs: Path) -> dict[str, Any]:
@@ -123,7 +174,7 @@ def check(setup: Setup, backend: str, logs: Path) -> dict[str, Any]:
     Raises
     ------
     RuntimeError
-        Where a server does not come up, or the pass did not run as often as it must.
+        Where a server does not come up, or passes did not run as often as they must or had no queries.
     requests.RequestException
         Where a server ends while it answers, as its checks make it.
     """
@@ -132,42 +183,74 @@ def check(setup: Setup, backend: str, logs: Path) -> dict[str, Any]:
     # Windows start at a page, the last token has no KV, and passes of a batch are spread over 32 steps.
     output = WINDOWS * setup.window + setup.delay + setup.page_size + 34
     known = rows(setup.window)
+    peer = Checked()
 
-    def answers(name: str, times: int) -> list[Answers]:
-        server = Server(Checked(), known[name], setup, logs / f"{backend}-{name}.log").wait()
+    def answers(
+        name: str, rounds: Sequence[tuple[Sequence[str | None], bool]]
+    ) -> tuple[list[Answers], dict[str, Any]]:
+        server = Server(peer, known[name], setup, logs / f"{backend}-{name}.log").wait()
         try:
-            one_by_one = ask(server, output, together=False)
-            return [one_by_one, *(ask(server, output, together=True) for _ in range(times))]
+            said = [ask(server, output, kinds, together=together) for kinds, together in rounds]
+            return said, facts(server, peer)
         finally:
             server.stop()
 
+    nothing = [None] * ONE_BY_ONE
+    of_stock = [(nothing, False), (nothing * 2, True), (nothing * 2, True)]
+    of_ours = [(["identity"] * ONE_BY_ONE, False), (["opted out"] * ONE_BY_ONE, False), (MIXED, True)]
     with ThreadPoolExecutor(1 if setup.pool is None else 2) as pool:
-        both = pool.map(answers, (STOCK, "identity"), (2, 1))
-        (stock, batch, again), (identity, batch_identity) = both
-    for found, expected in ((stock, 0), (identity, WINDOWS), (batch_identity, WINDOWS)):
-        if found.windows != [expected] * len(PROMPTS):
-            raise RuntimeError(f"{found.windows} windows were compressed, {expected} each were due")
+        both = pool.map(answers, (STOCK, SERVER), (of_stock, of_ours))
+        ((stock, batch, again), stock_facts), ((identity, off, mixed), our_facts) = both
+    windows = {"identity": WINDOWS, "kara": WINDOWS, "opted out": 0}
+    due = [windows[kind] for kinds, _ in of_ours for kind in kinds]
+    found = [count for said in (identity, off, mixed) for count in said.windows]
+    if found != due or any(stock.windows):
+        raise RuntimeError(f"{found} windows were compressed, {due} were due")
+    if any(mixed.without_queries):
+        raise RuntimeError(
+            f"{sum(mixed.without_queries)} windows had no queries; give more --query-mem-gb"
+        )
     return {
         "output_tokens": output,
         "one_by_one": compare(identity, stock),
-        "all_at_once": compare(batch_identity, batch),
-        "stock_twice_all_at_once": compare(again, batch),
+        "opted_out_one_by_one": compare(off, stock),
+        "beside_kara": compare(mixed.part(BESIDE), batch.part(BESIDE)),
+        "stock_twice_all_at_once": compare(again.part(BESIDE), batch.part(BESIDE)),
+        "servers": {STOCK: stock_facts, SERVER: our_facts},
     }
 
 
+def backends_here() -> list[str]:
+    """Attention backends of a CUDA server for which everything is installed."""
+    needs = {"triton": "triton", "fa3": "sgl_kernel.flash_ops", "flashinfer": "flashinfer"}
+    return [name for name, module in needs.items() if _is_installed(module)]
+
+
+def _is_installed(module: str) -> bool:
+    package, _, inner = module.partition(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not inner:
+        return spec is not None
+    return any(list(Path(folder).glob(f"{inner}*")) for folder in spec.submodule_search_locations or ())
+
+
 def main() -> int:
-    """0 where all backends gave equal tokens one by one, else 1."""
+    """0 where all backends gave stock SGLang's tokens one by one, else 1."""
     cpu = cpu_engine.is_installed()
     scale = Scale() if cpu else GPU_SCALE
-    backends = ["torch_native"] if cpu else ["flashinfer", "triton", "fa3"]
-    usual = " ".join(backends)
+    backends = ["torch_native"] if cpu else backends_here()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="tiny, smollm2, a folder or a hub name")
     parser.add_argument("--dtype", help="default: float32 for tiny, else bfloat16")
-    parser.add_argument("--backends", nargs="+", default=backends, help=f"default: {usual}")
+    parser.add_argument(
+        "--backends", nargs="+", default=backends, help=f"default, those here: {' '.join(backends)}"
+    )
     parser.add_argument("--window", type=int, default=scale.window)
     parser.add_argument(
         "--pool", type=int, help="KV slots of a server; all servers are up at once then"
+    )
+    parser.add_argument(
+        "--query-mem-gb", type=float, default=0.25 if cpu else 2.0, help="default: %(default)s"
     )
     parser.add_argument("--server-args", default="", help="more flags for both servers, as one word")
     parser.add_argument("--output", type=Path, help="write the results there as JSON")
@@ -190,7 +273,7 @@ def main() -> int:
         dtype=options.dtype or ("float32" if options.model == "tiny" else "bfloat16"),
         window=options.window,
         delay=scale.delay,
-        query_mem_gb=0,
+        query_mem_gb=options.query_mem_gb,
         page_size=scale.page_size,
         pool=options.pool,
         server_args=tuple(shlex.split(options.server_args)),
@@ -208,9 +291,10 @@ def main() -> int:
     workers = ThreadPoolExecutor(1 if options.pool is None else len(options.backends))
     for backend, found in zip(options.backends, workers.map(found_with, options.backends), strict=True):
         report["backends"][backend] = found
-        good &= "failed" not in found and not found["one_by_one"]["part_at"]
+        exact = ("one_by_one", "opted_out_one_by_one")
+        good &= "failed" not in found and not any(found[name]["part_at"] for name in exact)
         for name, result in found.items():
-            if isinstance(result, dict):
+            if isinstance(result, dict) and "equal" in result:
                 print(f"{backend}, {name}: {result['equal']} of {result['answers']} answers equal")
         write(report, options.output)
     return 0 if good else 1

@@ -1,6 +1,6 @@
 """FlashInfer itself over the page table that a pass leaves, on a GPU.
 
-    python -m kara_sglang.benchmarks.gpu.paged_decode
+    python -m kara_sglang.benchmarks.gpu.paged_decode --output paged_decode.json
 
 Needs torch, triton, this package and ``flashinfer``, no SGLang. For page sizes 1, 16 and 64 a pass
 compresses one window of each of three requests, their rows are spliced as the server does, and
@@ -11,11 +11,17 @@ FlashInfer's semantics written out.
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from kara_sglang.benchmarks.gpu.kernels import versions
+from kara_sglang.benchmarks.gpu.report import write
+from kara_sglang.benchmarks.machine import command, kind
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob, WindowShape
 from kara_sglang.kernels.record import FP8, Ring, to_fp8
 from kara_sglang.kernels.score import AttentionRule
@@ -23,6 +29,9 @@ from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.triton import TritonKernels
 
+MODULE = "kara_sglang.benchmarks.gpu.paged_decode"
+PAGES = (1, 16, 64)
+MOST = 0.02  # of an output of size 1: what bfloat16 rounds
 DEVICE = torch.device("cuda")
 HEADS, GROUP, DIM, DELAY, SLOTS = 4, 4, 128, 16, 4096
 SELECTOR = KaraSelector(chunks=ChunkRule(budget=0.1), rule=AttentionRule(squared=True, value_norm=1))
@@ -102,6 +111,9 @@ def check(flashinfer: Any, kernels: Kernels, page: int, width: int, kept: int) -
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, help="write the results there as JSON")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("paged_decode.py: no CUDA GPU here, nothing was checked")
     try:
@@ -110,10 +122,19 @@ def main() -> None:
         raise SystemExit(f"paged_decode.py: flashinfer cannot be imported ({error})") from error
     kernels = TritonKernels()
     kernels.reserve(DEVICE, WindowShape(1, HEADS, DIM, torch.bfloat16, 512, 512, GROUP, 512 + DELAY))
-    for page in (1, 16, 64):
+    report: dict[str, Any] = {
+        "command": command(MODULE, sys.argv[1:]),
+        "gpu": kind(),
+        "versions": versions() | {"flashinfer": flashinfer.__version__},
+        "allowed": MOST,
+        "largest_difference": {},
+    }
+    for page in PAGES:
         error = check(flashinfer, kernels, page, width=512, kept=256)
         print(f"flashinfer {flashinfer.__version__}, pages of {page}: largest difference {error:.5f}")
-        if not error < 0.02:  # NaN fails, too
+        report["largest_difference"][f"pages of {page}"] = error
+        write(report, options.output)
+        if not error < MOST:  # NaN fails, too
             raise SystemExit("paged_decode.py: FlashInfer does not see the retained tokens")
 
 

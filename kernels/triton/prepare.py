@@ -31,12 +31,12 @@ from kara_sglang.kernels.triton.numbers import (
 )
 from kara_sglang.kernels.triton.pool import PoolTables, layer_buffer, stored_type, task, within
 
-# The sizes that benchmarks/gpu/tiles.py found fastest on an H100 (docs/kernels.md).
+# Chosen by a run of benchmarks/gpu/tiles.py on an H100, see docs/kernels.md.
 NUMBERS = 2048  # of K, and about as many of V, that a program holds at once
 WARPS = 4
 PARTS = 4  # programs that share a window and head, so that one window fills a GPU
 
-_UNROLL: tl.constexpr = tl.constexpr(2)  # blocks of the first walk whose loads are on their way
+UNROLL: tl.constexpr = tl.constexpr(2)  # blocks of the first walk whose loads are on their way
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _TINY: tl.constexpr = tl.constexpr(1e-8)  # torch.cosine_similarity's
 # Smaller keys lose nothing to float16 either, and no product with a query's own power underflows.
@@ -112,7 +112,7 @@ def prepare_kernel(
 
     total = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     largest = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
-    for first in tl.range(0, WIDTH, BLOCK_K, loop_unroll_factor=_UNROLL):
+    for first in tl.range(0, WIDTH, BLOCK_K, loop_unroll_factor=UNROLL):
         position = first + tl.arange(0, BLOCK_K)
         is_token = within(position, WIDTH, BLOCK_K)
         key = _rows(key_buffer, slots, position, is_token, dim, is_dim, HEADS, DIM, KEY, NATIVE)

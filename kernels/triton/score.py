@@ -528,9 +528,10 @@ class Tiles(NamedTuple):
 def tiles_for(tables: PoolTables, causal: bool) -> Tiles:
     """Sizes that spill no register on sm_80, sm_90 and sm_100.
 
-    For fp8 queries of up to 128 numbers, all keys visible, they are the fastest of those that
-    ``benchmarks/gpu/tiles.py`` timed on an H100, for windows of 512 as of 1024; the others were not
-    timed. Wider queries leave room for fewer blocks at a time, and ``causal`` takes more registers.
+    For fp8 queries of up to 128 numbers, all keys visible, they were chosen by a run of
+    ``benchmarks/gpu/tiles.py`` on an H100, whose figures are not committed, for windows of 512 as of
+    1024; the others were not timed. Wider queries leave room for fewer blocks at a time, and ``causal``
+    takes more registers.
     """
     if tables.dot == torch.float32:
         rows = Tile(32, 32, 4, 1) if tables.head_dim <= 128 else Tile(16, 32, 4, 1)

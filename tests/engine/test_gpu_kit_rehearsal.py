@@ -61,7 +61,7 @@ def test_the_kit_serves_on_the_images_versions(tmp_path: Path):
     lines = f". {kit}/env.sh; cd /; PYTHONPATH={stand_ins}:$PYTHONPATH {command}"
     run("bash", "-c", lines, KIT=str(kit), OMP_WAIT_POLICY="passive")
     steps = json.loads((out / "status.json").read_text())["steps"]
-    assert {name for name, found in steps.items() if found.get("good")} == {"identity", "throughput"}
-    identity = json.loads((out / "identity.json").read_text())
+    assert {name for name, found in steps.items() if found.get("good")} == {"identity", "scarce"}
+    identity = json.loads((out / "identity" / "identity.json").read_text())
     assert identity["machine"]["versions"]["torch"].startswith("2.11.0")
     assert identity["backends"]["torch_native"]["one_by_one"]["part_at"] == []

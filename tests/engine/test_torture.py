@@ -11,6 +11,10 @@ from conftest import launch_small, prompt
 from server import Server
 from torture import Torture, assert_as_stock
 
+# SGLang's own: behind a streamed request a background task aborts it, and looks for a field that is not
+# there when the request's form was refused (``TokenizerManager.create_abort_task``, 0.5.23).
+STOCKS_OWN = "AttributeError: 'GenerateReqInput' object has no attribute 'is_single'"
+
 
 def stays_boring(server: Server, stock: Server, weights: Path, seed: int, count: int) -> None:
     """Nobody's answer is wrong, and the server is idle, whole and healthy in the end."""
@@ -25,8 +29,8 @@ def stays_boring(server: Server, stock: Server, weights: Path, seed: int, count:
     assert all(torture.seen[kind] for kind in wanted), torture.seen
     server.assert_nothing_leaked()
     assert server.state()["recorder_units_free"] == units
-    _, traceback, cause = server.log_text()[start:].partition("Traceback")
-    assert not traceback, cause[:5000]
+    log = server.log_text()[start:]
+    assert log.count("Traceback") == log.count(STOCKS_OWN), log.partition("Traceback")[2][:5000]
     fresh = {
         "input_ids": prompt(60, seed),
         "sampling_params": {"max_new_tokens": 60, "temperature": 0, "ignore_eos": True},

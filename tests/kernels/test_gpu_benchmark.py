@@ -66,8 +66,11 @@ def test_its_checks_take_other_types(monkeypatch, bits):
 def test_the_stress_of_compact_sees_a_wrong_byte(monkeypatch):
     monkeypatch.setattr(kernels, "DEVICE", torch.device("cpu"))
     case = kernels.Case(TINY, Settings(window=48, kept=16, delay=9), num_jobs=2, layers=2)
+    right, moved = case.compact, []
+    monkeypatch.setattr(case, "compact", lambda: (right(), moved.append(case.kept.clone())))
     kernels.stress_compact(case, 3)
-    right = case.compact
+    worst = torch.arange(1, 17).expand(2, 2, 2, 16)  # every row is written right after it was read
+    assert len(moved) == 3 and all(torch.equal(kept, worst) for kept in moved)
     monkeypatch.setattr(case, "compact", lambda: (right(), case.pool.values[1][:, 1].mul_(2)))
     with pytest.raises(AssertionError, match="wrong result: move 0"):
         kernels.stress_compact(case, 1)
@@ -176,7 +179,27 @@ def test_the_check_with_flashinfer(monkeypatch, make, page):
     assert paged_decode.check(library, kernels, page, width=48, kept=16) > 0.02
 
 
+@pytest.mark.parametrize("error", [0.01, float("nan")])
+def test_the_check_with_flashinfer_leaves_a_result(monkeypatch, tmp_path, error):
+    output = tmp_path / "paged_decode.json"
+    monkeypatch.setattr("sys.argv", ["paged_decode.py", "--output", str(output)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(paged_decode, "kind", lambda: "a GPU")
+    monkeypatch.setattr(paged_decode, "TritonKernels", MagicMock)
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(__version__="1"))
+    monkeypatch.setattr(paged_decode, "check", lambda *args, **kwargs: error)
+    if error == 0.01:
+        paged_decode.main()
+    else:
+        with pytest.raises(SystemExit, match="does not see the retained tokens"):
+            paged_decode.main()
+    found = json.loads(output.read_text())
+    assert found["gpu"] == "a GPU" and found["versions"]["flashinfer"] == "1"
+    assert len(found["largest_difference"]) == (3 if error == 0.01 else 1)
+
+
 def test_without_flashinfer_or_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["paged_decode.py"])
     with pytest.raises(SystemExit, match="no CUDA GPU here, nothing was checked"):
         paged_decode.main()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -221,10 +244,18 @@ def test_the_documented_tables_are_the_committed_results(program, capsys):
     assert set(rows) <= set((ROOT / "docs" / "kernels.md").read_text().splitlines())
 
 
-def test_the_documented_tables_of_gpus_are_the_committed_results():
-    document = (ROOT / "docs" / "kernels.md").read_text()
-    assert document.count("<!-- gpu:kernels-h100 ") == 2
-    assert tables.render(document) == document
+@pytest.mark.parametrize("document", ["README.md", "docs/kernels.md"])
+def test_the_documented_tables_of_gpus_are_the_committed_results(document):
+    """A mark without its result fails: render raises."""
+    text = (ROOT / document).read_text()
+    assert tables.render(text) == text
+
+
+def test_what_awaits_a_gpu_is_said_as_long_as_it_does():
+    awaited = not (RESULTS / "kernels-h100.json").exists()
+    readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/kernels.md"))
+    assert ("awaits a GPU" in readme) == awaited
+    assert ("awaits a GPU" in page) == awaited == ("<!-- gpu:kernels-h100 " not in page)
 
 
 def test_tables_of_a_gpu(tmp_path):
@@ -247,8 +278,8 @@ def test_tables_of_a_gpu(tmp_path):
     assert lines[3] == "| M, W 512, mean, fp4 | 8 |" + " 100 (50%) |" * 5
     assert lines[-5] == "| M, W 512, mean, fp4 | 1 | 1 | 2 | 0 | 4 | 0 | 12 | 20 |"
     assert lines[-2] == "| M, W 512, mean, fp4, `keys` | 8 | 2 | 4 | 0 | 8 | 0 | 24 | 40 |"
-    missing = marks.replace("it ", "another ")
-    assert tables.render(missing, tmp_path) == missing
+    with pytest.raises(FileNotFoundError, match=r"another\.json"):
+        tables.render(marks.replace("it ", "another "), tmp_path)
     with pytest.raises(ValueError, match="a mark is gpu:RESULT VIEW with kernels or passes"):
         tables.render(marks.replace("passes", "floors"), tmp_path)
 
@@ -273,17 +304,24 @@ def test_the_committed_floors_are_what_the_program_counts(monkeypatch, tmp_path)
 
 
 class FakeServer:
-    """Answers as a stock or identity server would; ``differs`` is a token that the latter changes."""
+    """Answers as a stock or compressing server would; ``differs`` is a token that the latter changes in
+    requests that ask for ``wrong``."""
 
     differs: int | None = None
+    wrong = "identity"
     windows = identity.WINDOWS
+    without_queries = 0
     running = 0
 
     def __init__(self, peer, row, setup, log) -> None:
         assert FakeServer.running == 0, "two servers on one GPU"
         FakeServer.running += 1
         self.command = peer.command(row, setup, 1)
-        self.ours = row.name == "identity"
+        self.ours = row.name == "kara-0.5"
+        self.log = log
+        self.log.write_text("Decode batch, #running-req: 1, #token: 1, cuda graph: True, x\n")
+        ring = self.command[self.command.index("--kv-compress-query-mem-gb") + 1] if self.ours else "1"
+        assert float(ring) > 0, "queries are recorded in the graphs"
         checks = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "SGLANG_CHECK_KV_PAGE_INVARIANTS"}
         assert peer.environment(row, setup).keys() >= checks
 
@@ -293,41 +331,101 @@ class FakeServer:
     def stop(self) -> None:
         FakeServer.running -= 1
 
+    def log_since(self, position):
+        return self.log.read_text()
+
+    def get(self, path):
+        assert path == "/server_info"
+        info = {"disable_cuda_graph": False, "disable_overlap_schedule": False, "more": 1}
+        return SimpleNamespace(json=lambda: info)
+
     def post(self, path, body):
-        count = body["sampling_params"]["max_new_tokens"]
-        prompts = body["text"] if isinstance(body["text"], list) else [body["text"]]
-        answers = []
-        for prompt in prompts:
-            scored = [(-0.5, len(prompt) + i, None) for i in range(count)]
-            info = {"output_token_logprobs": scored}
-            if self.ours:
-                info["kv_compress"] = {"windows": self.windows}
-                if self.differs is not None and prompt == identity.PROMPTS[2]:
-                    scored[self.differs - 1] = (-0.75, scored[self.differs - 1][1], None)
-                    scored[self.differs] = (-0.5, 0, None)
-            answers.append({"meta_info": info})
-        return SimpleNamespace(json=lambda: answers if isinstance(body["text"], list) else answers[0])
+        if path == "/flush_cache":
+            return None
+        batch = isinstance(body["text"], list)
+        texts = body["text"] if batch else [body["text"]]
+        every = body["sampling_params"] if batch else [body["sampling_params"]]
+        answers = [self.answer(text, params) for text, params in zip(texts, every, strict=True)]
+        return SimpleNamespace(json=lambda: answers if batch else answers[0])
+
+    def answer(self, prompt, params):
+        scored = [(-0.5, len(prompt) + i, None) for i in range(params["max_new_tokens"])]
+        info = {"output_token_logprobs": scored}
+        assert ("custom_params" in params) == self.ours, "stock is told nothing"
+        if self.ours:
+            options = params["custom_params"]["kv_compress"]
+            name = options["selector"] if options else "opted out"
+            info["kv_compress"] = {
+                "windows": self.windows if options else 0,
+                "without_queries": self.without_queries if name == "kara" else 0,
+            }
+            if name == "kara":
+                scored[:] = [(-1.0, 1, None)] * len(scored)
+            elif self.differs is not None and name == self.wrong and prompt == identity.PROMPTS[2]:
+                scored[self.differs - 1] = (-0.75, scored[self.differs - 1][1], None)
+                scored[self.differs] = (-0.5, 0, None)
+        return {"meta_info": info}
 
 
-@pytest.mark.parametrize(("differs", "windows"), [(None, 3), (7, 3), (None, 2)])
-def test_identity_fails_where_tokens_differ_or_no_pass_ran(monkeypatch, tmp_path, differs, windows):
+def identity_of(monkeypatch, tmp_path) -> tuple[int, dict]:
+    """Exit code and result for two backends."""
     output = tmp_path / "identity.json"
     monkeypatch.setattr(identity, "Server", FakeServer)
     monkeypatch.setattr(identity, "end_on_sigterm", lambda: None)
-    monkeypatch.setattr(FakeServer, "differs", differs)
-    monkeypatch.setattr(FakeServer, "windows", windows)
     words = ["identity.py", "--model", "m", "--backends", "triton", "fa3", "--output", str(output)]
     monkeypatch.setattr("sys.argv", words)
     monkeypatch.setattr(identity.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
-    assert identity.main() == (0 if differs is None and windows == 3 else 1)
+    code = identity.main()
     assert FakeServer.running == 0
     found = json.loads(output.read_text())["backends"]
     assert list(found) == ["triton", "fa3"]
-    if windows == 2:
-        assert "windows were compressed, 3 each were due" in found["fa3"]["failed"]
-        return
-    single, control = found["fa3"]["one_by_one"], found["fa3"]["stock_twice_all_at_once"]
-    assert control == {"answers": 8, "equal": 8, "part_at": [], "logprob_difference": 0.0}
-    assert single["part_at"] == ([] if differs is None else [{"prompt": 2, "token": 7}])
-    assert single["equal"] == (8 if differs is None else 7)
-    assert single["logprob_difference"] == (0.0 if differs is None else 0.25)
+    return code, found["fa3"]
+
+
+def test_identity_passes_on_equal_tokens(monkeypatch, tmp_path):
+    code, found = identity_of(monkeypatch, tmp_path)
+    assert code == 0
+    rounds = ("one_by_one", "opted_out_one_by_one", "beside_kara", "stock_twice_all_at_once")
+    for name in rounds:
+        assert found[name] == {"answers": 8, "equal": 8, "part_at": [], "logprob_difference": 0.0}
+    on = {"disable_cuda_graph": False, "disable_overlap_schedule": False, "steps_without_graph": 0.0}
+    assert found["servers"] == {"stock": on, "kara-0.5": on}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"), [("identity", "one_by_one"), ("opted out", "opted_out_one_by_one")]
+)
+def test_identity_fails_where_tokens_differ(monkeypatch, tmp_path, wrong, name):
+    monkeypatch.setattr(FakeServer, "differs", 7)
+    monkeypatch.setattr(FakeServer, "wrong", wrong)
+    code, found = identity_of(monkeypatch, tmp_path)
+    assert code == 1
+    expected = {"answers": 8, "equal": 7, "part_at": [{"prompt": 2, "token": 7}]}
+    assert found[name] == expected | {"logprob_difference": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("windows", 2, "windows were compressed"),
+        ("without_queries", 1, "8 windows had no queries; give more --query-mem-gb"),
+    ],
+)
+def test_identity_fails_where_passes_did_not_run_as_they_must(
+    monkeypatch, tmp_path, name, value, message
+):
+    monkeypatch.setattr(FakeServer, name, value)
+    code, found = identity_of(monkeypatch, tmp_path)
+    assert code == 1 and message in found["failed"]
+
+
+def test_identity_asks_the_backends_that_are_installed(monkeypatch, tmp_path):
+    for package in ("triton", "sgl_kernel"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for package in ("triton", "sgl_kernel", "flashinfer"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    assert identity.backends_here() == ["triton"]
+    (tmp_path / "sgl_kernel" / "flash_ops.abi3.so").touch()
+    assert identity.backends_here() == ["triton", "fa3"]

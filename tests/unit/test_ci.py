@@ -104,3 +104,14 @@ def test_a_skipped_test_fails_where_it_must_not(strict: bool, tmp_path: Path) ->
     assert done.returncode == int(strict)
     if strict:
         assert "the test was not run: Skipped: no browser" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "packages"),
+    [("sglang-0.5.22", "sglang==0.5.22"), ("triton-3.6.0", "triton==3.6.0 'numpy<2.4'")],
+)
+def test_another_release_comes_into_an_environment_of_its_own(target: str, packages: str) -> None:
+    ready = f".venv/{target}/ready"
+    done = subprocess.run(["make", "-n", ready], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f'own=$(.venv/{target}/bin/python -c "$purelib")' in done.stdout
+    assert f'--no-deps --target "$own" {packages} ' in done.stdout

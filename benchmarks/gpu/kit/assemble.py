@@ -44,7 +44,7 @@ def add(part: Path) -> list[str]:
     Raises
     ------
     Broken
-        Where a piece is missing or has other bytes than were built.
+        Where a piece is missing, or it or a file that was joined has other bytes than were built.
     """
     waiting = KIT / "pieces"
     waiting.mkdir(parents=True, exist_ok=True)
@@ -57,20 +57,29 @@ def add(part: Path) -> list[str]:
             raise Broken(f"{path} has other bytes than were built; copy the part again")
         shutil.copyfile(path, waiting / piece["name"])
     complete = []
-    for name, size in {piece["file"]: piece["file_bytes"] for piece in listed}.items():
+    for file in {piece["file"]: piece for piece in listed}.values():
+        name = file["file"]
         pieces = sorted(waiting.glob(f"{name}.*"))
-        if sum(path.stat().st_size for path in pieces) == size:
-            _join(pieces, KIT / name)
+        if sum(path.stat().st_size for path in pieces) == file["file_bytes"]:
+            _join(pieces, KIT / name, file["file_sha256"])
             _unpack(KIT / name)
             complete.append(name)
     return complete
 
 
-def _join(pieces: list[Path], target: Path) -> None:
+def _join(pieces: list[Path], target: Path, sha256: str) -> None:
+    joined = hashlib.sha256()
     with target.open("wb") as out:
         for piece in pieces:
-            out.write(piece.read_bytes())
+            data = piece.read_bytes()
+            joined.update(data)
+            out.write(data)
             piece.unlink()
+    if joined.hexdigest() != sha256:
+        target.unlink()
+        raise Broken(
+            f"{target.name} came from parts of different builds; add all its parts of one again"
+        )
 
 
 def _unpack(path: Path) -> None:

