@@ -6,8 +6,10 @@ kind says what the name means.
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 
 def fill(document: str, kind: str, body: Callable[[str], str | None]) -> str:
@@ -27,3 +29,14 @@ def fill(document: str, kind: str, body: Callable[[str], str | None]) -> str:
 
     end = f"<!-- end of {kind} -->"
     return re.sub(rf"<!-- {kind}:(?P<name>[^\n]+?) -->\n.*?{end}", replace, document, flags=re.DOTALL)
+
+
+def rewrite(
+    documents: Iterable[Path], render: Callable[[str], str], parser: argparse.ArgumentParser
+) -> None:
+    """Render each document in place; what stands in the way ends the program in one line."""
+    for path in documents:
+        try:
+            path.write_text(render(path.read_text()))
+        except (OSError, ValueError) as error:
+            parser.error(f"{path}: {error}")

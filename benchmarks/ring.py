@@ -22,15 +22,15 @@ def ring_of(model: str, settings: dict[str, Any]) -> QueryRecorder:
     import torch
     from transformers import AutoConfig
 
-    from kara_sglang.doctor import recorder_of
+    from kara_sglang.reserved import query_ring, shape_of
 
     config = AutoConfig.from_pretrained(model)
     heads = config.num_attention_heads
-    shape = SimpleNamespace(
+    model_config = SimpleNamespace(
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         get_total_num_kv_heads=lambda: config.num_key_value_heads,
         dtype=torch.float32,
     )
-    return recorder_of(shape, KaraConfig.from_settings(settings))
+    return query_ring(shape_of(model_config), KaraConfig.from_settings(settings))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
     from kara_sglang.coordinator import Coordinator
+    from kara_sglang.policy import Policy
 
 LOOK_EVERY = 8
 """Steps from one look at the queue to the next where each step has a pass: a look adds up what is
@@ -49,6 +50,38 @@ def growth(geometry: Geometry, tokens: float, uncompressed: int, kept: int) -> f
     before_last = (taken - 1) * kept + window + delay if taken else 0
     # A window that is overdue will give slots back, but memory that is not free yet is no reserve.
     return max(0.0, min(max(at_the_end, before_last) - uncompressed, tokens))
+
+
+def reserve(
+    policy: Policy,
+    latest: Geometry,
+    tokens: float,
+    held: int,
+    base: int,
+    kept: int,
+    running: int,
+) -> float:
+    """KV slots that a request takes for ``tokens`` still to come, at most.
+
+    Parameters
+    ----------
+    policy : Policy
+    latest : Geometry
+        With what a window may wait for its pass in the delay (``Policy.wait``).
+    tokens : float
+    held : int
+        KV slots that it holds.
+    base : int
+        KV index at which its next window starts.
+    kept : int
+        R of this request.
+    running : int
+        Requests that run at once.
+    """
+    grown = growth(latest, tokens, held - base, kept)
+    grown = max(grown, min(tokens, policy.floor - held))
+    # Where passes fall behind, what they leave is held as in stock SGLang.
+    return tokens - policy.in_time(running, latest.window) * (tokens - grown)
 
 
 class Latch:

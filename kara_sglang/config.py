@@ -246,6 +246,10 @@ class KaraConfig:
         share = self.retain if retain is None else retain
         return max(1, min(pages, math.floor(share * pages + 0.5))) * page_size
 
+    def kept_by(self, selector: str, page_size: int, retain: float | None = None) -> int:
+        """R of a request that ``selector`` compresses."""
+        return self.window if REGISTRY[selector].keeps_all else self.kept(page_size, retain)
+
 
 FLAGS = {
     "selector": "--kv-compress",

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kara_sglang import policy
-from kara_sglang.admission import LOOK_EVERY, Latch, growth, needed, short_of_slots
+from kara_sglang.admission import LOOK_EVERY, Latch, needed, reserve, short_of_slots
 from kara_sglang.calendar import Calendar
 from kara_sglang.config import KaraConfig
 from kara_sglang.graphs import Graphs
@@ -169,9 +169,8 @@ class Coordinator:
 
     def _kept(self, options: RequestOptions) -> int:
         """R of a request with these options."""
-        if self._selectors[options.selector or self.config.selector].keeps_all:
-            return self.config.window
-        return self.config.kept(self.geometry.page_size, options.retain)
+        selector = options.selector or self.config.selector
+        return self.config.kept_by(selector, self.geometry.page_size, options.retain)
 
     def sharing_settings(self, req: Req) -> bytes | None:
         """What decides which tokens of this request's windows are kept; None: it uses and leaves exact
@@ -207,10 +206,7 @@ class Coordinator:
                 return tokens
             held, kept = len(req.origin_input_ids) + len(req.output_ids), self._kept(options)
             base = ceil_align(held, self.geometry.page_size)
-        grown = growth(self._latest, tokens, held - base, kept)
-        grown = max(grown, min(tokens, self.policy.floor - held))
-        # Where passes fall behind, what they leave is held as in stock SGLang.
-        return tokens - self.policy.in_time(running, self.geometry.window) * (tokens - grown)
+        return reserve(self.policy, self._latest, tokens, held, base, kept, running)
 
     def _options(self, req: Req) -> RequestOptions:
         try:

@@ -20,16 +20,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kara_sglang import __version__, cpu_engine, graphs, hooks, plugin, refusals, serve
 from kara_sglang.compat import surface, versions
 from kara_sglang.compat.source import Source
 from kara_sglang.config import KaraConfig
 from kara_sglang.state import Geometry
-
-if TYPE_CHECKING:
-    from kara_sglang.recorder import QueryRecorder
 
 OK, NOTE, BAD = "ok", "note", "BAD"
 CPU_SWITCH = "SGLANG_USE_CPU_ENGINE"
@@ -301,27 +298,27 @@ def check_model(plan: Plan) -> Iterator[Finding]:
 
 def _graphs(model: Any, config: KaraConfig, resolved: Any) -> Finding:
     """The largest decode graph, and the KV memory that lets more requests run than it is for."""
-    from sglang.srt.model_executor.cuda_graph_config import Backend
-
-    decode = resolved.cuda_graph_config.decode
-    if decode.backend == Backend.DISABLED or not decode.max_bs:
+    largest = graphs.captured(resolved)
+    if not largest:
         return Finding(OK, "graphs", "SGLang decodes without graphs here")
     page = resolved.page_size
     geometry = Geometry(page, config.window, config.delay)
     slots = graphs.slots_of(geometry, config.kept(page), _LONG)
     slot = 2 * model.num_hidden_layers * model.get_total_num_kv_heads() * model.head_dim
-    slot *= model.dtype.itemsize / 2**30 * decode.max_bs
+    slot *= model.dtype.itemsize / 2**30 * largest
     return Finding(
         OK,
         "graphs",
-        f"SGLang captures decode graphs for up to {decode.max_bs} requests and decodes more without "
+        f"SGLang captures decode graphs for up to {largest} requests and decodes more without "
         f"one. So many answers of {_LONG:,} tokens take {slots * slot:.1f} GiB of KV, "
         f"{_LONG * slot:.1f} uncompressed; where the pool is larger, {graphs.FLAG} captures more",
     )
 
 
 def _query_ring(model: Any, config: KaraConfig) -> Finding:
-    ring = recorder_of(model, config)
+    from kara_sglang.reserved import query_ring, shape_of
+
+    ring = query_ring(shape_of(model), config)
     every, unit = ring.shape.group * ring.unit_bytes, ring.unit_bytes
     least = every if config.query_heads == "all" else unit
     size = f"--kv-compress-query-mem-gb {config.query_bytes / 2**30:g}"
@@ -338,38 +335,6 @@ def _query_ring(model: Any, config: KaraConfig) -> Finding:
         "queries",
         f"{every:,} bytes a request with all heads, {unit:,} with their mean, without tensor "
         f"parallelism; {size} records {room} requests at once",
-    )
-
-
-def recorder_of(model: Any, config: KaraConfig) -> QueryRecorder:
-    """The recorder that a server without tensor parallelism would make, on the ``meta`` device.
-
-    Parameters
-    ----------
-    model
-        SGLang's ``ModelConfig``, or anything with its attributes.
-    config : KaraConfig
-    """
-    import torch
-
-    from kara_sglang import policy
-    from kara_sglang.recorder import AttentionShape, QueryRecorder
-
-    shape = AttentionShape(
-        num_layers=model.num_hidden_layers,
-        num_q_heads=model.num_attention_heads,
-        num_kv_heads=model.get_total_num_kv_heads(),
-        head_dim=model.head_dim,
-        dtype=model.dtype,
-        device=torch.device("meta"),
-    )
-    return QueryRecorder(
-        shape,
-        config.window,
-        config.delay,
-        config.query_bytes,
-        config.ring_dtype(shape.dtype),
-        lag=policy.lag(config),
     )
 
 

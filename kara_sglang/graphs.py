@@ -8,6 +8,7 @@ so it is what leads past them.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from kara_sglang.state import Geometry
 
@@ -66,6 +67,20 @@ class Graphs:
             f"{answer_in(geometry, kept, slots)} tokens ({slots} uncompressed); "
             f"{FLAG} captures larger ones"
         )
+
+
+def captured(resolved: Any) -> int:
+    """Largest batch of which SGLang will capture a decode graph on a GPU; 0 where it captures none.
+
+    Parameters
+    ----------
+    resolved
+        ``resolving_view(server_args)``.
+    """
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    decode = resolved.cuda_graph_config.decode
+    return 0 if decode.backend == Backend.DISABLED else decode.max_bs or 0
 
 
 def answer_in(geometry: Geometry, kept: int, slots: int) -> int:

@@ -17,11 +17,12 @@ from kara_sglang import handshake, hooks, plugin, policy, refusals
 from kara_sglang.compat.running_batch import drop_finished
 from kara_sglang.config import KaraConfig
 from kara_sglang.coordinator import Coordinator
-from kara_sglang.kernels.backend import Kernels, WindowShape
+from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.dispatch import pick
 from kara_sglang.kernels.turn import Turn
 from kara_sglang.radix_integration import prefill
 from kara_sglang.recorder import AttentionShape, QueryRecorder
+from kara_sglang.reserved import largest_window, query_ring
 from kara_sglang.rotary import turn_of
 
 if TYPE_CHECKING:
@@ -70,25 +71,6 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     runtime.kernels, runtime.kernels_why = pick(device)
     runtime.scales = [float(layer.scaling) for layer in layers]
     first = layers[0]
-    group = first.tp_q_head_num // first.tp_k_head_num
-    largest = WindowShape(
-        num_layers=len(layers),
-        num_kv_heads=first.tp_k_head_num,
-        head_dim=first.qk_head_dim,
-        dtype=runner.dtype,
-        width=config.window,
-        kept=config.window,
-        units=group if config.query_bytes else 0,
-        query_count=config.window + config.delay,
-    )
-    runtime.kernels.reserve(device, largest)
-    if not config.query_bytes:
-        return
-    if config.ahead:
-        try:
-            runtime.turn = turn_of(runner.model, layers, config.window, device)
-        except ValueError as error:
-            runtime.refused.append(str(error))
     shape = AttentionShape(
         num_layers=len(layers),
         num_q_heads=first.tp_q_head_num,
@@ -97,17 +79,17 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
         dtype=runner.dtype,
         device=device,
     )
+    runtime.kernels.reserve(device, largest_window(shape, config))
+    if not config.query_bytes:
+        return
+    if config.ahead:
+        try:
+            runtime.turn = turn_of(runner.model, layers, config.window, device)
+        except ValueError as error:
+            runtime.refused.append(str(error))
     # Given back and taken again with the KV pool (/release_memory_occupation): nobody runs then.
     with runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
-        runtime.recorder = QueryRecorder(
-            shape,
-            config.window,
-            config.delay,
-            config.query_bytes,
-            config.ring_dtype(shape.dtype),
-            lag=policy.lag(config),
-            checked=config.debug_checks,
-        )
+        runtime.recorder = query_ring(shape, config)
     need = policy.cheapest(shape.group, config.query_heads)
     if runtime.recorder.num_units < need:
         bytes_needed = need * runtime.recorder.unit_bytes

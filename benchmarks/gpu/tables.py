@@ -89,11 +89,7 @@ def main() -> None:
     parser.add_argument("documents", nargs="+", type=Path, help="documents with marked tables")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: the committed ones")
     arguments = parser.parse_args()
-    for path in arguments.documents:
-        try:
-            path.write_text(render(path.read_text(), arguments.results))
-        except (OSError, ValueError) as error:
-            parser.error(f"{path}: {error}")
+    marked.rewrite(arguments.documents, lambda text: render(text, arguments.results), parser)
 
 
 if __name__ == "__main__":

@@ -336,11 +336,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if (arguments.result is None) == (arguments.into is None):
         parser.error("give a result, or --into and documents")
-    for path in arguments.into or ():
-        try:
-            path.write_text(put_into(path.read_text(), arguments.results))
-        except (OSError, ValueError) as error:
-            parser.error(f"{path}: {error}")
+    marked.rewrite(arguments.into or (), lambda text: put_into(text, arguments.results), parser)
     if arguments.result is not None:
         result = json.loads(arguments.result.read_text())
         if arguments.plot:

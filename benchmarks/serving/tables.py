@@ -142,11 +142,7 @@ def main() -> int:
     parser.add_argument("documents", nargs="+", type=Path, help="Markdown files with marked tables")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: the committed ones")
     options = parser.parse_args()
-    for path in options.documents:
-        try:
-            path.write_text(render(path.read_text(), options.results))
-        except (OSError, ValueError) as error:
-            parser.error(f"{path}: {error}")
+    marked.rewrite(options.documents, lambda text: render(text, options.results), parser)
     return 0
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from kara_sglang import cli, refusals
+from kara_sglang import cli, graphs, refusals
 from kara_sglang.config import KaraConfig
 
 
@@ -47,8 +47,7 @@ class Launch:
     @property
     def captured(self) -> int:
         """Largest batch of which SGLang captures a decode graph; 0 where it captures none."""
-        decode = self.resolved.cuda_graph_config.decode
-        return 0 if self.gpu_memory is None or decode.backend == "disabled" else decode.max_bs
+        return 0 if self.gpu_memory is None else graphs.captured(self.resolved)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kara_sglang import policy
-from kara_sglang.admission import growth
+from kara_sglang.admission import reserve
 from kara_sglang.config import KaraConfig
-from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.state import Geometry, ceil_align
 
 
@@ -54,16 +53,13 @@ def uncompressed(load: Load, page_size: int) -> Held:
 
 
 def compressed(load: Load, config: KaraConfig, page_size: int) -> Held:
-    """With compression. The most is what ``Coordinator.reserve`` reckons with."""
-    keeps_all = REGISTRY[config.selector].keeps_all
-    kept = config.window if keeps_all else config.kept(page_size)
+    """With compression."""
+    kept = config.kept_by(config.selector, page_size)
     decides = policy.build(config)
     geometry = Geometry(page_size, config.window, config.delay + decides.wait)
     start = ceil_align(load.prompt, page_size)
-    grown = growth(geometry, load.answer, load.prompt - start, kept)
-    grown = max(grown, min(load.answer, decides.floor - load.prompt))
+    grown = reserve(decides, geometry, load.answer, load.prompt, start, kept, load.running)
     in_time = decides.in_time(load.running, config.window)
-    grown = load.answer - in_time * (load.answer - grown)
     # Tokens of the answer when its first window is due; a request whose last one is on its way is left.
     first = max(start + config.window + geometry.delay, decides.floor) - load.prompt
     windows = max(0, (load.answer - 3 - first) // config.window + 1)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kara_sglang import doctor
-from kara_sglang.kernels.backend import WindowShape
 from kara_sglang.plan.launch import Launch
+from kara_sglang.reserved import largest_window, query_ring, shape_of
 
 if TYPE_CHECKING:
     from kara_sglang.recorder import QueryRecorder
@@ -29,7 +28,7 @@ CONTEXT_BYTES = 1 << 30
 @dataclass(frozen=True, slots=True)
 class Rank:
     """What one tensor-parallel rank holds of a model; has the attributes that
-    :func:`kara_sglang.doctor.recorder_of` reads."""
+    :func:`kara_sglang.reserved.shape_of` reads."""
 
     num_hidden_layers: int
     num_attention_heads: int
@@ -145,25 +144,14 @@ def _whole_pages(slots: int, launch: Launch) -> int:
 
 def ring_of(launch: Launch, rank: Rank) -> QueryRecorder | None:
     """The query ring of one rank, on the ``meta`` device; None where the selector needs no queries."""
-    return doctor.recorder_of(rank, launch.config) if launch.config.query_bytes else None
+    return query_ring(shape_of(rank), launch.config) if launch.config.query_bytes else None
 
 
 def scratch_bytes(launch: Launch, rank: Rank) -> int:
     """What the kernels reserve on a GPU (``TritonKernels.reserve``)."""
     from kara_sglang.kernels.triton import TritonKernels
 
-    config = launch.config
-    group = rank.num_attention_heads // rank.num_kv_heads
-    largest = WindowShape(
-        num_layers=rank.num_hidden_layers,
-        num_kv_heads=rank.num_kv_heads,
-        head_dim=rank.head_dim,
-        dtype=rank.dtype,
-        width=config.window,
-        kept=config.window,
-        units=group if config.query_bytes else 0,
-        query_count=config.window + config.delay,
-    )
+    largest = largest_window(shape_of(rank), launch.config)
     return TritonKernels().reserve(torch.device("meta"), largest)
 
 

@@ -17,6 +17,7 @@ from kara_sglang.compat import surface, versions
 from kara_sglang.config import ENV, KaraConfig
 from kara_sglang.kernels.dispatch import pick
 from kara_sglang.recorder import LAG
+from kara_sglang.reserved import query_ring, shape_of
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -279,8 +280,8 @@ def test_the_largest_decode_graph_beside_the_memory_that_leads_past_it(backend, 
 
 
 def test_the_ring_is_the_recorders_own():
-    ring = doctor.recorder_of(Model, KaraConfig())
+    ring = query_ring(shape_of(Model), KaraConfig())
     assert ring.unit_bytes == 36 * 8 * (128 + 1) * ring.ring_len
     assert ring.shape.group == 4
-    twice = doctor.recorder_of(Model, KaraConfig(query_dtype="model"))
+    twice = query_ring(shape_of(Model), KaraConfig(query_dtype="model"))
     assert twice.unit_bytes == 36 * 8 * 128 * 2 * ring.ring_len
