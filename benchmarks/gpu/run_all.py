@@ -296,7 +296,9 @@ def run(
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     started = time.monotonic()
     with log.open("a") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            words, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -342,6 +342,15 @@ def test_a_step_that_is_cut_off_keeps_what_it_has(steps, tmp_path: Path):
     assert found["next"]["good"] and found["bad"]["ended"] == "exit code 3"
 
 
+def test_flashinfer_is_found_by_the_steps_that_ask_for_it_only(steps, tmp_path: Path):
+    looks = "import os, sys; open(sys.argv[1], 'w').write(os.environ.get('PYTHONPATH', ''))"
+    names = ("identity", "paged_decode", "scarce")
+    code, _ = steps(*((name, looks, 1) for name in names), words=("--flashinfer", "/where/it/lies"))
+    assert code == 0
+    said = [(tmp_path / "out" / name / f"{name}.json").read_text() for name in names]
+    assert ["/where/it/lies" in path.split(os.pathsep) for path in said] == [True, True, False]
+
+
 def test_what_has_ended_well_is_not_run_again(steps, tmp_path: Path):
     assert steps(("one", WRITES, 1))[0] == 0
     code, found = steps(("one", FAILS, 1))
