@@ -50,6 +50,7 @@ def running(number: int, settings: dict[str, Any], recorded: float) -> tuple[Coo
         metrics_collector_context=SimpleNamespace(current_scheduler_metrics_enabled=False),
         token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 10**9),
         tree_cache=SimpleNamespace(evictable_size=lambda: 0),
+        tp_worker=SimpleNamespace(get_decode_cuda_graph_bs=lambda: []),
         req_to_token_pool=rows,
         enable_overlap=False,
         tp_size=1,

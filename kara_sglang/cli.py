@@ -46,8 +46,8 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-compress-query-mem-gb",
         metavar="GIB",
-        help="Memory for recorded queries in GiB per rank; requests that find no room in it stay "
-        "uncompressed until there is. Default: 2 if the selector needs queries, else 0.",
+        help="Memory for recorded queries in GiB per rank; windows of requests that find no room in it "
+        "are chosen by keys. Default: 2 if the selector needs queries, else 0.",
     )
     group.add_argument(
         "--kv-compress-prefix-reuse",

@@ -75,15 +75,13 @@ class Sample:
         for state in ours:
             sums.update({key: n for key, n in state.items() if isinstance(n, int | float)})
             skipped.update(state["skipped"])
-        decode = (states[0].get("cuda_graph_config") or {}).get("decode", {})
-        captured = states[0].get("device") != "cpu" and decode.get("backend") != "disabled"
         return cls(
             seconds=seconds,
             settings=ours[0]["settings"],
             sums=sums,
             skipped=skipped,
             schedulers=len(ours),
-            graph=(decode.get("max_bs") or 0) if captured else 0,
+            graph=max(state["largest_decode_graph"] for state in ours),
             throughput=sum(state.get("last_gen_throughput") or 0.0 for state in states),
         )
 

@@ -91,14 +91,18 @@ def sweep(
     }
 
 
-def table(found: dict[str, dict[str, list[float]]], against: str) -> str:
-    """Means, and paired differences from the row ``against``, with standard errors over texts."""
+def table(
+    found: dict[str, dict[str, list[float]]], against: str, shown: list[str] | None = None
+) -> str:
+    """Means, and paired differences from the row ``against``, with standard errors over texts; of all
+    rows or of those ``shown``."""
     lines = [
         f"| row | KL | recall | log p of answers | KL / {against} | log p - {against} |",
         "|---|---|---|---|---|---|",
     ]
     base = found[against]
-    for name, values in found.items():
+    for name in shown or found:
+        values = found[name]
         log_ratio = mean(
             [math.log(a / b) if a and b else 0.0 for a, b in zip(values["kl"], base["kl"], strict=True)]
         )
@@ -112,10 +116,12 @@ def table(found: dict[str, dict[str, list[float]]], against: str) -> str:
 
 
 def put_into(document: str, folder: Path) -> str:
-    """``document`` with every table between ``<!-- search:NAME -->`` marks rendered from ``folder``."""
+    """``document`` with every table between ``<!-- search:NAME -->`` marks rendered from ``folder``;
+    where rows are named behind NAME, of those only."""
 
-    def body(name: str) -> str:
-        return table(json.loads((folder / f"{name}.json").read_text())["rows"], "kara")
+    def body(mark: str) -> str:
+        name, *shown = mark.split()
+        return table(json.loads((folder / f"{name}.json").read_text())["rows"], "kara", shown)
 
     return marked.fill(document, "search", body)
 

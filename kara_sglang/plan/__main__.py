@@ -11,12 +11,12 @@ import os
 import sys
 from pathlib import Path
 
-from kara_sglang import doctor
+from kara_sglang import doctor, graphs
 from kara_sglang.config import environment_settings
 from kara_sglang.plan.launch import read
 from kara_sglang.plan.load import Load
 from kara_sglang.plan.memory import weight_bytes
-from kara_sglang.plan.report import GRAPHS, Plan
+from kara_sglang.plan.report import Plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,7 +95,7 @@ def _plan(options: argparse.Namespace, extra: list[str], load: Load) -> Plan:
     chosen = any(word.startswith("--cuda-graph-") for word in extra)
     if asked and not chosen and plan.running[1] > asked:
         # Larger graphs take memory from the pool, so everything is reckoned anew.
-        launch = read([*words, GRAPHS, str(plan.running[1])], memory)
+        launch = read([*words, graphs.FLAG, str(plan.running[1])], memory)
         plan = Plan.of(launch, asked, load, weights)
     return plan
 

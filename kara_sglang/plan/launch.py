@@ -112,6 +112,7 @@ def read(words: list[str], gpu_memory: float | None) -> Launch:
     if refused:
         raise ValueError("; ".join(refused))
     config.check_page_size(resolved.page_size)
+    config.check_context(model.context_len, resolved.page_size)
     return Launch(words, resolved, model, config, gpu_memory)
 
 

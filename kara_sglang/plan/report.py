@@ -8,6 +8,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
+from kara_sglang import graphs
 from kara_sglang.benchmarks.gpu.floors import Settings
 from kara_sglang.benchmarks.gpu.models import Model
 from kara_sglang.plan import gain
@@ -16,8 +17,6 @@ from kara_sglang.plan.load import Held, Load, compressed, uncompressed
 from kara_sglang.plan.memory import Memory, Rank, divide, ring_of
 from kara_sglang.recorder import QueryRecorder
 from kara_sglang.ring_size import served
-
-GRAPHS = "--cuda-graph-max-bs-decode"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,7 @@ class Plan:
             lines.append(
                 f"{running} requests run, and by itself SGLang captures decode graphs up to "
                 f"{self.asked_graph} here; larger batches run without a graph, slower: "
-                f"{GRAPHS} {max(running, self.launch.captured)}"
+                f"{graphs.FLAG} {max(running, self.launch.captured)}"
             )
         if self.ring is not None and self.ring.requests < running:
             need = math.ceil(running * self.ring.request_bytes / 2**30 * 100) / 100

@@ -80,7 +80,7 @@ def test_the_view_on_the_page_is_a_frame() -> None:
             **{"selector": "kara", "kept": 32, "window": 64, "delay": 16},
             **{"policy": "periodic", "prefix_reuse": "exact"},
         },
-        **{"running_requests": 4, "waiting_requests": 0},
+        **{"running_requests": 4, "waiting_requests": 0, "largest_decode_graph": 0},
         **{"pool_tokens": 8192, "pool_tokens_free": 7000, "pool_tokens_evictable": 616},
         **{"running_held_tokens": 536, "running_logical_tokens": 728},
         **{"recorders_in_use": 3, "recorder_units_free": 700, "without_queries": 0},
@@ -88,7 +88,7 @@ def test_the_view_on_the_page_is_a_frame() -> None:
     }
 
     def look(seconds: float, **counts: float) -> top.Sample:
-        rank = {"device": "cpu", "last_gen_throughput": 66.97, "kv_compress": state | counts}
+        rank = {"last_gen_throughput": 66.97, "kv_compress": state | counts}
         return top.Sample.of({"internal_states": [rank]}, seconds)
 
     before = look(0.0, windows=3, passes=3, slots_freed=96, pass_seconds=0.03)
