@@ -1,4 +1,4 @@
-"""``python -m kara_sglang.trace show FILE``: a page of which tokens a request's windows kept."""
+"""``python -m kara_sglang.trace show FILE [--with FILE]``: a page of which tokens windows kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kara_sglang.trace import page, tokens
 from kara_sglang.trace.file import Trace, TraceError, load, merge
+from kara_sglang.trace.pair import pair
 
 
 def text_of(trace: Trace, tokenizer: str | None) -> tuple[list[str], str]:
@@ -28,14 +29,16 @@ def text_of(trace: Trace, tokenizer: str | None) -> tuple[list[str], str]:
         return tokens.numbers(ids), f"{error}; token ids are shown, name a tokenizer with --tokenizer"
 
 
-def show(files: list[Path], out: Path, tokenizer: str | None) -> None:
-    """Write the page of a request's trace to ``out``."""
+def show(files: list[Path], others: list[Path], out: Path, tokenizer: str | None) -> None:
+    """Write the page of a request's trace to ``out``, with that of ``others`` beside it if given."""
     trace = merge([load(file) for file in files])
-    texts, notice = text_of(trace, tokenizer)
+    both = pair(trace, merge([load(file) for file in others])) if others else None
+    texts, notice = text_of(both.common[0] if both else trace, tokenizer)
     if notice:
         print(f"kara_sglang.trace: {notice}", file=sys.stderr)
+    html = page.render_pair(both, texts, notice) if both else page.render(trace, texts, notice)
     try:
-        out.write_text(page.render(trace, texts, notice), encoding="utf-8")
+        out.write_text(html, encoding="utf-8")
     except OSError as error:
         raise TraceError(f"{out}: cannot be written ({error.strerror or error})") from None
 
@@ -54,6 +57,15 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="a request's file; with tensor parallelism, the files of its ranks",
     )
+    command.add_argument(
+        "--with",
+        dest="others",
+        metavar="FILE",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="another request's file, or those of its ranks: compare as far as both texts are the same",
+    )
     command.add_argument("--out", type=Path, metavar="PAGE", help="default: FILE with the ending .html")
     command.add_argument(
         "--tokenizer", metavar="PATH", help="folder or hub name; default: the one that the server used"
@@ -62,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     out = options.out or options.files[0].with_suffix(".html")
     try:
-        show(options.files, out, options.tokenizer)
+        show(options.files, options.others, out, options.tokenizer)
     except ValueError as error:
         print(f"kara_sglang.trace: error: {error}", file=sys.stderr)
         return 2

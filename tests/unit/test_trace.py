@@ -24,6 +24,7 @@ from kara_sglang.state import VOTERS, RequestState, Window
 from kara_sglang.trace import file, page, tokens
 from kara_sglang.trace.__main__ import main
 from kara_sglang.trace.file import About, Trace, TraceError
+from kara_sglang.trace.pair import pair
 from kara_sglang.trace.tracer import TracedWindow, Tracer, bit_sets
 
 LAYERS, HEADS, WIDTH, KEPT = 3, 2, 20, 8
@@ -465,9 +466,10 @@ def test_the_pages_data_is_the_trace() -> None:
     html = page.render(trace, ["x"] * 65)
     data = json.loads(re.search(r"id=data>(.*?)</script>", html, re.DOTALL)[1])
     assert (data["layers"], data["heads"]) == (LAYERS, [0, 1])
-    assert [w["start"] for w in data["windows"]] == [8, 32]
-    assert data["windows"][0]["ids"] == list(range(103, 123))
-    assert base64.b64decode(data["bits"]) == trace.bits.tobytes()
+    [shown] = data["traces"]
+    assert [w["start"] for w in shown["windows"]] == [8, 32]
+    assert data["ids"] == [*range(5), *range(100, 160)]
+    assert base64.b64decode(shown["bits"]) == trace.bits.tobytes()
 
 
 def test_the_page_says_what_is_missing() -> None:
@@ -477,6 +479,104 @@ def test_the_page_says_what_is_missing() -> None:
     assert "retracted" not in html
     again = page.render(some_trace(retractions=3), ["x"] * 65)
     assert "3 times; what was compressed before is forgotten" in again
+
+
+# -- two traces ----------------------------------------------------------------------------------------
+
+
+def cut(trace: Trace, parts_at: int) -> Trace:
+    """The same request with other tokens from position ``parts_at`` on."""
+    output = trace.output_ids.copy()
+    output[parts_at - len(trace.prompt_ids) :] += 1000
+    return dataclasses.replace(trace, output_ids=output)
+
+
+def test_a_pair_of_one_text_is_compared_to_its_end() -> None:
+    left, right = some_trace(), some_trace(seed=1, selector="recent")
+    both = pair(left, right)
+    assert (both.end, both.note, both.whole) == (65, "", (left, right))
+    for common, whole in zip(both.common, both.whole, strict=True):
+        assert_same(common, whole)
+
+
+@pytest.mark.parametrize(
+    ("parts_at", "windows", "end"), [(64, 2, 64), (52, 2, 52), (51, 1, 32), (33, 1, 32), (30, 1, 30)]
+)
+def test_a_pair_is_compared_up_to_where_its_texts_part(parts_at: int, windows: int, end: int) -> None:
+    """Behind it the page has no text; a window that is not common to both in full is left out."""
+    both = pair(some_trace(), cut(some_trace(seed=1), parts_at))
+    assert both.end == end
+    for common, whole in zip(both.common, both.whole, strict=True):
+        assert len(common.prompt_ids) + len(common.output_ids) == parts_at
+        assert np.array_equal(common.windows, whole.windows[:windows])
+        assert np.array_equal(common.bits, whole.bits[:windows])
+    assert f"up to token {parts_at}, where they part" in both.note
+    assert ("not compared" in both.note) == (end < parts_at)
+    html = page.render_pair(both, [f"[{i}]" for i in range(parts_at)])
+    assert both.note in html
+    for side in (0, 1):
+        sections = re.findall(rf"<section class=\S+ data-side={side}>.*?</section>", html, re.DOTALL)
+        shown = re.findall(r"\[(\d+)\]", "".join(sections))
+        assert shown == [str(i) for i in range(parts_at)]
+        assert ("not compared" in sections[-1]) == (end < parts_at)
+
+
+def test_a_pair_of_which_one_text_goes_on() -> None:
+    left, right = some_trace(), some_trace(output=70)
+    assert "up to token 65, where the left one ends" in pair(left, right).note
+    assert "up to token 65, where the right one ends" in pair(right, left).note
+
+
+def test_a_window_of_the_other_side_may_end_the_comparison() -> None:
+    """Windows at other places: nothing is compared from where any cut window begins."""
+    left, other = some_trace(), some_trace(seed=1)
+    right = dataclasses.replace(other, windows=other.windows + np.array([3, 0, 0, 0, 0]))
+    both = pair(left, cut(right, 53))
+    # The text parts in the right side's second window, which began inside the left side's.
+    assert both.end == 32 and [len(trace.windows) for trace in both.common] == [1, 1]
+
+
+def test_pairs_that_cannot_be_compared() -> None:
+    trace = some_trace()
+    fewer_layers = dataclasses.replace(trace, bits=trace.bits[:, 1:])
+    for other in (fewer_layers, split(trace, [[0], [1]])[0]):
+        with pytest.raises(TraceError, match="--with compares requests of one model"):
+            pair(trace, other)
+    for parts_at in (5, 27):
+        with pytest.raises(TraceError, match=f"part at token {parts_at}, before both have compressed"):
+            pair(trace, cut(trace, parts_at))
+
+
+def test_the_rows_of_a_pair_begin_where_both_sides_do() -> None:
+    """Windows of other widths: what is side by side is the same text."""
+    left = some_trace()
+    windows = np.array([[8, 8, 10, 4, 2], [18, 12, 10, 4, 2], [30, 20, 10, 4, 0]])
+    chosen = np.zeros((3, LAYERS, HEADS, 10), dtype=np.uint8)
+    chosen[..., :4] = 1
+    bits = np.packbits(chosen, axis=-1, bitorder="little")
+    html = page.render_pair(
+        pair(left, dataclasses.replace(left, windows=windows, bits=bits)), [f"[{i}]" for i in range(65)]
+    )
+    rows = html.split("<article>")[1].split("</article>")[0].split("<div class=pair>")[1:]
+    seen = []
+    for row in rows:
+        sides = [re.findall(r"\[(\d+)\]", column) for column in row.split("<div>")[1:]]
+        assert sides[0] == sides[1]
+        seen += sides[0]
+    assert seen == [str(i) for i in range(65)]
+    assert [row.count("<section class=window") for row in rows] == [0, 0, 3, 2]
+
+
+def test_a_pairs_page_says_what_differs_and_loads_nothing() -> None:
+    both = pair(some_trace(rid="<a>"), cut(some_trace(rid="<b>", selector="recent"), 60))
+    html = page.render_pair(both, ["x"] * 60, notice="no <text>")
+    assert "<title>Kept tokens of &lt;a&gt; and &lt;b&gt;</title>" in html
+    header = html.split("<header>")[1].split("</header>")[0]
+    assert re.findall(r"<h2>(\w+)</h2>", header) == ["left", "right"]
+    assert re.findall(r"<dt>selector</dt><dd>(\w+)</dd>", header) == ["kara", "recent"]
+    assert header.count("60 generated") == 2, "the whole requests, not what is compared of them"
+    assert "no &lt;text&gt;" in header
+    assert not re.search(r"https?:|//\w+\.|\bsrc=|\bhref=|@import|url\(", html)
 
 
 # -- the command ---------------------------------------------------------------------------------------
@@ -542,3 +642,27 @@ def test_show_opens_the_page(
     paths = [str(file.save(part, tmp_path)) for part in split(trace, [[0], [1]])]
     assert main(["show", *paths, "--open"]) == 0
     assert opened == [Path(paths[0]).with_suffix(".html").as_uri()]
+
+
+def test_show_with_another_trace(
+    tmp_path: Path, byte_tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The files of all ranks on both sides; the page lies beside the first file."""
+    left = some_trace(tokenizer=str(byte_tokenizer))
+    right = cut(some_trace(seed=1, rid="b", selector="recent", tokenizer=str(byte_tokenizer)), 60)
+    files = [[str(file.save(part, tmp_path)) for part in split(t, [[0], [1]])] for t in (left, right)]
+    assert main(["show", *files[0], "--with", *files[1]]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{Path(files[0][0]).with_suffix('.html')}\n" and said.err == ""
+    both = pair(left, right)
+    texts = tokens.pieces(tokens.load_tokenizer(str(byte_tokenizer)), [*range(5), *range(100, 155)])
+    assert Path(said.out.strip()).read_text() == page.render_pair(both, texts)
+
+
+def test_show_with_a_trace_of_another_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, exit code 2, no page."""
+    files = [file.save(t, tmp_path) for t in (some_trace(), cut(some_trace(rid="b"), 9))]
+    assert main(["show", str(files[0]), "--with", str(files[1])]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("kara_sglang.trace: error: the texts part at token 9, ")
+    assert not files[0].with_suffix(".html").exists()
