@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +37,12 @@ def test_whatever_a_request_asks_for_fits(monkeypatch, query_mem_gb):
     monkeypatch.setattr(runtime, "pick", lambda device: (TritonKernels(), "a test"))
     monkeypatch.setattr(backend, "SCRATCH_BYTES", 0)
     model = torch.nn.ModuleList(Attention(i) for i in range(2))
-    runner = SimpleNamespace(model=model, device="cpu", dtype=torch.bfloat16)
+    runner = SimpleNamespace(
+        model=model,
+        device="cpu",
+        dtype=torch.bfloat16,
+        memory_saver_adapter=SimpleNamespace(region=lambda _tag: contextlib.nullcontext()),
+    )
     runtime.after_load_model(None, runner)
     assert fresh.refused == []
     assert fresh.turn is None if not query_mem_gb else fresh.turn.cos.shape == (2, DIM)

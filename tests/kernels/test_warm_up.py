@@ -34,6 +34,7 @@ def coordinator_of(config: KaraConfig) -> Coordinator:
         metrics_collector_context=SimpleNamespace(current_scheduler_metrics_enabled=False),
         token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
         enable_overlap=False,
+        tp_worker=SimpleNamespace(get_decode_cuda_graph_bs=lambda: []),
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(4, 8, dtype=torch.int32)),
     )
     kernels = TritonKernels()
