@@ -60,7 +60,7 @@ def running(number: int, settings: dict[str, Any], recorded: float) -> tuple[Coo
         get_num_allocatable_reqs=lambda *_args, **_kwargs: 0,
     )
     recorder = None
-    if config.query_bytes:
+    if config.keeps_queries:
         shape = AttentionShape(1, 4, 1, 8, torch.float32, torch.device("cpu"))
         unit = 9 * (config.window + config.delay + lag(config))
         budget = int(number * recorded) * unit

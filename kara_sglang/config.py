@@ -57,8 +57,8 @@ class KaraConfig:
     retain
         Share of a window that is kept, 0 < retain <= 1. R = retain * W, rounded to whole pages.
     query_mem_gb
-        Memory of the ring that holds recorded queries, in GiB per rank. ``None``: 2 where the
-        server's selector needs queries, else 0.
+        Memory of the ring that holds recorded queries, in GiB per rank. ``None``: what the KV pool's
+        requests need, see ``ring_size.py``, where the server's selector needs queries, else 0.
     prefix_reuse
         ``exact``: the prefix cache holds uncompressed KV only. ``compressed``: it keeps what a
         compressed request leaves behind, too.
@@ -146,12 +146,12 @@ class KaraConfig:
                 raise ValueError(
                     f"{flag_of(name)} must be {expected}, got {shown(getattr(self, name))}"
                 )
-        if REGISTRY[self.selector].needs_queries and not self.query_bytes:
+        if REGISTRY[self.selector].needs_queries and not self.keeps_queries:
             raise ValueError(
                 f"--kv-compress-query-mem-gb 0 leaves no room for the queries that --kv-compress "
                 f"{self.selector} needs; give it memory or choose {_without_queries()}"
             )
-        if self.policy == "punctual" and self.query_heads == "auto" and self.query_bytes:
+        if self.policy == "punctual" and self.query_heads == "auto" and self.keeps_queries:
             raise ValueError(
                 f'{flag_of("policy")} "punctual" is there for answers that do not depend on what else '
                 'runs, and query_heads "auto" makes them: set query_heads to "all" or "mean"'
@@ -183,11 +183,11 @@ class KaraConfig:
         return None if settings is None else cls.from_settings(settings)
 
     @property
-    def query_bytes(self) -> int:
-        """Size of the recorder's rings in bytes, per rank."""
+    def keeps_queries(self) -> bool:
+        """Whether there is a query ring."""
         if self.query_mem_gb is not None:
-            return int(self.query_mem_gb * 2**30)
-        return 2 * 2**30 if REGISTRY[self.selector].needs_queries else 0
+            return self.query_mem_gb * 2**30 >= 1
+        return REGISTRY[self.selector].needs_queries
 
     def ring_dtype(self, model: torch.dtype) -> torch.dtype:
         """What recorded queries are stored as, of a model whose own are ``model``."""

@@ -22,7 +22,17 @@ from importlib import metadata, util
 from types import SimpleNamespace
 from typing import Any
 
-from kara_sglang import __version__, cpu_engine, graphs, hooks, plugin, refusals, serve
+from kara_sglang import (
+    __version__,
+    cpu_engine,
+    graphs,
+    hooks,
+    plugin,
+    policy,
+    refusals,
+    ring_size,
+    serve,
+)
 from kara_sglang.compat import surface, versions
 from kara_sglang.compat.source import Source
 from kara_sglang.config import KaraConfig
@@ -64,6 +74,7 @@ class Plan:
     model_path: str | None = None
     config: KaraConfig = field(default_factory=KaraConfig)
     cpu: bool = False
+    gpu_memory: float | None = None  # MiB; None on a CPU
     options: list[str] = field(default_factory=list)
 
     def command(self) -> str:
@@ -143,8 +154,14 @@ def check_settings(plan: Plan) -> Iterator[Finding]:
         OK,
         "settings",
         f"{source}: {config.selector}, window {config.window}, retain {config.retain:g}, "
-        f"delay {config.delay}, query memory {config.query_bytes / 2**30:g} GiB",
+        f"delay {config.delay}, query memory {_query_memory(config)}",
     )
+
+
+def _query_memory(config: KaraConfig) -> str:
+    if config.query_mem_gb is not None:
+        return f"{config.query_mem_gb:g} GiB"
+    return "as needed" if config.keeps_queries else "0 GiB"
 
 
 def check_device(plan: Plan) -> Iterator[Finding]:
@@ -161,6 +178,7 @@ def check_device(plan: Plan) -> Iterator[Finding]:
         device = torch.device("cpu")
     else:
         device = torch.device("cuda", torch.cuda.current_device())
+        plan.gpu_memory = torch.cuda.mem_get_info(device)[1] / 2**20
         yield Finding(OK, "device", torch.cuda.get_device_name(device))
     yield _sgl_kernel(plan.cpu)
     from kara_sglang.kernels.dispatch import pick
@@ -275,8 +293,6 @@ def check_model(plan: Plan) -> Iterator[Finding]:
         f"{model.num_attention_heads} query and {model.get_total_num_kv_heads()} KV heads of "
         f"{model.head_dim}",
     )
-    if plan.config.query_bytes:
-        yield _query_ring(model, plan.config)
     try:
         record.resolve_once()
     except Exception as error:
@@ -286,6 +302,8 @@ def check_model(plan: Plan) -> Iterator[Finding]:
     backend = resolved.decode_attention_backend or resolved.attention_backend
     yield _attention(plan, backend)
     yield _graphs(model, plan.config, resolved)
+    if plan.config.keeps_queries:
+        yield _query_ring(plan, model, resolved)
     for line in refusals.of_flags(resolved):
         if "attention-backend" not in line:  # said above, with what to pass instead
             yield Finding(BAD, "flags", line)
@@ -315,26 +333,35 @@ def _graphs(model: Any, config: KaraConfig, resolved: Any) -> Finding:
     )
 
 
-def _query_ring(model: Any, config: KaraConfig) -> Finding:
-    from kara_sglang.reserved import query_ring, shape_of
+def _query_ring(plan: Plan, model: Any, resolved: Any) -> Finding:
+    """The ring of a server without tensor parallelism, as the plan reckons it."""
+    from kara_sglang.plan import memory
+    from kara_sglang.plan.launch import Launch
 
-    ring = query_ring(shape_of(model), config)
-    every, unit = ring.shape.group * ring.unit_bytes, ring.unit_bytes
-    least = every if config.query_heads == "all" else unit
-    size = f"--kv-compress-query-mem-gb {config.query_bytes / 2**30:g}"
-    if least > config.query_bytes:
-        text = f"{size} has no room for one request, which takes {least:,} bytes"
-        return Finding(BAD, "queries", text, f"raise it to {least / 2**30:.3f} or more")
-    room = {
-        "all": f"{ring.num_units // ring.shape.group}",
-        "mean": f"{ring.num_units}",
-        "auto": f"{ring.num_units // ring.shape.group} (all heads) to {ring.num_units} (mean)",
-    }[config.query_heads]
+    config = plan.config
+    launch = Launch([], resolved, model, config, plan.gpu_memory)
+    weights = None
+    if plan.gpu_memory is not None and config.query_mem_gb is None:
+        try:
+            weights = memory.weight_bytes(plan.model_path, model)
+        except ValueError:
+            text = "the size of the ring is not known, as that of the weights is not; ask "
+            return Finding(NOTE, "queries", f"{text}python -m kara_sglang.plan")
+    ring = memory.ring_of(launch, memory.Rank.of(launch), weights)
+    assert ring is not None
+    group = ring.shape.group
+    least = ring.request_bytes(policy.cheapest(group, config.query_heads))
+    if least > ring.num_bytes:
+        text = f"--kv-compress-query-mem-gb {config.query_mem_gb:g} has no room for one request, which "
+        way_out = f"raise it to {least / 2**30:.3f} or more"
+        return Finding(BAD, "queries", f"{text}takes {least:,} bytes", way_out)
+    room = ring_size.served(ring.room(group), ring.room(1), config.query_heads)
     return Finding(
         OK,
         "queries",
-        f"{every:,} bytes a request with all heads, {unit:,} with their mean, without tensor "
-        f"parallelism; {size} records {room} requests at once",
+        f"{ring.request_bytes(group):,} bytes a request with all query heads, "
+        f"{ring.request_bytes(1):,} with their mean, without tensor parallelism; a ring of "
+        f"{ring.num_bytes / 2**30:.2f} GiB ({ring.why}) has room for {room}",
     )
 
 

@@ -13,6 +13,8 @@ from kara_sglang.state import STATE, RequestState
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
+    from kara_sglang.recorder import QueryRecorder
+
 
 def request_report(req: Req) -> dict[str, Any] | None:
     """``meta_info.kv_compress`` of a finished request; None while it runs.
@@ -72,6 +74,17 @@ def internal_state(result: Any, *_args: Any) -> Any:
     return result
 
 
+def ring_room(recorder: QueryRecorder | None) -> dict[str, int]:
+    """Bytes of the query ring, and how many requests it serves: with all query heads, or their mean."""
+    if recorder is None:
+        return {"bytes": 0, "all_heads": 0, "mean": 0}
+    return {
+        "bytes": recorder.num_bytes,
+        "all_heads": recorder.room(recorder.shape.group),
+        "mean": recorder.room(1),
+    }
+
+
 def snapshot(coordinator: Coordinator) -> dict[str, Any]:
     """Settings and totals as a plain object."""
     totals, recorder = coordinator.totals, coordinator.recorder
@@ -89,6 +102,7 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
         "skipped": dict(totals.skipped),
         "recorders_in_use": recorder.in_use if recorder is not None else 0,
         "recorder_units_free": recorder.free_units if recorder is not None else 0,
+        "recorder_room": ring_room(recorder),
         "largest_decode_graph": coordinator.graphs.largest,
         "running_requests": len(scheduler.running_batch.reqs),
         "waiting_requests": len(scheduler.waiting_queue),

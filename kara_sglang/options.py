@@ -64,7 +64,7 @@ class RequestOptions:
         if seed is not None and not 0 <= seed < 2**31:
             raise ValueError(f"{KEY}.seed must be between 0 and 2**31 - 1, got {seed!r}")
         selector = fields.get("selector")
-        if selector is not None and REGISTRY[selector].needs_queries and not config.query_bytes:
+        if selector is not None and REGISTRY[selector].needs_queries and not config.keeps_queries:
             raise ValueError(
                 f"{KEY}.selector {selector!r} needs recorded queries, but this server keeps none "
                 "(--kv-compress-query-mem-gb is 0); choose "

@@ -50,6 +50,10 @@ class AttentionShape:
         """Query heads per KV head."""
         return self.num_q_heads // self.num_kv_heads
 
+    def entry_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one head of each group of one token, all layers, stored as ``dtype``."""
+        return self.num_layers * self.num_kv_heads * Ring.head_bytes(self.head_dim, dtype)
+
 
 class QueryRecorder:
     """The rings, their units, and the per-row tables.
@@ -67,6 +71,8 @@ class QueryRecorder:
         Tokens that a due window may wait for its pass before its first queries are overwritten.
     checked : bool
         Whether to keep a :class:`RingCheck` beside the ring.
+    why : str
+        Why the budget is what it is, in words for people.
     """
 
     def __init__(
@@ -78,12 +84,13 @@ class QueryRecorder:
         dtype: torch.dtype,
         lag: int = LAG,
         checked: bool = False,
+        why: str = "as set",
     ) -> None:
         self.shape = shape
+        self.why = why
         self.lag = lag
         self.ring_len = window + delay + lag
-        entry_bytes = shape.num_layers * shape.num_kv_heads * Ring.head_bytes(shape.head_dim, dtype)
-        self.unit_bytes = entry_bytes * self.ring_len
+        self.unit_bytes = self.ring_len * shape.entry_bytes(dtype)
         self.num_units = budget_bytes // self.unit_bytes
         # Whole sixteens of entries, so that every layer's part is aligned like the first. The last one
         # takes what nobody keeps; kernels know it by its place.
@@ -105,6 +112,19 @@ class QueryRecorder:
         """Make the device tables for ``num_rows`` rows of ``req_to_token``, before graph capture."""
         device = self.shape.device
         self.units = torch.full((num_rows, self.shape.group), -1, dtype=torch.int64, device=device)
+
+    def request_bytes(self, heads: int) -> int:
+        """Bytes that a request takes which records so many heads of each group, or 1 for the mean."""
+        return heads * self.unit_bytes
+
+    def room(self, heads: int) -> int:
+        """How many requests can record so many heads of each group at once."""
+        return self.num_units // heads
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all units."""
+        return self.num_units * self.unit_bytes
 
     @property
     def free_units(self) -> int:

@@ -201,7 +201,7 @@ def of_rotary(model: Any, config: KaraConfig) -> list[str]:
     scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     # Two tables, of which the length of the text decides (Phi3LongRoPEScaledRotaryEmbedding).
     long = "longrope" in (scaling.get("rope_type"), scaling.get("type"))
-    return [UNKNOWN_ROTARY] if long and config.ahead and config.query_bytes else []
+    return [UNKNOWN_ROTARY] if long and config.ahead and config.keeps_queries else []
 
 
 def of_attention_layers(layers: list[Any]) -> list[str]:

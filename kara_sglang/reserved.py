@@ -13,6 +13,7 @@ from kara_sglang import policy
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import WindowShape
 from kara_sglang.recorder import AttentionShape, QueryRecorder
+from kara_sglang.ring_size import Room, ring_size
 
 
 def shape_of(model: Any) -> AttentionShape:
@@ -33,16 +34,31 @@ def shape_of(model: Any) -> AttentionShape:
     )
 
 
-def query_ring(shape: AttentionShape, config: KaraConfig) -> QueryRecorder:
-    """The recorder of a rank, with its ring on ``shape.device``."""
+def query_ring(shape: AttentionShape, config: KaraConfig, room: Room | None = None) -> QueryRecorder:
+    """The recorder of a rank, with its ring on ``shape.device``, as large as ``ring_size.py`` says.
+
+    Parameters
+    ----------
+    shape : AttentionShape
+    config : KaraConfig
+    room : Room
+        None: nobody says how much memory is free.
+    """
+    lag = policy.lag(config)
+    dtype = config.ring_dtype(shape.dtype)
+    unit = (config.window + config.delay + lag) * shape.entry_bytes(dtype)
+    most = 1 if config.query_heads == "mean" else shape.group
+    least = policy.cheapest(shape.group, config.query_heads)
+    size = ring_size(config, most * unit, least * unit, room or Room())
     return QueryRecorder(
         shape,
         config.window,
         config.delay,
-        config.query_bytes,
-        config.ring_dtype(shape.dtype),
-        lag=policy.lag(config),
+        size.bytes,
+        dtype,
+        lag=lag,
         checked=config.debug_checks,
+        why=size.why,
     )
 
 
@@ -55,6 +71,6 @@ def largest_window(shape: AttentionShape, config: KaraConfig) -> WindowShape:
         dtype=shape.dtype,
         width=config.window,
         kept=config.window,
-        units=shape.group if config.query_bytes else 0,
+        units=shape.group if config.keeps_queries else 0,
         query_count=config.window + config.delay,
     )

@@ -7,6 +7,7 @@ model's weights, row tables before graph capture, the coordinator with the sched
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,11 @@ from kara_sglang.kernels.turn import Turn
 from kara_sglang.radix_integration import prefill
 from kara_sglang.recorder import AttentionShape, QueryRecorder
 from kara_sglang.reserved import largest_window, query_ring
+from kara_sglang.ring_size import Room, served
 from kara_sglang.rotary import turn_of
 
 if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -80,7 +83,7 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
         device=device,
     )
     runtime.kernels.reserve(device, largest_window(shape, config))
-    if not config.query_bytes:
+    if not config.keeps_queries:
         return
     if config.ahead:
         try:
@@ -88,15 +91,48 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
         except ValueError as error:
             runtime.refused.append(str(error))
     # Given back and taken again with the KV pool (/release_memory_occupation): nobody runs then.
+    room = room_of(runner, layers)
     with runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
-        runtime.recorder = query_ring(shape, config)
+        runtime.recorder = query_ring(shape, config, room)
     need = policy.cheapest(shape.group, config.query_heads)
-    if runtime.recorder.num_units < need:
-        bytes_needed = need * runtime.recorder.unit_bytes
+    if runtime.recorder.room(need) < 1:
+        bytes_needed = runtime.recorder.request_bytes(need)
         runtime.refused.append(
             f"--kv-compress-query-mem-gb has no room for the queries of one request; this model and "
             f"window need at least {bytes_needed / 2**30:.4f} GiB"
         )
+
+
+def room_of(runner: ModelRunner, layers: list[RadixAttention]) -> Room:
+    """What there is for KV and ring, as SGLang is about to reckon it
+    (``KVCacheConfigurator._profile_available_bytes``); the same on all tensor-parallel ranks."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    free = free_bytes(torch.device(runner.device))
+    if free is None:
+        return Room()
+    resolved = resolving_view(runner.server_args)
+    itemsize = 1 if "fp8" in resolved.kv_cache_dtype else runner.dtype.itemsize
+    numbers = sum(layer.tp_k_head_num * (layer.qk_head_dim + layer.v_head_dim) for layer in layers)
+    slack = runner.pre_model_load_memory * 2**30 * (1 - resolved.mem_fraction_static)
+    return Room(
+        max(0, free - int(slack)),
+        slot_bytes=numbers * itemsize,
+        most_slots=resolved.max_total_tokens,
+        most_running=resolved.max_running_requests,
+    )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of the rank's GPU, or of the rank's that has least; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.empty_cache()
+    free = torch.tensor(torch.cuda.mem_get_info(device)[0], device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(free, op=torch.distributed.ReduceOp.MIN)
+    return int(free)
 
 
 def before_cuda_graphs(runner: ModelRunner, *_args: Any, **_kwargs: Any) -> None:
@@ -183,8 +219,8 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
         config.delay,
         runtime.kernels.name,
         runtime.kernels_why,
-        f"query ring {recorder.num_units * recorder.unit_bytes / 2**30:.2f} GiB, room for "
-        f"{recorder.num_units // recorder.shape.group} to {recorder.num_units} requests"
+        f"query ring {recorder.num_bytes / 2**30:.2f} GiB ({recorder.why}) for "
+        f"{served(recorder.room(recorder.shape.group), recorder.room(1), config.query_heads)}"
         if recorder is not None
         else "no query ring",
         runtime.coordinator.graphs.room(

@@ -17,6 +17,7 @@ import torch
 
 from kara_sglang.plan.launch import Launch
 from kara_sglang.reserved import largest_window, query_ring, shape_of
+from kara_sglang.ring_size import Room
 
 if TYPE_CHECKING:
     from kara_sglang.recorder import QueryRecorder
@@ -111,7 +112,7 @@ def divide(launch: Launch, rank: Rank, ring: QueryRecorder | None, weights: int 
     ValueError
         Where nothing is left for the pool.
     """
-    taken = ring.num_units * ring.unit_bytes if ring is not None else 0
+    taken = ring.num_bytes if ring is not None else 0
     cap = launch.resolved.max_total_tokens
     if launch.gpu_memory is None:
         if cap is None:
@@ -120,10 +121,7 @@ def divide(launch: Launch, rank: Rank, ring: QueryRecorder | None, weights: int 
         return Memory(None, None, None, None, taken, 0, pool, pool)
     assert weights is not None
     scratch = scratch_bytes(launch, rank)
-    total = int(launch.gpu_memory * 2**20)
-    share = weights // launch.tp
-    reserve = int((total - CONTEXT_BYTES) * (1 - launch.resolved.mem_fraction_static))
-    left = total - CONTEXT_BYTES - share - reserve
+    total, share, reserve, left = _left(launch, weights)
     pools = []
     for free, what in ((left, "weights"), (left - taken - scratch, "weights, query ring and scratch")):
         slots = free // rank.token_bytes
@@ -137,14 +135,36 @@ def divide(launch: Launch, rank: Rank, ring: QueryRecorder | None, weights: int 
     return Memory(total, CONTEXT_BYTES, share, reserve, taken, scratch, *pools)
 
 
+def _left(launch: Launch, weights: int) -> tuple[int, int, int, int]:
+    """The GPU's memory, its share of the weights, SGLang's reserve, and what these leave."""
+    assert launch.gpu_memory is not None
+    total = int(launch.gpu_memory * 2**20)
+    share = weights // launch.tp
+    reserve = int((total - CONTEXT_BYTES) * (1 - launch.resolved.mem_fraction_static))
+    return total, share, reserve, total - CONTEXT_BYTES - share - reserve
+
+
 def _whole_pages(slots: int, launch: Launch) -> int:
     page = launch.resolved.page_size
     return slots // page * page
 
 
-def ring_of(launch: Launch, rank: Rank) -> QueryRecorder | None:
-    """The query ring of one rank, on the ``meta`` device; None where the selector needs no queries."""
-    return query_ring(shape_of(rank), launch.config) if launch.config.query_bytes else None
+def ring_of(launch: Launch, rank: Rank, weights: int | None) -> QueryRecorder | None:
+    """The query ring of one rank, on the ``meta`` device; None where the selector needs no queries.
+    ``weights`` as for :func:`divide`; not read where the settings say the ring's size."""
+    if not launch.config.keeps_queries:
+        return None
+    free = None
+    if launch.gpu_memory is not None and launch.config.query_mem_gb is None:
+        assert weights is not None
+        free = max(0, _left(launch, weights)[-1] - scratch_bytes(launch, rank))
+    room = Room(
+        free,
+        slot_bytes=rank.token_bytes,
+        most_slots=launch.resolved.max_total_tokens,
+        most_running=launch.resolved.max_running_requests,
+    )
+    return query_ring(shape_of(rank), launch.config, room)
 
 
 def scratch_bytes(launch: Launch, rank: Rank) -> int:

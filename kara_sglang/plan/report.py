@@ -8,13 +8,15 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from kara_sglang import graphs, policy
+from kara_sglang import graphs
 from kara_sglang.benchmarks.gpu.floors import Settings
 from kara_sglang.benchmarks.gpu.models import Model
 from kara_sglang.plan import gain
 from kara_sglang.plan.launch import Launch
 from kara_sglang.plan.load import Held, Load, compressed, uncompressed
 from kara_sglang.plan.memory import Memory, Rank, divide, ring_of
+from kara_sglang.recorder import QueryRecorder
+from kara_sglang.ring_size import served
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,26 +25,52 @@ class Ring:
 
     Attributes
     ----------
-    bytes
-        All of it.
-    units, unit_bytes
-        A unit holds one query head of each GQA group for one request.
-    group
-        Units of a request that records all heads.
-    least
-        Units of a request at least, as ``query_heads`` says.
+    bytes, why
+        All of it, and why it is so large.
+    all_heads, mean
+        How many requests it serves, with all query heads of each or with their mean.
+    all_heads_bytes, mean_bytes
+        What one of them takes.
+    heads
+        The setting ``query_heads``.
     """
 
     bytes: int
-    units: int
-    unit_bytes: int
-    group: int
-    least: int
+    why: str
+    all_heads: int
+    mean: int
+    all_heads_bytes: int
+    mean_bytes: int
+    heads: str
 
     @property
     def requests(self) -> int:
-        """That record at once, at most."""
-        return self.units // self.least
+        """That it serves, at most."""
+        return self.all_heads if self.heads == "all" else self.mean
+
+    @property
+    def request_bytes(self) -> int:
+        """What one takes at least."""
+        return self.all_heads_bytes if self.heads == "all" else self.mean_bytes
+
+    @classmethod
+    def of(cls, recorder: QueryRecorder, heads: str) -> Ring:
+        """
+        Raises
+        ------
+        ValueError
+            Where it serves nobody.
+        """
+        every = recorder.shape.group
+        sizes = recorder.request_bytes(every), recorder.request_bytes(1)
+        room = recorder.room(every), recorder.room(1)
+        ring = cls(recorder.num_bytes, recorder.why, *room, *sizes, heads)
+        if not ring.requests:
+            raise ValueError(
+                "--kv-compress-query-mem-gb has no room for the queries of one request; it takes "
+                f"{ring.request_bytes / 2**30:.4f} GiB"
+            )
+        return ring
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +125,10 @@ class Plan:
             Where the memory does not suffice for the weights, or for one request of the load.
         """
         rank = Rank.of(launch)
-        recorder = ring_of(launch, rank)
+        recorder = ring_of(launch, rank, weights)
         ring = None
         if recorder is not None:
-            group = recorder.shape.group
-            least = policy.cheapest(group, launch.config.query_heads)
-            size = recorder.num_units * recorder.unit_bytes
-            ring = Ring(size, recorder.num_units, recorder.unit_bytes, group, least)
-            if not ring.requests:
-                raise ValueError(
-                    "--kv-compress-query-mem-gb has no room for the queries of one request; it takes "
-                    f"{least * ring.unit_bytes / 2**30:.4f} GiB"
-                )
+            ring = Ring.of(recorder, launch.config.query_heads)
         memory = divide(launch, rank, recorder, weights)
         page = launch.resolved.page_size
         stock = uncompressed(load, page)
@@ -164,7 +184,7 @@ class Plan:
                 f"{graphs.FLAG} {max(running, self.launch.captured)}"
             )
         if self.ring is not None and self.ring.requests < running:
-            need = math.ceil(running * self.ring.least * self.ring.unit_bytes / 2**30 * 100) / 100
+            need = math.ceil(running * self.ring.request_bytes / 2**30 * 100) / 100
             lines.append(
                 f"the query ring has room for {self.ring.requests} of {running} requests; those of the "
                 f"others are chosen by `keys`, or use --kv-compress-query-mem-gb {need}"
@@ -237,7 +257,7 @@ class Plan:
             lines += ["", *self._memory_lines()]
         lines += ["", *self._load_lines(), ""]
         if self.ring is not None:
-            lines.append(_ring_line(self.ring, config.query_heads))
+            lines.append(_ring_line(self.ring))
         if (projection := self.projection) is not None:
             lines.append(
                 f"Output tokens per second: {projection.gain:.2f} times those without compression; "
@@ -296,12 +316,11 @@ def _pair(without: float, with_: float) -> dict[str, float]:
     return {"without": without, "with": with_}
 
 
-def _ring_line(ring: Ring, heads: str) -> str:
-    all_heads, mean = f"{ring.units // ring.group} requests", f"{ring.units} requests"
-    room = {"all": all_heads, "mean": mean, "auto": f"{ring.units // ring.group} to {mean}"}[heads]
+def _ring_line(ring: Ring) -> str:
     return (
-        f"Query ring: {ring.bytes / 2**30:.2f} GiB for {room} (all heads of each, to their mean), "
-        f"{ring.group * ring.unit_bytes:,} to {ring.unit_bytes:,} bytes a request"
+        f"Query ring: {ring.bytes / 2**30:.2f} GiB ({ring.why}); a request takes "
+        f"{ring.all_heads_bytes:,} bytes with all query heads, {ring.mean_bytes:,} with their mean: "
+        f"room for {served(ring.all_heads, ring.mean, ring.heads)}"
     )
 
 

@@ -57,15 +57,17 @@ def test_the_plan_the_doctor_and_the_server_agree(kara: Server, tiny_model: Path
     assert plan["settings"] | trace == state["settings"]
     assert plan["pool_tokens"] == {"without": 8192, "with": state["pool_tokens"]}
     ring = plan["ring"]
-    assert ring["units"] == state["recorder_units_free"]
-    line = f"query ring {ring['bytes'] / 2**30:.2f} GiB, room for {ring['units'] // ring['group']} to "
-    assert f"{line}{ring['units']} requests" in kara.log_text()
+    room = {key: ring[key] for key in ("bytes", "all_heads", "mean")}
+    assert room == state["recorder_room"]
+    size = f"{ring['bytes'] / 2**30:.2f} GiB ({ring['why']})"
+    served = f"{ring['all_heads']} requests with all query heads or {ring['mean']} with their mean"
+    assert f"query ring {size} for {served}; windows of others" in kara.log_text()
 
     settings = json.dumps({key: plan["settings"][key] for key in ("window", "delay", "query_mem_gb")})
     said = run("kara_sglang.doctor", "--model-path", str(tiny_model), SGLANG_KV_COMPRESS=settings)
-    unit = ring["unit_bytes"]
-    assert f"{ring['group'] * unit:,} bytes a request with all heads, {unit:,} with" in said.stdout
-    assert f"{ring['units'] // ring['group']} (all heads) to {ring['units']} (mean)" in said.stdout
+    every, mean = ring["all_heads_bytes"], ring["mean_bytes"]
+    assert f"{every:,} bytes a request with all query heads, {mean:,} with their mean" in said.stdout
+    assert f"a ring of {size} has room for {served}; windows of others" in said.stdout
 
 
 def test_as_many_run_as_the_plan_says(kara: Server, tiny_model: Path) -> None:

@@ -41,7 +41,7 @@ def coordinator_of(config: KaraConfig) -> Coordinator:
     shape = WindowShape(LAYERS, HEADS, DIM, torch.bfloat16, width, width, GROUP, width + config.delay)
     kernels.reserve(CPU, shape)
     recorder = None
-    if config.query_bytes:
+    if config.keeps_queries:
         shape = AttentionShape(LAYERS, HEADS * GROUP, HEADS, DIM, torch.bfloat16, CPU)
         dtype = config.ring_dtype(torch.bfloat16)
         recorder = QueryRecorder(shape, width, config.delay, 4 << 20, dtype)

@@ -23,6 +23,7 @@ PARTS = {
     ("MatchPrefixParams", "req"): "Req",
     ("ModelConfig", "attention_arch"): "AttentionArch",
     ("ModelRunner", "req_to_token_pool"): "ReqToTokenPool",
+    ("ModelRunner", "server_args"): "ServerArgs",
     ("PrefillAdder", "_select_prefill_admission"): "_PrefillAdmission",
     ("PrefillAdder", "running_batch"): "ScheduleBatch",
     ("MultimodalInputs", "mm_items"): "[MultimodalDataItem]",

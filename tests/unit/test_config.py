@@ -261,11 +261,11 @@ def test_a_selector_that_needs_queries_needs_memory(selector: str) -> None:
             "--kv-compress-query-mem-gb 0 leaves no room" in text
             and "choose keys or recent or random" in text
         )
-        assert KaraConfig(selector=selector).query_bytes == 2 * 2**30
+        assert KaraConfig(selector=selector).keeps_queries
     else:
-        assert KaraConfig(selector=selector, query_mem_gb=0).query_bytes == 0
-        assert KaraConfig(selector=selector).query_bytes == 0
-    assert KaraConfig(selector=selector, query_mem_gb=1.5).query_bytes == 3 * 2**29
+        assert not KaraConfig(selector=selector, query_mem_gb=0).keeps_queries
+        assert not KaraConfig(selector=selector).keeps_queries
+    assert KaraConfig(selector=selector, query_mem_gb=1.5).keeps_queries
 
 
 def test_limits_themselves_are_allowed() -> None:

@@ -130,7 +130,7 @@ def test_the_readmes_flags():
     assert list(rows) == [*FLAGS.values(), "--kv-compress-config"]
     assert rows["--kv-compress-window"] == str(default.window)
     assert rows["--kv-compress-retain"] == str(default.retain)
-    assert rows["--kv-compress-query-mem-gb"] == f"{default.query_bytes / 2**30:g}"
+    assert default.query_mem_gb is None and rows["--kv-compress-query-mem-gb"] == "as needed"
 
 
 def test_the_selectors_are_the_registry():

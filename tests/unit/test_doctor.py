@@ -63,7 +63,9 @@ def test_a_healthy_environment_and_a_supported_model(capsys, tmp_path):
     queries = next(line for line in lines if line.startswith("ok   queries"))
     units = 2 * 2**30 // UNIT_BYTES
     assert f"{4 * UNIT_BYTES:,} bytes" in queries and f"{UNIT_BYTES:,} with their mean" in queries
-    assert f"{units // 4} (all heads) to {units} (mean)" in queries
+    room = f"{units // 4} requests with all query heads or {units} with their mean"
+    assert "a ring of 2.00 GiB (fixed, as no memory of a GPU says what is needed)" in queries
+    assert f"has room for {room}; windows of others are chosen without queries" in queries
     assert lines[-1].startswith("This environment can serve with compression: ")
     assert str(tmp_path) in lines[-1]
 

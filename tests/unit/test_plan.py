@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from kara_sglang.benchmarks.serving.projection import CARDS, Counted
 from kara_sglang.config import ENV, KaraConfig
 from kara_sglang.plan import gain, memory
 from kara_sglang.plan.__main__ import main
-from kara_sglang.plan.launch import read
+from kara_sglang.plan.launch import _gpu_of, read
 from kara_sglang.plan.load import Held, Load, compressed, uncompressed
 from kara_sglang.state import Geometry, RequestState
 
@@ -71,8 +72,8 @@ def test_the_pool_is_what_sglang_makes_of_the_same_memory(qwen, monkeypatch, gib
 
     launch = read(["--model-path", qwen, "--kv-compress", "kara", *flags], gib * 1024)
     rank = memory.Rank.of(launch)
-    ring = memory.ring_of(launch, rank)
     weights = memory.weight_bytes(qwen, launch.model)
+    ring = memory.ring_of(launch, rank, weights)
     found = memory.divide(launch, rank, ring, weights)
     before = found.total - found.context
     configurator = object.__new__(kv_cache_configurator.KVCacheConfigurator)
@@ -156,24 +157,36 @@ def test_the_command_describes_what_was_planned(qwen, capsys):
     [{}, {"window": 1024, "query_heads": "mean", "query_mem_gb": 0.5}, {"query_dtype": "fp4"}],
 )
 def test_the_doctor_says_the_same_of_the_ring(qwen, capsys, monkeypatch, settings):
+    from sglang.srt import server_args
+
     monkeypatch.setenv(ENV, json.dumps({"selector": "kara"} | settings))
     found = planned(capsys, "--model", qwen, "--gpu-memory", "80", *LOAD)["ring"]
-    monkeypatch.setattr(doctor, "CHECKS", (doctor.check_settings, doctor.check_model))
-    assert doctor.main(["--model-path", qwen]) == 0
+
+    def on_a_gpu(plan: doctor.Plan) -> list[doctor.Finding]:
+        plan.gpu_memory = 80 * 1024
+        return []
+
+    monkeypatch.setattr(server_args, "ServerArgs", partial(server_args.ServerArgs, device="cuda"))
+    monkeypatch.setattr(doctor, "CHECKS", (on_a_gpu, doctor.check_settings, doctor.check_model))
+    with _gpu_of(80 * 1024):
+        assert doctor.main(["--model-path", qwen]) == 0
     lines = capsys.readouterr().out.splitlines()
     line = next(line for line in lines if line.startswith("ok   queries"))
-    every, unit = found["group"] * found["unit_bytes"], found["unit_bytes"]
-    assert f" {every:,} bytes a request with all heads, {unit:,} with their mean" in line
-    assert found["bytes"] == found["units"] * found["unit_bytes"]
-    room = {"mean": f"{found['units']}"}.get(
+    every, mean = found["all_heads_bytes"], found["mean_bytes"]
+    assert f" {every:,} bytes a request with all query heads, {mean:,} with their mean" in line
+    assert f"a ring of {found['bytes'] / 2**30:.2f} GiB ({found['why']}) has room for " in line
+    if "query_mem_gb" not in settings:
+        assert found["why"] == "1/16 of the memory for KV"
+    room = {"mean": f"{found['mean']} requests with the mean of their query heads"}.get(
         settings.get("query_heads", "auto"),
-        f"{found['units'] // found['group']} (all heads) to {found['units']} (mean)",
+        f"{found['all_heads']} requests with all query heads or {found['mean']} with their mean",
     )
-    assert f"records {room} requests at once" in line
+    assert f"has room for {room}; windows of others are chosen without queries" in line
 
 
 def test_ring_and_scratch_are_those_that_the_pass_allocates(qwen, monkeypatch):
     """By the hook behind ``ModelRunner.load_model``, on a rank of two."""
+    from sglang.srt.arg_groups.overrides import record_of
     from sglang.srt.layers.radix_attention import RadixAttention
 
     flags = ["--kv-compress", "kara", "--kv-compress-window", "8192", "--tp-size", "2"]
@@ -193,19 +206,27 @@ def test_ring_and_scratch_are_those_that_the_pass_allocates(qwen, monkeypatch):
     monkeypatch.setattr(runtime, "pick", lambda _device: (Kernels(), "a test"))
     monkeypatch.setattr(runtime, "turn_of", lambda *_: None)
     layers = [RadixAttention(16, 128, 0.1, 4, layer_id=i) for i in range(36)]
+    weights = memory.weight_bytes(qwen, launch.model)
+    total, share, _, _ = memory._left(launch, weights)
+    before = total - memory.CONTEXT_BYTES
     runner = SimpleNamespace(
         model=torch.nn.ModuleList(layers),
         device="meta",
         dtype=torch.bfloat16,
         memory_saver_adapter=SimpleNamespace(region=lambda _tag: contextlib.nullcontext()),
+        server_args=record_of(launch.resolved),
+        pre_model_load_memory=before / 2**30,
     )
+    taken = share + memory.scratch_bytes(launch, rank)
+    monkeypatch.setattr(runtime, "free_bytes", lambda _device: before - taken)
     runtime.after_load_model(None, runner)
     assert fresh.refused == []
+    ring = memory.ring_of(launch, rank, weights)
     monkeypatch.setattr("kara_sglang.kernels.triton.TritonKernels", Kernels)
     memory.scratch_bytes(launch, rank)
     assert asked[0] == asked[1]
-    ring = memory.ring_of(launch, rank)
-    assert (ring.num_units, ring.unit_bytes) == (fresh.recorder.num_units, fresh.recorder.unit_bytes)
+    ours = fresh.recorder
+    assert (ring.why, ring.num_units, ring.unit_bytes) == (ours.why, ours.num_units, ours.unit_bytes)
 
 
 @given(
@@ -346,7 +367,10 @@ def test_where_there_is_no_plan_one_line_says_why(qwen, capsys, monkeypatch, fla
     ("flags", "warning"),
     [
         ("", "requests wait: memory is full"),
-        ("--running 100 --answer 3000", "the query ring has room for 90 of 100 requests"),
+        (
+            "--running 100 --answer 3000 --kv-compress-query-mem-gb 1",
+            "the query ring has room for 45 of 100 requests",
+        ),
         ("--running 20", "all 20 requests that run fit without compression"),
         (
             '--running 20 --kv-compress-config {"policy":"pressure"}',

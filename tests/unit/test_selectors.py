@@ -51,7 +51,7 @@ def test_the_registry_is_what_the_flag_offers() -> None:
     """Names and their order in --help; those that need recorded queries get memory for them."""
     assert tuple(REGISTRY) == SELECTORS
     for name, kind in REGISTRY.items():
-        assert bool(KaraConfig(selector=name).query_bytes) == kind.needs_queries
+        assert bool(KaraConfig(selector=name).keeps_queries) == kind.needs_queries
 
 
 @every_selector

@@ -295,7 +295,7 @@ class World:
             model_config=SimpleNamespace(get_total_num_kv_heads=lambda: KV_HEADS),
         )
         self.recorder: WatchedRecorder | None = None
-        if config.query_bytes:
+        if config.keeps_queries:
             device = torch.device("cpu")
             shape = AttentionShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, DIM, torch.float32, device)
             dtype = config.ring_dtype(torch.float32)
@@ -860,7 +860,7 @@ def random_setting(random: Random, real: bool) -> Setting:
     )
     options: list[Any] = [None]
     if random.random() < 0.5:
-        names = [n for n in SELECTORS if config.query_bytes or not REGISTRY[n].needs_queries]
+        names = [n for n in SELECTORS if config.keeps_queries or not REGISTRY[n].needs_queries]
         options += [False, True, {}, {"retain": random.choice([0.1, 0.5, 1])}]
         options += [{"selector": random.choice(names), "seed": random.randrange(9)}]
     return Setting(
