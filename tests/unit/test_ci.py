@@ -110,7 +110,7 @@ def test_a_skipped_test_fails_where_it_must_not(strict: bool, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("target", "packages"),
-    [("sglang-0.5.22", "sglang==0.5.22"), ("triton-3.6.0", "triton==3.6.0 'numpy<2.4'")],
+    [("sglang-0", "sglang==0"), ("triton-0", "triton==0 'numpy<2.4'")],
 )
 def test_another_release_comes_into_an_environment_of_its_own(target: str, packages: str) -> None:
     ready = f".venv/{target}/ready"
