@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from server import Server, free_port, launch, run, wait_until_ready
-
-from kara_sglang.benchmarks.tiny_model import VOCAB, make_tiny_llama
-
-PAGE_16 = ("--page-size", "16", "--max-total-tokens", "8192", "--dtype", "float32")
-WINDOW = (
-    *("--kv-compress-window", "64", "--kv-compress-query-mem-gb", "0.05"),
-    *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
+from server import (
+    ODD,
+    PAGE_16,
+    WINDOW,
+    Server,
+    free_port,
+    launch,
+    launch_small,
+    run,
+    wait_until_ready,
 )
-# What odd requests may ask for (torture.py).
-ODD = ("--enable-return-hidden-states", "--enable-custom-logit-processor")
 
-
-def prompt(length: int, seed: int) -> list[int]:
-    """Random token ids without the special ones."""
-    rng = random.Random(seed)
-    return [rng.randrange(3, VOCAB) for _ in range(length)]
+from kara_sglang.benchmarks.tiny_model import make_tiny_llama
 
 
 @pytest.fixture(scope="session")
@@ -63,23 +57,6 @@ def kara(tiny_model: Path, logs: Path, traces: Path) -> Iterator[Server]:
     flags += ("--kv-compress-trace", str(traces))
     with launch(tiny_model, logs / "kara.log", *flags) as server:
         yield server
-
-
-def launch_small(
-    tiny_model: Path, logs: Path, page_size: int, reuse: str, *more: str
-) -> AbstractContextManager[Server]:
-    """Small windows on a small pool, overlap scheduling on; requests may be odd."""
-    flags = (
-        *("--skip-tokenizer-init", "--dtype", "float32", "--page-size", str(page_size)),
-        *("--max-total-tokens", "1536", "--chunked-prefill-size", "128"),
-        *("--kv-compress", "kara", "--kv-compress-window", "32", "--kv-compress-query-mem-gb", "0.05"),
-        *("--kv-compress-prefix-reuse", reuse),
-        *("--kv-compress-config", '{"delay": 8, "debug_checks": true}'),
-        *(*ODD, "--enable-priority-scheduling", *more),
-    )
-    # Requests are admitted as if they wrote 16 tokens, so that some must be retracted.
-    env = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
-    return launch(tiny_model, logs / f"{reuse}_{page_size}.log", *flags, env=env)
 
 
 @pytest.fixture(scope="session")

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import requests
 
 from kara_sglang.benchmarks.processes import end_group
+from kara_sglang.benchmarks.tiny_model import VOCAB
 
 CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--grammar-backend", "none", "--sleep-on-idle"),
 )
+
+PAGE_16 = ("--page-size", "16", "--max-total-tokens", "8192", "--dtype", "float32")
+WINDOW = (
+    *("--kv-compress-window", "64", "--kv-compress-query-mem-gb", "0.05"),
+    *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
+)
+# What odd requests may ask for (torture.py).
+ODD = ("--enable-return-hidden-states", "--enable-custom-logit-processor")
 
 STRICT = {
     # SGLang finds leaks, double frees and use after free by itself, at every step.
@@ -162,3 +173,26 @@ def in_parallel(calls: list) -> list:
     """Run the calls at once, each in a thread of its own; results in order."""
     with ThreadPoolExecutor(len(calls)) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def launch_small(
+    tiny_model: Path, logs: Path, page_size: int, reuse: str, *more: str
+) -> AbstractContextManager[Server]:
+    """Small windows on a small pool, overlap scheduling on; requests may be odd."""
+    flags = (
+        *("--skip-tokenizer-init", "--dtype", "float32", "--page-size", str(page_size)),
+        *("--max-total-tokens", "1536", "--chunked-prefill-size", "128"),
+        *("--kv-compress", "kara", "--kv-compress-window", "32", "--kv-compress-query-mem-gb", "0.05"),
+        *("--kv-compress-prefix-reuse", reuse),
+        *("--kv-compress-config", '{"delay": 8, "debug_checks": true}'),
+        *(*ODD, "--enable-priority-scheduling", *more),
+    )
+    # Requests are admitted as if they wrote 16 tokens, so that some must be retracted.
+    env = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
+    return launch(tiny_model, logs / f"{reuse}_{page_size}.log", *flags, env=env)
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    """Random token ids without the special ones."""
+    rng = random.Random(seed)
+    return [rng.randrange(3, VOCAB) for _ in range(length)]

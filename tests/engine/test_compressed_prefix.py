@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import launch_small, prompt
-from server import Server, in_parallel
+from server import Server, in_parallel, launch_small, prompt
 from test_exactness import RetainedCache, logprobs
 
 from kara_sglang.config import KaraConfig

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import PAGE_16, WINDOW, prompt
-from server import launch
+from server import PAGE_16, WINDOW, launch, prompt
 
 FLAGS = ("--skip-tokenizer-init", *PAGE_16, "--dp-size", "2", "--kv-compress", "recent")
 # A core for each replica; SGLang wants to be told.

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import prompt
-from server import Server
+from server import Server, prompt
 
 PROMPTS = [prompt(length, seed) for seed, length in enumerate((5, 37, 64, 100))]
 

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import prompt
+from server import prompt
 
 from kara_sglang.benchmarks.quality import engine, variants
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import PAGE_16, WINDOW, prompt
-from server import Server, in_parallel, launch
+from server import PAGE_16, WINDOW, Server, in_parallel, launch, prompt
 from test_exactness import PROMPTS, logprobs
 
 from kara_sglang.trace.file import file_name, load

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import PAGE_16, WINDOW, prompt
-from server import CPU_FLAGS, Server, environment
+from server import CPU_FLAGS, PAGE_16, WINDOW, Server, environment, prompt
 
 PROMPT, ANSWER, REQUESTS = 384, 420, 16
 

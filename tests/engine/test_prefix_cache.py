@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import prompt
-from server import Server, in_parallel
+from server import Server, in_parallel, prompt
 from test_exactness import logprobs
 
 PROMPT = prompt(100, 21)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from conftest import prompt
-from server import launch
+from server import launch, prompt
 
 TOKENS = 300
 # Two requests of 100 and 300 tokens fit uncompressed; the third has to wait.

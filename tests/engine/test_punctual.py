@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import PAGE_16, prompt
-from server import Server, launch
+from server import PAGE_16, Server, launch, prompt
 from test_exactness import logprobs
 
 FLAGS = (

@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import PAGE_16, WINDOW
-from server import CPU_FLAGS, free_port, run
+from server import CPU_FLAGS, PAGE_16, WINDOW, free_port, run
 
 # Run by every Python process that has this folder on its path, before SGLang is imported.
 SABOTAGE = {

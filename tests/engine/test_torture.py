@@ -7,8 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import launch_small, prompt
-from server import Server
+from server import Server, launch_small, prompt
 from torture import Torture, assert_as_stock
 
 # SGLang's own: behind a streamed request a background task aborts it, and looks for a field that is not

@@ -7,8 +7,7 @@ import uuid
 from pathlib import Path
 
 import numpy as np
-from conftest import prompt
-from server import Server
+from server import Server, prompt
 from test_exactness import PROMPTS
 
 from kara_sglang.trace.file import file_name, load

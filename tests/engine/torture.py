@@ -18,8 +18,7 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import prompt
-from server import Server, in_parallel
+from server import Server, in_parallel, prompt
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
 from kara_sglang.benchmarks.tiny_model import VOCAB

@@ -7,6 +7,8 @@ import sys
 from array import array
 from typing import Any
 
+from server import prompt
+
 from kara_sglang import plugin
 from kara_sglang.radix_integration.keys import Text, physical_key, seed_of
 from kara_sglang.state import Window
@@ -50,7 +52,6 @@ def forge(engine: Any, prompt: list[int]) -> dict[str, Any]:
 
 def main(model: str, traces: str) -> None:
     import sglang
-    from conftest import prompt
 
     import kara_sglang
 
