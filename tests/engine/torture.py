@@ -151,6 +151,20 @@ class Torture:
                 self.exact.append((ask | {"input_ids": text}, answer))
             with self.lock:
                 self.texts[4:] = [*self.texts[4:][-20:], (text + answer["output_ids"], option)]
+        if len(answers) == 1 and rng.random() < 0.3:
+            self.next_turn(text + answer["output_ids"] + prompt(9, index), option)
+
+    def next_turn(self, text: list[int], option: Any) -> None:
+        """The client goes on at once, before an operator can flush what is to be reused."""
+        params = {"max_new_tokens": 50, "temperature": 0, "ignore_eos": True}
+        asked = {"input_ids": text[:LONGEST], "sampling_params": params}
+        sent = params | {"custom_params": {"kv_compress": option}}
+        response = self.server.post("/generate", asked | {"sampling_params": sent})
+        assert response.status_code == 200, response.text[:300]
+        self.check(asked, response.json(), option)
+        if option in EXACT:
+            self.exact.append((asked, response.json()))
+        self.saw("next turn")
 
     def answers(self, rng: random.Random, body: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """All answers by their place in the request; none where the client hangs up."""
