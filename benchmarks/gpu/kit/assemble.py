@@ -133,9 +133,8 @@ def finish(repo: Path) -> None:
     plugin = KIT / "plugin"
     shutil.rmtree(plugin, ignore_errors=True)
     skip = shutil.ignore_patterns("__pycache__", "results")
+    # Follows the links to the sibling folders.
     shutil.copytree(repo / "kara_sglang", plugin / "kara_sglang", ignore=skip)
-    for folder in ("kernels", "radix_integration", "frontend", "benchmarks"):
-        shutil.copytree(repo / folder, plugin / "kara_sglang" / folder, ignore=skip, dirs_exist_ok=True)
     info = plugin / "kara_sglang-0.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kara-sglang\nVersion: 0.1.0\n")
