@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from kara_sglang.state import Geometry
+from kara_sglang.radix_integration.row import Geometry
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch

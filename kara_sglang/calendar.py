@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kara_sglang.state import RequestState
+from kara_sglang.radix_integration.row import RequestState
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req

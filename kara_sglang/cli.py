@@ -8,7 +8,7 @@ import sys
 from typing import Any, NoReturn
 
 from kara_sglang import config as settings
-from kara_sglang import plugin, refusals
+from kara_sglang import hooks, plugin, refusals
 from kara_sglang.compat import versions
 from kara_sglang.config import CONFIG_KEYS, NONE, PRESETS, SELECTORS, KaraConfig
 from kara_sglang.trace.file import prepare_folder
@@ -165,7 +165,7 @@ def check_server_args(_result: None, record: Any) -> None:
         if config.trace is not None:
             prepare_folder(config.trace)
         if config.prefix_reuse == "compressed":
-            declare_resolution(record, "kara_sglang", radix_cache_backend=refusals.CACHE_BACKEND)
+            declare_resolution(record, "kara_sglang", radix_cache_backend=hooks.CACHE_BACKEND)
         versions.warn_if_untested()
         plugin.set_launched(config)
     except ValueError as error:

@@ -34,8 +34,8 @@ from kara_sglang.options import RequestOptions
 from kara_sglang.policy import Candidate
 from kara_sglang.radix_integration import exact
 from kara_sglang.radix_integration.prefix import forget_match, prefix_of, removed
+from kara_sglang.radix_integration.row import STATE, Geometry, RequestState, Voters, ceil_align
 from kara_sglang.recorder import QueryRecorder
-from kara_sglang.state import STATE, Geometry, RequestState, Voters, ceil_align
 from kara_sglang.stats import Totals
 from kara_sglang.trace.tracer import Tracer
 

@@ -36,7 +36,7 @@ from kara_sglang import (
 from kara_sglang.compat import surface, versions
 from kara_sglang.compat.source import Source
 from kara_sglang.config import KaraConfig
-from kara_sglang.state import Geometry
+from kara_sglang.radix_integration.row import Geometry
 
 OK, NOTE, BAD = "ok", "note", "BAD"
 CPU_SWITCH = "SGLANG_USE_CPU_ENGINE"

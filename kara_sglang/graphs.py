@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from kara_sglang.state import Geometry
+from kara_sglang.radix_integration.row import Geometry
 
 logger = logging.getLogger(__name__)
 

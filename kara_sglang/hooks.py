@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from kara_sglang.config import KaraConfig
 
 PLUGIN, DISTRIBUTION = "kara", "kara-sglang"
+CACHE_BACKEND = "kara"
+"""Name of our prefix cache in SGLang's registry; the launcher chooses it by itself."""
+
 _ROOT = "sglang.srt."
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from kara_sglang.coordinator import Coordinator
 from kara_sglang.radix_integration.prefix import prefix_of, removed
+from kara_sglang.radix_integration.row import STATE, RequestState
 from kara_sglang.runtime import runtime
-from kara_sglang.state import STATE, RequestState
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req

@@ -38,7 +38,7 @@ def register() -> None:
         if config.prefix_reuse == "compressed":
             from kara_sglang.radix_integration.compressed import register_backend
 
-            register_backend()
+            register_backend(hooks.CACHE_BACKEND)
 
 
 def active() -> KaraConfig | None:

@@ -19,7 +19,7 @@ from kara_sglang.kernels.record import Ring, Step
 from kara_sglang.ring_check import RingCheck
 
 if TYPE_CHECKING:
-    from kara_sglang.state import Voters
+    from kara_sglang.radix_integration.row import Voters
 
 LAG = 64
 """Least value of ``QueryRecorder.lag``."""

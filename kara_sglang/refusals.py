@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kara_sglang.compat.flags import Flags
+from kara_sglang.hooks import CACHE_BACKEND
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
     from kara_sglang.config import KaraConfig
-
-CACHE_BACKEND = "kara"
-"""Name of our prefix cache in SGLang's registry; the launcher chooses it by itself."""
 
 # Other ways into a server, which do not pass ``check_server_args``.
 _ENTRIES: tuple[tuple[str, Callable[[Any], bool]], ...] = (

@@ -43,21 +43,20 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from kara_sglang.compat.padding import padding_values
 from kara_sglang.radix_integration.keys import Text, first_stranger, physical_key, seed_of
 from kara_sglang.radix_integration.layout import Layout, LayoutIndex
+from kara_sglang.radix_integration.padding import padding_values
 from kara_sglang.radix_integration.prefix import PREFIX, Prefix, layout_of, prefix_of, removed
-from kara_sglang.refusals import CACHE_BACKEND
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
 
-def register_backend() -> None:
-    """Make the cache known to SGLang's registry under :data:`CACHE_BACKEND`, once per process."""
-    if get_radix_cache_factory(CACHE_BACKEND) is None:
-        register_radix_cache_backend(CACHE_BACKEND, _create)
+def register_backend(name: str) -> None:
+    """Make the cache known to SGLang's registry under ``name``, once per process."""
+    if get_radix_cache_factory(name) is None:
+        register_radix_cache_backend(name, _create)
 
 
 def _create(context: TreeCacheBuildContext) -> CompressedRadixCache:

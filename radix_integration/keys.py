@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kara_sglang.state import Window
+from kara_sglang.radix_integration.row import Window
 
 FIRST_ID = 1 << 60
 """Ids of windows are this large and smaller than twice as much; no token is."""

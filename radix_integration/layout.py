@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from kara_sglang.radix_integration.keys import Text, key_of
-from kara_sglang.state import Window
+from kara_sglang.radix_integration.row import Window
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kara_sglang.radix_integration.layout import Layout
-from kara_sglang.state import STATE, Window
+from kara_sglang.radix_integration.row import STATE, Window
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-    from kara_sglang.state import RequestState
+    from kara_sglang.radix_integration.row import RequestState
 
 PREFIX = "kv_compress_prefix"
 """Attribute of SGLang's ``Req`` that holds its :class:`Prefix`, from its first match on."""

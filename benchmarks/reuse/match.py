@@ -36,7 +36,7 @@ from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.radix_integration.compressed import CompressedRadixCache
 from kara_sglang.radix_integration.keys import Text, physical_key, seed_of
 from kara_sglang.radix_integration.layout import Layout
-from kara_sglang.state import Window
+from kara_sglang.radix_integration.row import Window
 
 TEXT, WINDOW, KEPT, VOCAB = 131_072, 512, 256, 100_000
 STARTS, FORKS = 64, 32

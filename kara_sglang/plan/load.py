@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kara_sglang import policy
 from kara_sglang.admission import reserve
 from kara_sglang.config import KaraConfig
-from kara_sglang.state import Geometry, ceil_align
+from kara_sglang.radix_integration.row import Geometry, ceil_align
 
 
 @dataclass(frozen=True, slots=True)

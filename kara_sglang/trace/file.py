@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from kara_sglang.state import VOTERS
+from kara_sglang.radix_integration.row import VOTERS
 
 FORMAT, VERSION = "kara_sglang.trace", 2
 _ARRAYS = ("prompt_ids", "output_ids", "windows", "bits")

@@ -17,12 +17,12 @@ from pathlib import PurePath
 
 import numpy as np
 
-from kara_sglang.state import VOTERS
+from kara_sglang.radix_integration.row import VOTERS
 from kara_sglang.trace.file import Trace
 from kara_sglang.trace.pair import Pair
 
 VOTES = {"none": "no queries recorded", "mean": "mean queries vote", "all": "all query heads vote"}
-"""What the page says of :data:`kara_sglang.state.VOTERS`."""
+"""What the page says of :data:`kara_sglang.radix_integration.row.VOTERS`."""
 
 LEVELS = 10
 """Steps of darkness between a token that nobody keeps (``k0``) and one that all keep."""

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.selectors import REGISTRY
-from kara_sglang.state import VOTERS, RequestState, Window
+from kara_sglang.radix_integration.row import VOTERS, RequestState, TracedWindow
 from kara_sglang.trace.file import About, Trace, folder_of, save
 
 if TYPE_CHECKING:
@@ -22,23 +21,6 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TracedWindow:
-    """A window and its bit sets, which may still be on their way from the device.
-
-    Attributes
-    ----------
-    bits
-        As :attr:`kara_sglang.trace.file.Trace.bits` for one window, on the host.
-    arrived
-        Event behind the copy; None where there was nothing to wait for.
-    """
-
-    window: Window
-    bits: torch.Tensor
-    arrived: torch.cuda.Event | None
 
 
 class Tracer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from kara_sglang.kernels.selectors.base import Selector
 from kara_sglang.kernels.selectors.causal import CausalSelector
@@ -12,10 +11,8 @@ from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.selectors.keys import KeysSelector
 from kara_sglang.kernels.selectors.random import RandomSelector
 from kara_sglang.kernels.selectors.recent import RecentSelector
+from kara_sglang.kernels.selectors.settings import SelectorSettings
 from kara_sglang.kernels.selectors.snapkv import SnapKVSelector
-
-if TYPE_CHECKING:
-    from kara_sglang.config import KaraConfig
 
 REGISTRY: dict[str, type[Selector]] = {
     "kara": KaraSelector,
@@ -28,9 +25,9 @@ REGISTRY: dict[str, type[Selector]] = {
 }
 
 
-def build(name: str, config: KaraConfig) -> Selector:
+def build(name: str, config: SelectorSettings) -> Selector:
     """The selector ``name`` with the settings that it takes from ``config``."""
-    factory: Callable[[KaraConfig], Selector] = REGISTRY[name].from_config
+    factory: Callable[[SelectorSettings], Selector] = REGISTRY[name].from_config
     return factory(config)
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 
 from kara_sglang.kernels.copies import to_device
 from kara_sglang.kernels.score import AttentionRule, attention_scores
 from kara_sglang.kernels.select import ChunkRule
-
-if TYPE_CHECKING:
-    from kara_sglang.config import KaraConfig
+from kara_sglang.kernels.selectors.settings import SelectorSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,7 @@ class Selector:
         return False
 
     @classmethod
-    def from_config(cls, config: KaraConfig) -> Self:
+    def from_config(cls, config: SelectorSettings) -> Self:
         return cls()
 
     def score(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.base import AttentionSelector
-
-if TYPE_CHECKING:
-    from kara_sglang.config import KaraConfig
+from kara_sglang.kernels.selectors.settings import SelectorSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +17,14 @@ class KaraSelector(AttentionSelector):
     delay behind it do, too."""
 
     @classmethod
-    def from_config(cls, config: KaraConfig) -> Self:
+    def from_config(cls, config: SelectorSettings) -> Self:
         return cls(
             chunks=ChunkRule(config.chunk_budget, config.chunk_width, config.chunk_quantile),
             rule=_rule(config),
         )
 
 
-def _rule(config: KaraConfig) -> AttentionRule:
+def _rule(config: SelectorSettings) -> AttentionRule:
     """``sum`` or ``l2``; ``_v`` and the power of V's norm, 1 where none is written; ``_k``."""
     votes, *factors = config.score.split("_")
     powers = [int(factor[1:] or 1) for factor in factors if factor.startswith("v")]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 
 from kara_sglang.kernels.score import WeightRule, weight_scores
 from kara_sglang.kernels.selectors.base import Selector
-
-if TYPE_CHECKING:
-    from kara_sglang.config import KaraConfig
+from kara_sglang.kernels.selectors.settings import SelectorSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +20,7 @@ class KeysSelector(Selector):
     rule: WeightRule = WeightRule()
 
     @classmethod
-    def from_config(cls, config: KaraConfig) -> Self:
+    def from_config(cls, config: SelectorSettings) -> Self:
         rule = WeightRule(
             value_norm=4,
             key_distance=True,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.selectors.base import AttentionSelector
-
-if TYPE_CHECKING:
-    from kara_sglang.config import KaraConfig
+from kara_sglang.kernels.selectors.settings import SelectorSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +19,7 @@ class SnapKVSelector(AttentionSelector):
     """
 
     @classmethod
-    def from_config(cls, config: KaraConfig) -> Self:
+    def from_config(cls, config: SelectorSettings) -> Self:
         rule = AttentionRule(
             causal=True, last_queries=config.last_queries, per_layer=config.granularity == "layer"
         )

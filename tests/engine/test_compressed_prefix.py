@@ -19,7 +19,7 @@ from test_exactness import RetainedCache, logprobs
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.radix_integration.keys import FIRST_ID, Text, physical_key, seed_of
-from kara_sglang.state import Window
+from kara_sglang.radix_integration.row import Window
 
 W, R, DELAY = 32, 16, 8  # of these servers
 PROMPT = prompt(100, 21)

@@ -11,7 +11,7 @@ from server import prompt
 
 from kara_sglang import plugin
 from kara_sglang.radix_integration.keys import Text, physical_key, seed_of
-from kara_sglang.state import Window
+from kara_sglang.radix_integration.row import Window
 
 
 def forge(engine: Any, prompt: list[int]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kara_sglang.admission import adder_class, growth, needed, short_of_slots
+from kara_sglang.radix_integration.row import Geometry
 from kara_sglang.runtime import runtime
-from kara_sglang.state import Geometry
 
 
 def simulated_peak(geometry: Geometry, uncompressed: int, kept: int, tokens: int) -> int:

@@ -38,7 +38,7 @@ from kara_sglang.radix_integration.layout import (
     tries_of_a_look,
 )
 from kara_sglang.radix_integration.prefix import forget_match, layout_of, prefix_of
-from kara_sglang.state import STATE, VOTERS, Window, ceil_align
+from kara_sglang.radix_integration.row import STATE, VOTERS, Window, ceil_align
 
 ROW = 200
 POOL = 1200

@@ -6,7 +6,7 @@ import pytest
 
 from kara_sglang.admission import growth
 from kara_sglang.graphs import FLAG, Graphs, answer_in, slots_of
-from kara_sglang.state import Geometry
+from kara_sglang.radix_integration.row import Geometry
 
 GEOMETRY = Geometry(page_size=16, window=512, delay=64)
 

@@ -77,7 +77,8 @@ def test_arithmetic_runs_without_sglang() -> None:
         "import sys\n"
         "import kara_sglang.kernels.backend, kara_sglang.kernels.selectors\n"
         "import kara_sglang.config, kara_sglang.options, kara_sglang.policy, kara_sglang.recorder\n"
-        "import kara_sglang.state, kara_sglang.radix_integration.exact, kara_sglang.coordinator\n"
+        "import kara_sglang.radix_integration.row, kara_sglang.radix_integration.exact\n"
+        "import kara_sglang.coordinator\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('sglang', 'triton')])"
     )
     loaded = python(code, ROOT)

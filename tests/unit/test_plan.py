@@ -22,7 +22,7 @@ from kara_sglang.plan import gain, memory
 from kara_sglang.plan.__main__ import main
 from kara_sglang.plan.launch import _gpu_of, read
 from kara_sglang.plan.load import Held, Load, compressed, uncompressed
-from kara_sglang.state import Geometry, RequestState
+from kara_sglang.radix_integration.row import Geometry, RequestState
 
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"],

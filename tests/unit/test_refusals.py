@@ -13,6 +13,7 @@ import torch
 from kara_sglang import refusals
 from kara_sglang.compat.flags import NEWER_FLAGS, Flags
 from kara_sglang.config import KaraConfig
+from kara_sglang.hooks import CACHE_BACKEND
 
 Resolved = Callable[..., SimpleNamespace]
 
@@ -115,7 +116,7 @@ def test_flags_refused_with_compressed_prefixes_only(
     assert refusals.of_sharing(resolved(**changes), exact) == []
     assert refusals.of_sharing(resolved(), shares) == refusals.of_flags(resolved(**changes)) == []
     # The launcher's own choice, on a record that is checked again.
-    assert refusals.of_flags(resolved(radix_cache_backend=refusals.CACHE_BACKEND)) == []
+    assert refusals.of_flags(resolved(radix_cache_backend=CACHE_BACKEND)) == []
 
 
 def test_every_entry_of_the_table_is_tried(resolved: Resolved) -> None:

@@ -33,8 +33,8 @@ from kara_sglang.kernels.select import select
 from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.kernels.turn import Turn
 from kara_sglang.options import RequestOptions
+from kara_sglang.radix_integration.row import VOTERS, Geometry, RequestState, Voters, Window, ceil_align
 from kara_sglang.recorder import LAG, AttentionShape, QueryRecorder
-from kara_sglang.state import VOTERS, Geometry, RequestState, Voters, Window, ceil_align
 from kara_sglang.stats import Totals
 from kara_sglang.trace import file as trace_file
 

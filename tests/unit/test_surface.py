@@ -36,7 +36,7 @@ FILES = [
     for path in (
         *(ROOT / "kara_sglang").glob("*.py"),
         ROOT / "kara_sglang" / "trace" / "tracer.py",
-        *(ROOT / "kara_sglang" / "compat" / name for name in ("running_batch.py", "padding.py")),
+        ROOT / "kara_sglang" / "compat" / "running_batch.py",
         *(ROOT / "radix_integration").glob("*.py"),
     )
     if path.name not in _COMMANDS

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.selectors import REGISTRY
-from kara_sglang.state import VOTERS, RequestState, Window
+from kara_sglang.radix_integration.row import VOTERS, RequestState, TracedWindow, Window
 from kara_sglang.trace import file, page, tokens
 from kara_sglang.trace.__main__ import main
 from kara_sglang.trace.file import About, Trace, TraceError
 from kara_sglang.trace.pair import pair
-from kara_sglang.trace.tracer import TracedWindow, Tracer, bit_sets
+from kara_sglang.trace.tracer import Tracer, bit_sets
 
 LAYERS, HEADS, WIDTH, KEPT = 3, 2, 20, 8
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
+    import torch
+
     from kara_sglang.kernels.selectors import Selector
     from kara_sglang.recorder import Recorder
-    from kara_sglang.trace.tracer import TracedWindow
 
 STATE = "kv_compress"
 """Attribute of SGLang's ``Req`` that holds its :class:`RequestState`; None for a request that is not
@@ -61,6 +62,23 @@ class Window:
     @property
     def freed(self) -> int:
         return self.width - self.kept
+
+
+@dataclass(frozen=True, slots=True)
+class TracedWindow:
+    """A window and its bit sets, which may still be on their way from the device.
+
+    Attributes
+    ----------
+    bits
+        As :attr:`kara_sglang.trace.file.Trace.bits` for one window, on the host.
+    arrived
+        Event behind the copy; None where there was nothing to wait for.
+    """
+
+    window: Window
+    bits: torch.Tensor
+    arrived: torch.cuda.Event | None
 
 
 @dataclass(slots=True)
