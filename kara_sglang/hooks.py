@@ -225,7 +225,7 @@ CHILD_HOOKS = (
         "managers.scheduler.Scheduler.get_output_streamer_class",
         "around",
         ("self",),
-        "serving:output_streamer_class",
+        "observability:output_streamer_class",
         "reports what was compressed with a request's last output",
         "SGLang has a registry of fields that are reported per request",
     ),

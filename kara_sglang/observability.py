@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kara_sglang.coordinator import Coordinator
+from kara_sglang.options import KEY
 from kara_sglang.radix_integration.prefix import prefix_of, removed
 from kara_sglang.radix_integration.row import STATE, RequestState
 from kara_sglang.runtime import runtime
@@ -48,6 +50,30 @@ def request_report(req: Req) -> dict[str, Any] | None:
         "reused_tokens": prefix.reused_tokens if prefix is not None else 0,
         "reused_slots": prefix.reused_slots if prefix is not None else 0,
     }
+
+
+def output_streamer_class(original: Callable[..., type], scheduler: Any) -> type:
+    """AROUND ``Scheduler.get_output_streamer_class``: add our field to what is sent out."""
+    base = original(scheduler)
+
+    class ReportingOutputStreamer(base):
+        __slots__ = ()
+        has_additional_customized_info = True
+
+        def build_additional_customized_info(self, reqs: list[Req]) -> dict[str, list]:
+            fields = base.build_additional_customized_info(self, reqs)
+            reports = [request_report(req) for req in reqs]
+            if any(report is not None for report in reports):  # else nobody ends with this batch
+                fields[KEY] = reports
+            return fields
+
+        def should_build_additional_customized_info(self) -> bool:
+            return True
+
+        def is_request_level_customized_info_key(self, key: str) -> bool:
+            return key == KEY or base.is_request_level_customized_info_key(self, key)
+
+    return ReportingOutputStreamer
 
 
 def decode_usage_msg_parts(parts: list[str], _stats: Any) -> list[str]:

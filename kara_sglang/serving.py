@@ -1,4 +1,4 @@
-"""Requests coming in and answers going out: per-request options and ``meta_info.kv_compress``."""
+"""The launcher's side of requests: checks them, and puts ``meta_info.kv_compress`` into answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from kara_sglang.options import KEY, RequestOptions
 from kara_sglang.radix_integration.keys import first_stranger
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.sampling.sampling_params import SamplingParams
 
 
@@ -63,32 +62,6 @@ def check_children(infos: list[dict[str, Any]], *_args: Any) -> None:
                 "environment that SGLang's processes use?"
             )
             raise RuntimeError(f"kv-compress: error: {why}")
-
-
-def output_streamer_class(original: Callable[..., type], scheduler: Any) -> type:
-    """AROUND ``Scheduler.get_output_streamer_class``: add our field to what is sent out."""
-    from kara_sglang.observability import request_report
-
-    base = original(scheduler)
-
-    class ReportingOutputStreamer(base):
-        __slots__ = ()
-        has_additional_customized_info = True
-
-        def build_additional_customized_info(self, reqs: list[Req]) -> dict[str, list]:
-            fields = base.build_additional_customized_info(self, reqs)
-            reports = [request_report(req) for req in reqs]
-            if any(report is not None for report in reports):  # else nobody ends with this batch
-                fields[KEY] = reports
-            return fields
-
-        def should_build_additional_customized_info(self) -> bool:
-            return True
-
-        def is_request_level_customized_info_key(self, key: str) -> bool:
-            return key == KEY or base.is_request_level_customized_info_key(self, key)
-
-    return ReportingOutputStreamer
 
 
 def update_request_meta_info(

@@ -7,10 +7,10 @@ from typing import Any
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
-from kara_sglang import serving
+from kara_sglang import observability, serving
 from kara_sglang.options import KEY
 
-STREAMER = serving.output_streamer_class(lambda _scheduler: SchedulerOutputStreamer, None)
+STREAMER = observability.output_streamer_class(lambda _scheduler: SchedulerOutputStreamer, None)
 
 
 def info(*finished: bool) -> dict[str, list]:
