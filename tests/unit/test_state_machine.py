@@ -1395,7 +1395,7 @@ def test_queries_that_were_overwritten_are_not_used(heads: str) -> None:
     assert req.windows == []
     world.coordinator.policy.due = hold_back
     advance(world, 18)  # scores, and so the kept tokens, are checked against the true queries
-    # The table has room for so many blocks, the last one that of the newest token before the first pass.
+    # The table has room for so many blocks; the last is that of the newest token before the first pass.
     begin = req.windows[0].logical_start
     oldest = ((begin + 213 - 1) // PAGE - world.recorder.num_blocks + 1) * PAGE
     first = next(i for i in range(20) if begin + 8 * i >= oldest)
