@@ -125,15 +125,27 @@ class QueryRecorder:
         self.pages = torch.full(size, -1, dtype=torch.int32, device=self.shape.device)
         self._table = torch.full(size, -1, dtype=torch.int32)  # as it will be, on the host
 
+    def _usual_pages(self, heads: int) -> int:
+        """Pages that a request holds in the mean."""
+        return math.ceil(heads * self.demand.mean)
+
     def request_bytes(self, heads: int) -> int:
         """Bytes that a request takes in the mean which records so many heads of each group, or 1 for
         the mean."""
-        return math.ceil(heads * self.demand.mean * self.page_bytes)
+        return self._usual_pages(heads) * self.page_bytes
+
+    def most_bytes(self, heads: int) -> int:
+        """Bytes that such a request takes at most."""
+        return heads * self.demand.peak * self.page_bytes
+
+    def serves(self, heads: int) -> bool:
+        """Whether there is room for one request."""
+        return self.num_bytes >= self.most_bytes(heads)
 
     def room(self, heads: int) -> int:
         """How many requests can record so many heads of each group at once, where their windows begin
         at any time."""
-        return int(self.num_pages / (heads * self.demand.mean))
+        return self.num_pages // self._usual_pages(heads)
 
     @property
     def num_bytes(self) -> int:

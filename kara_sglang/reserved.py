@@ -50,9 +50,10 @@ def query_ring(shape: AttentionShape, config: KaraConfig, room: Room | None = No
     lag = policy.lag(config)
     dtype = config.ring_dtype(shape.dtype)
     page, demand = PAGE * shape.entry_bytes(dtype), Demand(0, config.window, config.delay)
-    most = 1 if config.query_heads == "mean" else shape.group
+    heads = 1 if config.query_heads == "mean" else shape.group
+    usual = math.ceil(heads * demand.mean) * page
     least = policy.cheapest(shape.group, config.query_heads) * demand.peak * page
-    size = ring_size(config, math.ceil(most * demand.mean * page), least, room or Room())
+    size = ring_size(config, usual, least, room or Room())
     return QueryRecorder(
         shape,
         config.window,

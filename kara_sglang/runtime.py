@@ -95,8 +95,8 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     with runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
         runtime.recorder = query_ring(shape, config, room)
     need = policy.cheapest(shape.group, config.query_heads)
-    if runtime.recorder.room(need) < 1:
-        bytes_needed = runtime.recorder.request_bytes(need)
+    if not runtime.recorder.serves(need):
+        bytes_needed = runtime.recorder.most_bytes(need)
         runtime.refused.append(
             f"--kv-compress-query-mem-gb has no room for the queries of one request; this model and "
             f"window need at least {bytes_needed / 2**30:.4f} GiB"
