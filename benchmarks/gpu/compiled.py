@@ -4,9 +4,9 @@ Triton's wheel brings ptxas and cuobjdump, so neither a GPU nor CUDA is needed::
 
     python -m kara_sglang.benchmarks.gpu.compiled
 
-prints two tables of docs/kernels.md: registers per thread, spilled bytes per thread, and shared memory
-per program; and the instructions that the score issues. Another release of Triton is tried
-without touching the environment::
+prints two tables of benchmarks/results/gpu/README.md: registers per thread, spilled bytes per thread,
+and shared memory per program; and the instructions that the score issues. Another release of Triton is
+tried without touching the environment::
 
     pip install --target DIR --no-deps triton==3.8.0
     PYTHONPATH=DIR python -m kara_sglang.benchmarks.gpu.compiled
@@ -155,7 +155,7 @@ class Compiled:
 
     @property
     def cell(self) -> str:
-        """As in the table of docs/kernels.md."""
+        """As in the table of benchmarks/results/gpu/README.md."""
         return cell(self.registers, self.spilled, self.shared)
 
     def code(self) -> list[tuple[int, str]]:
@@ -433,7 +433,7 @@ def report(architectures: Sequence[int]) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print the table of docs/kernels.md."""
+    """Print the table of benchmarks/results/gpu/README.md."""
     architectures = found["architectures"]
     print(f"triton {found['versions']['triton']}; registers / spilled bytes / shared KiB\n")
     print("| kernel |", " | ".join(architectures), "| shapes |")
@@ -459,7 +459,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def cell(registers: int, spilled_bytes: int, shared_bytes: int) -> str:
-    """As in the table of docs/kernels.md."""
+    """As in the table of benchmarks/results/gpu/README.md."""
     return f"{registers} / {spilled_bytes} / {shared_bytes / 1024:.1f}"
 
 

@@ -4,8 +4,8 @@ Counted from shapes, nothing is measured::
 
     python -m kara_sglang.benchmarks.gpu.floors
 
-prints the tables of docs/kernels.md. Counts are for one window of one request in all layers; memory
-that two programs share is counted once, as if the L2 cache were perfect.
+prints the tables of benchmarks/results/gpu/README.md. Counts are for one window of one request in all
+layers; memory that two programs share is counted once, as if the L2 cache were perfect.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def report(batch: int, context: int) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print the tables of docs/kernels.md."""
+    """Print the tables of benchmarks/results/gpu/README.md."""
     gpus = [gpu["name"] for gpu in found["gpus"]]
     names = [kernel.__name__ for kernel in KERNELS]
     print(f"floors in us: {' / '.join(gpus)}\n")

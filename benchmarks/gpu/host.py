@@ -118,7 +118,7 @@ def measure(windows: int, repeats: int) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print the table of docs/kernels.md."""
+    """Print the table of benchmarks/results/gpu/README.md."""
     print("| windows | launches | host, us | launches left out, us | first pass, us |")
     print("|---|---|---|---|---|")
     for row in found["rows"]:

@@ -146,7 +146,7 @@ def test_select_for_all_widths(window, chunks):
 COMMITTED = json.loads(
     (Path(__file__).parents[2] / "benchmarks" / "results" / "gpu" / "compiled.json").read_text()
 )
-"""What docs/kernels.md shows, see test_gpu_benchmark.py."""
+"""What benchmarks/results/gpu/README.md shows, see test_gpu_benchmark.py."""
 needs_its_triton = pytest.mark.skipif(
     COMMITTED["versions"]["triton"] != triton.__version__,
     reason=f"the table is of triton {COMMITTED['versions']['triton']}, this is {triton.__version__}",

@@ -17,33 +17,14 @@ from kara_sglang.kernels.selectors import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-ARCHITECTURE = ROOT / "docs" / "architecture.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 THROUGHPUT = ROOT / "docs" / "throughput.md"
 UPGRADING = ROOT / "docs" / "upgrading-sglang.md"
 USAGE = ROOT / "docs" / "usage.md"
 LIMITS = ROOT / "docs" / "limits.md"
 
-_HOOK_TABLE = re.compile(r"(?<=<!-- hooks -->\n).*(?=<!-- end of hooks -->)", re.DOTALL)
 _REFUSALS = re.compile(r"(?<=<!-- refusals -->\n).*(?=<!-- end of refusals -->)", re.DOTALL)
 _GONE_TABLE = re.compile(r"(?<=<!-- gone -->\n).*(?=<!-- end of gone -->)", re.DOTALL)
-
-
-def hook_table() -> str:
-    """The table of all hooks, in Markdown."""
-    groups = (
-        ("every process that loads plugins", hooks.CLI_HOOKS),
-        ("launcher, once compression is on", hooks.PARENT_HOOKS),
-        ("children, once compression is on", hooks.CHILD_HOOKS),
-        ("children, with compressed prefixes", hooks.SHARING_HOOKS),
-    )
-    lines = ["| where | target | kind | what for |", "|---|---|---|---|"]
-    lines += [
-        f"| {where} | `{hook.target}` | {hook.kind} | {hook.why} |"
-        for where, members in groups
-        for hook in members
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def gone_table() -> str:
@@ -67,7 +48,6 @@ def refusal_table() -> str:
 
 
 RENDERED = (
-    (ARCHITECTURE, _HOOK_TABLE, hook_table()),
     (UPGRADING, _GONE_TABLE, gone_table()),
     (LIMITS, _REFUSALS, refusal_table()),
 )
@@ -177,6 +157,15 @@ def test_the_readme_is_read_in_five_minutes():
     text = README.read_text()
     assert len(text.splitlines()) <= 150
     assert len(text.split()) <= 1500
+
+
+def test_the_documents_stay_short():
+    """Words are what holds a letter, outside of code blocks."""
+    words = 0
+    for path in (ROOT / "docs").glob("*.md"):
+        text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+        words += sum(re.search("[A-Za-z]", word) is not None for word in text.split())
+    assert 6000 < words <= 12_000
 
 
 def test_links_between_the_documents_lead_somewhere():
