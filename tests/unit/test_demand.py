@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kara_sglang.config import KaraConfig
 from kara_sglang.demand import Demand
 from kara_sglang.kernels.record import PAGE
+from kara_sglang.recorder import AttentionShape
+from kara_sglang.reserved import query_ring
 
 
 def held(start: int, window: int, delay: int, steps: int) -> list[int]:
@@ -54,3 +59,15 @@ def test_requests_that_are_apart_share_pages() -> None:
 def test_what_others_will_want_is_left() -> None:
     demand = Demand(20, 512, 64)
     assert demand.fits(1, 7, 1, kept_free=10) and not demand.fits(1, 7, 1, kept_free=11)
+
+
+def test_the_documented_rooms_are_the_rings() -> None:
+    """Of Qwen3-8B in 2 GiB, with the default window and delay."""
+    shape = AttentionShape(36, 32, 8, 128, torch.bfloat16, torch.device("meta"))
+    rows = []
+    for dtype in ("model", "fp8", "fp4"):
+        ring = query_ring(shape, KaraConfig(query_mem_gb=2, query_dtype=dtype))
+        together = ring.num_pages // ring.demand.peak
+        rows.append(f"| `{dtype}` | {ring.room(4)} | {ring.room(1)} | {together} |")
+    text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
+    assert text.split("<!-- ring rooms -->\n")[1].splitlines()[2:5] == rows
