@@ -141,6 +141,8 @@ class Case:
         )
         self.rows = 1 + torch.randperm(BATCH, device=DEVICE)  # most of them have no recorder
         self.positions = torch.randint(0, 40_000, (BATCH,), device=DEVICE)
+        for job, start in enumerate(self.starts):  # only there the recorders have pages
+            self.positions[self.rows == 1 + job] = start + int(torch.randint(count, ()))
         # As the query part of a QKV projection.
         projected = torch.randn(
             layers, BATCH, model.query_heads + 2 * heads, dim, device=DEVICE, dtype=torch.bfloat16
@@ -372,8 +374,9 @@ def check_replay(case: Case) -> None:
     its queries lie in memory of the graph."""
     replay = captured(case.record_in_a_model)
     case.queries.copy_(torch.randn_like(case.queries) * 1000)
-    case.rows.copy_(case.rows[torch.randperm(BATCH, device=DEVICE)])
-    case.positions += 1
+    order = torch.randperm(BATCH, device=DEVICE)
+    case.rows.copy_(case.rows[order])
+    case.positions.copy_(case.positions[order])
     expected = case.expected_rings()
     replay()
     case.require_recorded(expected, "record in a replayed graph")

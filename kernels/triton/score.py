@@ -60,6 +60,14 @@ def _by_thread(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _page(pages, number):
+    """One of a window's pages, by a sum instead of a load: a loop that had to load where its queries lie
+    would copy them later."""
+    every = tl.arange(0, pages.shape[0])
+    return tl.sum(tl.where(every == number, pages, 0), axis=0)
+
+
+@triton.jit
 def _of_head(
     rings,
     ring_scales,
@@ -254,6 +262,7 @@ def column_sum_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """One program per (layer, window, head, block of keys)."""
     BLOCKS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
@@ -262,6 +271,8 @@ def column_sum_kernel(
     ring, ring_scales = _of_head(rings, ring_scales, layer, head, DIM, SCALES, RING, ALIGN)
     recorder = recorders + job * (1 + VOICES * MOST)
     start = tl.load(recorder)
+    number = tl.arange(0, BLOCK_P)
+    pages = tl.load(recorder + 1 + number, mask=number < VOICES * MOST, other=0)
     sums += index.to(tl.int64) * (2 * VOICES * COUNT)
 
     dim = tl.arange(0, BLOCK_D)
@@ -280,11 +291,9 @@ def column_sum_kernel(
         inside = within(voter, COUNT, BLOCK_Q)
         token = first_query + voter
         place = start + token
-        # At most a page and the next one: two loads of a number, for which no copy has to wait.
+        # At most a page and the next one.
         block = (start + first_query + step % STEPS * BLOCK_Q) // RING_PAGE
-        pages = recorder + 1 + member * MOST + block
-        first = tl.load(pages)
-        second = tl.load(pages + 1, mask=block + 1 < MOST, other=0)
+        first, second = _page(pages, member * MOST + block), _page(pages, member * MOST + block + 1)
         page = tl.where(place // RING_PAGE == block, first, second)
         queries, _ = _queries(
             ring,
@@ -485,6 +494,7 @@ def attention_scores(
             programs * triton.cdiv(width, columns.BLOCK_K),
             scores=out,
             weights=scratch.weights,
+            BLOCK_P=triton.next_power_of_2(voters.voices * voters.blocks),
             **arguments,
             **columns._asdict(),
         ),
@@ -520,6 +530,6 @@ def tiles_for(tables: PoolTables, causal: bool) -> Tiles:
         rows = Tile(32, 32, 4, 1) if tables.head_dim <= 128 else Tile(16, 32, 4, 1)
         return Tiles(rows, Tile(32, 32, 4, 1))
     if tables.head_dim > 128:
-        return Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
+        return Tiles(Tile(64, 64, 8, 2), Tile(64 if tables.ring_dtype.itemsize == 1 else 32, 64, 8, 2))
     columns = Tile(64, 128 if causal else 256, 8, 3 if tables.ring_dtype.itemsize == 1 else 2)
     return Tiles(Tile(128, 128, 8, 2), columns)
