@@ -208,9 +208,11 @@ class Torture:
         # The last token's KV is computed only where the step in flight was not stopped in time.
         tokens = len(asked["input_ids"]) + length
         assert report["logical_length"] in (tokens - 1, tokens), (asked, report)
-        reused = report["reused_tokens"] - report["reused_slots"]
         removed = report["logical_length"] - report["kv_slots_held"]
-        assert removed == report["tokens_removed"] + reused >= 0, (asked, report)
+        reused = report["reused_tokens"] - report["reused_slots"]
+        if not meta["num_retractions"]:  # reused tokens are counted before, and hold for no other row
+            assert removed == report["tokens_removed"] + reused, (asked, report)
+        assert removed >= 0, (asked, report)
         if option in EXACT:
             assert removed == 0, (asked, report)
         with self.lock:
