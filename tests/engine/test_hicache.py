@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -29,11 +30,11 @@ WAYS = {
 def start(
     policy: str, tiny_model: Path, folder: Path, logs: Path, *more: str
 ) -> AbstractContextManager[Server]:
-    """A device pool for two requests, and a host tier for five prompts."""
+    """A device pool for two requests, and a host tier for seven prompts."""
     flags = (
         *("--skip-tokenizer-init", "--page-size", "16", "--max-total-tokens", str(POOL)),
         *("--dtype", "float32", "--kv-compress", "kara", *WINDOW),
-        *("--enable-hierarchical-cache", "--hicache-ratio", "2", "--hicache-write-policy", policy),
+        *("--enable-hierarchical-cache", "--hicache-ratio", "3", "--hicache-write-policy", policy),
         *(*WAYS[policy], *more),
     )
     path = os.pathsep.join(filter(None, [host_tier.install(folder), os.environ.get("PYTHONPATH")]))
@@ -56,7 +57,10 @@ def rounds(server: Server) -> list[list[dict]]:
     server.flush()
     turns = (OPTIONS, OPTIONS, OPTIONS[1:] + OPTIONS[:1])
     return [
-        [server.generate(ids, kv_compress=option) for ids, option in zip(PROMPTS, turn, strict=True)]
+        [
+            server.generate(ids, tokens=160, kv_compress=option)
+            for ids, option in zip(PROMPTS, turn, strict=True)
+        ]
         for turn in turns
     ]
 
@@ -83,8 +87,9 @@ def test_prompts_come_back_from_the_host(hicache: Server, kara: Server, stock: S
     hicache.assert_nothing_leaked()
 
 
-def hang_up(server: Server, ids: list[int], rid: str, after: int) -> None:
-    """Ask for a long answer and end it after so many chunks, by closing or by /abort_request."""
+def hang_up(server: Server, ids: list[int], rid: str, after: int) -> int:
+    """Ask for a long answer and end it after so many chunks, by closing or by /abort_request; how many
+    tokens of the prompt came from the host."""
     body = {
         "input_ids": ids,
         "sampling_params": {"max_new_tokens": 500, "temperature": 0, "ignore_eos": True},
@@ -92,11 +97,13 @@ def hang_up(server: Server, ids: list[int], rid: str, after: int) -> None:
         "rid": rid,
     }
     with requests.post(server.url + "/generate", json=body, stream=True, timeout=300) as response:
-        for count, _ in enumerate(filter(None, response.iter_lines())):
+        for count, line in enumerate(filter(None, response.iter_lines())):
+            chunk = json.loads(line.removeprefix(b"data: "))
             if count >= after:
                 if after % 2:
                     server.post("/abort_request", {"rid": rid})
-                break
+                return from_host(chunk)
+    raise AssertionError(f"the answer ended before {after} chunks")
 
 
 def test_aborts_while_a_prompt_is_loaded(hicache: Server) -> None:
@@ -104,27 +111,26 @@ def test_aborts_while_a_prompt_is_loaded(hicache: Server) -> None:
     steps. The prompt is whole afterwards."""
     hicache.flush()
     expected = [hicache.generate(ids, tokens=100, kv_compress=False) for ids in PROMPTS]
-    loaded = 0
+    loaded = []
     for index, ids in enumerate(PROMPTS * 2):
-        hang_up(hicache, ids, f"early-{index}", after=index % 4)
+        loaded.append(hang_up(hicache, ids, f"early-{index}", after=index % 4))
         answer = hicache.generate(ids, tokens=100, kv_compress=False)
-        hicache.generate(PROMPTS[(index + 2) % 4], tokens=300)  # drives it off the device
-        loaded += from_host(answer)
         assert answer["output_ids"] == expected[index % 4]["output_ids"]
-    assert hicache.state()["windows"] > 8
+        hicache.generate(PROMPTS[(index + 2) % 4], tokens=160)  # drives it off the device
+    assert sum(map(bool, loaded)) >= 4, loaded
     hicache.assert_nothing_leaked()
 
 
 def test_a_full_host_tier(hicache: Server) -> None:
     """More prompts than both tiers hold, several requests at a time: the oldest are forgotten."""
     hicache.flush()
-    prompts = [prompt(PROMPT, 400 + seed) for seed in range(8)]
-    first = [hicache.generate(ids, tokens=150) for ids in prompts]
-    calls = [lambda ids=ids: hicache.generate(ids, tokens=150) for ids in reversed(prompts)]
+    prompts = [prompt(PROMPT, 400 + seed) for seed in range(12)]
+    first = [hicache.generate(ids, tokens=100) for ids in prompts]
+    calls = [lambda ids=ids: hicache.generate(ids, tokens=100) for ids in reversed(prompts)]
     again = in_parallel(calls)[::-1]
-    assert sum(from_host(answer) > 0 for answer in again) in range(1, 6)
+    assert 0 < sum(from_host(answer) > 0 for answer in again) < 8
     for one, other in zip(first, again, strict=True):
-        assert len(other["output_ids"]) == 150
+        assert len(other["output_ids"]) == 100
         windows = [answer["meta_info"]["kv_compress"]["windows"] for answer in (one, other)]
         assert windows[0] == windows[1] > 0
     hicache.assert_nothing_leaked()
@@ -153,7 +159,7 @@ def test_long_mixed_load_over_two_tiers(
 ) -> None:
     """Six clients, more prompts than both tiers hold, a third of the answers given up: who opted out
     gets stock's tokens, and both tiers are whole at the end."""
-    prompts = [prompt(length, 500 + length) for length in range(100, 420, 20)]
+    prompts = [prompt(length, 500 + length) for length in range(100, 420, 16)]
     stock.flush()
     expected = [stock.generate(ids, tokens=60)["output_ids"] for ids in prompts]
 
