@@ -99,7 +99,7 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
 # What sharing compressed prefixes does not go with, beyond that.
 _SHARING_FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--disable-radix-cache", lambda c: c.disable_radix_cache),
-    # A compressed row on the host would be looked for by its exact tokens, and never be found.
+    # Rows that were driven off the device would not be found again: the host is not asked.
     ("--enable-hierarchical-cache", lambda c: c.enable_hierarchical_cache),
     # The events would tell others about ids that are no tokens.
     ("--kv-events-config", lambda c: c.kv_events_config is not None),

@@ -369,8 +369,7 @@ SURFACE = (
         )
         for allocator in ("paged.PagedTokenToKVPoolAllocator", "token.TokenToKVPoolAllocator")
     ),
-    Used("mem_cache.unified_radix_cache.UnifiedRadixCache", ("evictable_size()",)),
-    Used("mem_cache.base_prefix_cache.BasePrefixCache", ("cache_controller",)),
+    Used("mem_cache.unified_radix_cache.UnifiedRadixCache", ("cache_controller", "evictable_size()")),
     Used("managers.cache_controller.HiCacheController", ("load_fence_stream",)),
     Used("managers.io_struct.AttachHiCacheStorageReqOutput", ("message", "success")),
     # -- compressed prefixes -----------------------------------------------------------------------
