@@ -63,7 +63,7 @@ serve: $(ENGINE) $(PACKAGE) $(if $(MODEL),,$(MODEL_PACKAGE))
 
 # Two workers, one of which has all that needs servers (tests/conftest.py).
 test: $(ENGINE) $(PACKAGE) $(TEST_TOOLS) $(MODEL_PACKAGE)
-	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(PY) -m pytest -n 2 $(ARGS)
 
 test-sglang: $(ENGINE) $(PACKAGE) $(TEST_TOOLS) $(MODEL_PACKAGE)
 	@if [ -z '$(VERSION)' ]; then echo 'Say which: make test-sglang VERSION=0.5.22'; exit 2; fi

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -28,13 +28,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """How two workers of pytest-xdist divide the tests: engine tests share servers, so that one worker
-    has them all; other files go to whoever is free."""
-    for item in items:
-        folder = item.path.parent.name
-        group = folder if folder == "engine" else f"{folder}/{item.path.stem}"
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """How workers of pytest-xdist divide the tests (``make test``): one has all engine tests, because
+    they share servers; other files go to whoever is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServers(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "engine" if "tests/engine/" in file else file
+
+    return ByServers(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
