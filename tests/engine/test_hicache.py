@@ -173,7 +173,7 @@ def test_long_mixed_load_over_two_tiers(
 
     def client(server: Server, number: int) -> None:
         rng = random.Random(number)
-        for index in range(40):
+        for index in range(25):
             which = rng.randrange(len(prompts))
             if rng.random() < 1 / 3:
                 hang_up(server, prompts[which], f"{number}-{index}", rng.randrange(200))
