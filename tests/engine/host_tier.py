@@ -1,8 +1,8 @@
 """A plugin for SGLang that lets HiCache's host tier run on a CPU, and makes its copies slow.
 
 SGLang copies between tiers with CUDA kernels. Here a copy to the host is made as late as SGLang
-allows: when it asks for the last time whether the copy is done. So KV that somebody overwrites while
-its copy is under way reaches the host overwritten. A load is made at once, because the next step reads
+allows: just before SGLang hears that it is done. So KV that somebody overwrites while its copy is
+under way reaches the host overwritten. A load is made at once, because the next step reads
 what it loads, and SGLang hears of it late, so that the tree's nodes stay locked over many steps.
 """
 
