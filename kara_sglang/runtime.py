@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -256,6 +257,13 @@ def after_reset_for_retract(_result: None, req: Req) -> None:
     """AFTER ``Req.reset_for_retract``."""
     if runtime.coordinator is not None:
         runtime.coordinator.forget(req)
+
+
+def attach_storage(_attach: Callable, _scheduler: Scheduler, _request: Any) -> Any:
+    """AROUND ``Scheduler.attach_hicache_storage_wrapped``: what the flags refuse at the start."""
+    from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput
+
+    return AttachHiCacheStorageReqOutput(success=False, message=refusals.STORAGE)
 
 
 def before_free_row(_pool: Any, req: Req) -> None:
