@@ -61,8 +61,7 @@ def _by_thread(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _page(pages, number):
-    """One of a window's pages, by a sum instead of a load: a loop that had to load where its queries lie
-    would copy them later."""
+    """One of a window's pages, by a sum and not by a load, for which the loop's copies would wait."""
     every = tl.arange(0, pages.shape[0])
     return tl.sum(tl.where(every == number, pages, 0), axis=0)
 
