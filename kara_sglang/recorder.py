@@ -115,7 +115,7 @@ class QueryRecorder:
         self.demand = Demand(self.num_pages, window, delay)
         self._free = list(range(self.num_pages - 1, -1, -1))
         self.active: dict[int, Recorder] = {}  # by row
-        self._dirty: set[int] = set()  # blocks of rows, counted through
+        self._changed: dict[int, tuple[int, ...]] = {}  # pages by block of a row, counted through
         self._new: list[int] = []  # pages that were given since the last flush
         self._held: list[torch.Tensor] = []  # queries of a step's newest layers, not stored yet
 
@@ -123,7 +123,6 @@ class QueryRecorder:
         """Make the device tables for ``num_rows`` rows of ``req_to_token``, before graph capture."""
         size = (num_rows, self.num_blocks, self.shape.group)
         self.pages = torch.full(size, -1, dtype=torch.int32, device=self.shape.device)
-        self._table = torch.full(size, -1, dtype=torch.int32)  # as it will be, on the host
 
     def _usual_pages(self, heads: int) -> int:
         """Pages that a request holds in the mean."""
@@ -159,7 +158,7 @@ class QueryRecorder:
     @property
     def stale(self) -> bool:
         """Whether the device tables lag behind; :meth:`flush` mends it."""
-        return bool(self._dirty)
+        return bool(self._changed)
 
     @property
     def in_use(self) -> int:
@@ -219,21 +218,18 @@ class QueryRecorder:
         return tuple(zip(*(recorder.pages[block] for block in blocks_of(start, count)), strict=True))
 
     def _write(self, row: int, block: int, pages: tuple[int, ...]) -> None:
-        group = self.shape.group
-        place = row * self.num_blocks + block % self.num_blocks
-        self._table.view(-1, group)[place] = torch.tensor((pages + (-1,) * group)[:group])
-        self._dirty.add(place)
+        none = (-1,) * (self.shape.group - len(pages))
+        self._changed[row * self.num_blocks + block % self.num_blocks] = pages + none
 
     def flush(self) -> None:
         """Write what changed into the device tables; the caller is on the forward stream."""
-        group = self.shape.group
-        places = torch.tensor(sorted(self._dirty), dtype=torch.int32)
-        changed = torch.cat([places[:, None], self._table.view(-1, group)[places.long()]], dim=1)
-        changed = to_device(changed, self.shape.device)
-        self.pages.view(-1, group).index_copy_(0, changed[:, 0].long(), changed[:, 1:])
+        rows = [(place, *pages) for place, pages in self._changed.items()]
+        changed = to_device(torch.tensor(rows, dtype=torch.int32), self.shape.device)
+        table = self.pages.view(-1, self.shape.group)
+        table.index_copy_(0, changed[:, 0].long(), changed[:, 1:])
         if self.check is not None:
             self.check.forget(self._new)
-        self._dirty.clear()
+        self._changed.clear()
         self._new.clear()
 
     def record(

@@ -829,7 +829,10 @@ class World:
             assert self.recorder.in_use == 0
             assert self.recorder.free_pages == self.recorder.num_pages
             assert self.recorder.demand.spare == self.recorder.num_pages
-            assert (self.recorder._table == -1).all()
+            if self.recorder.stale:
+                with self.coordinator._forward_stream():
+                    self.recorder.flush()
+            assert (self.recorder.pages == -1).all()
         totals = self.coordinator.totals
         counted = (totals.windows, totals.without_queries, totals.slots_freed)
         assert counted == (self.windows, self.without_queries, self.tokens_freed)
