@@ -199,7 +199,7 @@ def small_pool(tiny_model: Path, logs: Path) -> Iterator[Server]:
         *("--skip-tokenizer-init", "--page-size", "64", "--max-total-tokens", "2048"),
         *("--dtype", "bfloat16", "--kv-compress", "kara"),
         # Room for about four recorders, so that they keep the mean, are passed on, and run out.
-        *("--kv-compress-window", "128", "--kv-compress-query-mem-gb", "0.0008"),
+        *("--kv-compress-window", "128", "--kv-compress-query-mem-gb", "0.0004"),
         *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
     )
     # With ignore_eos stock reserves every future token and never retracts; clip the reserve.

@@ -67,7 +67,7 @@ def triton_scores(
 
 
 def num_pages(pool: LayerPool) -> int:
-    return len(pool.rings[0].queries) // PAGE
+    return len(pool.rings[0].queries) // PAGE if pool.rings else 8  # of a ring that is not there
 
 
 def jobs_of(
