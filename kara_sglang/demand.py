@@ -2,8 +2,8 @@
 
 A request that decodes adds a token a step, and a pass takes its window when W + delay tokens are there.
 So the pages that its recorder holds rise and fall with a period of W steps, known beforehand. A new
-recorder is granted only where no step lacks a page. Requests whose windows begin in the same step have
-their peaks together; those that begin apart share pages.
+recorder is granted only where no step lacks a page, as long as passes are punctual. Requests whose
+windows begin in the same step have their peaks together; those that begin apart share pages.
 """
 
 from __future__ import annotations

@@ -96,12 +96,13 @@ class QueryRecorder:
         why: str = "as set",
     ) -> None:
         self.shape = shape
-        self.why = why
         entry_bytes = shape.entry_bytes(dtype)
         self.page_bytes = PAGE * entry_bytes
         # Kernels reckon with 32 bits within a layer.
         most = 2**31 // (PAGE * shape.num_kv_heads * shape.head_dim) - 1
-        self.num_pages = min(budget_bytes // self.page_bytes, most)
+        wanted = budget_bytes // self.page_bytes
+        self.num_pages = min(wanted, most)
+        self.why = why if wanted <= most else f"{why}, but kernels reach no further"
         self.num_blocks = most_blocks(window + delay + lag)
         # Whole sixteens of entries, so that every layer's part is aligned like the first. The last one
         # takes what nobody keeps; kernels know it by its place.

@@ -382,6 +382,18 @@ def test_the_budget_is_never_exceeded() -> None:
             assert len(recorder.rings) == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8, FP4])
+def test_a_ring_that_kernels_cannot_reach_says_so(dtype: torch.dtype) -> None:
+    """They reckon with 32 bits within a layer; a ring of Qwen3-8B."""
+    shape = AttentionShape(36, 32, 8, 128, torch.bfloat16, torch.device("meta"))
+    most = 2**31 // (PAGE * 8 * 128) - 1
+    page = PAGE * shape.entry_bytes(dtype)
+    within, beyond = (QueryRecorder(shape, 512, 64, n * page, dtype) for n in (most, most + 1))
+    assert within.num_pages == beyond.num_pages == most
+    assert within.ring.queries[0].numel() * (2 if dtype == FP4 else 1) < 2**31
+    assert (within.why, beyond.why) == ("as set", "as set, but kernels reach no further")
+
+
 def test_fp8_keeps_queries_of_any_size() -> None:
     """Each head has a power of two of its own: 2000 is as exact as 2, beside it and in other heads."""
     ring = Ring.zeros((2 * PAGE + 1, 4, 6), FP8)

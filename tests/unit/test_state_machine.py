@@ -232,6 +232,13 @@ class WatchedRecorder(QueryRecorder):
     """Tables may be written on the forward stream only: the step in flight reads them."""
 
     world: World
+    lacks = 0  # recorders that had pages and found no further one
+
+    def extend(self, recorder: Recorder, position: int) -> bool:
+        had_pages = bool(recorder.pages)
+        found = super().extend(recorder, position)
+        self.lacks += had_pages and not found
+        return found
 
     def flush(self) -> None:
         self.world.assert_on_forward_stream()
@@ -921,7 +928,8 @@ def test_traced_histories(tmp_path: Path) -> None:
 
 
 def test_punctual_histories() -> None:
-    """No window waits, whatever else runs, is retracted, or is out of recorders."""
+    """No window waits, whatever else runs, is retracted, or is out of recorders; and no recorder that
+    was granted lacks a page."""
     worlds = []
     for seed in range(2000, 2300):
         setting = random_setting(Random(seed), real=False)
@@ -931,6 +939,8 @@ def test_punctual_histories() -> None:
         worlds[-1].run()
     assert sum(world.windows for world in worlds) > 900
     assert sum(world.retractions for world in worlds) > 100
+    assert sum(world.without_queries for world in worlds) > 100  # rings were too small
+    assert sum(world.recorder.lacks for world in worlds if world.recorder is not None) == 0
 
 
 @pytest.mark.parametrize("policy", ["periodic", "punctual"])
