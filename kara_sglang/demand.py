@@ -47,6 +47,14 @@ class Demand:
         """Most pages that a recorder of the mean can hold."""
         return int(max(self._held(start).max() for start in range(PAGE)))
 
+    def usual(self, heads: int) -> int:
+        """Pages of a recorder of so many heads of each group, or 1 for their mean, over all steps."""
+        return math.ceil(heads * self.mean)
+
+    def most(self, heads: int) -> int:
+        """Most pages that such a recorder can hold."""
+        return heads * self.peak
+
     def fits(self, start: int, step: int, heads: int, kept_free: float) -> bool:
         """Whether there will be pages for a recorder of so many heads whose first window begins at
         logical position ``start`` in this step, and ``kept_free`` more."""

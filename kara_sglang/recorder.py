@@ -8,7 +8,6 @@ tables that the recording step reads live on the device and are written on the f
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -125,18 +124,14 @@ class QueryRecorder:
         size = (num_rows, self.num_blocks, self.shape.group)
         self.pages = torch.full(size, -1, dtype=torch.int32, device=self.shape.device)
 
-    def _usual_pages(self, heads: int) -> int:
-        """Pages that a request holds in the mean."""
-        return math.ceil(heads * self.demand.mean)
-
     def request_bytes(self, heads: int) -> int:
         """Bytes that a request takes in the mean which records so many heads of each group, or 1 for
         the mean."""
-        return self._usual_pages(heads) * self.page_bytes
+        return self.demand.usual(heads) * self.page_bytes
 
     def most_bytes(self, heads: int) -> int:
         """Bytes that such a request takes at most."""
-        return heads * self.demand.peak * self.page_bytes
+        return self.demand.most(heads) * self.page_bytes
 
     def serves(self, heads: int) -> bool:
         """Whether there is room for one request."""
@@ -145,7 +140,7 @@ class QueryRecorder:
     def room(self, heads: int) -> int:
         """How many requests can record so many heads of each group at once, where their windows begin
         at any time."""
-        return self.num_pages // self._usual_pages(heads)
+        return self.num_pages // self.demand.usual(heads)
 
     @property
     def num_bytes(self) -> int:

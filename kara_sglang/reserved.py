@@ -5,7 +5,6 @@ The server allocates it; the doctor, the plan and benchmarks ask how large it wo
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -51,9 +50,8 @@ def query_ring(shape: AttentionShape, config: KaraConfig, room: Room | None = No
     dtype = config.ring_dtype(shape.dtype)
     page, demand = PAGE * shape.entry_bytes(dtype), Demand(0, config.window, config.delay)
     heads = 1 if config.query_heads == "mean" else shape.group
-    usual = math.ceil(heads * demand.mean) * page
-    least = policy.cheapest(shape.group, config.query_heads) * demand.peak * page
-    size = ring_size(config, usual, least, room or Room())
+    least = demand.most(policy.cheapest(shape.group, config.query_heads)) * page
+    size = ring_size(config, demand.usual(heads) * page, least, room or Room())
     return QueryRecorder(
         shape,
         config.window,
