@@ -28,6 +28,7 @@ from kara_sglang.handout import Handout
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
 from kara_sglang.kernels.copies import to_device
+from kara_sglang.kernels.record import PAGE, blocks_of
 from kara_sglang.kernels.turn import Turn
 from kara_sglang.metrics import Metrics
 from kara_sglang.options import RequestOptions
@@ -132,7 +133,7 @@ class Coordinator:
                     seed=0,
                     query_start=0,
                     query_count=width + self.geometry.delay,
-                    units=tuple(min(i, self.recorder.num_units - 1) for i in range(size)) or None,
+                    pages=((0,) * len(blocks_of(0, width + self.geometry.delay)),) * size or None,
                 )
                 with self._forward_stream():
                     _keep_until_read(job)
@@ -303,11 +304,14 @@ class Coordinator:
         return max(state.due_at(self.geometry), self.policy.floor)
 
     def _make_date(self, req: Req, state: RequestState) -> None:
-        """Look again when a window is due, or when one begins that wants a recorder. Who is ready needs
-        no date for the former: it is made when the window has been taken."""
+        """Look again when a window is due, when one begins that wants a recorder, or when a recorder
+        needs another page. Who is ready needs no date for the first: it is made when the window has
+        been taken."""
         kv_len = req.kv.kv_committed_len
         dates = [self._ready_at(state) - kv_len]
-        if self.handout is not None and state.selector.needs_queries and state.recorder is None:
+        if state.recorder is not None:
+            dates.append(PAGE - (kv_len + state.removed) % PAGE)
+        elif self.handout is not None and state.selector.needs_queries:
             dates.append(state.next_window(kv_len, self.geometry) or self.geometry.window)
         dates = [steps for steps in dates if steps > 0]
         if dates:
@@ -343,6 +347,9 @@ class Coordinator:
         for req, state in compressed:
             useful = self._falls_due(req, state.due_at(self.geometry))
             self.handout.pass_on(state, useful=useful)
+        for req, state in looked_at:
+            if state.recorder is not None:
+                self.handout.go_on(req, state)
         asking = []
         for req, state in looked_at:
             kv_len = req.kv.kv_committed_len
@@ -355,7 +362,7 @@ class Coordinator:
             else:
                 self.handout.withdraw(state)
         if asking:
-            self.handout.ask(asking)
+            self.handout.ask(asking, self.calendar.step)
         if self.recorder.stale:
             with self._forward_stream():
                 self.recorder.flush()
@@ -365,12 +372,11 @@ class Coordinator:
         left = req.sampling_params.max_new_tokens - len(req.output_ids)
         return req.kv.kv_committed_len + left >= due_at
 
-    def _voters(self, req: Req, state: RequestState) -> Voters:
+    def _voters(self, state: RequestState) -> Voters:
         """Whose queries choose the request's next window."""
         if state.recorder is None:
             return "none"
-        start, removed = state.base + state.removed, state.removed
-        return self.recorder.voters(state.recorder, start, req.kv.kv_committed_len + removed)
+        return self.recorder.voters(state.recorder, state.base + state.removed)
 
     # -- the pass ----------------------------------------------------------------------------------
 
@@ -391,19 +397,23 @@ class Coordinator:
                 raise RuntimeError(f"kv-compress: the row of request {req.rid} has a new owner")
             state.check(geometry, req.kv.kv_committed_len, req.kv.cache_protected_len)
             self._check_lengths(batch, index, req, state)
-            voters = self._voters(req, state)
+            voters = self._voters(state)
             lacks_queries = state.selector.needs_queries and voters == "none"
             slots = self._splice(batch, req, state)
             seed = state.seed + 1_000_003 * len(state.windows)
+            start, count = state.base + state.removed, geometry.window + geometry.delay
+            pages = None
+            if voters != "none":
+                pages = self.recorder.pages_of(state.recorder, start, count)
             jobs.append(
                 WindowJob(
                     slots=slots,
                     kept=state.kept,
                     selector=self._without_queries if lacks_queries else state.selector,
                     seed=seed,
-                    query_start=state.base + state.removed,
-                    query_count=geometry.window + geometry.delay,
-                    units=None if voters == "none" else state.recorder.units,
+                    query_start=start,
+                    query_count=count,
+                    pages=pages,
                 )
             )
             to_free.append((slots[state.kept :], state.base + state.kept))
@@ -421,8 +431,8 @@ class Coordinator:
                 _keep_until_read(job)
             if self.recorder is not None and (check := self.recorder.check) is not None:
                 for (req, _), job in zip(due, jobs, strict=True):
-                    if job.units is not None:
-                        check.require(req.rid, job.units, job.query_start, job.query_count)
+                    if job.pages is not None:
+                        check.require(req.rid, job.pages, job.query_start, job.query_count)
             shown = self.config.debug_checks or self.tracer is not None
             kept = self.kernels.compress(self._pool(), jobs, positions=shown)
             if self.config.debug_checks:
@@ -497,7 +507,6 @@ class Coordinator:
                 keys=pool.k_buffer,
                 values=pool.v_buffer,
                 rings=recorder.rings if recorder is not None else [],
-                ring_len=recorder.ring_len if recorder is not None else 0,
                 scales=self.scales,
                 turn=self.turn,
             )

@@ -350,8 +350,9 @@ def _query_ring(plan: Plan, model: Any, resolved: Any) -> Finding:
     ring = memory.ring_of(launch, memory.Rank.of(launch), weights)
     assert ring is not None
     group = ring.shape.group
-    least = ring.request_bytes(policy.cheapest(group, config.query_heads))
-    if least > ring.num_bytes:
+    heads = policy.cheapest(group, config.query_heads)
+    if not ring.serves(heads):
+        least = ring.most_bytes(heads)
         text = f"--kv-compress-query-mem-gb {config.query_mem_gb:g} has no room for one request, which "
         way_out = f"raise it to {least / 2**30:.3f} or more"
         return Finding(BAD, "queries", f"{text}takes {least:,} bytes", way_out)

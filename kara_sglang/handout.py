@@ -41,46 +41,73 @@ class Handout:
         self._least = policy.cheapest(recorder.shape.group, heads)
         self._in_vain: Counter[int] = Counter()  # requests by RequestState.in_vain, where that is not 0
 
-    def ask(self, asking: Sequence[tuple[Req, RequestState]]) -> None:
-        """Windows of these requests begin with the next query.
+    def ask(self, asking: Sequence[tuple[Req, RequestState]], step: int) -> None:
+        """Windows of these requests begin with the next query, in the decode step of this number.
 
-        Units belong to those first that asked in vain more often in a row, also when their windows
-        begin later; the older request comes first on ties.
+        Pages belong to those first that asked in vain more often in a row, also when their windows
+        begin later; the older request comes first on ties. With ``query_heads`` at ``auto`` each gets a
+        recorder of the mean; what is then left, also when all have come who asked in vain, upgrades
+        them to all heads, the first ones first.
         """
         line = sorted(asking, key=lambda one: (-one[1].in_vain, one[1].order))
         for _, state in line:
             self._count(state, -1)
         served = 0
-        for _, state in line:
+        for req, state in line:
             ahead = sum(count for times, count in self._in_vain.items() if times > state.in_vain)
-            if self.recorder.free_units < (ahead + served + 1) * self._least:
+            if not self._start(req, state, self._least, step, ahead):
                 break
             served += 1
-        units = policy.grants(
-            served,
-            self.recorder.free_units,
-            self.recorder.shape.group,
-            self.heads,
-            others=len(line) - served + self._in_vain.total(),
-        )
-        for (req, state), num_units in zip(line, units, strict=False):
+        waiting = len(line) - served + self._in_vain.total()
+        for req, state in line[:served]:
             state.in_vain = state.voted = 0
-            # The step that is prepared next computes the query at this position.
-            since = req.kv.kv_committed_len + state.removed
-            state.recorder = self.recorder.acquire(req.kv.req_pool_idx, num_units, since)
+            if self.heads == "auto":
+                self._upgrade(req, state, step, waiting)
         for _, state in line[served:]:
             state.in_vain += 1
             self._count(state, 1)
 
+    def _start(self, req: Req, state: RequestState, heads: int, step: int, others: int) -> bool:
+        """Give a request a recorder of so many heads, if that leaves pages for ``others`` to come."""
+        recorder = self.recorder
+        # The step that is prepared next computes the query at this position.
+        since = req.kv.kv_committed_len + state.removed
+        if not recorder.demand.fits(since, step, heads, self._pages_for(others)):
+            return False
+        state.recorder = recorder.acquire(req.kv.req_pool_idx, heads, since, step)
+        if recorder.extend(state.recorder, since):
+            return True
+        self._take(state)
+        return False
+
+    def _upgrade(self, req: Req, state: RequestState, step: int, others: int) -> None:
+        group = self.recorder.shape.group
+        if group > self._least:
+            self._take(state)
+            if not self._start(req, state, group, step, others):
+                self._start(req, state, self._least, step, 0)
+
+    def go_on(self, req: Req, state: RequestState) -> None:
+        """A block may begin with the request's next query. Where no page is left its window does
+        without queries, and the request asks again when the next one begins."""
+        if not self.recorder.extend(state.recorder, req.kv.kv_committed_len + state.removed):
+            self._take(state)
+
     def pass_on(self, state: RequestState, *, useful: bool) -> None:
-        """A window of the request was compressed; take its recorder where it is of no more use, or
-        where others asked in vain and it had its turn: one window for who records more than it must."""
+        """A window of the request was compressed: take the pages of its queries, and its recorder where
+        it is of no more use, or where others asked in vain and it had its turn: one window for who
+        records more than it must."""
         if state.recorder is None:
             return
-        wanted = self._in_vain.total() * self._least > self.recorder.free_units
-        most = MOST_IN_A_ROW if len(state.recorder.units) == self._least else 1
+        wanted = self._pages_for(self._in_vain.total()) > self.recorder.demand.spare
+        most = MOST_IN_A_ROW if state.recorder.heads == self._least else 1
         if not useful or (wanted and state.voted >= most):
             self._take(state)
+        else:
+            self.recorder.give_back(state.recorder, state.base + state.removed)
+
+    def _pages_for(self, requests: int) -> float:
+        return requests * self._least * self.recorder.demand.mean
 
     def withdraw(self, state: RequestState) -> None:
         """The request asks no more."""

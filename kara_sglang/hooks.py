@@ -246,6 +246,14 @@ CHILD_HOOKS = (
         "a pass may add to the internal state",
     ),
     Hook(
+        "managers.scheduler.Scheduler.attach_hicache_storage_wrapped",
+        "around",
+        ("self", "recv_req"),
+        "runtime:attach_storage",
+        "refuses a HiCache storage backend while the server runs",
+        "HiCache storage backends are tested with compression",
+    ),
+    Hook(
         "managers.scheduler.Scheduler.get_init_info",
         "after",
         ("self",),

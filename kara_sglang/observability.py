@@ -127,7 +127,7 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
         "pass_seconds": totals.pass_seconds,
         "skipped": dict(totals.skipped),
         "recorders_in_use": recorder.in_use if recorder is not None else 0,
-        "recorder_units_free": recorder.free_units if recorder is not None else 0,
+        "recorder_pages_free": recorder.free_pages if recorder is not None else 0,
         "recorder_room": ring_room(recorder),
         "largest_decode_graph": coordinator.graphs.largest,
         "running_requests": len(scheduler.running_batch.reqs),

@@ -183,18 +183,6 @@ def _first(
     return sorted(c.index for c in ready[:limit])
 
 
-def grants(served: int, free_units: int, group: int, heads: str, others: int) -> list[int]:
-    """Ring units for each of ``served`` requests, for whom the ring has recorders of the least size.
-
-    With ``heads`` (the setting ``query_heads``) at ``auto`` that is the mean; what is then left, also
-    when ``others`` have come who asked in vain, upgrades them to all heads, the first ones first.
-    """
-    least = cheapest(group, heads)
-    left = max(0, free_units - least * (served + others))
-    upgrades = left // (group - least) if heads == "auto" and group > 1 else 0
-    return [group if place < upgrades else least for place in range(served)]
-
-
 def cheapest(group: int, heads: str) -> int:
-    """Ring units that the smallest recorder takes with the setting ``query_heads``."""
+    """Heads that the smallest recorder keeps with the setting ``query_heads``."""
     return group if heads == "all" else 1

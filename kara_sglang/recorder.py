@@ -2,20 +2,21 @@
 
 One ring: a tensor of all layers with a view per layer, bounded by ``--kv-compress-query-mem-gb`` and
 allocated right after the model's weights, so that SGLang's own sizing of the KV pool accounts for it.
-Where a query lies is ``kernels/record.py``; who owns which unit is here, on the host; the per-row
+Where a query lies is ``kernels/record.py``; who owns which page is here, on the host; the per-row
 tables that the recording step reads live on the device and are written on the forward stream only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from kara_sglang.demand import Demand
 from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.copies import to_device
-from kara_sglang.kernels.record import Ring, Step
+from kara_sglang.kernels.record import PAGE, Ring, Step, blocks_of, most_blocks
 from kara_sglang.ring_check import RingCheck
 
 if TYPE_CHECKING:
@@ -25,13 +26,20 @@ LAG = 64
 """Least value of ``QueryRecorder.lag``."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Recorder:
     """A request's share of the ring."""
 
     row: int  # req_pool_idx
-    units: tuple[int, ...]  # one per head of a GQA group, or a single one for their mean
+    heads: int  # of each GQA group; 1 is their mean, unless the group has a single one
     since: int  # logical position of the first recorded token
+    granted: tuple[int, int]  # logical position and step of its first token, for Demand
+    pages: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by block: one for each head
+
+    @property
+    def first(self) -> int:
+        """Logical position from which on its queries are in the ring."""
+        return max(self.since, min(self.pages, default=0) * PAGE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +64,13 @@ class AttentionShape:
 
 
 class QueryRecorder:
-    """The rings, their units, and the per-row tables.
+    """The rings, their pages, and the per-row tables.
 
     Parameters
     ----------
     shape : AttentionShape
     window, delay : int
-        Tokens; a unit holds ``window + delay + lag`` of them.
+        Tokens of a window, and behind it until its pass.
     budget_bytes : int
         For all layers together.
     dtype : torch.dtype
@@ -87,98 +95,138 @@ class QueryRecorder:
         why: str = "as set",
     ) -> None:
         self.shape = shape
-        self.why = why
-        self.lag = lag
-        self.ring_len = window + delay + lag
-        self.unit_bytes = self.ring_len * shape.entry_bytes(dtype)
-        self.num_units = budget_bytes // self.unit_bytes
+        entry_bytes = shape.entry_bytes(dtype)
+        self.page_bytes = PAGE * entry_bytes
+        # Kernels reckon with 32 bits within a layer.
+        most = 2**31 // (PAGE * shape.num_kv_heads * shape.head_dim) - 1
+        wanted = budget_bytes // self.page_bytes
+        self.num_pages = min(wanted, most)
+        self.why = why if wanted <= most else f"{why}, but kernels reach no further"
+        self.num_blocks = most_blocks(window + delay + lag)
         # Whole sixteens of entries, so that every layer's part is aligned like the first. The last one
         # takes what nobody keeps; kernels know it by its place.
-        entries = (self.num_units * self.ring_len // 16 + 1) * 16
+        entries = self.num_pages * PAGE + 16
         self.trash = entries - 1
         self.ring = Ring.zeros(
             (shape.num_layers, entries, shape.num_kv_heads, shape.head_dim), dtype, shape.device
         )
         self.rings = [self.ring[layer] for layer in range(shape.num_layers)]
-        self.check = (
-            RingCheck((shape.num_layers, entries), self.ring_len, shape.device) if checked else None
-        )
-        self._free = list(range(self.num_units - 1, -1, -1))
+        self.check = RingCheck((shape.num_layers, entries), shape.device) if checked else None
+        self.demand = Demand(self.num_pages, window, delay)
+        self._free = list(range(self.num_pages - 1, -1, -1))
         self.active: dict[int, Recorder] = {}  # by row
-        self._dirty: set[int] = set()
+        self._changed: dict[int, tuple[int, ...]] = {}  # pages by block of a row, counted through
+        self._new: list[int] = []  # pages that were given since the last flush
         self._held: list[torch.Tensor] = []  # queries of a step's newest layers, not stored yet
 
     def allocate_tables(self, num_rows: int) -> None:
         """Make the device tables for ``num_rows`` rows of ``req_to_token``, before graph capture."""
-        device = self.shape.device
-        self.units = torch.full((num_rows, self.shape.group), -1, dtype=torch.int64, device=device)
+        size = (num_rows, self.num_blocks, self.shape.group)
+        self.pages = torch.full(size, -1, dtype=torch.int32, device=self.shape.device)
 
     def request_bytes(self, heads: int) -> int:
-        """Bytes that a request takes which records so many heads of each group, or 1 for the mean."""
-        return heads * self.unit_bytes
+        """Bytes that a request takes in the mean which records so many heads of each group, or 1 for
+        the mean."""
+        return self.demand.usual(heads) * self.page_bytes
+
+    def most_bytes(self, heads: int) -> int:
+        """Bytes that such a request takes at most."""
+        return self.demand.most(heads) * self.page_bytes
+
+    def serves(self, heads: int) -> bool:
+        """Whether there is room for one request."""
+        return self.num_bytes >= self.most_bytes(heads)
 
     def room(self, heads: int) -> int:
-        """How many requests can record so many heads of each group at once."""
-        return self.num_units // heads
+        """How many requests can record so many heads of each group at once, where their windows begin
+        at any time."""
+        return self.num_pages // self.demand.usual(heads)
 
     @property
     def num_bytes(self) -> int:
-        """Of all units."""
-        return self.num_units * self.unit_bytes
+        """Of all pages."""
+        return self.num_pages * self.page_bytes
 
     @property
-    def free_units(self) -> int:
+    def free_pages(self) -> int:
         return len(self._free)
 
     @property
     def stale(self) -> bool:
         """Whether the device tables lag behind; :meth:`flush` mends it."""
-        return bool(self._dirty)
+        return bool(self._changed)
 
     @property
     def in_use(self) -> int:
         """Recorders handed out."""
         return len(self.active)
 
-    def acquire(self, row: int, num_units: int, since: int) -> Recorder:
-        """Hand ``num_units`` units (the group's size, or 1 for the mean) to a row."""
+    def acquire(self, row: int, heads: int, since: int, step: int) -> Recorder:
+        """Make a row's recorder, from the token at logical position ``since`` on, which is computed in
+        the decode step that comes next and has this number. It has no pages yet (:meth:`extend`)."""
         if row in self.active:
             raise RuntimeError(f"kv-compress: row {row} already has a recorder")
-        if num_units > len(self._free):
-            raise RuntimeError(f"kv-compress: {num_units} ring units wanted, {len(self._free)} free")
-        units = tuple(self._free.pop() for _ in range(num_units))
-        recorder = Recorder(row, units, since)
-        self.active[row] = recorder
-        self._dirty.add(row)
+        self.active[row] = recorder = Recorder(row, heads, since, (since, step))
+        self.demand.add(since, step, heads)
         return recorder
+
+    def extend(self, recorder: Recorder, position: int) -> bool:
+        """Give a recorder pages for the token at a logical position, unless it has some. Its oldest
+        ones go where the table has no more room. False: too few are free."""
+        block = position // PAGE
+        if block in recorder.pages:
+            return True
+        self.give_back(recorder, (block - self.num_blocks + 1) * PAGE)
+        if recorder.heads > len(self._free):
+            return False
+        recorder.pages[block] = pages = tuple(self._free.pop() for _ in range(recorder.heads))
+        self._new += pages
+        self._write(recorder.row, block, pages)
+        return True
+
+    def give_back(self, recorder: Recorder, before: int) -> None:
+        """Take the pages that hold nothing from logical position ``before`` on."""
+        for block in [block for block in recorder.pages if (block + 1) * PAGE <= before]:
+            self._free.extend(recorder.pages.pop(block))
+            self._write(recorder.row, block, ())
 
     def release(self, recorder: Recorder) -> None:
         """Take a recorder back. Its row is told so before the next decode step (:meth:`flush`)."""
         if self.active.get(recorder.row) is not recorder:
             raise RuntimeError(f"kv-compress: recorder of row {recorder.row} released twice")
         del self.active[recorder.row]
-        self._dirty.add(recorder.row)
-        self._free.extend(recorder.units)
+        for block, pages in recorder.pages.items():
+            self._free.extend(pages)
+            self._write(recorder.row, block, ())
+        recorder.pages.clear()
+        self.demand.add(*recorder.granted, -recorder.heads)
 
-    def voters(self, recorder: Recorder, start: int, length: int) -> Voters:
-        """Whose queries can choose the window at logical position ``start`` of a request whose logical
-        length is ``length``: nobody's unless all from ``start`` on are in the ring."""
-        if not recorder.since <= start or length - start > self.ring_len:
+    def voters(self, recorder: Recorder, start: int) -> Voters:
+        """Whose queries can choose the window at logical position ``start``: nobody's unless all from
+        there on are in the ring."""
+        if start < recorder.first:
             return "none"
-        return "all" if len(recorder.units) == self.shape.group else "mean"
+        return "all" if recorder.heads == self.shape.group else "mean"
+
+    def pages_of(self, recorder: Recorder, start: int, count: int) -> tuple[tuple[int, ...], ...]:
+        """Where the queries of so many tokens from logical position ``start`` on lie:
+        :attr:`WindowJob.pages`."""
+        return tuple(zip(*(recorder.pages[block] for block in blocks_of(start, count)), strict=True))
+
+    def _write(self, row: int, block: int, pages: tuple[int, ...]) -> None:
+        none = (-1,) * (self.shape.group - len(pages))
+        self._changed[row * self.num_blocks + block % self.num_blocks] = pages + none
 
     def flush(self) -> None:
         """Write what changed into the device tables; the caller is on the forward stream."""
-        group, device = self.shape.group, self.shape.device
-        rows = sorted(self._dirty)
-        active = [self.active.get(row) for row in rows]
-        none = (-1,) * group
-        units = [((r.units if r is not None else ()) + none)[:group] for r in active]
-        where = to_device(torch.tensor(rows), device)
-        self.units.index_copy_(0, where, to_device(torch.tensor(units), device))
+        rows = [(place, *pages) for place, pages in self._changed.items()]
+        changed = to_device(torch.tensor(rows, dtype=torch.int32), self.shape.device)
+        table = self.pages.view(-1, self.shape.group)
+        table.index_copy_(0, changed[:, 0].long(), changed[:, 1:])
         if self.check is not None:
-            self.check.forget(unit for r in active if r is not None for unit in r.units)
-        self._dirty.clear()
+            self.check.forget(self._new)
+        self._changed.clear()
+        self._new.clear()
 
     def record(
         self,
@@ -202,7 +250,7 @@ class QueryRecorder:
         if last or len(self._held) == kernels.layers_at_once:
             held, self._held = self._held, []
             layers = slice(layer + 1 - len(held), layer + 1)
-            step = Step(positions, rows, self.units, self.ring_len)
+            step = Step(positions, rows, self.pages)
             kernels.record(self.ring[layers], step, held)
             if self.check is not None:
                 self.check.record(layers, step)

@@ -55,7 +55,11 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ("--enable-amd-monokernel", lambda c: c.enable_amd_monokernel),
     ),
     "Other prefix caches and sessions": (
-        ("--enable-hierarchical-cache", lambda c: c.enable_hierarchical_cache),
+        ("--hicache-storage-backend", lambda c: c.hicache_storage_backend is not None),
+        (
+            "--hicache-io-backend kernel_ascend",
+            lambda c: c.enable_hierarchical_cache and c.hicache_io_backend == "kernel_ascend",
+        ),
         ("--enable-hisparse", lambda c: c.enable_hisparse),
         ("--enable-lmcache", lambda c: c.enable_lmcache),
         ("--enable-flexkv", lambda c: c.enable_flexkv),
@@ -93,6 +97,8 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
 # What sharing compressed prefixes does not go with, beyond that.
 _SHARING_FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--disable-radix-cache", lambda c: c.disable_radix_cache),
+    # Rows that were driven off the device would not be found again: the host is not asked.
+    ("--enable-hierarchical-cache", lambda c: c.enable_hierarchical_cache),
     # The events would tell others about ids that are no tokens.
     ("--kv-events-config", lambda c: c.kv_events_config is not None),
 )
@@ -101,6 +107,9 @@ ENVIRONMENT = ("SGLANG_RUST_SERVER", "SGLANG_USE_HND_KVCACHE")
 
 ATTENTION_BACKENDS = ("flashinfer", "triton", "fa3", "torch_native", "intel_amx")
 """Backends that read K/V through ``req_to_token[row, :seq_len]`` and nothing else."""
+
+HOST_LAYOUTS = ("layer_first", "page_first")
+"""Memory layouts of HiCache's host tier that are tested; the latter with I/O backend ``kernel``."""
 
 
 def of_flags(resolved: Any) -> list[str]:
@@ -126,7 +135,20 @@ def of_flags(resolved: Any) -> list[str]:
                 f"--{flag.replace('_', '-')} {backend} does not work with --kv-compress; use one of "
                 + ", ".join(ATTENTION_BACKENDS)
             )
+    layout = resolved.hicache_mem_layout
+    if resolved.enable_hierarchical_cache and layout not in HOST_LAYOUTS:
+        lines.append(
+            f"--hicache-mem-layout {layout} does not work with --kv-compress; use one of layer_first, "
+            "or page_first with --hicache-io-backend kernel"
+        )
     return lines
+
+
+STORAGE = (
+    "a HiCache storage backend does not work with --kv-compress; serve without one, or without "
+    "--kv-compress"
+)
+"""Answer to a request that would attach one to a running server."""
 
 
 def of_sharing(resolved: Any, config: KaraConfig) -> list[str]:
@@ -225,7 +247,14 @@ def of_attention_layers(layers: list[Any]) -> list[str]:
 
 
 def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
-    """Refusals that the real pool and allocator decide, one line each."""
+    """Refusals that the real pool, allocator and host tier decide, one line each.
+
+    HiCache is safe with exact prefixes because a pass reads and writes only slots that one request
+    owns, and a copy to the host reads only slots that the tree owns
+    (``mem_cache/unified_radix_cache.py``). A load may take slots that a pass has freed, but it waits
+    for the forward stream, on which the pass runs (``load_fence_stream`` in
+    ``managers/cache_controller.py``, set by ``managers/scheduler.py``).
+    """
     from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
     from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
@@ -253,6 +282,12 @@ def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
     pool = allocator.get_kvcache()
     if pool.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         lines.append(f"the KV cache is kept in {pool.dtype}, --kv-compress supports 16 and 32 bits")
+    controller = scheduler.tree_cache.cache_controller
+    if controller is not None and controller.load_fence_stream is not scheduler.forward_stream:
+        lines.append(
+            "HiCache does not wait for the forward stream before it loads into freed slots in this "
+            "SGLang, which --kv-compress needs; start without --enable-hierarchical-cache"
+        )
     if torch.version.hip is not None:
         # SGLang orders page-table writes behind the step in flight on CUDA only.
         lines.append("--kv-compress does not support ROCm")

@@ -11,7 +11,9 @@ import torch
 
 from kara_sglang import policy
 from kara_sglang.config import KaraConfig
+from kara_sglang.demand import Demand
 from kara_sglang.kernels.backend import WindowShape
+from kara_sglang.kernels.record import PAGE
 from kara_sglang.recorder import AttentionShape, QueryRecorder
 from kara_sglang.ring_size import Room, ring_size
 
@@ -46,10 +48,10 @@ def query_ring(shape: AttentionShape, config: KaraConfig, room: Room | None = No
     """
     lag = policy.lag(config)
     dtype = config.ring_dtype(shape.dtype)
-    unit = (config.window + config.delay + lag) * shape.entry_bytes(dtype)
-    most = 1 if config.query_heads == "mean" else shape.group
-    least = policy.cheapest(shape.group, config.query_heads)
-    size = ring_size(config, most * unit, least * unit, room or Room())
+    page, demand = PAGE * shape.entry_bytes(dtype), Demand(0, config.window, config.delay)
+    heads = 1 if config.query_heads == "mean" else shape.group
+    least = demand.most(policy.cheapest(shape.group, config.query_heads)) * page
+    size = ring_size(config, demand.usual(heads) * page, least, room or Room())
     return QueryRecorder(
         shape,
         config.window,
@@ -71,6 +73,6 @@ def largest_window(shape: AttentionShape, config: KaraConfig) -> WindowShape:
         dtype=shape.dtype,
         width=config.window,
         kept=config.window,
-        units=shape.group if config.keeps_queries else 0,
+        voices=shape.group if config.keeps_queries else 0,
         query_count=config.window + config.delay,
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from kara_sglang.kernels.record import Step, plan
+from kara_sglang.kernels.record import PAGE, Step, plan
 
 
 class RingCheck:
@@ -19,13 +19,12 @@ class RingCheck:
     Attributes
     ----------
     positions
-        Shape ``(num_layers, num_entries)``, int64, on the ring's device; -1 where the unit's owner has
+        Shape ``(num_layers, num_entries)``, int64, on the ring's device; -1 where the page's owner has
         written nothing.
     """
 
-    def __init__(self, shape: tuple[int, int], ring_len: int, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self.positions = torch.full(shape, -1, dtype=torch.int64, device=device)
-        self._ring_len = ring_len
 
     def record(self, layers: slice, step: Step) -> None:
         """Beside the launch that stores these layers' queries: captured, or left out, with it."""
@@ -34,17 +33,17 @@ class RingCheck:
         of_layers = self.positions[layers]
         of_layers.index_copy_(1, entries.flatten(), positions.expand(len(of_layers), -1))
 
-    def forget(self, units: Iterable[int]) -> None:
-        """These units have a new owner."""
-        for unit in units:
-            self.positions[:, unit * self._ring_len : (unit + 1) * self._ring_len] = -1
+    def forget(self, pages: Iterable[int]) -> None:
+        """These pages have a new owner."""
+        for page in pages:
+            self.positions[:, page * PAGE : (page + 1) * PAGE] = -1
 
-    def require(self, request: str, units: Sequence[int], start: int, count: int) -> None:
-        """Raise RuntimeError unless ``units`` hold the ``count`` queries from position ``start`` on, in
+    def require(self, request: str, pages: Sequence[Sequence[int]], start: int, count: int) -> None:
+        """Raise RuntimeError unless ``pages`` hold the ``count`` queries from position ``start`` on, in
         every layer. Synchronises."""
         wanted = torch.arange(start, start + count, device=self.positions.device)
-        firsts = torch.tensor(units, device=self.positions.device) * self._ring_len
-        held = self.positions[:, firsts[:, None] + wanted % self._ring_len]
+        of_token = torch.tensor(pages, device=wanted.device)[:, wanted // PAGE - start // PAGE]
+        held = self.positions[:, of_token * PAGE + wanted % PAGE]
         wrong = (held != wanted).nonzero()
         if len(wrong):
             layer, member, token = wrong[0].tolist()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +96,8 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     with runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
         runtime.recorder = query_ring(shape, config, room)
     need = policy.cheapest(shape.group, config.query_heads)
-    if runtime.recorder.room(need) < 1:
-        bytes_needed = runtime.recorder.request_bytes(need)
+    if not runtime.recorder.serves(need):
+        bytes_needed = runtime.recorder.most_bytes(need)
         runtime.refused.append(
             f"--kv-compress-query-mem-gb has no room for the queries of one request; this model and "
             f"window need at least {bytes_needed / 2**30:.4f} GiB"
@@ -256,6 +257,13 @@ def after_reset_for_retract(_result: None, req: Req) -> None:
     """AFTER ``Req.reset_for_retract``."""
     if runtime.coordinator is not None:
         runtime.coordinator.forget(req)
+
+
+def attach_storage(_attach: Callable, _scheduler: Scheduler, _request: Any) -> Any:
+    """AROUND ``Scheduler.attach_hicache_storage_wrapped``: what the flags refuse at the start."""
+    from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput
+
+    return AttachHiCacheStorageReqOutput(success=False, message=refusals.STORAGE)
 
 
 def before_free_row(_pool: Any, req: Req) -> None:

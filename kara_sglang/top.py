@@ -129,7 +129,7 @@ def frame(url: str, sample: Sample, before: Sample | None) -> list[str]:
         f"{'KV pool':<12}{_bar(used, pool)}  {used:,} of {pool:,} slots in use",
         f"{'held':<12}{_bar(held, logical)}  {held:,} slots for {logical:,} tokens of running requests",
         f"{'query ring':<12}{sums['recorders_in_use']:,} requests recorded, "
-        f"{sums['recorder_units_free']:,} units free",
+        f"{sums['recorder_pages_free']:,} pages free",
         "",
         f"{'':<24}{'per second':>12}{'since start':>16}",
     ]

@@ -31,8 +31,6 @@ class LayerPool:
         One tensor per layer, shape ``(num_slots, num_kv_heads, head_dim)``.
     rings
         One per layer; empty without recorder.
-    ring_len
-        Tokens per ring unit.
     scales
         Softmax scale of each layer; with fp8 keys times their ``k_scale``, because logits are linear in
         it. A ``v_scale`` multiplies all scores of a layer alike and may be left out.
@@ -43,7 +41,6 @@ class LayerPool:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     rings: list[record.Ring]
-    ring_len: int
     scales: list[float]
     turn: Turn | None = None
 
@@ -64,9 +61,9 @@ class WindowJob:
         Of the request and window; each layer adds its number.
     query_start, query_count
         Logical position of the window's first token, and recorded tokens from there on (W + delay).
-    units
-        The recorder's units, as many as the GQA group has heads, or one for their mean; None where the
-        selector needs no queries.
+    pages
+        Of the ring: for each head of the GQA group, or for their mean, those of the blocks in which the
+        recorded tokens lie; None where the selector needs no queries.
     """
 
     slots: torch.Tensor
@@ -75,7 +72,7 @@ class WindowJob:
     seed: int
     query_start: int
     query_count: int
-    units: tuple[int, ...] | None
+    pages: tuple[tuple[int, ...], ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +89,8 @@ class WindowShape:
         W, tokens of the window.
     kept
         R.
-    units
-        Ring units of its recorder: the GQA group's size, 1 for the mean, 0 without queries.
+    voices
+        Recorded queries of a token and KV head: the GQA group's size, 1 for the mean, 0 without.
     query_count
         Recorded tokens, W + delay.
     """
@@ -104,7 +101,7 @@ class WindowShape:
     dtype: torch.dtype
     width: int
     kept: int
-    units: int
+    voices: int
     query_count: int
 
 
@@ -184,10 +181,8 @@ def reference_scores(pool: LayerPool, job: WindowJob, layer: int) -> torch.Tenso
     """The selector's own arithmetic on one window of one layer: ``(num_kv_heads, W)``, float32."""
     slots = job.slots.long()
     queries = None
-    if job.units is not None:
-        queries = record.recorded(
-            pool.rings[layer], job.query_start, job.query_count, job.units, pool.ring_len
-        )
+    if job.pages is not None:
+        queries = record.recorded(pool.rings[layer], job.query_start, job.query_count, job.pages)
         if job.selector.ahead:
             if pool.turn is None:
                 raise ValueError("queries cannot be moved ahead: the pool has no turn")

@@ -1,10 +1,11 @@
 """The ring of recorded queries: where a token's query lies, and how it gets there.
 
-The ring is cut into *units*. A unit holds, for each of ``ring_len`` consecutive tokens, one query per
-KV head. A recorder that keeps **all** heads owns ``group`` units, unit g for head g of each
-GQA group; one that keeps the **mean** owns a single unit, for the mean query of each group: logits are
-linear in the query, so it votes for what the heads of a group agree on. The token at logical position p
-lies at ``p % ring_len`` of its unit, so nothing moves when the KV cache is compacted, and the delay's
+The ring is cut into *pages*. A page holds, for each of :data:`PAGE` consecutive tokens whose first
+position is a multiple of it (a *block*), one query per KV head. A recorder that keeps **all** heads has
+``group`` pages for a block, page g for head g of each GQA group; one that keeps the **mean** owns a
+single page, for the mean query of each group: logits are linear in the query, so it votes for what the
+heads of a group agree on. A table says for each row of ``req_to_token`` which pages its newest blocks
+have. It goes by logical positions, so nothing moves when the KV cache is compacted, and the delay's
 queries are still there when the next window begins.
 """
 
@@ -19,6 +20,8 @@ import torch
 
 from kara_sglang.kernels.copies import to_device
 
+PAGE = 64
+"""Tokens of a page of the ring."""
 FP8 = torch.float8_e4m3fn
 FP4 = torch.uint8
 """Two numbers of 4 bits to a byte, see :func:`to_fp4`."""
@@ -218,17 +221,14 @@ class Step:
         Their logical positions, shape ``(batch,)``, int64.
     rows
         The requests' rows of ``req_to_token``, shape ``(batch,)``, int64.
-    units
-        Units of each row's recorder, shape ``(num_rows, group)``, int64; -1 for a row without one, and
-        behind the only unit of one that keeps the mean.
-    ring_len
-        Tokens per unit.
+    pages
+        Pages of each row's blocks, shape ``(num_rows, num_blocks, group)``, int32; block b is at
+        ``b % num_blocks``. -1 where nobody records, and behind the only page of the mean.
     """
 
     positions: torch.Tensor
     rows: torch.Tensor
-    units: torch.Tensor
-    ring_len: int
+    pages: torch.Tensor
 
 
 def plan(step: Step, trash: int) -> torch.Tensor:
@@ -245,9 +245,9 @@ def plan(step: Step, trash: int) -> torch.Tensor:
     torch.Tensor
         Ring entries, shape ``(batch, group)``, int64.
     """
-    units = step.units[step.rows]
-    entry = units * step.ring_len + step.positions[:, None] % step.ring_len
-    return torch.where(units < 0, trash, entry)
+    block = step.positions // PAGE % step.pages.shape[1]
+    pages = step.pages[step.rows, block].long()
+    return torch.where(pages < 0, trash, pages * PAGE + step.positions[:, None] % PAGE)
 
 
 def record(ring: Ring, step: Step, queries: Sequence[torch.Tensor]) -> None:
@@ -295,7 +295,17 @@ def mean_of(heads: torch.Tensor) -> torch.Tensor:
     return total * (1 / heads.shape[-3])
 
 
-def recorded(ring: Ring, start: int, count: int, units: Sequence[int], ring_len: int) -> torch.Tensor:
+def blocks_of(start: int, count: int) -> range:
+    """The blocks in which ``count`` tokens from logical position ``start`` on lie."""
+    return range(start // PAGE, (start + count - 1) // PAGE + 1)
+
+
+def most_blocks(count: int) -> int:
+    """In how many blocks so many consecutive tokens can lie."""
+    return (count + 2 * PAGE - 2) // PAGE
+
+
+def recorded(ring: Ring, start: int, count: int, pages: Sequence[Sequence[int]]) -> torch.Tensor:
     """Read ``count`` tokens' queries from logical position ``start`` on.
 
     Parameters
@@ -303,11 +313,9 @@ def recorded(ring: Ring, start: int, count: int, units: Sequence[int], ring_len:
     ring : Ring
         One layer's.
     start, count : int
-        Tokens, with ``count <= ring_len``.
-    units : sequence of int
-        The recorder's units: as many as the group has heads, or one that keeps the mean.
-    ring_len : int
-        Tokens per unit.
+        Tokens.
+    pages : sequence of sequence of int
+        For each head of the group, or for the mean, the pages of the blocks in which they lie.
 
     Returns
     -------
@@ -315,12 +323,12 @@ def recorded(ring: Ring, start: int, count: int, units: Sequence[int], ring_len:
         Shape ``(count, num_kv_heads, group or 1, head_dim)``; the ring's dtype, or float32 where it has
         scales.
     """
-    if count > ring_len:
-        raise ValueError(f"{count} queries asked of a ring that holds {ring_len} tokens")
+    if any(len(of_head) != len(blocks_of(start, count)) for of_head in pages):
+        raise ValueError(f"pages for another number of blocks than that of {count} tokens at {start}")
     device = ring.queries.device
-    offsets = torch.arange(start, start + count, device=device) % ring_len
-    firsts = to_device(torch.tensor(units) * ring_len, device)
-    entries = (firsts + offsets[:, None]).flatten()
+    tokens = start % PAGE + torch.arange(count, device=device)
+    of_token = to_device(torch.tensor(pages), device)[:, tokens // PAGE]
+    entries = (of_token * PAGE + tokens % PAGE).T.flatten()
     parts = (_movable(part).index_select(0, entries).view(part.dtype) for part in ring.parts)
     rows = Ring(*parts).numbers()
     return rows.unflatten(0, (count, -1)).transpose(1, 2)

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 NO_SKIPS = "KARA_TESTS_NO_SKIPS"
 """Environment variable, set by .ci/run: a test that is skipped, for want of a tool say, fails."""
 
+OWN_SERVERS = (
+    *("test_data_parallel", "test_forced_decoding", "test_pressure", "test_refusal"),
+    "test_serving_benchmark",
+)
+"""Files of engine tests that use none of the servers of ``engine/conftest.py``."""
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # With a default system prompt, as SmolLM2's; <s> and </s> are special tokens of the tokenizer below.
@@ -30,14 +36,15 @@ CHAT_TEMPLATE = (
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """How workers of pytest-xdist divide the tests (``make test``): one has all engine tests, because
-    they share servers; other files go to whoever is free."""
+    """How workers of pytest-xdist divide the tests (``make test``): one has all engine tests that share
+    servers; other files go to whoever is free."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByServers(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "engine" if "tests/engine/" in file else file
+            shares = "tests/engine/" in file and Path(file).stem not in OWN_SERVERS
+            return "engine" if shares else file
 
     return ByServers(config, log)
 

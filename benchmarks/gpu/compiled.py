@@ -44,7 +44,7 @@ from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
-from kara_sglang.kernels.record import FP4, FP8, Ring, Step
+from kara_sglang.kernels.record import FP4, FP8, PAGE, Ring, Step, blocks_of, most_blocks
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.selectors.keys import KeysSelector
@@ -250,14 +250,12 @@ def launches(
     """The launches of one recording step and one pass over a full window, in order; without ``votes``
     the window's tokens are chosen without queries."""
     heads, dim = model.kv_heads, model.head_dim
-    num_units = 1 if mean else model.group
-    ring_len = window + delay
-    ring = Ring.zeros((1, num_units * ring_len + 1, heads, dim), ring_dtype)
+    voices, blocks = 1 if mean else model.group, most_blocks(window + delay)
+    ring = Ring.zeros((1, voices * blocks * PAGE + 1, heads, dim), ring_dtype)
     pool = LayerPool(
         keys=[torch.empty(window, heads, dim, dtype=key_dtype)],
         values=[torch.empty(window, heads, dim, dtype=key_dtype)],
         rings=[ring[0]],
-        ring_len=ring_len,
         scales=[dim**-0.5],
         turn=Turn.of_layer(torch.ones(dim // 2), torch.zeros(dim // 2), dim, halves=halves),
     )
@@ -278,16 +276,16 @@ def launches(
         seed=0,
         query_start=0,
         query_count=window + delay,
-        units=tuple(range(num_units)) if votes else None,
+        pages=((0,) * len(blocks_of(0, window + delay)),) * voices if votes else None,
     )
     batch = 64
     queries = torch.empty(batch, model.query_heads * dim, dtype=torch.bfloat16)
     rows = torch.zeros(batch, dtype=torch.int64)
-    step = Step(rows, rows, torch.zeros(1, model.group, dtype=torch.int64), ring_len)
+    step = Step(rows, rows, torch.zeros(1, blocks, model.group, dtype=torch.int32))
     capability = divmod(architecture, 10)
     with caught() as found, patch.object(pool_module, "capability_of", lambda device: capability):
         kernels = TritonKernels()
-        shape = WindowShape(1, heads, dim, key_dtype, window, window, num_units, window + delay)
+        shape = WindowShape(1, heads, dim, key_dtype, window, window, voices, window + delay)
         kernels.reserve(torch.device("cpu"), shape)
         kernels.record(ring, step, [queries])
         kernels.compress(pool, [job])

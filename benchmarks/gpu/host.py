@@ -30,7 +30,7 @@ from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
-from kara_sglang.kernels.record import FP8, Ring
+from kara_sglang.kernels.record import FP8, PAGE, Ring, blocks_of
 from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.triton import TritonKernels
 from kara_sglang.kernels.turn import Turn
@@ -66,20 +66,20 @@ def pass_over(model: Model, settings: Settings, windows: int) -> tuple[TritonKer
     heads, dim, width = model.kv_heads, model.head_dim, settings.window
     count = width + settings.delay
     keys = torch.zeros(windows * width, heads, dim, dtype=torch.bfloat16)
-    ring = Ring.zeros((model.group * count + 1, heads, dim), FP8)
+    blocks = len(blocks_of(1000, count))
+    ring = Ring.zeros((model.group * blocks * PAGE + 1, heads, dim), FP8)
     still = Turn.of_layer(torch.ones(dim // 2), torch.zeros(dim // 2), dim, halves=True)
     pool = LayerPool(
         keys=[keys] * model.layers,
         values=[keys] * model.layers,
         rings=[ring] * model.layers,
-        ring_len=count,
         scales=[dim**-0.5] * model.layers,
         turn=Turn.of([still] * model.layers),
     )
     selector = KaraSelector.from_config(KaraConfig())
     slots = torch.arange(windows * width, dtype=torch.int32).view(windows, width)
-    units = tuple(range(model.group))
-    jobs = [WindowJob(of, settings.kept, selector, 0, 1000, count, units) for of in slots]
+    pages = tuple(tuple(range(voice * blocks, (voice + 1) * blocks)) for voice in range(model.group))
+    jobs = [WindowJob(of, settings.kept, selector, 0, 1000, count, pages) for of in slots]
     kernels = TritonKernels()
     kernels.reserve(
         torch.device("cpu"),

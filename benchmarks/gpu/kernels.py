@@ -50,7 +50,7 @@ from kara_sglang.kernels.triton.prepare import weight_scores
 from kara_sglang.kernels.triton.score import Scratch, Voters, attention_scores, recorders_of
 from kara_sglang.kernels.triton.select import select
 from kara_sglang.kernels.turn import Turn
-from kara_sglang.recorder import LAG, AttentionShape, QueryRecorder
+from kara_sglang.recorder import AttentionShape, QueryRecorder
 
 DEVICE = torch.device("cuda")
 RULE = KaraSelector.from_config(KaraConfig()).rule
@@ -91,16 +91,22 @@ class Case:
         self.settings = settings
         self.num_jobs = num_jobs
         heads, dim = model.kv_heads, model.head_dim
-        width, units = settings.window, 1 if settings.mean else model.group
+        width, self.voices = settings.window, 1 if settings.mean else model.group
         slots = num_jobs * width * 2  # half of the pool belongs to others
         ring_dtype = RING_DTYPES[settings.query_bits]
         shape = AttentionShape(layers, model.query_heads, heads, dim, torch.bfloat16, DEVICE)
-        of_unit = layers * heads * Ring.head_bytes(dim, ring_dtype) * (width + settings.delay + LAG)
-        self.recorder = QueryRecorder(
-            shape, width, settings.delay, num_jobs * units * of_unit, ring_dtype
-        )
+        count = width + settings.delay
+        of_page = reference_record.PAGE * shape.entry_bytes(ring_dtype)
+        num_pages = num_jobs * self.voices * reference_record.most_blocks(count)
+        self.recorder = QueryRecorder(shape, width, settings.delay, num_pages * of_page, ring_dtype)
         self.recorder.allocate_tables(1 + BATCH)
-        self.units = [self.recorder.acquire(1 + job, units, 0).units for job in range(num_jobs)]
+        self.starts = [16 + 1003 * job for job in range(num_jobs)]
+        self.owners = []
+        for job, start in enumerate(self.starts):
+            owner = self.recorder.acquire(1 + job, self.voices, start, step=0)
+            for position in range(start, start + count):
+                require(self.recorder.extend(owner, position), "pages for each token of a window")
+            self.owners.append(owner)
         self.recorder.flush()
 
         def normal(rows: int) -> torch.Tensor:
@@ -111,7 +117,6 @@ class Case:
             keys=[normal(slots).to(key_dtype) for _ in range(layers)],
             values=[normal(slots).to(key_dtype) for _ in range(layers)],
             rings=self.recorder.rings,
-            ring_len=self.recorder.ring_len,
             scales=[dim**-0.5] * layers,
             turn=Turn.of([Turn.of_layer(angles.cos(), angles.sin(), dim, halves=True)] * layers),
         )
@@ -122,9 +127,8 @@ class Case:
         pages = torch.randperm(slots // PAGE, device=DEVICE)[: num_jobs * width // PAGE]
         self.slots = (pages[:, None] * PAGE + torch.arange(PAGE, device=DEVICE)).int()
         self.slots = self.slots.view(num_jobs, width)
-        self.starts = [16 + 1003 * job for job in range(num_jobs)]
         self.tables = PoolTables.of(self.pool)
-        self.voters = Voters(recorders_of(self.jobs(), self.pool.ring_len).to(DEVICE), 0, width)
+        self.voters = Voters(recorders_of(self.jobs()).to(DEVICE), self.voices, 0, width)
         self.scores = torch.empty(layers, num_jobs, heads, width, device=DEVICE)
         regions = Scratch.regions(
             (layers, num_jobs, heads), width, dim, self.voters.rows, self.tables.dot
@@ -137,6 +141,8 @@ class Case:
         )
         self.rows = 1 + torch.randperm(BATCH, device=DEVICE)  # most of them have no recorder
         self.positions = torch.randint(0, 40_000, (BATCH,), device=DEVICE)
+        for job, start in enumerate(self.starts):  # only there the recorders have pages
+            self.positions[self.rows == 1 + job] = start + int(torch.randint(count, ()))
         # As the query part of a QKV projection.
         projected = torch.randn(
             layers, BATCH, model.query_heads + 2 * heads, dim, device=DEVICE, dtype=torch.bfloat16
@@ -160,7 +166,7 @@ class Case:
     def expected_rings(self) -> Ring:
         """The ring as the reference leaves it after a step."""
         ring = Ring(*(part.clone() for part in self.recorder.ring.parts))
-        step = Step(self.positions, self.rows, self.recorder.units, self.recorder.ring_len)
+        step = Step(self.positions, self.rows, self.recorder.pages)
         reference_record.record(ring, step, list(self.queries))
         return ring
 
@@ -211,11 +217,16 @@ class Case:
                 dtype=self.tables.dot,
                 width=settings.window,
                 kept=settings.window,
-                units=len(self.units[0]),
+                voices=self.voices,
                 query_count=settings.window + settings.delay,
             ),
         )
         return kernels
+
+    def pages(self, job: int) -> tuple[tuple[int, ...], ...]:
+        """Where a window's queries lie."""
+        count = self.settings.window + self.settings.delay
+        return self.recorder.pages_of(self.owners[job], self.starts[job], count)
 
     def jobs(self, selector: Selector = KARA) -> list[WindowJob]:
         return [
@@ -226,7 +237,7 @@ class Case:
                 seed=0,
                 query_start=self.starts[job],
                 query_count=self.settings.window + self.settings.delay,
-                units=self.units[job] if selector.needs_queries else None,
+                pages=self.pages(job) if selector.needs_queries else None,
             )
             for job in range(self.num_jobs)
         ]
@@ -315,9 +326,9 @@ def expected_scores(case: Case, rule: AttentionRule) -> torch.Tensor:
     pool = case.pool
     for layer, ring in enumerate(pool.rings):
         for job, slots in enumerate(case.slots.long()):
-            queries = reference_record.recorded(
-                ring, case.starts[job], case.voters.count, case.units[job], pool.ring_len
-            )
+            start, count = case.starts[job], case.voters.count
+            pages = case.recorder.pages_of(case.owners[job], start, count)
+            queries = reference_record.recorded(ring, start, count, pages)
             if rule.ahead:
                 queries = pool.turn.moved(queries, layer)
             expected[layer, job] = reference_scores(
@@ -363,8 +374,9 @@ def check_replay(case: Case) -> None:
     its queries lie in memory of the graph."""
     replay = captured(case.record_in_a_model)
     case.queries.copy_(torch.randn_like(case.queries) * 1000)
-    case.rows.copy_(case.rows[torch.randperm(BATCH, device=DEVICE)])
-    case.positions += 1
+    order = torch.randperm(BATCH, device=DEVICE)
+    case.rows.copy_(case.rows[order])
+    case.positions.copy_(case.positions[order])
     expected = case.expected_rings()
     replay()
     case.require_recorded(expected, "record in a replayed graph")

@@ -23,7 +23,7 @@ from kara_sglang.benchmarks.gpu.kernels import versions
 from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.benchmarks.machine import command, kind
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob, WindowShape
-from kara_sglang.kernels.record import FP8, Ring, to_fp8
+from kara_sglang.kernels.record import FP8, PAGE, Ring, blocks_of, most_blocks, to_fp8
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
@@ -42,11 +42,11 @@ def check(flashinfer: Any, kernels: Kernels, page: int, width: int, kept: int) -
 
     ``flashinfer`` is the module.
     """
-    units, ring_len = 3 * GROUP, width + DELAY
+    blocks = most_blocks(width + DELAY)
     keys, values = (
         torch.randn(SLOTS, HEADS, DIM, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)
     )
-    ring = Ring(*to_fp8(torch.randn(units * ring_len + 1, HEADS, DIM, device=DEVICE)))
+    ring = Ring(*to_fp8(torch.randn(3 * GROUP * blocks * PAGE + 1, HEADS, DIM, device=DEVICE)))
     assert ring.queries.dtype == FP8
     base = [2 * max(page, 16), 0, max(page, 16)]
     tails = [DELAY, DELAY + page, 2 * page + DELAY + 3]
@@ -57,7 +57,7 @@ def check(flashinfer: Any, kernels: Kernels, page: int, width: int, kept: int) -
     rows = rows.view(3, -1).int()
 
     before = keys.float(), values.float()
-    pool = LayerPool([keys], [values], [ring], ring_len, [DIM**-0.5])
+    pool = LayerPool([keys], [values], [ring], [DIM**-0.5])
     jobs = [
         WindowJob(
             slots=rows[i, base[i] : base[i] + width].clone(),
@@ -65,8 +65,11 @@ def check(flashinfer: Any, kernels: Kernels, page: int, width: int, kept: int) -
             selector=SELECTOR,
             seed=0,
             query_start=base[i],
-            query_count=ring_len,
-            units=tuple(range(GROUP * i, GROUP * (i + 1))),
+            query_count=width + DELAY,
+            pages=tuple(
+                tuple(blocks * voice + block for block in range(len(blocks_of(base[i], width + DELAY))))
+                for voice in range(GROUP * i, GROUP * (i + 1))
+            ),
         )
         for i in range(3)
     ]

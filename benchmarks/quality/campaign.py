@@ -53,7 +53,7 @@ def servers(rows: list[Row]) -> list[list[Row]]:
 def query_memory(model: str, settings: dict[str, Any], running: int) -> float:
     """GiB that let every running request record all its heads, so that no row depends on the load."""
     ring = ring_of(model, settings)
-    return (running + 1) * ring.shape.group * ring.unit_bytes / 2**30
+    return (running + 1) * ring.most_bytes(ring.shape.group) / 2**30
 
 
 def orders(

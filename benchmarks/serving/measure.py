@@ -85,8 +85,8 @@ def start_of(cell: Cell, setup: Setup) -> Start:
     changes: dict[str, Any] = {"pool": cell.pool}
     if cell.recorders is not None:
         ring = ring_of(setup.model, {"window": setup.window, "delay": setup.delay} | row.settings)
-        # Whole units are taken of it.
-        changes["query_mem_gb"] = (cell.recorders + 0.5) * ring.unit_bytes / 2**30
+        # Whole pages are taken of it.
+        changes["query_mem_gb"] = (cell.recorders + 0.5) * ring.request_bytes(1) / 2**30
     return PEERS[row.peer], row, dataclasses.replace(setup, **changes)
 
 

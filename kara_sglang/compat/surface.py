@@ -121,6 +121,9 @@ _FLAGS = (
     "enable_unified_memory",
     "grpc_mode",
     "grpc_port",
+    "hicache_io_backend",
+    "hicache_mem_layout",
+    "hicache_storage_backend",
     "kv_cache_dtype",
     "kv_canary",
     "kv_events_config",
@@ -366,7 +369,9 @@ SURFACE = (
         )
         for allocator in ("paged.PagedTokenToKVPoolAllocator", "token.TokenToKVPoolAllocator")
     ),
-    Used("mem_cache.unified_radix_cache.UnifiedRadixCache", ("evictable_size()",)),
+    Used("mem_cache.unified_radix_cache.UnifiedRadixCache", ("cache_controller", "evictable_size()")),
+    Used("managers.cache_controller.HiCacheController", ("load_fence_stream",)),
+    Used("managers.io_struct.AttachHiCacheStorageReqOutput", ("message", "success")),
     # -- compressed prefixes -----------------------------------------------------------------------
     Used(
         "mem_cache.registry",

@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from kara_sglang import graphs
+from kara_sglang import graphs, policy
 from kara_sglang.benchmarks.gpu.floors import Settings
 from kara_sglang.benchmarks.gpu.models import Model
 from kara_sglang.plan import gain
@@ -62,15 +62,15 @@ class Ring:
             Where it serves nobody.
         """
         every = recorder.shape.group
-        sizes = recorder.request_bytes(every), recorder.request_bytes(1)
-        room = recorder.room(every), recorder.room(1)
-        ring = cls(recorder.num_bytes, recorder.why, *room, *sizes, heads)
-        if not ring.requests:
+        least = policy.cheapest(every, heads)
+        if not recorder.serves(least):
             raise ValueError(
                 "--kv-compress-query-mem-gb has no room for the queries of one request; it takes "
-                f"{ring.request_bytes / 2**30:.4f} GiB"
+                f"{recorder.most_bytes(least) / 2**30:.4f} GiB"
             )
-        return ring
+        sizes = recorder.request_bytes(every), recorder.request_bytes(1)
+        room = recorder.room(every), recorder.room(1)
+        return cls(recorder.num_bytes, recorder.why, *room, *sizes, heads)
 
 
 @dataclass(frozen=True, slots=True)

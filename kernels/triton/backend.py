@@ -12,7 +12,7 @@ import torch
 
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape, reference_scores
 from kara_sglang.kernels.copies import fill, to_device
-from kara_sglang.kernels.record import Ring, Step
+from kara_sglang.kernels.record import Ring, Step, most_blocks
 from kara_sglang.kernels.score import WeightRule
 from kara_sglang.kernels.selectors.base import AttentionSelector, BlindSelector, Selector
 from kara_sglang.kernels.selectors.keys import KeysSelector
@@ -37,13 +37,13 @@ class Settings(NamedTuple):
     selector: Selector
     width: int
     kept: int
-    units: int
+    voices: int
     query_count: int
 
     @classmethod
     def of(cls, job: WindowJob) -> Settings:
-        units = 0 if job.units is None else len(job.units)
-        return cls(job.selector, len(job.slots), job.kept, units, job.query_count)
+        voices = 0 if job.pages is None else len(job.pages)
+        return cls(job.selector, len(job.slots), job.kept, voices, job.query_count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +124,8 @@ class TritonKernels:
         tables, selector = self._tables, settings.selector
         assert tables is not None
         torch.cat([job.slots for job in jobs], out=plan.slots.view(-1))
-        if settings.units:
-            fill(plan.recorders, recorders_of(jobs, tables.pool.ring_len))
+        if settings.voices:
+            fill(plan.recorders, recorders_of(jobs))
         if plan.score:
             for launch in plan.score:
                 launch()
@@ -148,7 +148,7 @@ class TritonKernels:
             dtype=tables.dot,
             width=settings.width,
             kept=settings.kept,
-            units=settings.units,
+            voices=settings.voices,
             query_count=settings.query_count,
         )
 
@@ -160,7 +160,7 @@ class TritonKernels:
         quarter = self._scratch.numel() // 4
         # Padding only becomes less in larger groups, so these bounds are safe.
         fitting = quarter // _bytes(_outer(shape, 1))
-        if shape.units:
+        if shape.voices:
             fitting = min(fitting, 3 * quarter // _bytes(_inner(shape, 1, 1)))
         return max(1, fitting)
 
@@ -191,7 +191,7 @@ class TritonKernels:
             rule = selector.rule
             score.append(weight_scores(tables, range(shape.num_layers), slots, rule=rule, out=scores))
         elif isinstance(selector, AttentionSelector):
-            if not shape.units:
+            if not shape.voices:
                 raise ValueError(f"{type(selector).__name__} needs recorded queries")
             rule = selector.rule
             voting = rule.voters(shape.query_count, shape.width)
@@ -201,7 +201,7 @@ class TritonKernels:
                     tables,
                     layers,
                     slots,
-                    Voters(recorders, voting.start, len(voting)),
+                    Voters(recorders, shape.voices, voting.start, len(voting)),
                     rule=rule,
                     scratch=Scratch(*_carve(between, _inner(shape, num_jobs, len(layers)))),
                     out=scores[first : layers.stop],
@@ -231,7 +231,7 @@ def _outer(shape: WindowShape, num_jobs: int) -> _Regions:
     heads = shape.num_layers, num_jobs, shape.num_kv_heads
     return (
         ((num_jobs, shape.width), torch.int32),
-        ((num_jobs, 1 + shape.units), torch.int32),
+        ((num_jobs, 1 + shape.voices * most_blocks(shape.query_count)), torch.int32),
         ((*heads, shape.width), torch.float32),
         ((*heads, shape.kept), torch.int32),
     )
@@ -239,11 +239,11 @@ def _outer(shape: WindowShape, num_jobs: int) -> _Regions:
 
 def _inner(shape: WindowShape, num_jobs: int, num_layers: int) -> _Regions:
     """Shapes and dtypes of what lies between the score's launches, for some layers."""
-    if not shape.units:
+    if not shape.voices:
         return ()
     heads = num_layers, num_jobs, shape.num_kv_heads
     dot = torch.float32 if shape.dtype == torch.float32 else torch.float16
-    rows = shape.units * shape.query_count
+    rows = shape.voices * shape.query_count
     return Scratch.regions(heads, shape.width, shape.head_dim, rows, dot)
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kara_sglang.kernels.record import EXPONENTS, Ring, Step
+from kara_sglang.kernels.record import EXPONENTS, PAGE, Ring, Step
 from kara_sglang.kernels.triton.numbers import (
     E2M1,
     exponent_of,
@@ -26,17 +26,18 @@ LAYERS_AT_ONCE = 8
 
 
 # row_stride is the model's; that it is a multiple of 16 makes for loads of 16 bytes.
-@triton.jit(do_not_specialize=["ring_len", "num_entries"])
+@triton.jit(do_not_specialize=["num_blocks", "num_entries"])
 def record_kernel(
     ring,
     scales,
     queries,
     rows,
     positions,
-    units,
-    ring_len,
+    pages,
+    num_blocks,
     num_entries,
     row_stride,
+    PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -50,24 +51,24 @@ def record_kernel(
     """One program per (row of the batch, head of the group) and layer: it moves that head of every KV
     head.
 
-    Where a recorder has one unit, the first head's program stores the mean of the group.
+    Where a block has one page, the first head's program stores the mean of the group.
     """
     row = (tl.program_id(0) // GROUP).to(tl.int64)
     member = tl.program_id(0) % GROUP
     layer = tl.program_id(1)
-    units += tl.load(rows + row) * GROUP
-    unit = tl.load(units + member)
-    if unit < 0:
+    position = tl.load(positions + row)
+    pages += (tl.load(rows + row) * num_blocks + position // PAGE % num_blocks) * GROUP
+    page = tl.load(pages + member).to(tl.int64)
+    if page < 0:
         return
-    place = tl.load(positions + row).to(tl.int32) % ring_len
-    entry = layer.to(tl.int64) * num_entries + unit * ring_len + place
+    entry = layer.to(tl.int64) * num_entries + page * PAGE + position % PAGE
     of_layer = queries[0]
     for number in tl.static_range(1, len(queries)):
         of_layer = tl.where(layer == number, queries[number], of_layer)
     query = of_layer + row * row_stride
     with_others = False
     if GROUP > 1:
-        with_others = tl.load(units + 1) < 0
+        with_others = tl.load(pages + 1) < 0
     kv_head = tl.arange(0, BLOCK_HEADS)
     head = kv_head[:, None]
     dim = tl.arange(0, BLOCK_DIM)[None, :]
@@ -134,14 +135,14 @@ def record(ring: Ring, step: Step, queries: Sequence[torch.Tensor]) -> None:
     ValueError
         Where a tensor does not lie in memory as said above.
     """
-    group = step.units.shape[1]
+    _, num_blocks, group = step.pages.shape
     num_layers, num_entries, num_kv_heads, _ = ring.queries.shape
     head_dim = ring.head_dim
     batch = len(step.rows)
     if batch == 0:
         return
-    if not ring.queries.is_contiguous() or not step.units.is_contiguous():
-        raise ValueError("ring and units must be contiguous")
+    if not ring.queries.is_contiguous() or not step.pages.is_contiguous():
+        raise ValueError("ring and pages must be contiguous")
     if num_layers != len(queries) or num_layers > LAYERS_AT_ONCE:
         raise ValueError(f"{len(queries)} layers of queries for a ring of {num_layers}")
     rows = [of_layer.view(batch, -1) for of_layer in queries]
@@ -162,10 +163,11 @@ def record(ring: Ring, step: Step, queries: Sequence[torch.Tensor]) -> None:
         tuple(rows + rows[-1:] * (LAYERS_AT_ONCE - num_layers)),
         step.rows,
         step.positions,
-        step.units,
-        step.ring_len,
+        step.pages,
+        num_blocks,
         num_entries,
         stride,
+        PAGE=PAGE,
         GROUP=group,
         HEADS=num_kv_heads,
         DIM=head_dim,

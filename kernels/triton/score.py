@@ -3,7 +3,7 @@
 ``prepare.py`` leaves the keys of each window and head turned and in one piece. Then two launches. The
 first walks the keys for a block of queries and leaves each query's log-sum-exp. The second walks the
 queries for a block of keys, makes the probabilities again from the logits and those sums, and adds them
-up per key. Queries are read from the ring through their units; sums are float32 and their order is
+up per key. Queries are read from the ring through their pages; sums are float32 and their order is
 fixed, so equal inputs give equal bits.
 
 Matrix instructions leave columns 8i + 2j and 8i + 2j + 1 of a row in one thread. What is added up along
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from kara_sglang.kernels.backend import WindowJob
-from kara_sglang.kernels.record import EXPONENTS, FP4, FP4_SHIFT, scales_of
+from kara_sglang.kernels.record import EXPONENTS, FP4, FP4_SHIFT, PAGE, most_blocks, scales_of
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.triton.launch import Launch
 from kara_sglang.kernels.triton.numbers import (
@@ -50,7 +50,7 @@ _HIGHEST: tl.constexpr = tl.constexpr(EXPONENTS[1])
 # A logit that does not count. No infinity, whose difference from itself would be no number.
 _HIDDEN: tl.constexpr = tl.constexpr(-3e38)
 # One compilation serves every number of windows and layers, so a warm-up compiles all that is needed.
-_NUMBERS = ("first_layer", "num_jobs", "first_query", "ring_len")
+_NUMBERS = ("first_layer", "num_jobs", "first_query")
 
 
 @triton.jit
@@ -60,25 +60,10 @@ def _by_thread(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _units(recorder, UNITS: tl.constexpr, BLOCK_U: tl.constexpr):
-    """A recorder's units, int64."""
-    which = tl.arange(0, BLOCK_U)
-    return tl.load(recorder + 1 + which, mask=which < UNITS, other=0).to(tl.int64)
-
-
-@triton.jit
-def _member(units, member):
-    """One of a recorder's units, by a sum instead of a load: a loop that had to load where its queries
-    lie would copy them later."""
-    which = tl.arange(0, units.shape[0])
-    return tl.sum(tl.where(which == member, units, 0), axis=0)
-
-
-@triton.jit
-def _places(start, token, ring_len):
-    """Where in a unit tokens lie; neither ``start`` nor ``token`` is beyond the unit's end."""
-    place = start + token
-    return tl.where(place < ring_len, place, place - ring_len)
+def _page(pages, number):
+    """One of a window's pages, by a sum and not by a load, for which the loop's copies would wait."""
+    every = tl.arange(0, pages.shape[0])
+    return tl.sum(tl.where(every == number, pages, 0), axis=0)
 
 
 @triton.jit
@@ -107,10 +92,8 @@ def _of_head(
 def _queries(
     ring,
     ring_scales,
-    unit,
-    place,
+    entry,
     inside,
-    ring_len,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     SCALES: tl.constexpr,
@@ -126,11 +109,10 @@ def _queries(
     BYTES: tl.constexpr = DIM // 2 if E2M1 == RING else DIM  # or numbers, where they are no pairs
     dim = tl.arange(0, BLOCK_D)
     mask = tl.expand_dims(inside, ROWS) & tl.expand_dims(within(dim, BYTES, BLOCK_D), 1 - ROWS)
-    offset = tl.expand_dims(place * (HEADS * BYTES), ROWS) + tl.expand_dims(dim, 1 - ROWS)
-    ring += unit * ring_len * (HEADS * BYTES)
+    offset = tl.expand_dims(entry * (HEADS * BYTES), ROWS) + tl.expand_dims(dim, 1 - ROWS)
     if E2M1 == RING:
         first, second = from_e2m1(tl.load(ring + offset, mask=mask, other=0))
-        words = tl.load(ring_scales + (unit * ring_len + place) * HEADS, mask=inside, other=0)
+        words = tl.load(ring_scales + entry * HEADS, mask=inside, other=0)
         part = dim // (DIM // SCALES)
         if BYTES % BLOCK_D != 0:  # numbers that are none have a scale, too: 0 times it must be 0
             part = tl.minimum(part, SCALES // 2 - 1)
@@ -138,17 +120,16 @@ def _queries(
         words = tl.expand_dims(words, ROWS)
         first *= scale_of(words >> shift)
         second *= scale_of(words >> (shift + SCALES * 4))
-        return (first.to(DOT), second.to(DOT)), tl.full(place.shape, _E2M1_EXPONENT, tl.int32)
+        return (first.to(DOT), second.to(DOT)), tl.full(entry.shape, _E2M1_EXPONENT, tl.int32)
     else:
         query = load_float(ring + offset, mask, RING, NATIVE)
-        exponent = tl.zeros(place.shape, tl.int32)
+        exponent = tl.zeros(entry.shape, tl.int32)
         if (tl.bfloat16 == RING) & (tl.float16 == DOT):
             query = query.to(tl.float32)
             exponent = exponent_of(tl.max(size_of(query), axis=ROWS), _LOWEST, _HIGHEST)
             query *= tl.expand_dims(power_of_two(-exponent), ROWS)
         elif tl.float8e4nv == RING and ROWS == 1:  # the second step has its products with the sums
-            stored = ring_scales + (unit * ring_len + place) * HEADS
-            exponent = tl.load(stored, mask=inside, other=0).to(tl.int32)
+            exponent = tl.load(ring_scales + entry * HEADS, mask=inside, other=0).to(tl.int32)
         return (query.to(DOT),), exponent
 
 
@@ -163,11 +144,12 @@ def log_sum_exp_kernel(
     first_layer,
     num_jobs,
     first_query,
-    ring_len,
     WIDTH: tl.constexpr,
     COUNT: tl.constexpr,
     HEADS: tl.constexpr,
-    UNITS: tl.constexpr,
+    VOICES: tl.constexpr,
+    RING_PAGE: tl.constexpr,
+    MOST: tl.constexpr,
     DIM: tl.constexpr,
     SCALES: tl.constexpr,
     RING: tl.constexpr,
@@ -180,29 +162,27 @@ def log_sum_exp_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per (layer, window, head, unit, block of queries); sums are base-2 logarithms.
+    """One program per (layer, window, head, voice, block of queries); sums are base-2 logarithms.
 
-    Behind the sums of a head's ``UNITS * COUNT`` queries lies by what each one's logits were
+    Behind the sums of a head's ``VOICES * COUNT`` queries lies by what each one's logits were
     multiplied. Where probabilities are squared both are doubled, as the square of a power has twice
     its exponent.
     """
     BLOCKS: tl.constexpr = (COUNT + BLOCK_Q - 1) // BLOCK_Q
-    index, layer, job, head = task(UNITS * BLOCKS, num_jobs, first_layer, HEADS)
-    member = tl.program_id(0) // BLOCKS % UNITS
-    recorder = recorders + job * (1 + UNITS)
-    unit = tl.load(recorder + 1 + member).to(tl.int64)
+    index, layer, job, head = task(VOICES * BLOCKS, num_jobs, first_layer, HEADS)
+    member = tl.program_id(0) // BLOCKS % VOICES
+    recorder = recorders + job * (1 + VOICES * MOST)
     voter = tl.program_id(0) % BLOCKS * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = within(voter, COUNT, BLOCK_Q)
     token = first_query + voter
-    place = _places(tl.load(recorder), token, ring_len)
+    place = tl.load(recorder) + token
+    page = tl.load(recorder + 1 + member * MOST + place // RING_PAGE, mask=inside, other=0)
     ring, ring_scales = _of_head(rings, ring_scales, layer, head, DIM, SCALES, RING, ALIGN)
     queries, exponent = _queries(
         ring,
         ring_scales,
-        unit,
-        place,
+        page * RING_PAGE + place % RING_PAGE,
         inside,
-        ring_len,
         HEADS,
         DIM,
         SCALES,
@@ -244,13 +224,13 @@ def log_sum_exp_kernel(
     bound = largest * query_scale[:, None]
     most = tl.max(bound, axis=1)
     total = tl.sum(total * tl.exp2(bound - most[:, None]), axis=1)
-    sums += index.to(tl.int64) * (2 * UNITS * COUNT) + member * COUNT
+    sums += index.to(tl.int64) * (2 * VOICES * COUNT) + member * COUNT
     log_sum = most + tl.log2(total)
     if SQUARED:
         log_sum *= 2
         query_scale *= 2
     tl.store(sums + voter, log_sum, mask=inside)
-    tl.store(sums + UNITS * COUNT + voter, query_scale, mask=inside)
+    tl.store(sums + VOICES * COUNT + voter, query_scale, mask=inside)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -265,11 +245,12 @@ def column_sum_kernel(
     first_layer,
     num_jobs,
     first_query,
-    ring_len,
     WIDTH: tl.constexpr,
     COUNT: tl.constexpr,
     HEADS: tl.constexpr,
-    UNITS: tl.constexpr,
+    VOICES: tl.constexpr,
+    RING_PAGE: tl.constexpr,
+    MOST: tl.constexpr,
     DIM: tl.constexpr,
     SCALES: tl.constexpr,
     RING: tl.constexpr,
@@ -280,17 +261,18 @@ def column_sum_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_U: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """One program per (layer, window, head, block of keys)."""
     BLOCKS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = (COUNT + BLOCK_Q - 1) // BLOCK_Q
     index, layer, job, head = task(BLOCKS, num_jobs, first_layer, HEADS)
     ring, ring_scales = _of_head(rings, ring_scales, layer, head, DIM, SCALES, RING, ALIGN)
-    recorder = recorders + job * (1 + UNITS)
+    recorder = recorders + job * (1 + VOICES * MOST)
     start = tl.load(recorder)
-    units = _units(recorder, UNITS, BLOCK_U)
-    sums += index.to(tl.int64) * (2 * UNITS * COUNT)
+    number = tl.arange(0, BLOCK_P)
+    pages = tl.load(recorder + 1 + number, mask=number < VOICES * MOST, other=0)
+    sums += index.to(tl.int64) * (2 * VOICES * COUNT)
 
     dim = tl.arange(0, BLOCK_D)
     position = tl.program_id(0) % BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -302,20 +284,21 @@ def column_sum_kernel(
     key = tl.load(at, mask=is_number, other=0.0)
     keys = (key, tl.load(at + NUMBERS, mask=is_number, other=0.0)) if E2M1 == RING else (key,)
     score = tl.zeros((BLOCK_K, 4, 2), dtype=tl.float32)
-    for step in range(UNITS * STEPS):
+    for step in range(VOICES * STEPS):
         member = step // STEPS
-        unit = _member(units, member)
         voter = step % STEPS * BLOCK_Q + tl.arange(0, BLOCK_Q)
         inside = within(voter, COUNT, BLOCK_Q)
         token = first_query + voter
-        place = _places(start, token, ring_len)
+        place = start + token
+        # At most a page and the next one.
+        block = (start + first_query + step % STEPS * BLOCK_Q) // RING_PAGE
+        first, second = _page(pages, member * MOST + block), _page(pages, member * MOST + block + 1)
+        page = tl.where(place // RING_PAGE == block, first, second)
         queries, _ = _queries(
             ring,
             ring_scales,
-            unit,
-            place,
+            page * RING_PAGE + place % RING_PAGE,
             inside,
-            ring_len,
             HEADS,
             DIM,
             SCALES,
@@ -327,7 +310,7 @@ def column_sum_kernel(
         )
         row = sums + member * COUNT + voter
         log_sum = tl.load(row, mask=inside, other=float("inf"))  # inf: no probability
-        query_scale = tl.load(row + UNITS * COUNT, mask=inside, other=0.0)
+        query_scale = tl.load(row + VOICES * COUNT, mask=inside, other=0.0)
         products = tl.zeros((BLOCK_K, BLOCK_Q), dtype=tl.float32)
         for part in tl.static_range(len(queries)):
             products = tl.dot(keys[part], queries[part], products, input_precision="tf32")
@@ -348,31 +331,40 @@ class Voters:
     Attributes
     ----------
     recorders
-        A row per window, int32, shape ``(num_jobs, 1 + group)`` or ``(num_jobs, 2)``: where in a unit
-        the query of the window's first token lies (its logical position modulo the ring's length), and
-        the recorder's units.
+        A row per window, int32, shape ``(num_jobs, 1 + voices * most_blocks(recorded tokens))``: where
+        in its page the query of the window's first token lies, and, voice by voice, the pages of the
+        blocks from there on.
+    voices
+        Recorded queries of a token and KV head.
     first, count
         Tokens from the window's start on that are left out, and that vote.
     """
 
     recorders: torch.Tensor
+    voices: int
     first: int
     count: int
 
     @property
-    def units(self) -> int:
-        """Units of a recorder."""
-        return self.recorders.shape[1] - 1
+    def blocks(self) -> int:
+        """For which a voice has room for pages."""
+        return (self.recorders.shape[1] - 1) // self.voices
 
     @property
     def rows(self) -> int:
         """Recorded query heads per window and KV head."""
-        return self.count * self.units
+        return self.count * self.voices
 
 
-def recorders_of(jobs: list[WindowJob], ring_len: int) -> torch.Tensor:
-    """:attr:`Voters.recorders` of windows with equally many units, on the host."""
-    rows = [(job.query_start % ring_len, *(job.units or ())) for job in jobs]
+def recorders_of(jobs: list[WindowJob]) -> torch.Tensor:
+    """:attr:`Voters.recorders` of windows with equally many voices and recorded tokens, on the host."""
+    rows = []
+    for job in jobs:
+        most = most_blocks(job.query_count)
+        row = [job.query_start % PAGE]
+        for pages in job.pages or ():
+            row += [*pages, *(0,) * (most - len(pages))]
+        rows.append(row)
     return torch.tensor(rows, dtype=torch.int32)
 
 
@@ -430,8 +422,8 @@ def attention_scores(
     Raises
     ------
     ValueError
-        Where there is no ring, or no turn although the rule wants one, the ring holds fewer tokens than
-        asked for, shapes do not fit, or a tensor has gaps.
+        Where there is no ring, or no turn although the rule wants one, there are pages for fewer tokens
+        than vote, shapes do not fit, or a tensor has gaps.
     """
     num_jobs, width = slots.shape
     heads = len(layers), num_jobs, tables.num_kv_heads
@@ -439,10 +431,9 @@ def attention_scores(
         raise ValueError("scores need recorded queries, and the pool has no ring")
     if rule.ahead and tables.turn is None:
         raise ValueError("queries cannot be moved ahead: the pool has no turn")
-    ring_len = tables.pool.ring_len
-    if voters.first + voters.count > ring_len:
+    if voters.blocks < most_blocks(voters.first + voters.count):
         raise ValueError(
-            f"{voters.first + voters.count} queries asked of a ring that holds {ring_len} tokens"
+            f"{voters.first + voters.count} queries asked of {voters.blocks} pages of a ring"
         )
     if out.shape != (*heads, width):
         raise ValueError(f"scores of shape {tuple(out.shape)} for {len(layers)} layers")
@@ -468,11 +459,12 @@ def attention_scores(
         "first_layer": layers.start,
         "num_jobs": num_jobs,
         "first_query": voters.first,
-        "ring_len": ring_len,
         "WIDTH": width,
         "COUNT": voters.count,
         "HEADS": tables.num_kv_heads,
-        "UNITS": voters.units,
+        "VOICES": voters.voices,
+        "RING_PAGE": PAGE,
+        "MOST": voters.blocks,
         "DIM": tables.head_dim,
         "SCALES": scales_of(tables.head_dim) if tables.ring_dtype == FP4 else None,
         "RING": ring_type(tables.ring_dtype),
@@ -490,7 +482,7 @@ def attention_scores(
         prepare(tables, layers, slots, rule, scratch.turned, scratch.key_scales, scratch.weights),
         Launch(
             log_sum_exp_kernel,
-            programs * voters.units * triton.cdiv(voters.count, rows.BLOCK_Q),
+            programs * voters.voices * triton.cdiv(voters.count, rows.BLOCK_Q),
             key_scales=scratch.key_scales,
             SQUARED=rule.squared,
             **arguments,
@@ -501,7 +493,7 @@ def attention_scores(
             programs * triton.cdiv(width, columns.BLOCK_K),
             scores=out,
             weights=scratch.weights,
-            BLOCK_U=triton.next_power_of_2(voters.units),
+            BLOCK_P=triton.next_power_of_2(voters.voices * voters.blocks),
             **arguments,
             **columns._asdict(),
         ),
@@ -537,6 +529,6 @@ def tiles_for(tables: PoolTables, causal: bool) -> Tiles:
         rows = Tile(32, 32, 4, 1) if tables.head_dim <= 128 else Tile(16, 32, 4, 1)
         return Tiles(rows, Tile(32, 32, 4, 1))
     if tables.head_dim > 128:
-        return Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
+        return Tiles(Tile(64, 64, 8, 2), Tile(64 if tables.ring_dtype.itemsize == 1 else 32, 64, 8, 2))
     columns = Tile(64, 128 if causal else 256, 8, 3 if tables.ring_dtype.itemsize == 1 else 2)
     return Tiles(Tile(128, 128, 8, 2), columns)

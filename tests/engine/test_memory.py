@@ -199,7 +199,7 @@ def small_pool(tiny_model: Path, logs: Path) -> Iterator[Server]:
         *("--skip-tokenizer-init", "--page-size", "64", "--max-total-tokens", "2048"),
         *("--dtype", "bfloat16", "--kv-compress", "kara"),
         # Room for about four recorders, so that they keep the mean, are passed on, and run out.
-        *("--kv-compress-window", "128", "--kv-compress-query-mem-gb", "0.0008"),
+        *("--kv-compress-window", "128", "--kv-compress-query-mem-gb", "0.0004"),
         *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
     )
     # With ignore_eos stock reserves every future token and never retracts; clip the reserve.
@@ -250,7 +250,7 @@ def test_scarce_recorders_are_passed_on(small_pool: Server) -> None:
 
 @pytest.fixture(scope="module")
 def small_ring(tiny_model: Path, logs: Path) -> Iterator[Server]:
-    """Page size 16, a pool for all, and a query ring with four units."""
+    """Page size 16, a pool for all, and a query ring for four requests."""
     flags = (
         *("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", "--kv-compress-window", "64"),
         *("--kv-compress-query-mem-gb", "0.0003"),
@@ -265,7 +265,7 @@ def test_a_small_ring_keeps_what_the_setting_says(small_ring: Server, retain: fl
     """Four times more requests than recorders: the share of all whole windows that is kept is within
     two points of the setting's, and more requests vote than there are recorders."""
     before = small_ring.state()
-    assert (before["recorders_in_use"], before["recorder_units_free"]) == (0, 4)
+    assert (before["recorders_in_use"], before["recorder_room"]["mean"]) == (0, 4)
     prompts = [prompt(20 + 3 * index, 120 + index) for index in range(16)]
     answers = small_ring.generate(prompts, tokens=600, kv_compress={"retain": retain})
     reports = [answer["meta_info"]["kv_compress"] for answer in answers]

@@ -19,7 +19,7 @@ def stays_boring(server: Server, stock: Server, weights: Path, seed: int, count:
     """Nobody's answer is wrong, and the server is idle, whole and healthy in the end."""
     print(f"TORTURE_SEED={seed} sends the same requests again")  # pytest shows it with a failure
     server.flush()
-    units, start = server.state()["recorder_units_free"], len(server.log_text())
+    pages, start = server.state()["recorder_pages_free"], len(server.log_text())
     torture = Torture(server, weights, seed, count)
     torture.run()
     print(dict(torture.seen))
@@ -29,7 +29,7 @@ def stays_boring(server: Server, stock: Server, weights: Path, seed: int, count:
         wanted += ("reused",)
     assert all(torture.seen[kind] for kind in wanted), torture.seen
     server.assert_nothing_leaked()
-    assert server.state()["recorder_units_free"] == units
+    assert server.state()["recorder_pages_free"] == pages
     log = server.log_text()[start:]
     assert log.count("Traceback") == log.count(STOCKS_OWN), log.partition("Traceback")[2][:5000]
     fresh = {
@@ -55,6 +55,6 @@ def test_many_odd_requests_stay_boring(
     stock: Server, tiny_model: Path, logs: Path, reuse: str, page_size: int
 ) -> None:
     seed = int(os.environ.get("TORTURE_SEED", random.randrange(10**6)))
-    few_units = ("--kv-compress-query-mem-gb", "0.0003")
-    with launch_small(tiny_model, logs, page_size, reuse, *few_units) as server:
+    few_pages = ("--kv-compress-query-mem-gb", "0.0003")
+    with launch_small(tiny_model, logs, page_size, reuse, *few_pages) as server:
         stays_boring(server, stock, tiny_model, seed, count=400)

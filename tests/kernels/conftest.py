@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 
 import kara_sglang.kernels.triton as package
 from kara_sglang.kernels.backend import LayerPool, WindowShape
-from kara_sglang.kernels.record import Ring
+from kara_sglang.kernels.record import PAGE, Ring, most_blocks
 from kara_sglang.kernels.triton import TritonKernels
 from kara_sglang.kernels.turn import Turn
 
@@ -94,12 +94,13 @@ def _new_pool(
     dim: int = 64,
     value_dim: int | None = None,
     slots: int = 256,
-    units: int = 4,
-    ring_len: int = 64,
+    voices: int = 4,
+    tokens: int = 64,
     dtype: torch.dtype = torch.float32,
     ring_dtype: torch.dtype = torch.float32,
 ) -> LayerPool:
-    """A pool and ring of normal random numbers; K and V are halves of one buffer, as in SGLang."""
+    """A pool and ring of normal random numbers; K and V are halves of one buffer, as in SGLang. The
+    ring has pages for so many ``tokens`` of so many ``voices``, wherever in a page they begin."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -114,12 +115,11 @@ def _new_pool(
         else:
             keys.append(normal(slots, heads, dim).to(dtype))
             values.append(normal(slots, heads, value_dim).to(dtype))
-    queries = [normal(units * ring_len + 1, heads, dim) for _ in range(layers)]
+    queries = [normal(voices * most_blocks(tokens) * PAGE + 1, heads, dim) for _ in range(layers)]
     return LayerPool(
         keys=keys,
         values=values,
         rings=[Ring.of(q, ring_dtype) for q in queries],
-        ring_len=ring_len,
         scales=[dim**-0.5 * (1 + 0.1 * layer) for layer in range(layers)],
         turn=_turn(layers, dim),
     )
@@ -130,7 +130,6 @@ def _copy_pool(pool: LayerPool) -> LayerPool:
         keys=[key.clone() for key in pool.keys],
         values=[value.clone() for value in pool.values],
         rings=pool.rings,
-        ring_len=pool.ring_len,
         scales=pool.scales,
         turn=pool.turn,
     )

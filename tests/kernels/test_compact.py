@@ -140,7 +140,7 @@ def test_buffers_that_start_anywhere(identical, make):
     pool = make.pool(3, dim=32, slots=128, dtype=torch.bfloat16)
     storage = torch.zeros(pool.values[0].numel() + 1, dtype=torch.bfloat16)
     shifted = storage[1:].view(pool.values[0].shape).copy_(pool.values[0])
-    pool = LayerPool(pool.keys, [shifted], pool.rings, pool.ring_len, pool.scales)
+    pool = LayerPool(pool.keys, [shifted], pool.rings, pool.scales)
     assert PoolTables.of(pool).alignment == 2
     slots = make.windows(1, 48, slots=128, seed=4)
     check(identical, make, pool, slots, choose((1, 1, 2), 48, 20))

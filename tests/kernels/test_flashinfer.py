@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from ring_pages import pages_of
 from sglang.kernels.ops.attention.kv_indices import create_flashinfer_kv_indices_triton
 from triton.runtime.interpreter import InterpretedFunction
 
 from kara_sglang.kernels.backend import Kernels, LayerPool, TorchKernels, WindowJob
+from kara_sglang.kernels.record import most_blocks
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors import REGISTRY
@@ -109,8 +111,9 @@ def test_attention_over_the_spliced_row(make, page: int, name: str):
     tail = torch.tensor([DELAY, DELAY + page, 2 * page + 3])
     seq_lens = base + width + tail
     pool = make.pool(
-        page, layers=1, heads=HEADS, dim=DIM, slots=SLOTS, units=3 * GROUP, ring_len=width + DELAY
+        page, layers=1, heads=HEADS, dim=DIM, slots=SLOTS, voices=3 * GROUP, tokens=width + DELAY
     )
+    num_pages = 3 * GROUP * most_blocks(width + DELAY)
     before = make.copy(pool)
     longest = -(-int(seq_lens.max()) // page) * page
     req_to_token = make.windows(3, longest, slots=SLOTS, seed=page, page=page)
@@ -124,7 +127,12 @@ def test_attention_over_the_spliced_row(make, page: int, name: str):
             seed=0,
             query_start=int(base[i]),
             query_count=width + DELAY,
-            units=tuple(range(GROUP * i, GROUP * (i + 1))),
+            pages=pages_of(
+                num_pages,
+                range(GROUP * i, GROUP * (i + 1)),
+                int(base[i]),
+                width + DELAY,
+            ),
         )
         for i in range(3)
     ]

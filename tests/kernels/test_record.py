@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kara_sglang.kernels import record as reference
-from kara_sglang.kernels.record import Ring, Step
+from kara_sglang.kernels.record import PAGE, Ring, Step
 from kara_sglang.kernels.triton import TritonKernels, numbers
 from kara_sglang.kernels.triton.record import record
 from kara_sglang.recorder import AttentionShape, QueryRecorder
@@ -31,10 +33,10 @@ def bytes_of(ring: Ring) -> list[torch.Tensor]:
     return [part.view(torch.uint8) for part in ring.parts]
 
 
-def step_to(units: torch.Tensor) -> Step:
-    """Rows that record into these units of one token, ``(batch, group)``."""
-    batch = len(units)
-    return Step(torch.zeros(batch, dtype=torch.int64), torch.arange(batch), units, ring_len=1)
+def step_to(pages: torch.Tensor) -> Step:
+    """Rows that record a token at position 0 into these pages, ``(batch, group)``."""
+    batch = len(pages)
+    return Step(torch.zeros(batch, dtype=torch.int64), torch.arange(batch), pages.int()[:, None])
 
 
 @pytest.mark.parametrize("group", [1, 3, 5, 7, 12, 16])
@@ -51,9 +53,9 @@ def step_to(units: torch.Tensor) -> Step:
     ],
 )
 def test_bytes_are_the_references(identical, group, ring_dtype, query_dtype):
-    layers, batch, heads, dim, ring_len = 3, 4, 3, 20, 8
-    trash = (group + 2) * ring_len
-    units = torch.stack(
+    layers, batch, heads, dim = 3, 4, 3, 20
+    trash = (group + 2) * PAGE
+    pages = torch.stack(
         [
             torch.arange(group),  # all heads
             torch.full((group,), -1),  # no recorder
@@ -62,7 +64,10 @@ def test_bytes_are_the_references(identical, group, ring_dtype, query_dtype):
         ]
     )
     positions = torch.tensor([1003, 7, 58, 1_000_001])
-    step = Step(positions, torch.tensor([2, 0, 3, 1]), units[[1, 3, 0, 2]], ring_len)
+    table = torch.full((batch, 5, group), 99, dtype=torch.int32)  # other blocks must not matter
+    rows = torch.tensor([2, 0, 3, 1])
+    table[rows, positions // PAGE % 5] = pages.int()
+    step = Step(positions, rows, table)
     queries = torch.randn(layers, batch, heads * group * dim).mul(200).to(query_dtype)
 
     ours, theirs = (poisoned_ring(trash + 1, heads, dim, ring_dtype, layers) for _ in range(2))
@@ -85,19 +90,19 @@ def test_bytes_are_the_references(identical, group, ring_dtype, query_dtype):
 @pytest.mark.parametrize("group", [2, 3, 5, 7, 12])
 def test_the_mean_is_the_mean(group):
     """Beside rows with all heads and idle ones, from the definition."""
-    heads, dim, trash = 2, 6, 40
+    heads, dim, trash = 2, 6, 24 * PAGE
     queries = torch.randn(3, heads, group, dim)
-    units = torch.full((3, group), -1)
-    units[0, 0] = 7
-    units[2] = torch.arange(10, 10 + group)
+    pages = torch.full((3, group), -1)
+    pages[0, 0] = 7
+    pages[2] = torch.arange(10, 10 + group)
     for store in (record, reference.record):
         ring = Ring.zeros((1, trash + 1, heads, dim), torch.float32)
-        store(ring, step_to(units), [queries.view(3, -1)])
+        store(ring, step_to(pages), [queries.view(3, -1)])
         (stored,) = ring.queries
-        torch.testing.assert_close(stored[7], queries[0].mean(dim=1))
-        assert torch.equal(stored[10 : 10 + group], queries[2].transpose(0, 1))
+        torch.testing.assert_close(stored[7 * PAGE], queries[0].mean(dim=1))
+        assert torch.equal(stored[10 * PAGE :: PAGE][:group], queries[2].transpose(0, 1))
         written = stored[:trash].flatten(1).any(dim=1).nonzero().flatten().tolist()
-        assert written == [7, *range(10, 10 + group)]
+        assert written == [7 * PAGE, *(PAGE * page for page in range(10, 10 + group))]
 
 
 def test_every_query_is_stored_as_the_nearest_number():
@@ -108,9 +113,9 @@ def test_every_query_is_stored_as_the_nearest_number():
     heads, dim = 3, 24
     queries = torch.randn(2, heads * dim) * torch.tensor([2000.0, 1.0, 1e-3]).repeat_interleave(dim)
     queries[1, :dim] = torch.tensor([448.0, 17.0, 19.0]).repeat(dim // 3)  # 17 and 19: in the middle
-    ring = poisoned_ring(4, heads, dim, reference.FP8)
+    ring = poisoned_ring(3 * PAGE + 1, heads, dim, reference.FP8)
     record(ring, step_to(torch.tensor([[2], [0]])), [queries])
-    for entry, row in ((2, queries[0]), (0, queries[1])):
+    for entry, row in ((2 * PAGE, queries[0]), (0, queries[1])):
         for head, given in enumerate(row.view(heads, dim).double().numpy()):
             power = 1.0
             while abs(given).max() > 448 * power:
@@ -133,10 +138,10 @@ def test_every_query_of_four_bits_is_the_nearest_number(dim):
     queries = torch.randn(2, heads, dim) * torch.tensor([2000.0, 1.0, 1e-3])[:, None]
     queries[1, 0, :8] = torch.tensor([6.0, 5.0, -3.5, 2.5, 1.25, -0.75, 0.25, -0.0])  # in the middle
     queries[1, 0, 8 : dim // parts] = 0
-    ring = poisoned_ring(4, heads, dim, reference.FP4)
+    ring = poisoned_ring(3 * PAGE + 1, heads, dim, reference.FP4)
     record(ring, step_to(torch.tensor([[2], [0]])), [queries.view(2, -1)])
     sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    for entry, rows in ((2, queries[0]), (0, queries[1])):
+    for entry, rows in ((2 * PAGE, queries[0]), (0, queries[1])):
         numbers = ring[0].numbers()[entry].double().numpy()
         for head, given in enumerate(rows.double().numpy()):
             for part, stored in zip(
@@ -153,7 +158,7 @@ def test_every_query_of_four_bits_is_the_nearest_number(dim):
 
 def test_what_is_no_number_becomes_the_largest_of_four_bits(identical):
     queries = torch.tensor([[torch.inf, 1, torch.nan, -torch.inf, 1e30, -3e4, 0, 2.0] * 8])
-    ours, theirs = (poisoned_ring(2, 1, 64, reference.FP4) for _ in range(2))
+    ours, theirs = (poisoned_ring(PAGE + 1, 1, 64, reference.FP4) for _ in range(2))
     record(ours, step_to(torch.tensor([[0]])), [queries])
     reference.record(theirs, step_to(torch.tensor([[0]])), [queries])
     assert all(identical(a[:, 0], b[:, 0]) for a, b in zip(ours.parts, theirs.parts, strict=True))
@@ -167,7 +172,7 @@ def test_rows_of_a_fused_projection(identical):
     qkv = torch.randn(batch, heads * (group + 2) * dim)
     queries = qkv[:, : heads * group * dim]
     step = step_to(torch.randperm(40)[: batch * group].view(batch, group))
-    ours, theirs = (poisoned_ring(41, heads, dim, torch.float32) for _ in range(2))
+    ours, theirs = (poisoned_ring(40 * PAGE + 1, heads, dim, torch.float32) for _ in range(2))
     record(ours, step, [queries])
     reference.record(theirs, step, [queries])
     assert identical(ours.queries, theirs.queries)
@@ -184,8 +189,9 @@ def test_rows_that_are_not_what_they_should_be_are_refused():
         record(ring, step, [good, torch.zeros(3, 32)[:, :16]])
     with pytest.raises(ValueError, match="1 layers of queries for a ring of 2"):
         record(ring, step, [good])
-    with pytest.raises(ValueError, match="ring and units must be contiguous"):
-        record(ring, step_to(torch.zeros(2, 3, dtype=torch.int64).T), [good] * 2)
+    with pytest.raises(ValueError, match="ring and pages must be contiguous"):
+        step = step_to(torch.zeros(3, 2))
+        record(ring, dataclasses.replace(step, pages=step.pages.expand(3, 2, 2)), [good] * 2)
 
 
 def test_an_empty_batch_is_nothing():
@@ -246,20 +252,22 @@ def test_a_recorders_ring_keeps_what_somebody_recorded_and_nothing_else(group, d
     layers = 10  # more than a launch takes
     shape = AttentionShape(layers, 2 * group, 2, 4, torch.bfloat16, torch.device("cpu"))
     recorder = QueryRecorder(shape, 5, 2, 200_000, dtype)
-    assert recorder.num_units > group and recorder.ring.queries.shape[1] % 16 == 0
+    assert recorder.num_pages > group and recorder.ring.queries.shape[1] % 16 == 0
     recorder.allocate_tables(4)
-    full, mean = recorder.acquire(1, group, since=0), recorder.acquire(3, 1, since=0)
+    full = recorder.acquire(1, group, since=0, step=1)
+    mean = recorder.acquire(3, 1, since=PAGE, step=1)
+    assert recorder.extend(full, 9) and recorder.extend(mean, PAGE + 5)
     recorder.flush()
     for ring in recorder.rings:
         for raw in bytes_of(ring):
             raw.fill_(POISON)
-    rows, positions = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 9, 1, group + 1])
+    rows, positions = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 9, 1, PAGE + 5])
     for layer in range(layers):
         queries = torch.randn(4, 2 * group * 4, dtype=torch.bfloat16)
         recorder.record(TritonKernels(), layer, queries, rows, positions)
 
-    written = {unit * recorder.ring_len + 9 for unit in full.units}
-    written.add(mean.units[0] * recorder.ring_len + (group + 1) % recorder.ring_len)
+    written = {page * PAGE + 9 for page in full.pages[0]}
+    written.add(mean.pages[1][0] * PAGE + 5)
     for ring in recorder.rings:
         for raw in bytes_of(ring):
             touched = (raw != POISON).flatten(1).any(dim=1)

@@ -50,10 +50,10 @@ def test_whatever_a_request_asks_for_fits(monkeypatch, query_mem_gb):
     for kind in REGISTRY.values():
         if kind.needs_queries and not query_mem_gb:
             continue
-        for units in (1, GROUP) if kind.needs_queries else (0,):
-            shape = backend.WindowShape(2, HEADS, DIM, torch.float16, 256, 256, units, 256 + 16)
+        for voices in (1, GROUP) if kind.needs_queries else (0,):
+            shape = backend.WindowShape(2, HEADS, DIM, torch.float16, 256, 256, voices, 256 + 16)
             assert fresh.kernels._layers_at_once(shape, fresh.kernels._at_once(shape)) >= 1
-    units = GROUP if query_mem_gb else 0
-    too_wide = backend.WindowShape(2, HEADS, DIM, torch.float16, 1024, 256, units, 1024)
+    voices = GROUP if query_mem_gb else 0
+    too_wide = backend.WindowShape(2, HEADS, DIM, torch.float16, 1024, 256, voices, 1024)
     with pytest.raises(RuntimeError, match="bytes of scratch"):
         fresh.kernels._layers_at_once(too_wide, 1)

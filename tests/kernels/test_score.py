@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from ring_pages import pages_of
 
 from kara_sglang.kernels import record
 from kara_sglang.kernels.backend import LayerPool
-from kara_sglang.kernels.record import FP4, FP8, Ring
+from kara_sglang.kernels.record import FP4, FP8, PAGE, Ring
 from kara_sglang.kernels.score import LEAST_SCORE, MOST_SCORE, NEIGHBOURS_SHARE, AttentionRule
 from kara_sglang.kernels.score import attention_scores as reference_scores
 from kara_sglang.kernels.score import blend_neighbours as reference_blend
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.triton.pool import PoolTables
-from kara_sglang.kernels.triton.score import Scratch, Voters, attention_scores
+from kara_sglang.kernels.triton.score import Scratch, Voters, attention_scores, recorders_of
 from kara_sglang.kernels.triton.select import select
 from kara_sglang.kernels.turn import Turn
 
@@ -34,7 +36,7 @@ AHEAD = dataclasses.replace(BEST, ahead=True)
 def triton_scores(
     pool: LayerPool,
     slots: torch.Tensor,
-    units: torch.Tensor,
+    members: torch.Tensor,
     starts: list[int],
     count: int,
     rule: AttentionRule,
@@ -43,8 +45,8 @@ def triton_scores(
     """``(num_layers, num_jobs, num_kv_heads, W)``, as they are when they have been selected by."""
     tables = dataclasses.replace(PoolTables.of(pool), capability=capability)
     voting = rule.voters(count, slots.shape[1])
-    rows = [[start % pool.ring_len, *of] for start, of in zip(starts, units.tolist(), strict=True)]
-    voters = Voters(torch.tensor(rows, dtype=torch.int32), voting.start, len(voting))
+    recorders = recorders_of(jobs_of(pool, members, starts, count))
+    voters = Voters(recorders, members.shape[1], voting.start, len(voting))
     heads = (tables.num_layers, slots.shape[0], tables.num_kv_heads)
     out = torch.full((*heads, slots.shape[1]), float("nan"))
     regions = Scratch.regions(heads, slots.shape[1], tables.head_dim, voters.rows, tables.dot)
@@ -62,6 +64,22 @@ def triton_scores(
     for launch in (*launches, select_by):
         launch()
     return out
+
+
+def num_pages(pool: LayerPool) -> int:
+    return len(pool.rings[0].queries) // PAGE if pool.rings else 8  # of a ring that is not there
+
+
+def jobs_of(
+    pool: LayerPool, members: torch.Tensor, starts: list[int], count: int
+) -> list[SimpleNamespace]:
+    """As far as ``recorders_of`` looks at jobs."""
+    return [
+        SimpleNamespace(
+            query_start=start, query_count=count, pages=pages_of(num_pages(pool), of, start, count)
+        )
+        for start, of in zip(starts, members.tolist(), strict=True)
+    ]
 
 
 def stored_queries(pool: LayerPool) -> list[torch.Tensor]:
@@ -87,7 +105,7 @@ def stored_numbers(ring: Ring) -> torch.Tensor:
 def brute_force(
     pool: LayerPool,
     slots: torch.Tensor,
-    units: torch.Tensor,
+    members: torch.Tensor,
     starts: list[int],
     count: int,
     rule: AttentionRule,
@@ -108,9 +126,9 @@ def brute_force(
                     if rule.last_queries is not None and token < newest - rule.last_queries:
                         continue
                     visible = min(token + 1, width) if rule.causal else width
-                    place = (starts[job] + token) % pool.ring_len
-                    for unit in units[job].tolist():
-                        query = queries[unit * pool.ring_len + place, head]
+                    block, place = divmod(starts[job] % PAGE + token, PAGE)
+                    for pages in pages_of(num_pages(pool), members[job].tolist(), starts[job], count):
+                        query = queries[pages[block] * PAGE + place, head]
                         if rule.ahead:
                             query = moved(query, pool.turn, layer)
                         logits = keys[window[:visible], head] @ query * pool.scales[layer]
@@ -150,15 +168,14 @@ def moved(query: np.ndarray, turn: Turn, layer: int) -> np.ndarray:
     return out
 
 
-def check(pool, slots, units, starts, count, rule, tolerance=2e-5):
-    expected = brute_force(pool, slots, units, starts, count, rule)
-    ours = triton_scores(pool, slots, units, starts, count, rule).double().numpy()
+def check(pool, slots, members, starts, count, rule, tolerance=2e-5):
+    expected = brute_force(pool, slots, members, starts, count, rule)
+    ours = triton_scores(pool, slots, members, starts, count, rule).double().numpy()
     np.testing.assert_allclose(ours, expected, rtol=tolerance, atol=1e-7)
     for layer in range(len(pool.keys)):
         for job, window in enumerate(slots.long()):
-            queries = record.recorded(
-                pool.rings[layer], starts[job], count, units[job].tolist(), pool.ring_len
-            )
+            pages = pages_of(num_pages(pool), members[job].tolist(), starts[job], count)
+            queries = record.recorded(pool.rings[layer], starts[job], count, pages)
             if rule.ahead:
                 queries = pool.turn.moved(queries, layer)
             theirs = reference_scores(
@@ -177,7 +194,7 @@ def check(pool, slots, units, starts, count, rule, tolerance=2e-5):
 @pytest.mark.parametrize("ring_dtype", [torch.float32, FP8, FP4], ids=str)
 def test_queries_moved_ahead(make, dim, ring_dtype):
     """In halves, in part and in neighbours, and not at all: the pool's layers differ."""
-    pool = make.pool(dim, layers=3, heads=1, dim=dim, ring_len=64, ring_dtype=ring_dtype)
+    pool = make.pool(dim, layers=3, heads=1, dim=dim, tokens=64, ring_dtype=ring_dtype)
     slots = make.windows(2, 48, slots=256, seed=dim, page=16)
     arguments = (slots, torch.tensor([[0, 3], [2, 1]]), [16, 777], 57)
     check(pool, *arguments, AHEAD)
@@ -196,7 +213,7 @@ def test_turned_keys_are_rounded_to_float16(make, ring_dtype):
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("ring_dtype", [FP4, torch.bfloat16], ids=str)
 def test_head_dims(make, dim, ring_dtype):
-    pool = make.pool(dim, dim=dim, ring_len=64, dtype=torch.bfloat16, ring_dtype=ring_dtype)
+    pool = make.pool(dim, dim=dim, tokens=64, dtype=torch.bfloat16, ring_dtype=ring_dtype)
     slots = make.windows(2, 48, slots=256, seed=dim, page=16)
     check(pool, slots, torch.tensor([[0, 3], [2, 1]]), [16, 777], 57, BEST)
 
@@ -205,18 +222,18 @@ def test_head_dims(make, dim, ring_dtype):
 @pytest.mark.parametrize("num_jobs", [1, 3])
 def test_groups_and_jobs(make, group, num_jobs):
     heads = 3 if num_jobs == 1 else 1
-    pool = make.pool(group, heads=heads, units=num_jobs * group, ring_len=51)
+    pool = make.pool(group, heads=heads, voices=num_jobs * group, tokens=51)
     slots = make.windows(num_jobs, 48, slots=256, seed=group)
-    units = torch.randperm(num_jobs * group).view(num_jobs, group)
+    members = torch.randperm(num_jobs * group).view(num_jobs, group)
     starts = [int(start) for start in torch.randint(0, 10_000, (num_jobs,))]
-    check(pool, slots, units, starts, 51, SUM)
+    check(pool, slots, members, starts, 51, SUM)
 
 
 def test_seven_jobs_with_recorders_of_the_mean(make):
-    pool = make.pool(7, heads=2, units=9, ring_len=70, slots=512)
+    pool = make.pool(7, heads=2, voices=9, tokens=70, slots=512)
     slots = make.windows(7, 48, slots=512, seed=7, page=16, dtype=torch.int64)
-    units = torch.randperm(9)[:7].view(7, 1)
-    check(pool, slots, units, [3 + 1001 * job for job in range(7)], 64, BEST)
+    members = torch.randperm(9)[:7].view(7, 1)
+    check(pool, slots, members, [3 + 1001 * job for job in range(7)], 64, BEST)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
@@ -224,7 +241,7 @@ def test_seven_jobs_with_recorders_of_the_mean(make):
 @pytest.mark.parametrize("count", [176, 205])
 def test_rules_over_several_blocks(make, causal, last, count):
     """W = 176 is two and three quarters blocks of 64 keys; 205 queries include a delay's."""
-    pool = make.pool(3, layers=2, heads=1, dim=64, slots=256, units=2, ring_len=205)
+    pool = make.pool(3, layers=2, heads=1, dim=64, slots=256, voices=2, tokens=205)
     slots = make.windows(1, 176, slots=256, seed=5, page=16)
     votes = last is None or count == 176  # of the delay
     far = last != 1
@@ -244,7 +261,7 @@ def test_rules_over_several_blocks(make, causal, last, count):
 @pytest.mark.parametrize("kind", ["common part", "equal", "zero"])
 def test_distances_of_keys_that_are_alike(make, kind):
     """Close to the mean key float32 has few digits left; without a direction the distance is 1."""
-    pool = make.pool(17, heads=2, dim=80, slots=128, units=1, ring_len=64)
+    pool = make.pool(17, heads=2, dim=80, slots=128, voices=1, tokens=64)
     slots = make.windows(1, 48, slots=128, seed=4, page=16)
     if kind == "common part":
         pool.keys[0] += 5
@@ -280,16 +297,16 @@ def test_neighbours_across_blocks(width, neighbours):
 
 def test_one_set_of_positions_per_layer(make):
     """All KV heads get the sum of the heads' scores, bit for bit the same."""
-    pool = make.pool(13, layers=2, heads=3, slots=128, units=2, ring_len=64)
+    pool = make.pool(13, layers=2, heads=3, slots=128, voices=2, tokens=64)
     slots = make.windows(2, 48, slots=128, seed=4, page=16)
-    units, starts = torch.tensor([[0], [1]]), [0, 700]
-    alone = triton_scores(pool, slots, units, starts, 60, BEST)
-    shared = triton_scores(pool, slots, units, starts, 60, dataclasses.replace(BEST, per_layer=True))
+    members, starts = torch.tensor([[0], [1]]), [0, 700]
+    alone = triton_scores(pool, slots, members, starts, 60, BEST)
+    shared = triton_scores(pool, slots, members, starts, 60, dataclasses.replace(BEST, per_layer=True))
     torch.testing.assert_close(shared[:, :, 0], alone.sum(dim=2))
 
 
 def test_a_window_of_a_thousand(make):
-    pool = make.pool(11, heads=1, dim=64, slots=1024, units=1, ring_len=1010)
+    pool = make.pool(11, heads=1, dim=64, slots=1024, voices=1, tokens=1010)
     slots = make.windows(1, 1000, slots=1024, seed=3)
     rule = dataclasses.replace(SUM, neighbours=13)
     check(pool, slots, torch.tensor([[0]]), [123_456_789_012], 1010, rule, tolerance=1e-4)
@@ -298,7 +315,7 @@ def test_a_window_of_a_thousand(make):
 @pytest.mark.parametrize(("width", "causal"), [(2048, True), (4096, False)])
 def test_windows_of_thousands(make, width, causal):
     """The newest queries only, which keeps the interpreter busy for seconds instead of minutes."""
-    pool = make.pool(12, heads=1, dim=16, slots=width, units=1, ring_len=width + 64)
+    pool = make.pool(12, heads=1, dim=16, slots=width, voices=1, tokens=width + 64)
     slots = make.windows(1, width, slots=width, seed=3, page=16)
     rule = AttentionRule(value_norm=1, causal=causal, last_queries=140)
     check(pool, slots, torch.tensor([[0]]), [1_000_003], width + 64, rule, tolerance=1e-4)
@@ -339,8 +356,8 @@ def test_types(make, key_dtype, ring_dtype, capability):
 def test_queries_far_beyond_what_8_bits_can_hold(make, key_dtype, ring_dtype, most):
     """Heads whose largest number is 2000, 20 and 0.002 in one ring, as in models with biases in q:
     the scores are those of the queries before they were stored, up to the numbers' own rounding."""
-    pool = make.pool(5, heads=3, dtype=key_dtype, units=1, ring_len=50)
-    queries = torch.randn(51, 3, 64)
+    pool = make.pool(5, heads=3, dtype=key_dtype, voices=1, tokens=50)
+    queries = torch.randn(len(pool.rings[0].queries), 3, 64)
     queries *= (torch.tensor([2000, 20, 0.002]) / queries.abs().amax(-1).amax(0))[:, None]
     # Small keys, so that the softmax of the largest head is no single one.
     keys = [(key.float() * torch.tensor([0.002, 0.2, 16])[:, None]).to(key_dtype) for key in pool.keys]
@@ -348,13 +365,13 @@ def test_queries_far_beyond_what_8_bits_can_hold(make, key_dtype, ring_dtype, mo
     if ring_dtype == FP8:
         assert ring.scales.amax(dim=0).tolist() == [3, -4, -17]
     stored = dataclasses.replace(pool, keys=keys, rings=[ring])
-    slots, units = make.windows(1, 48, slots=256, seed=1), torch.tensor([[0]])
-    check(stored, slots, units, [0], 50, BEST)
+    slots, members = make.windows(1, 48, slots=256, seed=1), torch.tensor([[0]])
+    check(stored, slots, members, [0], 50, BEST)
 
     def error(kept: Ring) -> float:
         others = dataclasses.replace(stored, rings=[kept])
         exact = dataclasses.replace(stored, rings=[Ring(queries)])
-        ours, true = (brute_force(p, slots, units, [0], 50, SUM) for p in (others, exact))
+        ours, true = (brute_force(p, slots, members, [0], 50, SUM) for p in (others, exact))
         return abs(ours / true - 1).max()
 
     assert error(ring) < most < 0.1 < error(Ring(queries.clamp(-448, 448)))
@@ -364,7 +381,7 @@ def test_queries_far_beyond_what_8_bits_can_hold(make, key_dtype, ring_dtype, mo
 def test_keys_and_queries_far_beyond_what_float16_can_hold(make, rule):
     """bfloat16 keys of up to 3e8 against queries of 1e-8, and the other way round: both are divided by
     powers of two before they become float16, and nothing overflows or vanishes."""
-    pool = make.pool(5, heads=3, dtype=torch.bfloat16, ring_dtype=torch.bfloat16, units=1, ring_len=50)
+    pool = make.pool(5, heads=3, dtype=torch.bfloat16, ring_dtype=torch.bfloat16, voices=1, tokens=50)
     sizes = torch.tensor([1e8, 1.0, 1e-7])[:, None]
     keys = [(key.float() * sizes).bfloat16() for key in pool.keys]
     rings = [Ring((ring.queries.float() / sizes).bfloat16()) for ring in pool.rings]
@@ -387,37 +404,46 @@ def test_a_scale_of_the_keys_folds_into_that_of_the_layer(make, key_dtype):
     true = dataclasses.replace(
         pool, keys=[key.double() * k for key, k in zip(pool.keys, k_scales, strict=True)]
     )
-    slots, units = make.windows(2, 48, slots=256, seed=1), torch.tensor([[0, 3], [2, 1]])
-    expected = brute_force(true, slots, units, [16, 777], 57, BEST)
-    ours = triton_scores(scaled, slots, units, [16, 777], 57, BEST).double().numpy()
+    slots, members = make.windows(2, 48, slots=256, seed=1), torch.tensor([[0, 3], [2, 1]])
+    expected = brute_force(true, slots, members, [16, 777], 57, BEST)
+    ours = triton_scores(scaled, slots, members, [16, 777], 57, BEST).double().numpy()
     np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-7)
-    plain = triton_scores(pool, slots, units, [16, 777], 57, BEST).double().numpy()
+    plain = triton_scores(pool, slots, members, [16, 777], 57, BEST).double().numpy()
     assert abs(plain / expected - 1).max() > 0.1
 
 
 def test_what_does_not_fit_is_refused(make):
     pool = make.pool(5)
-    slots, units = make.windows(1, 48, slots=256, seed=1), torch.tensor([[0, 3]])
-    with pytest.raises(ValueError, match="65 queries asked of a ring that holds 64 tokens"):
-        triton_scores(pool, slots, units, [16], 65, SUM)
+    slots, members = make.windows(1, 48, slots=256, seed=1), torch.tensor([[0, 3]])
+    with pytest.raises(ValueError, match="130 queries asked of 2 pages of a ring"):
+        tables = PoolTables.of(pool)
+        attention_scores(
+            tables,
+            range(1),
+            slots,
+            Voters(recorders_of(jobs_of(pool, members, [16], 64)), 2, 0, 130),
+            rule=SUM,
+            scratch=None,
+            out=torch.empty(1, 1, 2, 48),
+        )
     with pytest.raises(ValueError, match=r"1 recorders of torch\.int32 for 2 windows"):
-        triton_scores(pool, slots.repeat(2, 1), units, [16], 48, SUM)
+        triton_scores(pool, slots.repeat(2, 1), members, [16], 48, SUM)
     with pytest.raises(ValueError, match="must be contiguous"):
-        triton_scores(pool, slots[:, ::2], units, [16], 48, SUM)
+        triton_scores(pool, slots[:, ::2], members, [16], 48, SUM)
     with pytest.raises(ValueError, match="the pool has no turn"):
-        triton_scores(dataclasses.replace(pool, turn=None), slots, units, [16], 48, AHEAD)
+        triton_scores(dataclasses.replace(pool, turn=None), slots, members, [16], 48, AHEAD)
     with pytest.raises(ValueError, match="no contiguous 1 layers of 64 numbers"):
         parts = (pool.turn.cos, pool.turn.sin, pool.turn.partner)
         short = Turn(*(part[:, :32] for part in parts), pool.turn.run)
-        triton_scores(dataclasses.replace(pool, turn=short), slots, units, [16], 48, AHEAD)
+        triton_scores(dataclasses.replace(pool, turn=short), slots, members, [16], 48, AHEAD)
     with pytest.raises(ValueError, match="the pool has no ring"):
-        triton_scores(dataclasses.replace(pool, rings=[]), slots, units, [16], 48, SUM)
+        triton_scores(dataclasses.replace(pool, rings=[]), slots, members, [16], 48, SUM)
     integers = dataclasses.replace(pool, keys=[key.int() for key in pool.keys], values=pool.keys)
     with pytest.raises(ValueError, match="K and V differ in dtype"):
-        triton_scores(integers, slots, units, [16], 48, SUM)
+        triton_scores(integers, slots, members, [16], 48, SUM)
     raw = [key.view(torch.uint8)[..., :64].contiguous() for key in pool.keys]
     with pytest.raises(ValueError, match="must be viewed as its own type"):
-        triton_scores(dataclasses.replace(pool, keys=raw, values=raw), slots, units, [16], 48, SUM)
+        triton_scores(dataclasses.replace(pool, keys=raw, values=raw), slots, members, [16], 48, SUM)
 
 
 def test_values_of_another_width(make):
@@ -436,17 +462,18 @@ def test_large_logits_do_not_overflow(make):
 
 def test_only_the_windows_own_slots_and_queries_are_read(make):
     """NaN everywhere else does not show, nor what lies behind a head of 80 in a tile of 128."""
-    pool = make.pool(9, dim=80, units=3, ring_len=64)
+    pool = make.pool(9, dim=80, voices=3, tokens=64)
     slots = make.windows(2, 48, slots=256, seed=2)
-    units, starts, count = torch.tensor([[2], [0]]), [40, 90], 57
-    arguments = (slots, units, starts, count, AHEAD)
+    members, starts, count = torch.tensor([[2], [0]]), [40, 90], 57
+    arguments = (slots, members, starts, count, AHEAD)
     clean = triton_scores(pool, *arguments)
     used = torch.zeros(256, dtype=torch.bool)
     used[slots.flatten().long()] = True
     recorded = torch.zeros(len(pool.rings[0].queries), dtype=torch.bool)
     for job in range(2):
-        places = torch.arange(starts[job], starts[job] + count) % 64
-        recorded[units[job, 0] * 64 + places] = True
+        places = starts[job] % PAGE + torch.arange(count)
+        (pages,) = pages_of(num_pages(pool), members[job].tolist(), starts[job], count)
+        recorded[torch.tensor(pages)[places // PAGE] * PAGE + places % PAGE] = True
     for buffer in (*pool.keys, *pool.values):
         buffer[~used] = float("nan")
     pool.rings[0].queries[~recorded] = float("nan")

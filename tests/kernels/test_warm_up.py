@@ -16,6 +16,7 @@ from kara_sglang.config import KaraConfig
 from kara_sglang.coordinator import Coordinator
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import WindowJob, WindowShape
+from kara_sglang.kernels.record import blocks_of
 from kara_sglang.kernels.triton import TritonKernels
 from kara_sglang.kernels.turn import Turn
 from kara_sglang.recorder import AttentionShape, QueryRecorder
@@ -82,11 +83,11 @@ def test_no_request_needs_a_compiler(settings):
             seed=kept,
             query_start=1000 + kept,
             query_count=128 + 16,
-            units=tuple(range(units)) or None,
+            pages=((0,) * len(blocks_of(1000 + kept, 128 + 16)),) * voices or None,
         )
         for selector in (selectors.build(name, config) for name in selectors.REGISTRY)
         for kept in (1, 3, 16, 48, 112, 128)  # with a page of 1 a request may ask for any R
-        for units in ((1, GROUP) if selector.needs_queries else (0,))
+        for voices in ((1, GROUP) if selector.needs_queries else (0,))
         if recorder is not None or not selector.needs_queries
     ]
     with caught() as launches:

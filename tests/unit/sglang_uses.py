@@ -47,6 +47,7 @@ PARTS = {
     ("SchedulerMetricsCollectorContext", "collector"): "SchedulerMetricsCollector",
     ("TokenizerManager", "model_config"): "ModelConfig",
     ("ServerArgs", "cuda_graph_config"): "CudaGraphConfig",
+    ("UnifiedRadixCache", "cache_controller"): "HiCacheController",
     ("UnifiedRadixCache", "match_prefix"): "MatchResult",
     ("UnifiedRadixCache", "tree_core"): "UnifiedTreeCoreInterface",
     ("model_override_base", "model_config_of"): "ModelConfig",

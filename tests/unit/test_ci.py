@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,3 +129,20 @@ def test_the_core_for_another_sglang_is_collected_in_its_order() -> None:
     command = [sys.executable, "-m", "pytest", "-qq", "--collect-only", *core]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_files_that_are_said_to_share_no_server_share_none() -> None:
+    """Two workers would start a shared server each."""
+    engine = ROOT / "tests" / "engine"
+    shared = re.findall(
+        r"^def (\w+)\(.*\) -> Iterator\[Server\]:", (engine / "conftest.py").read_text(), re.M
+    )
+    assert set(shared) >= {"stock", "kara", "compressed", "smollm2"}
+    named = re.search(
+        r"OWN_SERVERS = \((.*?)^\)", (ROOT / "tests" / "conftest.py").read_text(), re.S | re.M
+    )
+    files = re.findall(r'"(\w+)"', named[1])
+    assert len(files) == 5
+    for file in files:
+        text = (engine / f"{file}.py").read_text()
+        assert not re.search(rf"\b({'|'.join(shared)}): Server", text), file

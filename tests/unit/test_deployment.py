@@ -83,7 +83,7 @@ def test_the_view_on_the_page_is_a_frame() -> None:
         **{"running_requests": 4, "waiting_requests": 0, "largest_decode_graph": 0},
         **{"pool_tokens": 8192, "pool_tokens_free": 7000, "pool_tokens_evictable": 616},
         **{"running_held_tokens": 536, "running_logical_tokens": 728},
-        **{"recorders_in_use": 3, "recorder_units_free": 700, "without_queries": 0},
+        **{"recorders_in_use": 3, "recorder_pages_free": 700, "without_queries": 0},
         "skipped": {"opt_out": 1},
     }
 

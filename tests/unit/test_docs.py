@@ -159,6 +159,40 @@ def test_the_readme_is_read_in_five_minutes():
     assert len(text.split()) <= 1500
 
 
+RUN_BY = {
+    "python -": "unit/test_docs.py",
+    "kara_sglang.doctor": "unit/test_doctor.py",
+    "kara_sglang.plan": "unit/test_deployment.py",
+    "kara_sglang.compat": "unit/test_compat.py",
+    "kara_sglang.benchmarks.reuse.modes": "engine/test_frontend.py",
+    "kara_sglang.benchmarks.quality.reasoning": "unit/test_quality.py",
+    "kara_sglang.frontend": "engine/test_frontend.py",
+    "kara_sglang.top": "engine/test_watching.py",
+    "kara_sglang.trace": "engine/test_trace.py",
+    "sglang.launch_server": "engine/server.py",
+    "make serve": "engine/conftest.py",
+    "make test": "../.ci/run",
+    "curl": "engine/test_serving.py",
+    "pip install": "check_wheel.py",
+}
+"""Where a test runs each program that the documents tell to run."""
+NOT_RUN = {"docker": "not built, not run", "sglang_router.launch_router": "run by hand"}
+"""Programs that no test runs, and how their page says so."""
+
+
+@pytest.mark.parametrize("path", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_commands_are_run_by_a_test_or_named_as_not_run(path: Path):
+    text = path.read_text()
+    lines = "\n".join(re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    form = r"^(?:python -m ([\w.]+)|(python -)(?= )|(make \w+)|(curl|docker|pip install)\b)"
+    for found in re.findall(form, lines, re.MULTILINE):
+        program = "".join(found)
+        if program in NOT_RUN:
+            assert NOT_RUN[program] in text, program
+        else:
+            assert (ROOT / "tests" / RUN_BY[program]).exists(), program
+
+
 def test_the_documents_stay_short():
     """Words are what holds a letter, outside of code blocks."""
     words = 0

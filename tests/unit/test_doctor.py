@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pkgutil
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 from kara_sglang import doctor, hooks, plugin, refusals
 from kara_sglang.compat import surface, versions
 from kara_sglang.config import ENV, KaraConfig
+from kara_sglang.demand import Demand
 from kara_sglang.kernels.dispatch import pick
-from kara_sglang.recorder import LAG
 from kara_sglang.reserved import query_ring, shape_of
 
 LLAMA = {
@@ -33,7 +34,7 @@ LLAMA = {
     "max_position_embeddings": 4096,
 }
 # By default a ring entry is one fp8 byte per element of one query head for each KV head.
-UNIT_BYTES = 3 * 2 * (32 + 1) * (512 + 64 + LAG)
+PAGE_BYTES = 3 * 2 * (32 + 1) * 64
 
 
 @pytest.fixture
@@ -61,9 +62,11 @@ def test_a_healthy_environment_and_a_supported_model(capsys, tmp_path):
     for hook in hooks.fitting(hooks.ALL_HOOKS):
         assert any(line.startswith("ok") and hook.target in line for line in lines), hook.target
     queries = next(line for line in lines if line.startswith("ok   queries"))
-    units = 2 * 2**30 // UNIT_BYTES
-    assert f"{4 * UNIT_BYTES:,} bytes" in queries and f"{UNIT_BYTES:,} with their mean" in queries
-    room = f"{units // 4} requests with all query heads or {units} with their mean"
+    pages, mean = 2 * 2**30 // PAGE_BYTES, Demand(0, 512, 64).mean
+    each, every = (math.ceil(heads * mean) for heads in (1, 4))
+    assert f"{every * PAGE_BYTES:,} bytes" in queries
+    assert f"{each * PAGE_BYTES:,} with their mean" in queries
+    room = f"{pages // every} requests with all query heads or {pages // each} with their mean"
     assert "a ring of 2.00 GiB (fixed, as no memory of a GPU says what is needed)" in queries
     assert f"has room for {room}; windows of others are chosen without queries" in queries
     assert lines[-1].startswith("This environment can serve with compression: ")
@@ -195,9 +198,9 @@ def test_no_model_at_all(capsys, tmp_path, only):
 
 def test_a_ring_without_room_for_one_request(capsys, tmp_path, monkeypatch, only):
     only(doctor.check_settings, doctor.check_model)
-    monkeypatch.setenv(ENV, json.dumps({"query_mem_gb": 0.9 * UNIT_BYTES / 2**30}))
+    monkeypatch.setenv(ENV, json.dumps({"query_mem_gb": 9.9 * PAGE_BYTES / 2**30}))
     code, lines = run(capsys, "--model-path", model_folder(tmp_path))
-    assert code == 1 and f"no room for one request, which takes {UNIT_BYTES:,} bytes" in lines[-1]
+    assert code == 1 and f"no room for one request, which takes {10 * PAGE_BYTES:,} bytes" in lines[-1]
 
 
 def test_a_window_that_does_not_fit_the_page_size_and_a_refused_switch(
@@ -283,7 +286,7 @@ def test_the_largest_decode_graph_beside_the_memory_that_leads_past_it(backend, 
 
 def test_the_ring_is_the_recorders_own():
     ring = query_ring(shape_of(Model), KaraConfig())
-    assert ring.unit_bytes == 36 * 8 * (128 + 1) * ring.ring_len
+    assert ring.page_bytes == 36 * 8 * (128 + 1) * 64
     assert ring.shape.group == 4
     twice = query_ring(shape_of(Model), KaraConfig(query_dtype="model"))
-    assert twice.unit_bytes == 36 * 8 * 128 * 2 * ring.ring_len
+    assert twice.page_bytes == 36 * 8 * 128 * 2 * 64

@@ -226,7 +226,7 @@ def test_ring_and_scratch_are_those_that_the_pass_allocates(qwen, monkeypatch):
     memory.scratch_bytes(launch, rank)
     assert asked[0] == asked[1]
     ours = fresh.recorder
-    assert (ring.why, ring.num_units, ring.unit_bytes) == (ours.why, ours.num_units, ours.unit_bytes)
+    assert (ring.why, ring.num_pages, ring.page_bytes) == (ours.why, ours.num_pages, ours.page_bytes)
 
 
 @given(
@@ -369,7 +369,7 @@ def test_where_there_is_no_plan_one_line_says_why(qwen, capsys, monkeypatch, fla
         ("", "requests wait: memory is full"),
         (
             "--running 100 --answer 3000 --kv-compress-query-mem-gb 1",
-            "the query ring has room for 45 of 100 requests",
+            "the query ring has room for 75 of 100 requests",
         ),
         ("--running 20", "all 20 requests that run fit without compression"),
         (

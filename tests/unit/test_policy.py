@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kara_sglang import policy
 from kara_sglang.config import KaraConfig
-from kara_sglang.policy import SPREAD, Candidate, Periodic, Policy, Pressure, Threshold, grants
+from kara_sglang.policy import SPREAD, Candidate, Periodic, Policy, Pressure, Threshold
 
 
 def candidate(index: int, **changes: int) -> Candidate:
@@ -187,39 +187,6 @@ def test_nobody_starves(period: int, limit: int) -> None:
         longest = max([longest, *overdue.values()])
     assert arrived > 20
     assert longest <= period * (12 // limit + 2), longest
-
-
-# -- recorders -----------------------------------------------------------------------------------------
-
-
-@settings(max_examples=400)
-@given(
-    st.integers(0, 10),
-    st.integers(0, 40),
-    st.sampled_from([1, 2, 4, 7]),
-    st.sampled_from(["auto", "all", "mean"]),
-    st.integers(0, 5),
-)
-def test_grants(served, more, group, heads, others) -> None:
-    """Never more units than there are, upgrades to the first, and what others will ask for is left."""
-    cheapest = group if heads == "all" else 1
-    free = served * cheapest + more
-    units = grants(served, free, group, heads, others)
-    assert len(units) == served and sum(units) <= free
-    assert set(units) <= {"all": {group}, "mean": {1}, "auto": {1, group}}[heads]
-    if heads == "auto" and group > 1:
-        assert units == sorted(units, reverse=True)
-        assert group not in units or free - sum(units) >= others
-        if 1 in units:
-            assert free - sum(units) < group - 1 + others
-
-
-def test_auto_serves_everybody_before_it_upgrades_anybody() -> None:
-    """Five ask for eight units of a group of four: one upgrade is left, unless another will ask."""
-    assert grants(5, 8, 4, "auto", others=0) == [4, 1, 1, 1, 1]
-    assert grants(5, 8, 4, "auto", others=1) == [1, 1, 1, 1, 1]
-    assert grants(4, 4, 4, "auto", others=1) == [1, 1, 1, 1]
-    assert grants(1, 7, 4, "all", others=4) == [4]
 
 
 @pytest.mark.parametrize("make", [lambda n: Periodic(n, 8), lambda n: Pressure(n, 8, 0.8)])

@@ -361,15 +361,13 @@ def test_a_replay_keeps_what_the_recorder_keeps():
     for mean in (False, True):
         plan = Plan(None, 16, 8, 4, mean=mean)
         got = Replay._recorded(layer, plan, 10, 2)
-        ring = record.Ring.zeros((1, 3 * 20 + 1, 2, 16), torch.float32)
-        units = [0, -1, -1] if mean else [0, 1, 2]
+        ring = record.Ring.zeros((1, 3 * record.PAGE + 1, 2, 16), torch.float32)
+        pages = torch.tensor([[[0, -1, -1] if mean else [0, 1, 2]]], dtype=torch.int32)
         for position in range(10, 30):
-            step = record.Step(
-                torch.tensor([position]), torch.tensor([0]), torch.tensor([units]), ring_len=20
-            )
+            step = record.Step(torch.tensor([position]), torch.tensor([0]), pages)
             record.record(ring, step, [queries[None, :, position]])
-        kept = tuple(unit for unit in units if unit >= 0)
-        assert torch.equal(got, record.recorded(ring[0], 10, 20, kept, 20))
+        kept = [(page,) for page in pages.flatten().tolist() if page >= 0]
+        assert torch.equal(got, record.recorded(ring[0], 10, 20, kept))
 
 
 def test_what_variants_change():

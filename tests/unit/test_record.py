@@ -19,6 +19,7 @@ from kara_sglang.kernels.backend import TorchKernels
 from kara_sglang.kernels.record import (
     FP4,
     FP8,
+    PAGE,
     Ring,
     Step,
     from_fp4,
@@ -42,16 +43,15 @@ def make(
     layers: int = 2,
     window: int = 4,
     delay: int = 1,
-    units: int = 4,
+    pages: int = 8,
     ring_dtype: torch.dtype = torch.float32,
     rows: int = 6,
 ) -> QueryRecorder:
-    """A recorder with room for exactly ``units`` units."""
+    """A recorder with exactly ``pages`` pages."""
     shape = AttentionShape(layers, group * kv_heads, kv_heads, DIM, torch.float32, torch.device("cpu"))
     entry = layers * kv_heads * BYTES[ring_dtype]
-    budget = units * entry * (window + delay + LAG)
-    made = QueryRecorder(shape, window, delay, budget + entry, ring_dtype)
-    assert made.num_units == made.free_units == units
+    made = QueryRecorder(shape, window, delay, pages * entry * PAGE + entry, ring_dtype)
+    assert made.num_pages == made.free_pages == pages
     made.allocate_tables(rows)
     return made
 
@@ -68,12 +68,11 @@ def stored(queries: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return ((queries.double() / power).float().to(FP8).double() * power).float()
 
 
-def store(ring: Ring, entries: torch.Tensor, queries: torch.Tensor) -> None:
-    """Record one layer's queries at these entries, ``(batch, group)``."""
-    batch = len(entries)
-    units = torch.where(entries == len(ring.queries) - 1, -1, entries)
-    step = Step(torch.zeros(batch, dtype=torch.int64), torch.arange(batch), units, ring_len=1)
-    record(one_layer(ring), step, [queries])
+def store(ring: Ring, pages: torch.Tensor, queries: torch.Tensor) -> None:
+    """Record one layer's queries of tokens at position 0 into these pages, ``(batch, group)``."""
+    batch = len(pages)
+    positions, rows = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
+    record(one_layer(ring), Step(positions, rows, pages.int()[:, None]), [queries])
 
 
 def one_layer(ring: Ring) -> Ring:
@@ -82,7 +81,7 @@ def one_layer(ring: Ring) -> Ring:
 
 
 def mean(heads: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What is recorded of a group in a single unit: float32, in the order of the heads."""
+    """What is recorded of a group in a single page: float32, in the order of the heads."""
     return functools.reduce(torch.add, heads) * (1 / len(heads))
 
 
@@ -107,16 +106,18 @@ def check_recorded(recorder: QueryRecorder, request: Request) -> None:
     """Everything that ``voters`` promises is in the ring, bit for bit."""
     given = request.recorder
     group = recorder.shape.group
-    first = max(given.since, request.length - recorder.ring_len)
+    oldest = (request.length - 1) // PAGE - recorder.num_blocks + 1
+    first = max(given.since, oldest * PAGE)
     count = request.length - first
-    kind = "all" if len(given.units) == group else "mean"
-    assert recorder.voters(given, first, request.length) == kind
-    assert recorder.voters(given, first - 1, request.length) == "none"
+    kind = "all" if given.heads == group else "mean"
+    assert given.first == first
+    assert recorder.voters(given, first) == kind
+    assert recorder.voters(given, first - 1) == "none"
     if count == 0:
         return
     for layer, ring in enumerate(recorder.rings):
-        got = recorded(ring, first, count, given.units, recorder.ring_len)
-        heads = group if len(given.units) == group else 1
+        got = recorded(ring, first, count, recorder.pages_of(given, first, count))
+        heads = group if given.heads == group else 1
         assert got.shape == (count, recorder.shape.num_kv_heads, heads, recorder.shape.head_dim)
         for i in range(count):
             truth = request.queries[first + i][layer]
@@ -132,14 +133,14 @@ def play(random: Random) -> tuple[int, int]:
     Returns
     -------
     tuple of int
-        Queries compared, and how many of them lay behind a wrap of the ring.
+        Queries compared, and how many of them had lost their pages to newer ones.
     """
     group = random.choice([1, 2, 3, 7])
     recorder = make(
         group=group,
         kv_heads=random.randint(1, 2),
         layers=random.randint(1, 2),
-        units=random.randint(0, 3 * group),
+        pages=random.randint(0, 9 * group),
         ring_dtype=random.choice([FP4, FP8, torch.float32]),
     )
     generator = torch.Generator().manual_seed(random.getrandbits(31))
@@ -161,6 +162,13 @@ def play(random: Random) -> tuple[int, int]:
             request.queries[request.length] = queries[:, i]
             request.length += 1
 
+    def prepare(requests: list[Request]) -> None:
+        """Pages for the next step's queries, as the coordinator asks for them; who gets none stops."""
+        for request in requests:
+            if request.recorder is not None and not recorder.extend(request.recorder, request.length):
+                recorder.release(request.recorder)
+                request.recorder = None
+
     for _ in range(30):
         action = random.choice(["arrive", "acquire", "decode", "decode", "leave", "drop"])
         free_rows = [row for row in range(1, 6) if row not in running]
@@ -170,10 +178,10 @@ def play(random: Random) -> tuple[int, int]:
             running[row] = Request(row, random.randint(0, 300))
         elif action == "acquire" and silent:
             request, wanted = random.choice(silent), random.choice([1, group])
-            if recorder.free_units >= wanted:
-                request.recorder = recorder.acquire(request.row, wanted, request.length)
+            request.recorder = recorder.acquire(request.row, wanted, request.length, step=0)
         elif action == "decode" and running:
             for _ in range(random.choice([1, 3, 20, 60])):
+                prepare(list(running.values()))
                 step(list(running.values()))
         elif running and random.random() < 0.5:
             request = random.choice(list(running.values()))
@@ -184,15 +192,15 @@ def play(random: Random) -> tuple[int, int]:
                 del running[request.row]
 
         holders = [request for request in running.values() if request.recorder is not None]
-        held = [unit for request in holders for unit in request.recorder.units]
-        assert len(held) == len(set(held)) and set(held) <= set(range(recorder.num_units))
-        assert recorder.free_units == recorder.num_units - len(held)
+        blocks = [pages for request in holders for pages in request.recorder.pages.values()]
+        held = [page for pages in blocks for page in pages]
+        assert len(held) == len(set(held)) and set(held) <= set(range(recorder.num_pages))
+        assert recorder.free_pages == recorder.num_pages - len(held)
         assert recorder.in_use == len(holders)
         for request in holders if action == "decode" else []:
             check_recorded(recorder, request)
-            recorded_by_now = request.length - request.recorder.since
-            compared += min(recorded_by_now, recorder.ring_len)
-            wrapped += max(0, recorded_by_now - recorder.ring_len)
+            compared += request.length - request.recorder.first
+            wrapped += request.recorder.first - request.recorder.since
     return compared, wrapped
 
 
@@ -205,59 +213,72 @@ def test_the_ring_is_a_dictionary() -> None:
 
 @settings(max_examples=100)
 @given(st.data())
-def test_plan_sends_each_head_to_its_unit_or_to_the_trash(data: st.DataObject) -> None:
+def test_plan_sends_each_head_to_its_page_or_to_the_trash(data: st.DataObject) -> None:
     """Entry by entry, from the layout's description."""
     batch, group = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 5))
-    ring_len = data.draw(st.integers(1, 9))
+    num_blocks = data.draw(st.integers(1, 4))
     rows = [data.draw(st.sampled_from(["none", "all", "mean"])) for _ in range(batch)]
-    units, positions, expected = [], [], []
-    trash, next_unit = 1000, 0
+    blocks, tables, positions, expected = [], [], [], []
+    trash, next_page = 10**6, 0
     for kind in rows:
         position = data.draw(st.integers(0, 10_000))
-        place = position % ring_len
+        place = position % PAGE
         if kind == "none":
             mine, entries = [-1] * group, [trash] * group
         elif kind == "all":
-            mine = [next_unit + g for g in range(group)]
-            entries = [unit * ring_len + place for unit in mine]
+            mine = [next_page + g for g in range(group)]
+            entries = [page * PAGE + place for page in mine]
         else:
-            mine = [next_unit] + [-1] * (group - 1)
-            entries = [next_unit * ring_len + place] + [trash] * (group - 1)
-        next_unit += group
-        units.append(mine)
+            mine = [next_page] + [-1] * (group - 1)
+            entries = [next_page * PAGE + place] + [trash] * (group - 1)
+        next_page += group
+        blocks.append(position // PAGE % num_blocks)
+        tables.append(mine)
         positions.append(position)
         expected.append(entries)
     num_rows = batch + 2
     where = torch.tensor(data.draw(st.permutations(range(num_rows)))[:batch], dtype=torch.int64)
-    table = torch.full((num_rows, group), 77)  # what stands in other rows must not matter
-    table[where] = torch.tensor(units, dtype=torch.int64).reshape(batch, group)
-    got = plan(Step(torch.tensor(positions, dtype=torch.int64), where, table, ring_len), trash)
+    # What stands in other rows, and for other blocks, must not matter.
+    table = torch.full((num_rows, num_blocks, group), 77, dtype=torch.int32)
+    table[where, torch.tensor(blocks, dtype=torch.int64)] = torch.tensor(
+        tables, dtype=torch.int32
+    ).reshape(batch, group)
+    got = plan(Step(torch.tensor(positions, dtype=torch.int64), where, table), trash)
     assert got.dtype == torch.int64 and got.tolist() == expected
 
 
 @pytest.mark.parametrize("group", [2, 3])
-@pytest.mark.parametrize("num_units", ["all", "one"])
-def test_the_ring_wraps_after_ring_len_tokens(group: int, num_units: str) -> None:
-    """Three times around; at each step exactly the newest ``ring_len`` queries are there."""
-    recorder = make(group=group, kv_heads=1, layers=1, units=group)
-    flush(recorder)
+@pytest.mark.parametrize("heads", ["all", "one"])
+def test_the_oldest_pages_go_where_the_table_ends(group: int, heads: str) -> None:
+    """Three times around the table; at each step the newest blocks that it has room for are there."""
+    recorder = make(group=group, kv_heads=1, layers=1, pages=4 * group)
     request = Request(row=3, length=17)
-    request.recorder = recorder.acquire(3, group if num_units == "all" else 1, since=17)
-    for turn in range(3 * recorder.ring_len):
+    request.recorder = recorder.acquire(3, group if heads == "all" else 1, since=17, step=0)
+    tokens = recorder.num_blocks * PAGE
+    for turn in range(3 * tokens):
+        assert recorder.extend(request.recorder, request.length)
         flush(recorder)
         queries = torch.full((1, group * DIM), float(turn))
         recorder.record(KERNELS, 0, queries, torch.tensor([3]), torch.tensor([request.length]))
         request.queries[request.length] = queries.view(1, 1, group, DIM)
         request.length += 1
-        if turn % 29 == 0 or turn > 2.9 * recorder.ring_len:
+        if turn % 29 == 0 or turn > 2.9 * tokens:
             check_recorded(recorder, request)
+
+
+def acquire(recorder: QueryRecorder, row: int, heads: int, since: int) -> Recorder:
+    """A recorder with pages for its first token."""
+    given = recorder.acquire(row, heads, since, step=0)
+    assert recorder.extend(given, since)
+    return given
 
 
 def test_a_row_without_recorder_leaves_the_ring_alone() -> None:
     """Its queries go to the trash, and so do those of a row that gave its recorder back."""
-    recorder = make(units=4)
-    mine = recorder.acquire(1, 2, since=0)
-    gone = recorder.acquire(2, 2, since=0)
+    recorder = make()
+    mine = acquire(recorder, 1, 2, since=0)
+    gone = acquire(recorder, 2, 2, since=0)
+    assert not {*mine.pages[0]} & {*gone.pages[0]}
     flush(recorder)
     recorder.release(gone)
     flush(recorder)
@@ -268,119 +289,135 @@ def test_a_row_without_recorder_leaves_the_ring_alone() -> None:
     assert torch.equal(recorder.rings[0].queries[: recorder.trash], before[: recorder.trash])
     for layer in range(recorder.shape.num_layers):
         recorder.record(KERNELS, layer, torch.ones(1, 4 * DIM), torch.tensor([1]), torch.tensor([0]))
-    assert recorder.rings[0].queries.count_nonzero() > 0 and mine.units != gone.units
+    assert recorder.rings[0].queries.count_nonzero() > 0
 
 
-def test_a_reused_row_writes_into_its_own_units_only() -> None:
-    """Finish and arrival between two decode steps: one flush, and the new owner's units hold."""
-    recorder = make(group=2, units=4)
-    old = recorder.acquire(1, 2, since=5)
+def test_a_reused_row_writes_into_its_own_pages_only() -> None:
+    """Finish and arrival between two decode steps: one flush, and the new owner's pages hold."""
+    recorder = make(group=2, pages=4)
+    old = acquire(recorder, 1, 2, since=5)
+    were = old.pages[0]
     flush(recorder)
     recorder.release(old)
-    other = recorder.acquire(2, 2, since=0)  # takes the freed units
-    new = recorder.acquire(1, 1, since=9)
+    other = acquire(recorder, 2, 2, since=0)  # takes the freed pages
+    new = acquire(recorder, 1, 1, since=9)
     flush(recorder)
-    assert set(other.units) == set(old.units) and not set(new.units) & set(other.units)
-    assert recorder.units[1].tolist() == [new.units[0], -1]
-    assert recorder.units[2].tolist() == list(other.units)
+    assert {*other.pages[0]} == {*were} and not {*new.pages[0]} & {*other.pages[0]}
+    assert recorder.pages[1, 0].tolist() == [new.pages[0][0], -1]
+    assert recorder.pages[2, 0].tolist() == list(other.pages[0])
     recorder.release(new)
     flush(recorder)
-    assert recorder.units[1].tolist() == [-1, -1]
+    assert (recorder.pages[1] == -1).all()
 
 
 def test_nothing_reaches_the_tables_before_flush() -> None:
     """The step in flight still reads them; only ``flush`` runs behind it."""
     recorder = make()
+    before = recorder.pages.clone()
+    given = acquire(recorder, 1, 1, since=0)
+    assert torch.equal(recorder.pages, before)
     flush(recorder)
-    before = recorder.units.clone()
-    given = recorder.acquire(1, 1, since=0)
-    assert torch.equal(recorder.units, before)
-    flush(recorder)
-    tables = recorder.units.clone()
+    tables = recorder.pages.clone()
+    assert not torch.equal(tables, before)
     recorder.release(given)
-    assert torch.equal(recorder.units, tables)
+    assert torch.equal(recorder.pages, tables)
 
 
 def test_handing_out_and_taking_back_twice_is_an_error() -> None:
     """A row has one recorder; a recorder has one end."""
-    recorder = make()
-    first = recorder.acquire(1, 2, since=0)
+    recorder = make(pages=4)
+    first = acquire(recorder, 1, 2, since=0)
     with pytest.raises(RuntimeError, match="row 1 already has a recorder"):
-        recorder.acquire(1, 1, since=0)
-    assert recorder.free_units == 2 and recorder.in_use == 1
+        recorder.acquire(1, 1, since=0, step=0)
+    assert recorder.free_pages == 2 and recorder.in_use == 1
     recorder.release(first)
     with pytest.raises(RuntimeError, match="row 1 released twice"):
         recorder.release(first)
-    again = recorder.acquire(1, 2, since=0)  # an equal value, but another recorder
+    again = acquire(recorder, 1, 2, since=0)  # an equal value, but another recorder
     with pytest.raises(RuntimeError, match="row 1 released twice"):
         recorder.release(first)
     recorder.release(again)
-    assert recorder.free_units == 4 and recorder.in_use == 0
+    assert recorder.free_pages == 4 and recorder.in_use == 0
 
 
-def test_more_units_than_are_free_is_an_error_that_changes_nothing() -> None:
-    """The policy never asks for them; if it did, units must not get lost."""
-    recorder = make(units=3)
-    with pytest.raises((RuntimeError, IndexError)):
-        recorder.acquire(1, 4, since=0)
-    assert recorder.free_units == 3 and recorder.in_use == 0
+def test_more_pages_than_are_free_are_not_given_in_part() -> None:
+    recorder = make(group=4, pages=3)
+    given = recorder.acquire(1, 4, since=0, step=0)
+    assert not recorder.extend(given, 0)
+    assert recorder.free_pages == 3 and given.pages == {} and not recorder.stale
 
 
 @pytest.mark.parametrize("window,delay", [(1, 0), (16, 0), (512, 64)])
-def test_voters(window: int, delay: int) -> None:
-    """A window can be voted on if recording began with it or before, until LAG tokens after it is
-    due."""
-    recorder = make(window=window, delay=delay, units=2, layers=1)
-    assert recorder.ring_len == window + delay + LAG
+@pytest.mark.parametrize("since", [100, 128, 191])
+def test_voters(window: int, delay: int, since: int) -> None:
+    """A window can be voted on if recording began with it or before, at least until LAG tokens after it
+    is due."""
+    recorder = make(window=window, delay=delay, pages=40, layers=1)
     assert recorder.shape.group > 1
-    for units, kind in ((1, "mean"), (recorder.shape.group, "all")):
-        given = recorder.acquire(1, units, since=100)
-        due = 100 + window + delay
-        assert recorder.voters(given, 100, due) == recorder.voters(given, 100, due + LAG) == kind
-        assert recorder.voters(given, 100, due + LAG + 1) == "none"
-        assert recorder.voters(given, 99, 120) == "none"
-        assert recorder.voters(given, 101, due + LAG + 1) == kind
+    for heads, kind in ((1, "mean"), (recorder.shape.group, "all")):
+        given = acquire(recorder, 1, heads, since)
+        due = since + window + delay
+        for position in range(since, due + LAG):
+            assert recorder.extend(given, position)
+        assert recorder.voters(given, since) == kind
+        assert recorder.voters(given, since - 1) == "none"
+        for position in range(due + LAG, since + (recorder.num_blocks + 1) * PAGE):
+            assert recorder.extend(given, position)
+        assert recorder.voters(given, since) == "none"
+        assert recorder.voters(given, given.first) == kind
         recorder.release(given)
 
 
 def test_the_budget_is_never_exceeded() -> None:
-    """All units stay within the bytes that were given; up to 16 entries for trash lie beyond."""
+    """All pages stay within the bytes that were given; 16 entries for trash lie beyond."""
     shape = AttentionShape(3, 8, 4, 16, torch.bfloat16, torch.device("cpu"))
     for budget in (0, 1, 10**5, 10**6, 3 * 10**6):
         for dtype, head in ((torch.bfloat16, 16 * 2), (FP8, 16 + 1), (FP4, 16 // 2 + 4)):
             recorder = QueryRecorder(shape, 64, 16, budget, dtype)
             used = sum(part.nbytes for ring in recorder.rings for part in ring.parts)
             entry = 3 * 4 * head
-            units = entry * recorder.num_units * recorder.ring_len
-            assert units <= budget < units + recorder.unit_bytes
-            assert units < used <= units + 16 * entry
+            pages = entry * recorder.num_pages * PAGE
+            assert pages == recorder.num_bytes <= budget < pages + recorder.page_bytes
+            assert used == pages + 16 * entry
             assert len(recorder.rings) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8, FP4])
+def test_a_ring_that_kernels_cannot_reach_says_so(dtype: torch.dtype) -> None:
+    """They reckon with 32 bits within a layer; a ring of Qwen3-8B."""
+    shape = AttentionShape(36, 32, 8, 128, torch.bfloat16, torch.device("meta"))
+    most = 2**31 // (PAGE * 8 * 128) - 1
+    page = PAGE * shape.entry_bytes(dtype)
+    within, beyond = (QueryRecorder(shape, 512, 64, n * page, dtype) for n in (most, most + 1))
+    assert within.num_pages == beyond.num_pages == most
+    assert within.ring.queries[0].numel() * (2 if dtype == FP4 else 1) < 2**31
+    assert (within.why, beyond.why) == ("as set", "as set, but kernels reach no further")
 
 
 def test_fp8_keeps_queries_of_any_size() -> None:
     """Each head has a power of two of its own: 2000 is as exact as 2, beside it and in other heads."""
-    ring = Ring.zeros((3, 4, 6), FP8)
+    ring = Ring.zeros((2 * PAGE + 1, 4, 6), FP8)
     rows = torch.tensor([2000.0, -1999.0, 448.0, 3.0, -0.03, 1.7])
     queries = torch.stack([rows, rows / 1000, rows * 1e30, torch.zeros(6)]).view(1, -1)
     store(ring, torch.tensor([[1]]), queries)
-    got = recorded(ring, 1, 1, (0,), 3)[0, :, 0]
-    assert ring.scales[1].tolist() == [3, -7, 102, -100]
+    got = recorded(ring, 0, 1, ((1,),))[0, :, 0]
+    assert ring.scales[PAGE].tolist() == [3, -7, 102, -100]
     for ours, head in zip(got, queries.view(4, 6), strict=True):
         # Three bits behind the point, and the smallest number that a head's scale leaves.
         assert ((ours - head).abs() <= head.abs() / 16 + head.abs().max() * 2.0**-18).all()
     assert torch.equal(got, stored(queries.view(4, 6), FP8))
-    assert ring.queries[[0, 2]].float().count_nonzero() == 0
-    assert ring.scales[[0, 2]].count_nonzero() == 0
+    ring.queries[PAGE], ring.scales[PAGE] = torch.zeros(4, 6), 0
+    assert ring.queries.float().count_nonzero() == ring.scales.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_fp8_clamps_instead_of_making_nan(dtype: torch.dtype) -> None:
     """e4m3 has no infinity: one becomes the largest number that there is, and a NaN stays alone."""
-    ring = Ring.zeros((2, 3, 2), FP8)
+    ring = Ring.zeros((PAGE + 1, 3, 2), FP8)
     huge = torch.finfo(dtype).max
     queries = torch.tensor([[-huge, 1.0, torch.inf, huge, torch.nan, huge]], dtype=dtype)
     store(ring, torch.tensor([[0]]), queries)
-    finite, infinite, broken = recorded(ring, 0, 1, (0,), 2)[0, :, 0]
+    finite, infinite, broken = recorded(ring, 0, 1, ((0,),))[0, :, 0]
     assert finite[0] == pytest.approx(max(-huge, -448 * 2.0**119), rel=1 / 16)
     assert infinite[0] == 448 * 2.0**119 and infinite[1].isfinite()
     assert broken[0].isnan() and broken[1].isfinite()
@@ -412,42 +449,42 @@ def test_a_ring_is_checked() -> None:
         Ring(torch.zeros(3, 1, 4), torch.zeros(3, 1, dtype=torch.int8))
     with pytest.raises(ValueError, match="fp4 needs a head_dim that is a multiple of 8, not 132"):
         Ring.zeros((3, 1, 132), FP4)
-    with pytest.raises(ValueError, match="5 queries asked of a ring that holds 4 tokens"):
-        recorded(Ring.zeros((9, 1, 4), torch.float32), 0, 5, (0,), 4)
+    with pytest.raises(ValueError, match="another number of blocks than that of 2 tokens at 63"):
+        recorded(Ring.zeros((2 * PAGE + 1, 1, 4), torch.float32), 63, 2, ((0,),))
 
 
 @pytest.mark.parametrize("ring_dtype", [torch.float32, torch.float16, torch.bfloat16, FP8, FP4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_queries_of_any_float_dtype_are_accepted(ring_dtype: torch.dtype, dtype: torch.dtype) -> None:
     """Some models keep RoPE's result in float32 while the ring has the model's dtype."""
-    ring = Ring.zeros((3, 2, 4), ring_dtype)
+    ring = Ring.zeros((3 * PAGE + 1, 2, 4), ring_dtype)
     numbers = [0, 6, 12, 24, 1.5, 3, -3, 48]
     store(ring, torch.tensor([[2]]), torch.tensor([numbers]).to(dtype))
-    got = recorded(ring, 2, 1, (0,), 3)
+    got = recorded(ring, 0, 1, ((2,),))
     assert got.float().flatten().tolist() == numbers
 
 
 def test_queries_may_be_a_slice_of_a_wider_projection() -> None:
     """q is a view into qkv in models without RoPE or with in-place RoPE; heads may be split already."""
     qkv = torch.randn(3, 40)
-    entries = torch.tensor([[0, 1], [2, 3], [4, 5]])
-    flat, split = (Ring.zeros((7, 2, 4), torch.float32) for _ in range(2))
-    store(flat, entries, qkv[:, 8:24])
-    store(split, entries, qkv[:, 8:24].view(3, 4, 4))
+    pages = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    flat, split = (Ring.zeros((6 * PAGE + 1, 2, 4), torch.float32) for _ in range(2))
+    store(flat, pages, qkv[:, 8:24])
+    store(split, pages, qkv[:, 8:24].view(3, 4, 4))
     assert torch.equal(flat.queries, split.queries)
     for token in range(3):
         for head in range(4):  # heads of one GQA group follow each other
-            unit, kv_head = head % 2, head // 2
+            member, kv_head = head % 2, head // 2
             expected = qkv[token, 8 + 4 * head : 12 + 4 * head]
-            assert torch.equal(flat.queries[2 * token + unit, kv_head], expected)
+            assert torch.equal(flat.queries[(2 * token + member) * PAGE, kv_head], expected)
 
 
 def test_what_is_read_is_a_copy() -> None:
     """The ring is overwritten by the next step while scores are still computed from it."""
     for dtype in (torch.float32, FP8):
-        ring = Ring.zeros((5, 1, 2), dtype)
+        ring = Ring.zeros((5 * PAGE + 1, 1, 2), dtype)
         store(ring, torch.arange(5)[:, None], torch.randn(5, 2))
-        got = recorded(ring, 0, 4, (0,), 4)
+        got = recorded(ring, 0, 1, ((0,), (1,), (2,), (3,)))
         before = got.clone()
         assert before.count_nonzero() == 8
         ring.queries.zero_()
@@ -483,9 +520,8 @@ def test_a_captured_step_follows_the_tables(ring_dtype: torch.dtype) -> None:
     """Recorders come and go between replays of one captured step; nobody else writes the ring. Five
     layers, stored two at a time, whose queries are made in the step and dropped by the model."""
     group, kv_heads, layers, batch = 3, 2, 5, 4
-    recorder = make(group=group, kv_heads=kv_heads, layers=layers, units=8, ring_dtype=ring_dtype)
-    flush(recorder)
-    table = recorder.units
+    recorder = make(group=group, kv_heads=kv_heads, layers=layers, pages=8, ring_dtype=ring_dtype)
+    table = recorder.pages
     addresses = [t.data_ptr() for t in (table, *(ring.queries for ring in recorder.rings))]
     # The graph's own inputs, which SGLang fills by copy before each replay.
     rows, positions = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
@@ -496,50 +532,49 @@ def test_a_captured_step_follows_the_tables(ring_dtype: torch.dtype) -> None:
 
     generator = torch.Generator().manual_seed(0)
     held: dict[int, Recorder] = {}
-    expected: dict[tuple[int, int], torch.Tensor] = {}  # (unit, place): (layers, kv_heads, dim)
+    expected: dict[tuple[int, int], torch.Tensor] = {}  # (page, place): (layers, kv_heads, dim)
     for step in range(60):
         row = 1 + step % 5
         if row in held and step % 3 == 0:
             recorder.release(held.pop(row))
-        elif row not in held and recorder.free_units >= (1 if row % 2 else group):
-            held[row] = recorder.acquire(row, 1 if row % 2 else group, since=0)
+        elif row not in held and recorder.free_pages >= (1 if row % 2 else group):
+            held[row] = acquire(recorder, row, 1 if row % 2 else group, since=0)
         flush(recorder)
         rows.copy_(torch.randperm(5, generator=generator)[:batch] + 1)
-        positions.copy_(torch.randint(0, 5000, (batch,), generator=generator))
+        # Within the block that they have pages for.
+        positions.copy_(torch.randint(0, PAGE, (batch,), generator=generator))
         queries.copy_(torch.randn(queries.shape, generator=generator))
         graph.replay()
         by_head = queries.view(layers, batch, kv_heads, group, DIM)
         for index, (who, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
             if who not in held:
                 continue
-            units = held[who].units
+            (pages,) = held[who].pages.values()
             heads = by_head[:, index].unbind(dim=2)
-            if len(units) == 1:
+            if len(pages) == 1:
                 heads = [mean(heads)]
-            for unit, head in zip(units, heads, strict=True):
-                place = (unit, position % recorder.ring_len)
+            for page, head in zip(pages, heads, strict=True):
+                place = (page, position)
                 expected[place] = stored(head, ring_dtype).clone()
     assert len(expected) > 100
-    for unit in range(recorder.num_units):
-        got = [
-            recorded(ring, 0, recorder.ring_len, (unit,), recorder.ring_len) for ring in recorder.rings
-        ]
-        for place in range(recorder.ring_len):
-            truth = expected.get((unit, place), torch.zeros(layers, kv_heads, DIM))
+    for page in range(recorder.num_pages):
+        got = [recorded(ring, 0, PAGE, ((page,),)) for ring in recorder.rings]
+        for place in range(PAGE):
+            truth = expected.get((page, place), torch.zeros(layers, kv_heads, DIM))
             ours = torch.stack([layer[place, :, 0] for layer in got])
-            assert torch.equal(ours.float(), truth.float()), (unit, place)
-    now = [t.data_ptr() for t in (recorder.units, *(ring.queries for ring in recorder.rings))]
+            assert torch.equal(ours.float(), truth.float()), (page, place)
+    now = [t.data_ptr() for t in (recorder.pages, *(ring.queries for ring in recorder.rings))]
     assert now == addresses
-    assert recorder.units is table
+    assert recorder.pages is table
 
 
 @pytest.mark.parametrize("ring_dtype", [torch.float32, FP8, FP4], ids=str)
 def test_a_step_in_one_call_is_its_layers_some_at_a_time(ring_dtype: torch.dtype) -> None:
     """Same bytes; and a step that broke off leaves nothing behind in the next one."""
-    recorders = [make(layers=3, units=4, ring_dtype=ring_dtype) for _ in range(2)]
+    recorders = [make(layers=3, pages=4, ring_dtype=ring_dtype) for _ in range(2)]
     for recorder in recorders:
-        recorder.acquire(1, 2, since=0)
-        recorder.acquire(3, 1, since=0)
+        acquire(recorder, 1, 2, since=0)
+        acquire(recorder, 3, 1, since=0)
         flush(recorder)
     generator = torch.Generator().manual_seed(1)
     rows, positions = torch.tensor([1, 2, 3]), torch.tensor([5, 9, 7])

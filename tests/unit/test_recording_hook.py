@@ -18,7 +18,7 @@ from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mo
 from kara_sglang import runtime
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import TorchKernels
-from kara_sglang.kernels.record import Ring, Step
+from kara_sglang.kernels.record import PAGE, Ring, Step
 from kara_sglang.recorder import AttentionShape, QueryRecorder
 from kara_sglang.ring_check import RingCheck
 
@@ -74,7 +74,7 @@ def test_a_graph_records_whenever_it_is_captured(started: runtime.Runtime) -> No
 
 
 def test_a_step_is_recorded_when_somebody_asks(started: runtime.Runtime) -> None:
-    started.recorder.acquire(1, GROUP, since=5)
+    assert started.recorder.extend(started.recorder.acquire(1, GROUP, since=5, step=1), 5)
     started.recorder.flush()
     decode([1, 2], [5, 6])
     assert started.kernels.layers == LAYERS
@@ -130,7 +130,7 @@ def test_the_ring_goes_and_comes_with_the_kv_pool(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch, "full", full)
     runtime.before_cuda_graphs(runner)
     assert made == [("scratch", []), ("ring", ["kv_cache"]), ("tables", [])]
-    assert runtime.runtime.recorder.num_units > 0 and not runtime.runtime.refused
+    assert runtime.runtime.recorder.num_pages > 0 and not runtime.runtime.refused
 
 
 def test_sglang_captures_decode_graphs_in_its_capture_mode() -> None:
@@ -140,25 +140,24 @@ def test_sglang_captures_decode_graphs_in_its_capture_mode() -> None:
 
 
 def test_the_check_knows_what_was_written_for_whom() -> None:
-    """Each layer by itself; the mean's only unit; places written again a ring later; a new owner."""
-    ring_len = 5
-    check = RingCheck((2, 3 * ring_len + 1), ring_len, torch.device("cpu"))
-    units = torch.tensor([[-1, -1], [0, 1], [2, -1]])
+    """Each layer by itself; the mean's only page; places written again a page later; a new owner."""
+    check = RingCheck((2, 3 * PAGE + 1), torch.device("cpu"))
+    pages = torch.tensor([[-1, -1], [0, 1], [2, -1]], dtype=torch.int32)[:, None]
     rows = torch.tensor([0, 1, 2])
 
     def step(position: int) -> Step:
-        return Step(torch.tensor([99, position, position + 100]), rows, units, ring_len)
+        return Step(torch.tensor([99, position, position + 100]), rows, pages)
 
-    for position in range(7, 15):
+    for position in range(70, 78):
         check.record(slice(0, 2), step(position))
-    check.require("a", (0, 1), 10, 5)
-    check.require("b", (2,), 110, 5)
-    with pytest.raises(RuntimeError, match=r"request a: .* position 9 in layer 0, .* of position 14"):
-        check.require("a", (0, 1), 9, 5)
-    check.record(slice(0, 1), step(15))
-    with pytest.raises(RuntimeError, match=r"request b: .* position 115 in layer 1, .* position 110"):
-        check.require("b", (2,), 111, 5)
+    check.require("a", ((0,), (1,)), 70, 8)
+    check.require("b", ((2,),), 170, 8)
+    with pytest.raises(RuntimeError, match="position 69 in layer 0, it holds none of this request's"):
+        check.require("a", ((0,), (1,)), 69, 8)
+    check.record(slice(1, 2), step(70 + PAGE))
+    with pytest.raises(RuntimeError, match=r"request b: .* position 170 in layer 1, .* position 234"):
+        check.require("b", ((2,),), 170, 8)
     check.forget((1,))
-    check.require("a", (0,), 11, 4)
-    with pytest.raises(RuntimeError, match="position 11 in layer 0, it holds none of this request's"):
-        check.require("a", (0, 1), 11, 4)
+    check.require("a", ((0,),), 71, 7)
+    with pytest.raises(RuntimeError, match="position 71 in layer 0, it holds none of this request's"):
+        check.require("a", ((0,), (1,)), 71, 7)

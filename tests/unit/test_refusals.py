@@ -32,6 +32,9 @@ def test_a_supported_server_is_not_refused(resolved: Resolved) -> None:
         {"enable_metrics": True, "skip_tokenizer_init": True, "stream_interval": 8},
         {"kv_cache_dtype": "bfloat16", "page_size": 1, "device": "cpu"},
         {"schedule_conservativeness": 0.3, "mem_fraction_static": 0.7},
+        {"enable_hierarchical_cache": True},
+        {"enable_hierarchical_cache": True, "hicache_write_policy": "write_back"}
+        | {"hicache_mem_layout": "layer_first", "hicache_io_backend": "direct"},
     ):
         assert refusals.of_flags(resolved(**changes)) == [], changes
 
@@ -55,7 +58,16 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("--enable-streaming-session", {"enable_streaming_session": True}),
     ("--enable-session-radix-cache", {"enable_session_radix_cache": True}),
     ("--strip-thinking-cache", {"strip_thinking_cache": True}),
-    ("--enable-hierarchical-cache", {"enable_hierarchical_cache": True}),
+    ("--hicache-storage-backend", {"hicache_storage_backend": "file"}),
+    (
+        "--hicache-io-backend",
+        {"enable_hierarchical_cache": True, "hicache_io_backend": "kernel_ascend"},
+    ),
+    (
+        "--hicache-mem-layout",
+        {"enable_hierarchical_cache": True, "hicache_mem_layout": "page_first_direct"},
+    ),
+    ("--hicache-mem-layout", {"enable_hierarchical_cache": True, "hicache_mem_layout": "page_head"}),
     ("--enable-hisparse", {"enable_hisparse": True}),
     ("--enable-lmcache", {"enable_lmcache": True}),
     ("--enable-flexkv", {"enable_flexkv": True}),
@@ -103,6 +115,7 @@ def test_refused_flags(flag: str, changes: dict[str, Any], resolved: Resolved) -
     [
         ("--disable-radix-cache", {"disable_radix_cache": True}),
         ("--kv-events-config", {"kv_events_config": "{}"}),
+        ("--enable-hierarchical-cache", {"enable_hierarchical_cache": True}),
     ],
 )
 def test_flags_refused_with_compressed_prefixes_only(
@@ -322,13 +335,37 @@ def scheduler() -> SimpleNamespace:
     allocator = PagedTokenToKVPoolAllocator(256, 16, torch.bfloat16, "cpu", pool, need_sort=False)
     rows = ReqToTokenPool(4, 64, "cpu", False)
     return SimpleNamespace(
-        token_to_kv_pool_allocator=allocator, req_to_token_pool=rows, max_total_num_tokens=256
+        token_to_kv_pool_allocator=allocator,
+        req_to_token_pool=rows,
+        max_total_num_tokens=256,
+        tree_cache=SimpleNamespace(cache_controller=None),
+        forward_stream=object(),
     )
 
 
 def test_real_pools_pass(scheduler: SimpleNamespace) -> None:
     """The classes that the pass was written for."""
     assert refusals.of_scheduler(scheduler, KaraConfig(window=128, delay=128)) == []
+
+
+def test_a_host_tier_that_does_not_wait_for_passes(scheduler: SimpleNamespace) -> None:
+    """Its loads must wait for the stream on which a pass runs."""
+    config = KaraConfig(window=128, delay=128)
+    controller = SimpleNamespace(load_fence_stream=scheduler.forward_stream)
+    scheduler.tree_cache.cache_controller = controller
+    assert refusals.of_scheduler(scheduler, config) == []
+    for other in (None, object()):
+        controller.load_fence_stream = other
+        [line] = refusals.of_scheduler(scheduler, config)
+        assert line.startswith("HiCache") and line.endswith("without --enable-hierarchical-cache")
+
+
+def test_a_storage_backend_is_not_attached_later() -> None:
+    """SGLang can attach one over HTTP; the answer says why not."""
+    from kara_sglang import runtime
+
+    answer = runtime.attach_storage(None, None, None)
+    assert not answer.success and "storage backend does not work with --kv-compress" in answer.message
 
 
 def test_a_pool_smaller_than_a_window(scheduler: SimpleNamespace) -> None:

@@ -20,18 +20,18 @@ SLOT = 36 * 8 * 256 * 2
 def test_a_set_size_is_taken_as_it_is() -> None:
     recorder = query_ring(SHAPE, KaraConfig(query_mem_gb=1.5), Room(10**9, SLOT))
     assert recorder.why == "as set"
-    assert 1.5 * 2**30 - recorder.unit_bytes < recorder.num_bytes <= 1.5 * 2**30
+    assert 1.5 * 2**30 - recorder.page_bytes < recorder.num_bytes <= 1.5 * 2**30
 
 
 def test_without_a_figure_of_memory_it_is_fixed() -> None:
     recorder = query_ring(SHAPE, KaraConfig(), Room())
-    assert FIXED - recorder.unit_bytes < recorder.num_bytes <= FIXED and "fixed" in recorder.why
+    assert FIXED - recorder.page_bytes < recorder.num_bytes <= FIXED and "fixed" in recorder.why
 
 
 def test_a_large_pool_gives_its_share() -> None:
     recorder = query_ring(SHAPE, KaraConfig(), Room(50 << 30, SLOT))
     assert recorder.why == "1/16 of the memory for KV"
-    assert 0 <= (50 << 30) / 16 - recorder.num_bytes < recorder.unit_bytes
+    assert 0 <= (50 << 30) / 16 - recorder.num_bytes < recorder.page_bytes
 
 
 @pytest.mark.parametrize(("heads", "wanted"), [("auto", 4), ("all", 4), ("mean", 1)])
@@ -53,7 +53,7 @@ def test_it_is_bounded_and_serves_somebody(free, running, slots, heads, dtype) -
     recorder = query_ring(SHAPE, config, Room(free, SLOT, slots, running))
     least = cheapest(SHAPE.group, heads)
     assert recorder.room(least) >= 1
-    assert recorder.num_bytes <= max(SHARE * free, recorder.request_bytes(least))
+    assert recorder.num_bytes <= max(SHARE * free, recorder.most_bytes(least))
     most = 1 if heads == "mean" else SHAPE.group
     if running is not None:
         assert recorder.room(most) <= max(running, least)

@@ -204,8 +204,8 @@ def test_a_small_ring_has_room_for_a_quarter(tmp_path: Path) -> None:
     setup = Setup(model, "float32", 64, 16, 0.25, 16, None, (), {}, cpu=True)
     cells = {cell.row: cell for cell in scenarios.ring(scenarios.Scale())}
     small = start_of(cells["small-ring"], setup)[2]
-    budget = int(small.query_mem_gb * 2**30)
-    assert budget // ring_of(model, {"window": 64, "delay": 16}).unit_bytes == 4
+    settings = {"window": 64, "delay": 16, "query_mem_gb": small.query_mem_gb}
+    assert ring_of(model, settings).room(1) == 4
     assert cells["small-ring"].load.concurrency == 16
     assert start_of(cells["kara-0.5"], setup)[2].query_mem_gb == 0.25
     assert end_of_text(model) == [2]

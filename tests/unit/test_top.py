@@ -26,7 +26,7 @@ KARA = {
     "pass_seconds": 0.5,
     "skipped": {"opt_out": 2},
     "recorders_in_use": 20,
-    "recorder_units_free": 70,
+    "recorder_pages_free": 70,
     "largest_decode_graph": 32,
     "running_requests": 40,
     "waiting_requests": 5,
@@ -56,7 +56,7 @@ def test_what_a_frame_says() -> None:
     assert "5 waiting, 100 output tokens/s" in requests
     assert "[#######.................]  30%  60,000 of 200,000 slots in use" in line(lines, "KV pool")
     assert " 60%  60,000 slots for 100,000 tokens" in line(lines, "held")
-    assert "20 requests recorded, 70 units free" in line(lines, "query ring")
+    assert "20 requests recorded, 70 pages free" in line(lines, "query ring")
     assert line(lines, "windows").split() == ["windows", "30"]  # no rate without an earlier look
     assert line(lines, "left uncompressed") == "left uncompressed: opt_out 2"
 
