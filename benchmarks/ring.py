@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kara_sglang.config import KaraConfig
-from kara_sglang.recorder import QueryRecorder
+from kara_sglang.scheduler.ring.recorder import QueryRecorder
 
 
 def ring_of(model: str, settings: dict[str, Any]) -> QueryRecorder:
@@ -22,7 +22,7 @@ def ring_of(model: str, settings: dict[str, Any]) -> QueryRecorder:
     import torch
     from transformers import AutoConfig
 
-    from kara_sglang.reserved import query_ring, shape_of
+    from kara_sglang.scheduler.reserved import query_ring, shape_of
 
     config = AutoConfig.from_pretrained(model)
     heads = config.num_attention_heads

@@ -21,11 +21,11 @@ import torch
 
 from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.config import KaraConfig
-from kara_sglang.coordinator import Coordinator
 from kara_sglang.kernels.backend import TorchKernels
 from kara_sglang.kernels.record import FP8
-from kara_sglang.policy import lag
-from kara_sglang.recorder import AttentionShape, QueryRecorder
+from kara_sglang.scheduler.coordinator import Coordinator
+from kara_sglang.scheduler.policy import lag
+from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
 
 PROMPT = 1000
 
@@ -59,13 +59,11 @@ def running(number: int, settings: dict[str, Any], recorded: float) -> tuple[Coo
         new_token_ratio_tracker=SimpleNamespace(current=0.5),
         get_num_allocatable_reqs=lambda *_args, **_kwargs: 0,
     )
-    recorder = None
-    if config.keeps_queries:
-        shape = AttentionShape(1, 4, 1, 8, torch.float32, torch.device("cpu"))
-        unit = 9 * (config.window + config.delay + lag(config))
-        budget = int(number * recorded) * unit
-        recorder = QueryRecorder(shape, config.window, config.delay, budget, FP8, lag=lag(config))
-        recorder.allocate_tables(number + 1)
+    shape = AttentionShape(1, 4, 1, 8, torch.float32, torch.device("cpu"))
+    unit = 9 * (config.window + config.delay + lag(config))
+    budget = int(number * recorded) * unit if config.keeps_queries else 0
+    recorder = QueryRecorder(shape, config.window, config.delay, budget, FP8, lag=lag(config))
+    recorder.allocate_tables(number + 1)
     coordinator = Coordinator(scheduler, config, recorder, TorchKernels(), [1.0], None)
     requests = [_request(row) for row in range(1, number + 1)]
     lengths = torch.full((number,), PROMPT)

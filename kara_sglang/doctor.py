@@ -22,21 +22,14 @@ from importlib import metadata, util
 from types import SimpleNamespace
 from typing import Any
 
-from kara_sglang import (
-    __version__,
-    cpu_engine,
-    graphs,
-    hooks,
-    plugin,
-    policy,
-    refusals,
-    ring_size,
-    serve,
-)
+from kara_sglang import __version__, cpu_engine, hooks, plugin, serve
 from kara_sglang.compat import surface, versions
 from kara_sglang.compat.source import Source
 from kara_sglang.config import KaraConfig
+from kara_sglang.launcher import refusals
 from kara_sglang.radix_integration.row import Geometry
+from kara_sglang.scheduler import graphs, policy
+from kara_sglang.scheduler.ring.size import served
 
 OK, NOTE, BAD = "ok", "note", "BAD"
 CPU_SWITCH = "SGLANG_USE_CPU_ENGINE"
@@ -348,7 +341,6 @@ def _query_ring(plan: Plan, model: Any, resolved: Any) -> Finding:
             text = "the size of the ring is not known, as that of the weights is not; ask "
             return Finding(NOTE, "queries", f"{text}python -m kara_sglang.plan")
     ring = memory.ring_of(launch, memory.Rank.of(launch), weights)
-    assert ring is not None
     group = ring.shape.group
     heads = policy.cheapest(group, config.query_heads)
     if not ring.serves(heads):
@@ -356,7 +348,7 @@ def _query_ring(plan: Plan, model: Any, resolved: Any) -> Finding:
         text = f"--kv-compress-query-mem-gb {config.query_mem_gb:g} has no room for one request, which "
         way_out = f"raise it to {least / 2**30:.3f} or more"
         return Finding(BAD, "queries", f"{text}takes {least:,} bytes", way_out)
-    room = ring_size.served(ring.room(group), ring.room(1), config.query_heads)
+    room = served(ring.room(group), ring.room(1), config.query_heads)
     return Finding(
         OK,
         "queries",

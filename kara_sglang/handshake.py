@@ -33,7 +33,7 @@ def ready_word() -> int:
     """What a scheduler says that runs the plugin with the settings in force."""
     config = plugin.active()
     assert config is not None
-    return hooks.digest(hooks.of_child(config))
+    return hooks.digest(hooks.scheduler_hooks(config))
 
 
 def tell(message: dict[str, Any], word: int | str) -> None:

@@ -89,7 +89,7 @@ CLI_HOOKS = (
         "server_args.ServerArgs.add_cli_args",
         "after",
         ("parser",),
-        "cli:add_cli_args",
+        "launcher.flags:add_cli_args",
         "adds the flags",
         "SGLang has a registry of flags for plugins",
     ),
@@ -97,7 +97,7 @@ CLI_HOOKS = (
         "server_args.ServerArgs.from_cli_args",
         "after",
         ("cls", "args"),
-        "cli:from_cli_args",
+        "launcher.flags:from_cli_args",
         "reads the flags",
         "that registry hands a plugin its parsed flags",
     ),
@@ -105,19 +105,19 @@ CLI_HOOKS = (
         "server_args.ServerArgs.check_server_args",
         "after",
         ("self",),
-        "cli:check_server_args",
+        "launcher.flags:check_server_args",
         "refuses flags and models that compression does not support",
         "that registry lets a plugin refuse the resolved settings",
     ),
 )
 
 # Registered in the server's parent process once compression is switched on.
-PARENT_HOOKS = (
+LAUNCHER_HOOKS = (
     Hook(
         "managers.tokenizer_manager.TokenizerManager._validate_one_request",
         "before",
         ("self", "obj", "input_ids"),
-        "serving:check_input",
+        "launcher.requests:check_input",
         "refuses prompts that hold no token or what is none; an error is HTTP 400",
         "SGLang itself refuses empty prompts and ids outside the vocabulary",
     ),
@@ -125,7 +125,7 @@ PARENT_HOOKS = (
         "sampling.sampling_params.SamplingParams.verify",
         "after",
         ("self", "vocab_size"),
-        "serving:verify_sampling_params",
+        "launcher.requests:verify_sampling_params",
         "checks per-request options; an error is HTTP 400",
         "SGLang has a registry of checks for `custom_params`",
     ),
@@ -133,7 +133,7 @@ PARENT_HOOKS = (
         "managers.tokenizer_manager.TokenizerManager.update_request_meta_info",
         "around",
         ("self", "meta_info", "state", "customized_info", "index", "finish_reason"),
-        "serving:update_request_meta_info",
+        "launcher.requests:update_request_meta_info",
         "puts meta_info.kv_compress into the answer",
         "customized info that is one object per request goes into `meta_info` as it is",
     ),
@@ -141,19 +141,19 @@ PARENT_HOOKS = (
         "entrypoints.engine._wait_for_scheduler_ready",
         "after",
         ("scheduler_pipe_readers", "scheduler_procs"),
-        "serving:check_children",
+        "launcher.requests:check_children",
         "refuses to serve when a scheduler runs without the plugin",
         "SGLang ends a process in which a plugin cannot be loaded or a hook not be put in place",
     ),
 )
 
 # Registered in the scheduler processes once compression is switched on.
-CHILD_HOOKS = (
+SCHEDULER_HOOKS = (
     Hook(
         "model_executor.model_runner.ModelRunner.load_model",
         "after",
         ("self",),
-        "runtime:after_load_model",
+        "scheduler.runtime:after_load_model",
         "allocates the query ring and a pass's scratch before the KV pool is sized",
         "a pass has a callback between model and KV pool",
     ),
@@ -161,7 +161,7 @@ CHILD_HOOKS = (
         "model_executor.model_runner.ModelRunner.init_cuda_graphs",
         "before",
         ("self", "capture_decode_cuda_graph"),
-        "runtime:before_cuda_graphs",
+        "scheduler.runtime:before_cuda_graphs",
         "allocates the recorder's row tables before graph capture",
         "a pass has a callback before graph capture",
     ),
@@ -169,7 +169,7 @@ CHILD_HOOKS = (
         "layers.radix_attention.RadixAttention.forward",
         "before",
         ("self", "q", "k", "v", "forward_batch"),
-        "runtime:before_attention",
+        "scheduler.runtime:before_attention",
         "records post-RoPE queries in decode steps",
         "attention layers have observers of their queries",
     ),
@@ -177,7 +177,7 @@ CHILD_HOOKS = (
         "model_executor.forward_batch_info.ForwardBatch.init_new",
         "after",
         ("cls", "batch", "model_runner"),
-        "runtime:after_init_forward_batch",
+        "scheduler.runtime:after_init_forward_batch",
         "sets RoPE positions from the logical length",
         "a request has a position offset that `ForwardBatch` adds",
     ),
@@ -185,7 +185,7 @@ CHILD_HOOKS = (
         "managers.scheduler.Scheduler.__init__",
         "after",
         ("self", "server_args", "port_args"),
-        "runtime:after_scheduler_init",
+        "scheduler.runtime:after_scheduler_init",
         "checks the real objects and the hooks, starts the coordinator",
         "a pass is made by a registry once the scheduler is built",
     ),
@@ -193,7 +193,7 @@ CHILD_HOOKS = (
         "managers.scheduler.Scheduler.update_running_batch",
         "before",
         ("self", "batch"),
-        "runtime:before_update_running_batch",
+        "scheduler.runtime:before_update_running_batch",
         "the compaction pass, ahead of the memory check",
         "the scheduler calls registered passes ahead of its memory check",
     ),
@@ -201,7 +201,7 @@ CHILD_HOOKS = (
         "managers.schedule_batch.Req.reset_for_retract",
         "after",
         ("self",),
-        "runtime:after_reset_for_retract",
+        "scheduler.runtime:after_reset_for_retract",
         "forgets a retracted request's windows",
         "passes are told of a retraction",
     ),
@@ -209,7 +209,7 @@ CHILD_HOOKS = (
         "mem_cache.memory_pool.ReqToTokenPool.free",
         "before",
         ("self", "req"),
-        "runtime:before_free_row",
+        "scheduler.runtime:before_free_row",
         "takes the request's recorder back",
         "passes are told when a row is given back",
     ),
@@ -217,7 +217,7 @@ CHILD_HOOKS = (
         "managers.scheduler.Scheduler.get_prefill_adder_class",
         "around",
         ("self",),
-        "admission:adder_class",
+        "scheduler.admission:adder_class",
         "admits requests by what they will hold once compressed",
         "a pass says how many slots a request will come to hold",
     ),
@@ -225,7 +225,7 @@ CHILD_HOOKS = (
         "managers.scheduler.Scheduler.get_output_streamer_class",
         "around",
         ("self",),
-        "observability:output_streamer_class",
+        "scheduler.report:output_streamer_class",
         "reports what was compressed with a request's last output",
         "SGLang has a registry of fields that are reported per request",
     ),
@@ -233,7 +233,7 @@ CHILD_HOOKS = (
         "managers.scheduler_components.pool_stats_observer.PoolStats.get_decode_usage_msg_parts",
         "after",
         ("self",),
-        "observability:decode_usage_msg_parts",
+        "scheduler.report:decode_usage_msg_parts",
         "adds the share retained to the `Decode batch` log line",
         "a pass may add to the log line",
     ),
@@ -241,7 +241,7 @@ CHILD_HOOKS = (
         "managers.scheduler.Scheduler.get_internal_state",
         "after",
         ("self", "recv_req"),
-        "observability:internal_state",
+        "scheduler.report:internal_state",
         "adds settings and totals to /server_info",
         "a pass may add to the internal state",
     ),
@@ -249,7 +249,7 @@ CHILD_HOOKS = (
         "managers.scheduler.Scheduler.attach_hicache_storage_wrapped",
         "around",
         ("self", "recv_req"),
-        "runtime:attach_storage",
+        "scheduler.runtime:attach_storage",
         "refuses a HiCache storage backend while the server runs",
         "HiCache storage backends are tested with compression",
     ),
@@ -257,7 +257,7 @@ CHILD_HOOKS = (
         "managers.scheduler.Scheduler.get_init_info",
         "after",
         ("self",),
-        "runtime:after_get_init_info",
+        "scheduler.runtime:after_get_init_info",
         "tells the parent that this process is hooked",
         "SGLang ends a process in which a plugin cannot be loaded or a hook not be put in place",
     ),
@@ -317,13 +317,13 @@ SHARING_HOOKS = (
     ),
 )
 
-ALL_HOOKS = (*CLI_HOOKS, *PARENT_HOOKS, *CHILD_HOOKS, *SHARING_HOOKS)
+ALL_HOOKS = (*CLI_HOOKS, *LAUNCHER_HOOKS, *SCHEDULER_HOOKS, *SHARING_HOOKS)
 
 
-def of_child(config: KaraConfig) -> tuple[Hook, ...]:
+def scheduler_hooks(config: KaraConfig) -> tuple[Hook, ...]:
     """The hooks of a scheduler process with these settings."""
     sharing = SHARING_HOOKS if config.prefix_reuse == "compressed" else ()
-    return fitting((*CHILD_HOOKS, *sharing))
+    return fitting((*SCHEDULER_HOOKS, *sharing))
 
 
 def fitting(hooks: Iterable[Hook], exists: Callable[[Hook], bool] = Hook.exists) -> tuple[Hook, ...]:

@@ -34,7 +34,7 @@ def register() -> None:
     schedules = any(f"sglang.srt.managers.{name}" in sys.modules for name in _SCHEDULING)
     config = active() if multiprocessing.parent_process() is not None and schedules else None
     if config is not None:
-        hooks.register(hooks.of_child(config))
+        hooks.register(hooks.scheduler_hooks(config))
         if config.prefix_reuse == "compressed":
             from kara_sglang.radix_integration.compressed import register_backend
 
@@ -75,7 +75,7 @@ def not_loaded() -> list[str]:
     return [f"hook {path} could not be put in place" for path in hooks.missing(hooks.CLI_HOOKS)]
 
 
-def hook_parent() -> list[str]:
+def hook_launcher() -> list[str]:
     """Install the hooks of a process that launches a server.
 
     Returns
@@ -89,11 +89,11 @@ def hook_parent() -> list[str]:
         return unseen
     unfit = hooks.problems() + surface.problems(Source.installed())
     if not unfit:
-        hooks.register(hooks.PARENT_HOOKS)
+        hooks.register(hooks.LAUNCHER_HOOKS)
         HookRegistry.apply_hooks()
         unfit = [
             f"hook {path} could not be put in place; does another plugin hold it?"
-            for path in hooks.missing((*hooks.CLI_HOOKS, *hooks.PARENT_HOOKS))
+            for path in hooks.missing((*hooks.CLI_HOOKS, *hooks.LAUNCHER_HOOKS))
         ]
     return unfit
 

@@ -14,9 +14,9 @@ import torch
 
 from kara_sglang.kernels import record
 from kara_sglang.kernels.compact import compact
+from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.select import select
 from kara_sglang.kernels.selectors.base import Selector
-from kara_sglang.kernels.turn import Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class LayerPool:
     scales
         Softmax scale of each layer; with fp8 keys times their ``k_scale``, because logits are linear in
         it. A ``v_scale`` multiplies all scores of a layer alike and may be left out.
-    turn
+    rope_shift
         How queries are moved ahead; None where no selector asks for it.
     """
 
@@ -42,7 +42,7 @@ class LayerPool:
     values: list[torch.Tensor]
     rings: list[record.Ring]
     scales: list[float]
-    turn: Turn | None = None
+    rope_shift: RopeShift | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +184,9 @@ def reference_scores(pool: LayerPool, job: WindowJob, layer: int) -> torch.Tenso
     if job.pages is not None:
         queries = record.recorded(pool.rings[layer], job.query_start, job.query_count, job.pages)
         if job.selector.ahead:
-            if pool.turn is None:
-                raise ValueError("queries cannot be moved ahead: the pool has no turn")
-            queries = pool.turn.moved(queries, layer)
+            if pool.rope_shift is None:
+                raise ValueError("queries cannot be moved ahead: the pool has no RoPE shift")
+            queries = pool.rope_shift.moved(queries, layer)
     return job.selector.score(
         queries,
         pool.keys[layer].index_select(0, slots),

@@ -18,7 +18,7 @@ from typing import Self
 
 import torch
 
-from kara_sglang.kernels.copies import to_device
+from kara_sglang.kernels.transfer import to_device
 
 PAGE = 64
 """Tokens of a page of the ring."""

@@ -65,7 +65,7 @@ class AttentionRule(WeightRule):
     delay_votes
         Whether the queries of the delay, behind the window, vote as the window's own do.
     ahead
-        The queries are moved ahead by W positions, see ``kernels/turn.py``; who calls
+        The queries are moved ahead by W positions, see ``kernels/rope_shift.py``; who calls
         :func:`attention_scores` has done it.
     last_queries
         Let only this many of the newest of them vote; None: all.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kara_sglang.kernels.copies import to_device
+from kara_sglang.kernels.transfer import to_device
 from kara_sglang.radix_integration.prefix import prefix_of, removed
 
 if TYPE_CHECKING:

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kara_sglang.radix_integration.layout import Layout
-from kara_sglang.radix_integration.row import STATE, Window
+from kara_sglang.radix_integration.row import Window, state_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
-
-    from kara_sglang.radix_integration.row import RequestState
 
 PREFIX = "kv_compress_prefix"
 """Attribute of SGLang's ``Req`` that holds its :class:`Prefix`, from its first match on."""
@@ -34,7 +32,7 @@ def prefix_of(req: Req) -> Prefix | None:
 
 def layout_of(req: Req) -> Layout:
     """The compressed windows in the request's row: matched ones, then its own."""
-    state: RequestState | None = getattr(req, STATE, None)
+    state = state_of(req)
     if state is not None:
         # A window of which all is kept is exact.
         return Layout(tuple(window for window in state.windows if window.freed))
@@ -44,7 +42,7 @@ def layout_of(req: Req) -> Layout:
 
 def removed(req: Req) -> int:
     """Logical length minus KV length of the request's row."""
-    state: RequestState | None = getattr(req, STATE, None)
+    state = state_of(req)
     return state.removed if state is not None else layout_of(req).removed
 
 

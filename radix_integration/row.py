@@ -18,11 +18,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
+from kara_sglang.kernels.record import PAGE
+
 if TYPE_CHECKING:
     import torch
+    from sglang.srt.managers.schedule_batch import Req
 
     from kara_sglang.kernels.selectors import Selector
-    from kara_sglang.recorder import Recorder
 
 STATE = "kv_compress"
 """Attribute of SGLang's ``Req`` that holds its :class:`RequestState`; None for a request that is not
@@ -71,7 +73,7 @@ class TracedWindow:
     Attributes
     ----------
     bits
-        As :attr:`kara_sglang.trace.file.Trace.bits` for one window, on the host.
+        As :attr:`kara_sglang.trace.format.Trace.bits` for one window, on the host.
     arrived
         Event behind the copy; None where there was nothing to wait for.
     """
@@ -79,6 +81,22 @@ class TracedWindow:
     window: Window
     bits: torch.Tensor
     arrived: torch.cuda.Event | None
+
+
+@dataclass(slots=True, eq=False)
+class Recorder:
+    """A request's share of the query ring."""
+
+    row: int  # req_pool_idx
+    heads: int  # of each GQA group; 1 is their mean, unless the group has a single one
+    since: int  # logical position of the first recorded token
+    granted: tuple[int, int]  # logical position and step of its first token, for Demand
+    pages: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by block: one for each head
+
+    @property
+    def first(self) -> int:
+        """Logical position from which on its queries are in the ring."""
+        return max(self.since, min(self.pages, default=0) * PAGE)
 
 
 @dataclass(slots=True)
@@ -154,3 +172,25 @@ class RequestState:
                 raise RuntimeError(f"kv-compress: window at {self.base} leaves a gap behind {last}")
         if self.removed != sum(window.freed for window in self.windows):
             raise RuntimeError(f"kv-compress: {self.removed} removed, windows say otherwise")
+
+
+def state_of(req: Req) -> RequestState | None:
+    """None for a request that is not compressed, or has not decoded yet."""
+    state: RequestState | None = getattr(req, STATE, None)
+    return state
+
+
+def has_decoded(req: Req) -> bool:
+    """Whether the request has taken its first decode step, since its last prefill."""
+    return hasattr(req, STATE)
+
+
+def keep_state(req: Req, state: RequestState | None) -> None:
+    """Of a request that takes its first decode step; None: it is not compressed."""
+    setattr(req, STATE, state)
+
+
+def forget_state(req: Req) -> None:
+    """The request is prefilled anew."""
+    if hasattr(req, STATE):
+        delattr(req, STATE)

@@ -45,13 +45,13 @@ from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
 from kara_sglang.kernels.record import FP4, FP8, PAGE, Ring, Step, blocks_of, most_blocks
+from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.selectors.keys import KeysSelector
 from kara_sglang.kernels.triton import TritonKernels, prepare, record
 from kara_sglang.kernels.triton import launch as launch_module
 from kara_sglang.kernels.triton import pool as pool_module
-from kara_sglang.kernels.turn import Turn
 
 ARCHITECTURES = (80, 90, 100)
 OTHER_SHAPES = (
@@ -257,7 +257,7 @@ def launches(
         values=[torch.empty(window, heads, dim, dtype=key_dtype)],
         rings=[ring[0]],
         scales=[dim**-0.5],
-        turn=Turn.of_layer(torch.ones(dim // 2), torch.zeros(dim // 2), dim, halves=halves),
+        rope_shift=RopeShift.of_layer(torch.ones(dim // 2), torch.zeros(dim // 2), dim, halves=halves),
     )
     kara = KaraSelector(
         chunks=ChunkRule(budget=0.1 if chunks else 0.0),

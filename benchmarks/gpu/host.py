@@ -31,9 +31,9 @@ from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
 from kara_sglang.kernels.record import FP8, PAGE, Ring, blocks_of
+from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.selectors.kara import KaraSelector
 from kara_sglang.kernels.triton import TritonKernels
-from kara_sglang.kernels.turn import Turn
 
 WINDOWS = (1, 8)
 GOAL_US = 100.0
@@ -68,13 +68,13 @@ def pass_over(model: Model, settings: Settings, windows: int) -> tuple[TritonKer
     keys = torch.zeros(windows * width, heads, dim, dtype=torch.bfloat16)
     blocks = len(blocks_of(1000, count))
     ring = Ring.zeros((model.group * blocks * PAGE + 1, heads, dim), FP8)
-    still = Turn.of_layer(torch.ones(dim // 2), torch.zeros(dim // 2), dim, halves=True)
+    still = RopeShift.of_layer(torch.ones(dim // 2), torch.zeros(dim // 2), dim, halves=True)
     pool = LayerPool(
         keys=[keys] * model.layers,
         values=[keys] * model.layers,
         rings=[ring] * model.layers,
         scales=[dim**-0.5] * model.layers,
-        turn=Turn.of([still] * model.layers),
+        rope_shift=RopeShift.of([still] * model.layers),
     )
     selector = KaraSelector.from_config(KaraConfig())
     slots = torch.arange(windows * width, dtype=torch.int32).view(windows, width)

@@ -31,12 +31,12 @@ import requests
 from kara_sglang import cpu_engine
 from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.benchmarks.machine import command, machine
-from kara_sglang.benchmarks.serving.__main__ import GPU_SCALE, resolve_model
-from kara_sglang.benchmarks.serving.peers import Setup
+from kara_sglang.benchmarks.serving.peers import start
 from kara_sglang.benchmarks.serving.peers.sglang import SGLang
 from kara_sglang.benchmarks.serving.rows import STOCK, Row, rows
 from kara_sglang.benchmarks.serving.scenarios import Scale
 from kara_sglang.benchmarks.serving.server import Server, end_on_sigterm
+from kara_sglang.benchmarks.serving.setup import GPU_SCALE, Setup, resolve_model
 from kara_sglang.embedded_model import EmbeddedModelMissing
 
 MODULE = "kara_sglang.benchmarks.gpu.identity"
@@ -188,7 +188,7 @@ def check(setup: Setup, backend: str, logs: Path) -> dict[str, Any]:
     def answers(
         name: str, rounds: Sequence[tuple[Sequence[str | None], bool]]
     ) -> tuple[list[Answers], dict[str, Any]]:
-        server = Server(peer, known[name], setup, logs / f"{backend}-{name}.log").wait()
+        server = start(peer, known[name], setup, logs / f"{backend}-{name}.log").wait()
         try:
             said = [ask(server, output, kinds, together=together) for kinds, together in rounds]
             return said, facts(server, peer)
@@ -277,8 +277,6 @@ def main() -> int:
         page_size=scale.page_size,
         pool=options.pool,
         server_args=tuple(shlex.split(options.server_args)),
-        pythons={},
-        cpu=cpu,
     )
 
     def found_with(backend: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from kara_sglang.kernels import record as reference_record
 from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob, WindowShape
 from kara_sglang.kernels.compact import compact as reference_compact
 from kara_sglang.kernels.record import FP4, FP8, Ring, Step
+from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.score import AttentionRule, blend_neighbours
 from kara_sglang.kernels.score import attention_scores as reference_scores
 from kara_sglang.kernels.score import weight_scores as reference_weights
@@ -49,8 +50,7 @@ from kara_sglang.kernels.triton.pool import PoolTables
 from kara_sglang.kernels.triton.prepare import weight_scores
 from kara_sglang.kernels.triton.score import Scratch, Voters, attention_scores, recorders_of
 from kara_sglang.kernels.triton.select import select
-from kara_sglang.kernels.turn import Turn
-from kara_sglang.recorder import AttentionShape, QueryRecorder
+from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
 
 DEVICE = torch.device("cuda")
 RULE = KaraSelector.from_config(KaraConfig()).rule
@@ -118,7 +118,9 @@ class Case:
             values=[normal(slots).to(key_dtype) for _ in range(layers)],
             rings=self.recorder.rings,
             scales=[dim**-0.5] * layers,
-            turn=Turn.of([Turn.of_layer(angles.cos(), angles.sin(), dim, halves=True)] * layers),
+            rope_shift=RopeShift.of(
+                [RopeShift.of_layer(angles.cos(), angles.sin(), dim, halves=True)] * layers
+            ),
         )
         for ring in self.recorder.rings:
             filled = Ring.of(normal(len(ring.queries)), ring_dtype)
@@ -330,7 +332,7 @@ def expected_scores(case: Case, rule: AttentionRule) -> torch.Tensor:
             pages = case.recorder.pages_of(case.owners[job], start, count)
             queries = reference_record.recorded(ring, start, count, pages)
             if rule.ahead:
-                queries = pool.turn.moved(queries, layer)
+                queries = pool.rope_shift.moved(queries, layer)
             expected[layer, job] = reference_scores(
                 queries,
                 pool.keys[layer].float()[slots],

@@ -41,9 +41,10 @@ from kara_sglang.benchmarks.gpu.dummy import CONFIGS, kv_bytes, write_config
 from kara_sglang.benchmarks.gpu.profiled import profile
 from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.benchmarks.machine import command, machine
-from kara_sglang.benchmarks.serving.peers import PEERS, Setup
+from kara_sglang.benchmarks.serving.peers import PEERS, start
 from kara_sglang.benchmarks.serving.rows import STOCK, rows
 from kara_sglang.benchmarks.serving.server import Server, end_on_sigterm
+from kara_sglang.benchmarks.serving.setup import Setup
 from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.kernels.triton.backend import SCRATCH_BYTES
 
@@ -403,8 +404,6 @@ def main(arguments: list[str]) -> int:
             page_size=page,
             pool=pool if row == STOCK else smaller,
             server_args=(*args, *options.server_args.split()),
-            pythons={},
-            cpu=cpu_engine.is_installed(),
         )
 
     def clients(row: Row, seed: int) -> Clients:
@@ -441,7 +440,7 @@ def main(arguments: list[str]) -> int:
             fresh = sorted(wanted - set(running))
             for name in fresh:
                 log = folder / f"{name}.log"
-                running[name] = Server(PEERS["sglang"], known[name], setup(name), log)
+                running[name] = start(PEERS["sglang"], known[name], setup(name), log)
             for name in fresh:
                 running[name].wait()
                 # What is compiled at first use is compiled here.

@@ -40,9 +40,10 @@ from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.pace import fastest
 from kara_sglang.benchmarks.quality.script import write_json
 from kara_sglang.benchmarks.quality.texts import DATA
-from kara_sglang.benchmarks.serving.peers import PEERS, Setup
+from kara_sglang.benchmarks.serving.peers import PEERS, start
 from kara_sglang.benchmarks.serving.rows import Row as ServedRow
 from kara_sglang.benchmarks.serving.server import Server, end_on_sigterm
+from kara_sglang.benchmarks.serving.setup import Setup
 from kara_sglang.config import KaraConfig
 
 MODULE = "kara_sglang.benchmarks.quality.reasoning"
@@ -166,11 +167,9 @@ def serve(options: argparse.Namespace, own: dict[str, Any], log: Path) -> Server
             *(("--mem-fraction-static", "0.95") if on_cpu else ()),  # the pool's size is given
             *shlex.split(options.server_args),
         ),
-        pythons={},
-        cpu=on_cpu,
     )
     try:
-        return Server(PEERS["sglang"], row, setup, log).wait()
+        return start(PEERS["sglang"], row, setup, log).wait()
     except RuntimeError as error:
         raise Failed(str(error)) from None
 

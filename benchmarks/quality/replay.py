@@ -15,9 +15,9 @@ import torch
 
 from kara_sglang.benchmarks.quality.script import Cell, Script
 from kara_sglang.kernels.record import FP8, mean_of
+from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.select import select
 from kara_sglang.kernels.selectors.base import Selector
-from kara_sglang.kernels.turn import Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,10 +226,10 @@ class Replay:
             self._layers[number] = Layer(splice(layer.keys), splice(layer.values), layer.queries)
         self._kept.append(kept_all)
 
-    def _turn(self, positions: int, head_dim: int) -> Turn:
+    def _turn(self, positions: int, head_dim: int) -> RopeShift:
         """From transformers' own frequencies, the same in all layers."""
         angles = positions * self.model.model.rotary_emb.inv_freq.double()
-        return Turn.of_layer(angles.cos(), angles.sin(), head_dim, halves=True)
+        return RopeShift.of_layer(angles.cos(), angles.sin(), head_dim, halves=True)
 
     @staticmethod
     def _recorded(layer: Layer, plan: Plan, start: int, num_kv_heads: int) -> torch.Tensor:

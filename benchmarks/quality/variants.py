@@ -201,9 +201,10 @@ def register(names: list[str]) -> None:
             REGISTRY[name] = _factory(Variant.parse(name))
 
 
-def _factory(variant: Variant) -> type[Selector]:
-    def from_config(_cls: type, config: KaraConfig) -> VariantSelector:
+def _factory(variant: Variant) -> type[VariantSelector]:
+    def from_config(cls: type[VariantSelector], config: KaraConfig) -> VariantSelector:
         chunks = ChunkRule(variant.chunks, config.chunk_width, config.chunk_quantile)
-        return VariantSelector(chunks=chunks, variant=variant)
+        return cls(chunks=chunks, variant=variant)
 
-    return type("NamedVariant", (VariantSelector,), {"from_config": classmethod(from_config)})
+    more = {"name": variant.name, "from_config": classmethod(from_config)}
+    return type("NamedVariant", (VariantSelector,), more)

@@ -29,11 +29,11 @@ import requests
 
 from kara_sglang import cpu_engine
 from kara_sglang.benchmarks.machine import command, machine
-from kara_sglang.benchmarks.serving.__main__ import resolve_model
 from kara_sglang.benchmarks.serving.counters import Counters
-from kara_sglang.benchmarks.serving.peers import PEERS, Setup
+from kara_sglang.benchmarks.serving.peers import PEERS, start
 from kara_sglang.benchmarks.serving.rows import STOCK, Row
 from kara_sglang.benchmarks.serving.server import Server, end_on_sigterm
+from kara_sglang.benchmarks.serving.setup import Setup, resolve_model
 
 REUSE = "--kv-compress-prefix-reuse"
 ROWS = (
@@ -191,7 +191,7 @@ def measure(setup: Setup, sizes: Sizes, folder: Path) -> dict[str, Any]:
 def _start(row: Row, setup: Setup, pool: int, folder: Path) -> Server:
     print(f"starting {row.name}, pool {pool} slots", file=sys.stderr)
     log = folder / "logs" / f"{row.name}-{pool}.log"
-    return Server(PEERS["sglang"], row, dataclasses.replace(setup, pool=pool), log).wait()
+    return start(PEERS["sglang"], row, dataclasses.replace(setup, pool=pool), log).wait()
 
 
 def over_repetitions(runs: list[list[dict[str, float]]], step: int, key: str) -> float:
@@ -283,10 +283,6 @@ def main(argv: list[str] | None = None) -> int:
         delay=sizes.delay,
         query_mem_gb=0.25 if cpu else 2.0,
         page_size=sizes.page_size,
-        pool=None,
-        server_args=(),
-        pythons={},
-        cpu=cpu,
     )
     end_on_sigterm()
     found = measure(setup, sizes, folder)

@@ -19,12 +19,8 @@ from kara_sglang import cpu_engine
 from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.serving import scenarios
 from kara_sglang.benchmarks.serving.rows import rows
-from kara_sglang.benchmarks.tiny_model import add_word_tokenizer, make_tiny_llama
-from kara_sglang.embedded_model import EmbeddedModelMissing, embedded_model_path
-
-GPU_SCALE = scenarios.Scale(
-    window=512, delay=64, page_size=16, prompt=512, output=8192, requests=128, scarce=16
-)
+from kara_sglang.benchmarks.serving.setup import GPU_SCALE, Setup, resolve_model
+from kara_sglang.embedded_model import EmbeddedModelMissing
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=PYTHON",
-        help="interpreter of a peer's own environment: vllm=..., nano_kvllm=...",
+        help="interpreter of a peer's own environment: vllm=...",
     )
     p.add_argument("--query-mem-gb", type=float, help="default: 0.25 on a CPU, 2 on a GPU")
     p.add_argument("--server-args", default="", help="more flags for every SGLang server, as one word")
@@ -62,18 +58,6 @@ def parser() -> argparse.ArgumentParser:
         flag = "--" + field.name.replace("_", "-")
         p.add_argument(flag, type=kind, help=f"default: {field.default}")
     return p
-
-
-def resolve_model(name: str, folder: Path) -> str:
-    """The folder or hub name that servers get; ``tiny`` is written into ``folder``."""
-    if name == "smollm2":
-        return str(embedded_model_path())
-    if name != "tiny":
-        return name
-    target = folder / "tiny"
-    if not (target / "tokenizer.json").exists():
-        add_word_tokenizer(make_tiny_llama(target))
-    return str(target)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         p.error(f"{error.name} is needed: pip install 'kara-sglang[benchmarks]'")
     from kara_sglang.benchmarks.serving.measure import missing
-    from kara_sglang.benchmarks.serving.peers import PEERS, Setup
+    from kara_sglang.benchmarks.serving.peers import PEERS
 
     cpu = cpu_engine.is_installed()
     scale = scenarios.Scale() if cpu else GPU_SCALE
@@ -112,10 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         delay=scale.delay,
         query_mem_gb=options.query_mem_gb or (0.25 if cpu else 2.0),
         page_size=scale.page_size,
-        pool=None,
         server_args=tuple(shlex.split(options.server_args)),
         pythons=pythons,
-        cpu=cpu,
     )
 
     if options.quick:
@@ -166,7 +148,8 @@ def execute(
     from kara_sglang.benchmarks.serving.measure import Journal, failure, run, schedule
     from kara_sglang.benchmarks.serving.plots import draw
     from kara_sglang.benchmarks.serving.report import headline, markdown
-    from kara_sglang.benchmarks.serving.server import Servers, end_on_sigterm
+    from kara_sglang.benchmarks.serving.residents import Servers
+    from kara_sglang.benchmarks.serving.server import end_on_sigterm
 
     console = Console(stderr=True)
     settings = {

@@ -16,10 +16,12 @@ import requests
 
 from kara_sglang.benchmarks.ring import ring_of
 from kara_sglang.benchmarks.serving.load import drive
-from kara_sglang.benchmarks.serving.peers import PEERS, Setup
+from kara_sglang.benchmarks.serving.peers import PEERS
+from kara_sglang.benchmarks.serving.residents import Servers, Start
 from kara_sglang.benchmarks.serving.rows import STOCK, Row, rows
 from kara_sglang.benchmarks.serving.scenarios import Cell
-from kara_sglang.benchmarks.serving.server import Server, Servers, Start
+from kara_sglang.benchmarks.serving.server import Server
+from kara_sglang.benchmarks.serving.setup import Setup
 
 CLIENT_METRICS = (
     *("duration", "completed", "total_input_tokens", "total_output_tokens"),
@@ -111,11 +113,7 @@ def run(
         "pool": cell.pool,
         "requests": cell.load.requests,
     }
-    if peer.backend is None:
-        return result | _offline(peer.offline(row, setup_here, cell.load, seed))
-
-    starts = [start_of(one, setup) for one in then]
-    server = servers.get((peer, row, setup_here), [s for s in starts if s[0].backend is not None])
+    server = servers.get((peer, row, setup_here), [start_of(one, setup) for one in then])
     # Of all rows, also those that have to differ, so that all are as warm.
     probe = _probe(server) if cell.scenario == "ample" and row.peer == "sglang" else None
     if row.peer == "sglang":
@@ -153,19 +151,6 @@ def _probe(server: Server) -> str:
     answers = server.post("/generate", body).json()
     seen = [[pair[:2] for pair in a["meta_info"]["output_token_logprobs"]] for a in answers]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
-
-
-def _offline(answer: dict[str, Any]) -> dict[str, Any]:
-    client = dict.fromkeys(CLIENT_METRICS) | answer
-    client["output_throughput"] = answer["total_output_tokens"] / answer["duration"]
-    client["request_throughput"] = answer["completed"] / answer["duration"]
-    return {
-        "client": client,
-        "counters": None,
-        "cpu_seconds": None,
-        "cpu_seconds_per_output_token": None,
-        "probe": None,
-    }
 
 
 def missing(row: Row, setup: Setup) -> str | None:

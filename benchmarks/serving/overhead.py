@@ -23,13 +23,13 @@ from typing import Any
 import psutil
 
 import kara_sglang
-from kara_sglang import cpu_engine
 from kara_sglang.benchmarks.machine import machine
-from kara_sglang.benchmarks.serving.peers import PEERS, Setup
+from kara_sglang.benchmarks.serving.peers import PEERS, start
 from kara_sglang.benchmarks.serving.rows import Row
 from kara_sglang.benchmarks.serving.server import Server, end_on_sigterm
+from kara_sglang.benchmarks.serving.setup import Setup
 from kara_sglang.benchmarks.tiny_model import add_word_tokenizer, make_tiny_llama
-from kara_sglang.hooks import CHILD_HOOKS
+from kara_sglang.hooks import SCHEDULER_HOOKS
 
 WINDOW = 4096
 _PACKAGE = str(Path(kara_sglang.__file__).parent)
@@ -108,11 +108,9 @@ def main() -> int:
             pool=options.requests * 8192,
             # SGLang's default; other benchmarks log every step, and our part of the line is not free.
             server_args=("--decode-log-interval", "40"),
-            pythons={},
-            cpu=cpu_engine.is_installed(),
         )
         row = Row("kara", "every request records, no pass", selector="kara", settings={"delay": 0})
-        server = Server(PEERS["sglang"], row, setup, folder / "server.log").wait()
+        server = start(PEERS["sglang"], row, setup, folder / "server.log").wait()
         try:
             profile, info = _profile(server, options.requests, options.seconds, folder)
         finally:
@@ -122,7 +120,7 @@ def main() -> int:
     if info["recorders_in_use"] != options.requests or info["passes"]:
         print(f"not what was to be measured: {info}", file=sys.stderr)
         return 1
-    around = {hook.handler.partition(":")[2] for hook in CHILD_HOOKS if hook.kind == "around"}
+    around = {hook.handler.partition(":")[2] for hook in SCHEDULER_HOOKS if hook.kind == "around"}
     part, samples, charged = share(profile, around)
     answer = {
         "machine": machine(),

@@ -101,13 +101,5 @@ def rows(window: int) -> dict[str, Row]:
             plugin=False,
         ),
         Row("vllm", "vLLM, another engine", peer="vllm", plugin=False),
-        Row("nano-kvllm", "nano-kvllm, offline", peer="nano_kvllm", plugin=False),
-        Row(
-            "nano-kvllm-off",
-            "nano-kvllm without compression, offline",
-            peer="nano_kvllm",
-            flags=("--no-compression",),
-            plugin=False,
-        ),
     ]
     return {row.name: row for row in every}

@@ -85,7 +85,7 @@ MAIN = ("stock", "kara-0.5", "kara-0.25")
 ALL = (
     *("stock", "off", "identity", "kara-0.5", "kara-0.25", "threshold", "pressure"),
     *("keys-0.5", "keys-0.25", "random", "recent", "kvllm"),
-    *("radixless", "vllm", "nano-kvllm", "nano-kvllm-off"),
+    *("radixless", "vllm"),
 )
 
 

@@ -8,9 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import OrderedDict
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -18,8 +16,6 @@ import psutil
 import requests
 
 from kara_sglang.benchmarks.processes import end_group
-from kara_sglang.benchmarks.serving.peers import Peer, Setup
-from kara_sglang.benchmarks.serving.rows import Row
 
 START_SECONDS = 1800
 
@@ -30,15 +26,27 @@ def end_on_sigterm() -> None:
 
 
 class Server:
-    """One server; it is starting until :meth:`wait` returns."""
+    """One server; it is starting until :meth:`wait` returns.
 
-    def __init__(self, peer: Peer, row: Row, setup: Setup, log: Path) -> None:
+    Parameters
+    ----------
+    command : callable
+        Its command line, given the port.
+    environment : dict
+        What its environment has more than ours.
+    log : Path
+        For its output.
+    """
+
+    def __init__(
+        self, command: Callable[[int], list[str]], environment: dict[str, str], log: Path
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
-        self.command = peer.command(row, setup, port)
+        self.command = command(port)
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_")}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:
@@ -46,7 +54,7 @@ class Server:
                 self.command,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=inherited | peer.environment(row, setup),
+                env=inherited | environment,
                 start_new_session=True,
             )
 
@@ -114,55 +122,3 @@ class Server:
 
     def stop(self) -> None:
         end_group(self._process)
-
-
-Start = tuple[Peer, Row, Setup]
-"""What a server is started with."""
-
-
-class Servers:
-    """At most ``resident`` running servers; the one that was used longest ago makes room."""
-
-    def __init__(self, resident: int, folder: Path) -> None:
-        self.resident = resident
-        self._folder = folder
-        self._running: OrderedDict[tuple[str, int | None], Server] = OrderedDict()
-        self._failed: dict[tuple[str, int | None], RuntimeError] = {}
-
-    def get(self, start: Start, then: Iterable[Start] = ()) -> Server:
-        """The server of ``start``. Where it has to be started, those that come ``then`` are started
-        beside it, as far as there is room, and waited for: most of a start is one thread's work."""
-        wanted = {(row.name, setup.pool): (peer, row, setup) for peer, row, setup in (start, *then)}
-        if (failed := self._failed.get(next(iter(wanted)))) is not None:
-            raise failed
-        # Only where a pool is not sized by what is free when the server starts.
-        together = self.resident if start[2].cpu else 1
-        first, *_ = keys = [key for key in wanted if key not in self._failed][:together]
-        if first not in self._running:
-            for key in keys:
-                if key in self._running:
-                    self._running.move_to_end(key)
-            fresh = [key for key in keys if key not in self._running]
-            for key in fresh:
-                if len(self._running) >= self.resident:
-                    self._running.popitem(last=False)[1].stop()
-                log = self._folder / f"{key[0]}-{key[1] or 'auto'}.log"
-                self._running[key] = Server(*wanted[key], log)
-            for key in reversed(fresh):
-                try:
-                    self._running[key].wait()
-                except RuntimeError as error:
-                    del self._running[key]
-                    self._failed[key] = error  # it is told when it is that server's turn
-                    if key == first:
-                        raise
-        self._running.move_to_end(first)
-        return self._running[first]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        # All together: an end takes seconds, most of them spent waiting.
-        with ThreadPoolExecutor(max(1, len(self._running))) as pool:
-            list(pool.map(lambda server: server.stop(), self._running.values()))

@@ -11,12 +11,13 @@ import os
 import sys
 from pathlib import Path
 
-from kara_sglang import doctor, graphs
+from kara_sglang import doctor
 from kara_sglang.config import environment_settings
 from kara_sglang.plan.launch import read
 from kara_sglang.plan.load import Load
 from kara_sglang.plan.memory import weight_bytes
 from kara_sglang.plan.report import Plan
+from kara_sglang.scheduler import graphs
 
 
 def main(argv: list[str] | None = None) -> int:

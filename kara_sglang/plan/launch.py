@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from kara_sglang import cli, graphs, refusals
 from kara_sglang.config import KaraConfig
+from kara_sglang.launcher import flags, refusals
+from kara_sglang.scheduler import graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     made = _Parser(allow_abbrev=False)
     ServerArgs.add_cli_args(made)
     if not any("--kv-compress" in action.option_strings for action in made._actions):
-        cli.add_cli_args(None, made)  # SGLang's hooks do it where plugins are loaded
+        flags.add_cli_args(None, made)  # SGLang's hooks do it where plugins are loaded
     return made
 
 
@@ -88,7 +89,7 @@ def read(words: list[str], gpu_memory: float | None) -> Launch:
 
     device = [] if gpu_memory is None else ["--device", "cuda"]
     namespace = parser().parse_args([*words, *device])
-    config = cli.read_flags(namespace)
+    config = flags.read_flags(namespace)
     if config is None:
         raise ValueError("a plan needs compression; leave out --kv-compress none")
     with _gpu_of(gpu_memory):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kara_sglang import policy
-from kara_sglang.admission import reserve
 from kara_sglang.config import KaraConfig
 from kara_sglang.radix_integration.row import Geometry, ceil_align
+from kara_sglang.scheduler import policy
+from kara_sglang.scheduler.forecast import reserve
 
 
 @dataclass(frozen=True, slots=True)

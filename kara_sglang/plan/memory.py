@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kara_sglang.plan.launch import Launch
-from kara_sglang.reserved import largest_window, query_ring, shape_of
-from kara_sglang.ring_size import Room
+from kara_sglang.scheduler.reserved import largest_window, query_ring, shape_of
+from kara_sglang.scheduler.ring.size import Room
 
 if TYPE_CHECKING:
-    from kara_sglang.recorder import QueryRecorder
+    from kara_sglang.scheduler.ring.recorder import QueryRecorder
 
 CONTEXT_BYTES = 1 << 30
 """What a driver and a CUDA context keep of a GPU's memory: an assumption, about right for an H100."""
@@ -29,7 +29,7 @@ CONTEXT_BYTES = 1 << 30
 @dataclass(frozen=True, slots=True)
 class Rank:
     """What one tensor-parallel rank holds of a model; has the attributes that
-    :func:`kara_sglang.reserved.shape_of` reads."""
+    :func:`kara_sglang.scheduler.reserved.shape_of` reads."""
 
     num_hidden_layers: int
     num_attention_heads: int
@@ -96,7 +96,7 @@ class Memory:
     pool: int
 
 
-def divide(launch: Launch, rank: Rank, ring: QueryRecorder | None, weights: int | None) -> Memory:
+def divide(launch: Launch, rank: Rank, ring: QueryRecorder, weights: int | None) -> Memory:
     """Divide the memory of one GPU.
 
     Parameters
@@ -112,7 +112,7 @@ def divide(launch: Launch, rank: Rank, ring: QueryRecorder | None, weights: int 
     ValueError
         Where nothing is left for the pool.
     """
-    taken = ring.num_bytes if ring is not None else 0
+    taken = ring.num_bytes
     cap = launch.resolved.max_total_tokens
     if launch.gpu_memory is None:
         if cap is None:
@@ -149,13 +149,15 @@ def _whole_pages(slots: int, launch: Launch) -> int:
     return slots // page * page
 
 
-def ring_of(launch: Launch, rank: Rank, weights: int | None) -> QueryRecorder | None:
-    """The query ring of one rank, on the ``meta`` device; None where the selector needs no queries.
-    ``weights`` as for :func:`divide`; not read where the settings say the ring's size."""
-    if not launch.config.keeps_queries:
-        return None
+def ring_of(launch: Launch, rank: Rank, weights: int | None) -> QueryRecorder:
+    """The query ring of one rank, on the ``meta`` device. ``weights`` as for :func:`divide`; not read
+    where the settings say the ring's size."""
     free = None
-    if launch.gpu_memory is not None and launch.config.query_mem_gb is None:
+    if (
+        launch.gpu_memory is not None
+        and launch.config.query_mem_gb is None
+        and launch.config.keeps_queries
+    ):
         assert weights is not None
         free = max(0, _left(launch, weights)[-1] - scratch_bytes(launch, rank))
     room = Room(

@@ -8,15 +8,15 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from kara_sglang import graphs, policy
 from kara_sglang.benchmarks.gpu.floors import Settings
 from kara_sglang.benchmarks.gpu.models import Model
 from kara_sglang.plan import gain
 from kara_sglang.plan.launch import Launch
 from kara_sglang.plan.load import Held, Load, compressed, uncompressed
 from kara_sglang.plan.memory import Memory, Rank, divide, ring_of
-from kara_sglang.recorder import QueryRecorder
-from kara_sglang.ring_size import served
+from kara_sglang.scheduler import graphs, policy
+from kara_sglang.scheduler.ring.recorder import QueryRecorder
+from kara_sglang.scheduler.ring.size import served
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class Plan:
         rank = Rank.of(launch)
         recorder = ring_of(launch, rank, weights)
         ring = None
-        if recorder is not None:
+        if recorder.num_pages:
             ring = Ring.of(recorder, launch.config.query_heads)
         memory = divide(launch, rank, recorder, weights)
         page = launch.resolved.page_size

@@ -7,8 +7,8 @@ import sys
 import webbrowser
 from pathlib import Path
 
-from kara_sglang.trace import page, tokens
-from kara_sglang.trace.file import Trace, TraceError, load, merge
+from kara_sglang.trace import tokens, viewer
+from kara_sglang.trace.format import Trace, TraceError, load, merge
 from kara_sglang.trace.pair import pair
 
 
@@ -36,7 +36,7 @@ def show(files: list[Path], others: list[Path], out: Path, tokenizer: str | None
     texts, notice = text_of(both.common[0] if both else trace, tokenizer)
     if notice:
         print(f"kara_sglang.trace: {notice}", file=sys.stderr)
-    html = page.render_pair(both, texts, notice) if both else page.render(trace, texts, notice)
+    html = viewer.render_pair(both, texts, notice) if both else viewer.render(trace, texts, notice)
     try:
         out.write_text(html, encoding="utf-8")
     except OSError as error:

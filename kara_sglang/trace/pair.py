@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kara_sglang.trace.file import Trace, TraceError
+from kara_sglang.trace.format import Trace, TraceError
 
 
 @dataclass(frozen=True, slots=True)

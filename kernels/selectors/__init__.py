@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from kara_sglang.kernels.selectors.base import Selector
 from kara_sglang.kernels.selectors.causal import CausalSelector
 from kara_sglang.kernels.selectors.identity import IdentitySelector
@@ -15,20 +13,22 @@ from kara_sglang.kernels.selectors.settings import SelectorSettings
 from kara_sglang.kernels.selectors.snapkv import SnapKVSelector
 
 REGISTRY: dict[str, type[Selector]] = {
-    "kara": KaraSelector,
-    "causal": CausalSelector,
-    "snapkv": SnapKVSelector,
-    "keys": KeysSelector,
-    "recent": RecentSelector,
-    "random": RandomSelector,
-    "identity": IdentitySelector,
+    selector.name: selector
+    for selector in (
+        KaraSelector,
+        CausalSelector,
+        SnapKVSelector,
+        KeysSelector,
+        RecentSelector,
+        RandomSelector,
+        IdentitySelector,
+    )
 }
 
 
 def build(name: str, config: SelectorSettings) -> Selector:
     """The selector ``name`` with the settings that it takes from ``config``."""
-    factory: Callable[[SelectorSettings], Selector] = REGISTRY[name].from_config
-    return factory(config)
+    return REGISTRY[name].from_config(config)
 
 
 __all__ = ["REGISTRY", "Selector", "build"]

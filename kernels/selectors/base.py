@@ -7,10 +7,10 @@ from typing import ClassVar, Self
 
 import torch
 
-from kara_sglang.kernels.copies import to_device
 from kara_sglang.kernels.score import AttentionRule, attention_scores
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.settings import SelectorSettings
+from kara_sglang.kernels.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,8 @@ class Selector:
 
     Attributes
     ----------
+    name
+        As ``--kv-compress`` and requests name it.
     needs_queries
         Whether a window can be scored only when its queries were recorded.
     keeps_all
@@ -29,6 +31,7 @@ class Selector:
         Token2Chunk's settings; off by default.
     """
 
+    name: ClassVar[str]
     needs_queries: ClassVar[bool] = False
     keeps_all: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
@@ -36,7 +39,7 @@ class Selector:
 
     @property
     def ahead(self) -> bool:
-        """Whether queries are moved ahead before :meth:`score` gets them, see ``kernels/turn.py``."""
+        """Whether :meth:`score` gets queries that were moved ahead (``kernels/rope_shift.py``)."""
         return False
 
     @classmethod

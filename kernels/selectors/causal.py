@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 from kara_sglang.kernels.selectors.base import AttentionSelector
 from kara_sglang.kernels.selectors.kara import KaraSelector
@@ -14,6 +14,8 @@ from kara_sglang.kernels.selectors.settings import SelectorSettings
 @dataclass(frozen=True, slots=True)
 class CausalSelector(AttentionSelector):
     """As ``kara``, but a query votes for keys at or before its own position only."""
+
+    name: ClassVar[str] = "causal"
 
     @classmethod
     def from_config(cls, config: SelectorSettings) -> Self:

@@ -12,4 +12,5 @@ from kara_sglang.kernels.selectors.recent import RecentSelector
 class IdentitySelector(RecentSelector):
     """R = W, so the scores do not matter; the pass must leave the engine bit for bit as it was."""
 
+    name: ClassVar[str] = "identity"
     keeps_all: ClassVar[bool] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.select import ChunkRule
@@ -15,6 +15,8 @@ from kara_sglang.kernels.selectors.settings import SelectorSettings
 class KaraSelector(AttentionSelector):
     """Every query of the window votes for every key of the window; with ``delay_votes`` those of the
     delay behind it do, too."""
+
+    name: ClassVar[str] = "kara"
 
     @classmethod
     def from_config(cls, config: SelectorSettings) -> Self:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
@@ -17,6 +17,7 @@ class KeysSelector(Selector):
     """The fourth power of V's norm times the distance of the key from the window's mean key, blended
     with the scores of the tokens around. No query is recorded."""
 
+    name: ClassVar[str] = "keys"
     rule: WeightRule = WeightRule()
 
     @classmethod

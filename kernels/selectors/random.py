@@ -14,6 +14,7 @@ from kara_sglang.kernels.selectors.base import BlindSelector
 class RandomSelector(BlindSelector):
     """Uniform scores from a generator on the CPU, so that every device draws the same ones."""
 
+    name: ClassVar[str] = "random"
     seeded: ClassVar[bool] = True
 
     def draw(self, num_kv_heads: int, width: int, seed: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -12,6 +13,8 @@ from kara_sglang.kernels.selectors.base import BlindSelector
 @dataclass(frozen=True, slots=True)
 class RecentSelector(BlindSelector):
     """A token's score is its position."""
+
+    name: ClassVar[str] = "recent"
 
     def draw(self, num_kv_heads: int, width: int, seed: int) -> torch.Tensor:
         return torch.arange(width, dtype=torch.float32).repeat(num_kv_heads, 1)

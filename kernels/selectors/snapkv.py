@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 from kara_sglang.kernels.score import AttentionRule
 from kara_sglang.kernels.selectors.base import AttentionSelector
@@ -17,6 +17,8 @@ class SnapKVSelector(AttentionSelector):
     With ``last_queries=1`` and ``granularity="layer"`` this is the score of nano-kvllm, the paper
     authors' public engine.
     """
+
+    name: ClassVar[str] = "snapkv"
 
     @classmethod
     def from_config(cls, config: SelectorSettings) -> Self:

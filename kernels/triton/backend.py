@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape, reference_scores
-from kara_sglang.kernels.copies import fill, to_device
 from kara_sglang.kernels.record import Ring, Step, most_blocks
 from kara_sglang.kernels.score import WeightRule
 from kara_sglang.kernels.selectors.base import AttentionSelector, BlindSelector, Selector
 from kara_sglang.kernels.selectors.keys import KeysSelector
+from kara_sglang.kernels.transfer import fill, to_device
 from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.launch import Launch
 from kara_sglang.kernels.triton.pool import PoolTables

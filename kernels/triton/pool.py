@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from kara_sglang.kernels.backend import LayerPool
-from kara_sglang.kernels.copies import to_device
 from kara_sglang.kernels.record import FP4, Ring
-from kara_sglang.kernels.turn import Turn
+from kara_sglang.kernels.rope_shift import RopeShift
+from kara_sglang.kernels.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class PoolTables:
         recorder, ``ring_scales`` where the ring has none.
     scales
         Softmax scale of each layer, shape ``(num_layers,)``, float32.
-    turn
+    rope_shift
         As the pool's.
     moves
         What a compaction moves: pairs of a table, which lists all layers once or twice, and the bytes
@@ -51,7 +51,7 @@ class PoolTables:
     rings: torch.Tensor | None
     ring_scales: torch.Tensor | None
     scales: torch.Tensor
-    turn: Turn | None
+    rope_shift: RopeShift | None
     moves: tuple[tuple[torch.Tensor, int], ...]
     num_layers: int
     num_kv_heads: int
@@ -71,8 +71,8 @@ class PoolTables:
         Raises
         ------
         ValueError
-            Where layers differ in shape or dtype, K and V in dtype, a buffer has gaps, or the turn does
-            not fit.
+            Where layers differ in shape or dtype, K and V in dtype, a buffer has gaps, or the shift
+            does not fit.
         """
         rings = [ring.queries for ring in pool.rings]
         ring_scales = [ring.scales for ring in pool.rings if ring.scales is not None]
@@ -99,11 +99,11 @@ class PoolTables:
         if rings and (rings[0].shape[1], pool.rings[0].head_dim) != pool.keys[0].shape[1:]:
             raise ValueError("the ring's heads are not those of K")
         shape = len(pool.keys), pool.keys[0].shape[2]
-        if pool.turn is not None and any(
+        if pool.rope_shift is not None and any(
             part.shape != shape or not part.is_contiguous()
-            for part in (pool.turn.cos, pool.turn.sin, pool.turn.partner)
+            for part in (pool.rope_shift.cos, pool.rope_shift.sin, pool.rope_shift.partner)
         ):
-            raise ValueError(f"the turn is no contiguous {shape[0]} layers of {shape[1]} numbers")
+            raise ValueError(f"the RoPE shift is no contiguous {shape[0]} layers of {shape[1]} numbers")
         keys, values = _addresses(pool.keys), _addresses(pool.values)
         _, num_kv_heads, head_dim = pool.keys[0].shape
         value_dim = pool.values[0].shape[2]
@@ -119,7 +119,7 @@ class PoolTables:
             rings=table(_addresses(rings), device) if rings else None,
             ring_scales=table(_addresses(ring_scales), device) if ring_scales else None,
             scales=to_device(torch.tensor(pool.scales, dtype=torch.float32), device),
-            turn=pool.turn,
+            rope_shift=pool.rope_shift,
             moves=((both, key_bytes),)
             if key_bytes == value_bytes
             else ((key_table, key_bytes), (value_table, value_bytes)),

@@ -5,7 +5,7 @@ An attention score multiplies every recorded query with every key, several times
 read through their slots once and written one behind the other, in the type that matrix units multiply,
 and whatever depends on the key alone is done here:
 
-* *The turn.* ``R(W) q . k = q . R(-W) k``: where queries are moved ahead, W keys are turned back
+* *The shift.* ``R(W) q . k = q . R(-W) k``: where queries are moved ahead, W keys are turned back
   instead of W times as many queries as a group has heads.
 * *A power of two* per window and head, by which keys are divided, so that float16 holds whatever
   bfloat16 did. It goes into the softmax scale.
@@ -97,7 +97,7 @@ def prepare_kernel(
     the largest, and then its own part for the rest.
 
     Keys are written as ``DOT`` unless that is None, and turned back unless ``AHEAD`` is 0; else it is
-    the turn's ``run``.
+    the shift's ``run``.
     """
     BLOCKS: tl.constexpr = (WIDTH + BLOCK_K * PARTS - 1) // (BLOCK_K * PARTS)  # of a part
     part = tl.program_id(0) % PARTS
@@ -207,18 +207,18 @@ def prepare(
         Written: what the attention of each key is multiplied by, shape ``(len(layers), num_jobs,
         num_kv_heads, W)``, float32.
     """
-    turns: dict[str, object] = {"AHEAD": 0, "cosines": None, "sines": None, "partners": None}
+    shifts: dict[str, object] = {"AHEAD": 0, "cosines": None, "sines": None, "partners": None}
     if rule.ahead:
-        turn = tables.turn
-        turns = {
-            "AHEAD": turn.run,
-            "cosines": turn.cos,
-            "sines": turn.sin,
-            "partners": turn.partner,
+        shift = tables.rope_shift
+        shifts = {
+            "AHEAD": shift.run,
+            "cosines": shift.cos,
+            "sines": shift.sin,
+            "partners": shift.partner,
         }
     dot = stored_type(tables.dot)
     parts = {"turned": turned, "key_scales": key_scales, "weights": weights}
-    return _launch(tables, layers, slots, rule, DOT=dot, **parts, **turns)
+    return _launch(tables, layers, slots, rule, DOT=dot, **parts, **shifts)
 
 
 def weight_scores(

@@ -422,15 +422,15 @@ def attention_scores(
     Raises
     ------
     ValueError
-        Where there is no ring, or no turn although the rule wants one, there are pages for fewer tokens
-        than vote, shapes do not fit, or a tensor has gaps.
+        Where there is no ring, or no RoPE shift although the rule wants one, there are pages for fewer
+        tokens than vote, shapes do not fit, or a tensor has gaps.
     """
     num_jobs, width = slots.shape
     heads = len(layers), num_jobs, tables.num_kv_heads
     if tables.rings is None:
         raise ValueError("scores need recorded queries, and the pool has no ring")
-    if rule.ahead and tables.turn is None:
-        raise ValueError("queries cannot be moved ahead: the pool has no turn")
+    if rule.ahead and tables.rope_shift is None:
+        raise ValueError("queries cannot be moved ahead: the pool has no RoPE shift")
     if voters.blocks < most_blocks(voters.first + voters.count):
         raise ValueError(
             f"{voters.first + voters.count} queries asked of {voters.blocks} pages of a ring"

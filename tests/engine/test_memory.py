@@ -14,7 +14,7 @@ import requests
 from server import PAGE_16, WINDOW, Server, in_parallel, launch, prompt
 from test_exactness import PROMPTS, logprobs
 
-from kara_sglang.trace.file import file_name, load
+from kara_sglang.trace.format import file_name, load
 
 
 def test_pool_grows_by_what_a_window_frees(kara: Server) -> None:

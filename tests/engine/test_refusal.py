@@ -15,10 +15,10 @@ SABOTAGE = {
 import sys
 if "--multiprocessing-fork" in sys.argv:
     import dataclasses, kara_sglang.hooks as hooks
-    table = list(hooks.CHILD_HOOKS)
+    table = list(hooks.SCHEDULER_HOOKS)
     index = next(i for i, h in enumerate(table) if h.target.endswith("reset_for_retract"))
     table[index] = dataclasses.replace(table[index], target="managers.schedule_batch.Req.reset_gone")
-    hooks.CHILD_HOOKS = tuple(table)
+    hooks.SCHEDULER_HOOKS = tuple(table)
 """,
         "Req.reset_gone is not in place",
     ),

@@ -14,7 +14,7 @@ import pytest
 import requests
 from server import Server, in_parallel
 
-from kara_sglang.trace.file import file_name
+from kara_sglang.trace.format import file_name
 
 QUESTION = [{"role": "user", "content": "Tell me about the history of bread, in detail."}]
 

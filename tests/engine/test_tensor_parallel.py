@@ -9,7 +9,7 @@ import pytest
 from server import Server, run
 from test_exactness import PROMPTS
 
-from kara_sglang.trace.file import file_name, load, merge
+from kara_sglang.trace.format import file_name, load, merge
 
 
 def test_engine_with_two_ranks(stock: Server, tiny_model: Path, logs: Path, tmp_path: Path) -> None:

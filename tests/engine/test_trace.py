@@ -10,7 +10,7 @@ import numpy as np
 from server import Server, prompt
 from test_exactness import PROMPTS
 
-from kara_sglang.trace.file import file_name, load
+from kara_sglang.trace.format import file_name, load
 
 WINDOW, KEPT, SETS = 64, 32, 4 * 4  # the tiny model has 4 layers of 4 KV heads
 

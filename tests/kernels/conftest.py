@@ -32,8 +32,8 @@ from triton.runtime.jit import JITFunction
 import kara_sglang.kernels.triton as package
 from kara_sglang.kernels.backend import LayerPool, WindowShape
 from kara_sglang.kernels.record import PAGE, Ring, most_blocks
+from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.triton import TritonKernels
-from kara_sglang.kernels.turn import Turn
 
 KERNEL_MODULES = [
     importlib.import_module(f"{package.__name__}.{module.name}")
@@ -121,7 +121,7 @@ def _new_pool(
         values=values,
         rings=[Ring.of(q, ring_dtype) for q in queries],
         scales=[dim**-0.5 * (1 + 0.1 * layer) for layer in range(layers)],
-        turn=_turn(layers, dim),
+        rope_shift=_turn(layers, dim),
     )
 
 
@@ -131,18 +131,18 @@ def _copy_pool(pool: LayerPool) -> LayerPool:
         values=[value.clone() for value in pool.values],
         rings=pool.rings,
         scales=pool.scales,
-        turn=pool.turn,
+        rope_shift=pool.rope_shift,
     )
 
 
-def _turn(layers: int, dim: int) -> Turn:
+def _turn(layers: int, dim: int) -> RopeShift:
     """Layer by layer all of a head in halves, three quarters of it in neighbours, nothing."""
     turns = []
     for layer in range(layers):
         pairs = (dim // 2, dim // 8 * 3, 0)[layer % 3]
         angles = 48.0 * 100.0 ** -(torch.arange(pairs) / max(1, pairs))
-        turns.append(Turn.of_layer(angles.cos(), angles.sin(), dim, halves=layer % 3 == 0))
-    return Turn.of(turns)
+        turns.append(RopeShift.of_layer(angles.cos(), angles.sin(), dim, halves=layer % 3 == 0))
+    return RopeShift.of(turns)
 
 
 def _windows(

@@ -21,7 +21,7 @@ from kara_sglang.kernels.selectors import REGISTRY, Selector
 from kara_sglang.kernels.triton import TritonKernels, backend
 from kara_sglang.kernels.triton.pool import PoolTables
 from kara_sglang.kernels.triton.score import attention_scores
-from kara_sglang.recorder import AttentionShape, QueryRecorder
+from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 

@@ -14,7 +14,7 @@ from kara_sglang.kernels import record as reference
 from kara_sglang.kernels.record import PAGE, Ring, Step
 from kara_sglang.kernels.triton import TritonKernels, numbers
 from kara_sglang.kernels.triton.record import record
-from kara_sglang.recorder import AttentionShape, QueryRecorder
+from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 

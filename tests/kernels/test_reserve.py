@@ -9,10 +9,11 @@ import pytest
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 
-from kara_sglang import plugin, runtime
+from kara_sglang import plugin
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.kernels.triton import TritonKernels, backend
+from kara_sglang.scheduler import runtime
 
 HEADS, GROUP, DIM = 2, 16, 16
 
@@ -45,15 +46,17 @@ def test_whatever_a_request_asks_for_fits(monkeypatch, query_mem_gb):
     )
     runtime.after_load_model(None, runner)
     assert fresh.refused == []
-    assert fresh.turn is None if not query_mem_gb else fresh.turn.cos.shape == (2, DIM)
-    assert isinstance(fresh.kernels, TritonKernels)
+    kernels, shift = fresh.parts.kernels, fresh.parts.rope_shift
+    assert shift is None if not query_mem_gb else shift.cos.shape == (2, DIM)
+    assert bool(fresh.parts.recorder.num_pages) == bool(query_mem_gb)
+    assert isinstance(kernels, TritonKernels)
     for kind in REGISTRY.values():
         if kind.needs_queries and not query_mem_gb:
             continue
         for voices in (1, GROUP) if kind.needs_queries else (0,):
             shape = backend.WindowShape(2, HEADS, DIM, torch.float16, 256, 256, voices, 256 + 16)
-            assert fresh.kernels._layers_at_once(shape, fresh.kernels._at_once(shape)) >= 1
+            assert kernels._layers_at_once(shape, kernels._at_once(shape)) >= 1
     voices = GROUP if query_mem_gb else 0
     too_wide = backend.WindowShape(2, HEADS, DIM, torch.float16, 1024, 256, voices, 1024)
     with pytest.raises(RuntimeError, match="bytes of scratch"):
-        fresh.kernels._layers_at_once(too_wide, 1)
+        kernels._layers_at_once(too_wide, 1)

@@ -13,6 +13,7 @@ from ring_pages import pages_of
 from kara_sglang.kernels import record
 from kara_sglang.kernels.backend import LayerPool
 from kara_sglang.kernels.record import FP4, FP8, PAGE, Ring
+from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.score import LEAST_SCORE, MOST_SCORE, NEIGHBOURS_SHARE, AttentionRule
 from kara_sglang.kernels.score import attention_scores as reference_scores
 from kara_sglang.kernels.score import blend_neighbours as reference_blend
@@ -20,7 +21,6 @@ from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.triton.pool import PoolTables
 from kara_sglang.kernels.triton.score import Scratch, Voters, attention_scores, recorders_of
 from kara_sglang.kernels.triton.select import select
-from kara_sglang.kernels.turn import Turn
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -130,7 +130,7 @@ def brute_force(
                     for pages in pages_of(num_pages(pool), members[job].tolist(), starts[job], count):
                         query = queries[pages[block] * PAGE + place, head]
                         if rule.ahead:
-                            query = moved(query, pool.turn, layer)
+                            query = moved(query, pool.rope_shift, layer)
                         logits = keys[window[:visible], head] @ query * pool.scales[layer]
                         weights = np.exp(logits - logits.max())
                         weights /= weights.sum()
@@ -157,7 +157,7 @@ def blended(scores: np.ndarray, neighbours: int) -> np.ndarray:
     return powers ** (1 - NEIGHBOURS_SHARE) * means**NEIGHBOURS_SHARE if reach else scores
 
 
-def moved(query: np.ndarray, turn: Turn, layer: int) -> np.ndarray:
+def moved(query: np.ndarray, turn: RopeShift, layer: int) -> np.ndarray:
     """Each pair as a complex number, times one on the unit circle."""
     out = query.copy()
     for first, second in enumerate(turn.partner[layer].tolist()):
@@ -177,7 +177,7 @@ def check(pool, slots, members, starts, count, rule, tolerance=2e-5):
             pages = pages_of(num_pages(pool), members[job].tolist(), starts[job], count)
             queries = record.recorded(pool.rings[layer], starts[job], count, pages)
             if rule.ahead:
-                queries = pool.turn.moved(queries, layer)
+                queries = pool.rope_shift.moved(queries, layer)
             theirs = reference_scores(
                 queries,
                 pool.keys[layer].float()[window],
@@ -430,12 +430,12 @@ def test_what_does_not_fit_is_refused(make):
         triton_scores(pool, slots.repeat(2, 1), members, [16], 48, SUM)
     with pytest.raises(ValueError, match="must be contiguous"):
         triton_scores(pool, slots[:, ::2], members, [16], 48, SUM)
-    with pytest.raises(ValueError, match="the pool has no turn"):
-        triton_scores(dataclasses.replace(pool, turn=None), slots, members, [16], 48, AHEAD)
+    with pytest.raises(ValueError, match="the pool has no RoPE shift"):
+        triton_scores(dataclasses.replace(pool, rope_shift=None), slots, members, [16], 48, AHEAD)
     with pytest.raises(ValueError, match="no contiguous 1 layers of 64 numbers"):
-        parts = (pool.turn.cos, pool.turn.sin, pool.turn.partner)
-        short = Turn(*(part[:, :32] for part in parts), pool.turn.run)
-        triton_scores(dataclasses.replace(pool, turn=short), slots, members, [16], 48, AHEAD)
+        parts = (pool.rope_shift.cos, pool.rope_shift.sin, pool.rope_shift.partner)
+        short = RopeShift(*(part[:, :32] for part in parts), pool.rope_shift.run)
+        triton_scores(dataclasses.replace(pool, rope_shift=short), slots, members, [16], 48, AHEAD)
     with pytest.raises(ValueError, match="the pool has no ring"):
         triton_scores(dataclasses.replace(pool, rings=[]), slots, members, [16], 48, SUM)
     integers = dataclasses.replace(pool, keys=[key.int() for key in pool.keys], values=pool.keys)

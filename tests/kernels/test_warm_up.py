@@ -13,13 +13,13 @@ import torch
 
 from kara_sglang.benchmarks.gpu.compiled import KERNELS, caught
 from kara_sglang.config import KaraConfig
-from kara_sglang.coordinator import Coordinator
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import WindowJob, WindowShape
 from kara_sglang.kernels.record import blocks_of
+from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.triton import TritonKernels
-from kara_sglang.kernels.turn import Turn
-from kara_sglang.recorder import AttentionShape, QueryRecorder
+from kara_sglang.scheduler.coordinator import Coordinator
+from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
 
 LAYERS, HEADS, GROUP, DIM, PAGE = 3, 2, 3, 64, 16
 CPU = torch.device("cpu")
@@ -41,14 +41,12 @@ def coordinator_of(config: KaraConfig) -> Coordinator:
     kernels = TritonKernels()
     shape = WindowShape(LAYERS, HEADS, DIM, torch.bfloat16, width, width, GROUP, width + config.delay)
     kernels.reserve(CPU, shape)
-    recorder = None
-    if config.keeps_queries:
-        shape = AttentionShape(LAYERS, HEADS * GROUP, HEADS, DIM, torch.bfloat16, CPU)
-        dtype = config.ring_dtype(torch.bfloat16)
-        recorder = QueryRecorder(shape, width, config.delay, 4 << 20, dtype)
-        recorder.allocate_tables(8)
-    still = Turn.of_layer(torch.ones(DIM // 2), torch.zeros(DIM // 2), DIM, halves=True)
-    turn = Turn.of([still] * LAYERS)
+    shape = AttentionShape(LAYERS, HEADS * GROUP, HEADS, DIM, torch.bfloat16, CPU)
+    budget, dtype = 4 << 20 if config.keeps_queries else 0, config.ring_dtype(torch.bfloat16)
+    recorder = QueryRecorder(shape, width, config.delay, budget, dtype)
+    recorder.allocate_tables(8)
+    still = RopeShift.of_layer(torch.ones(DIM // 2), torch.zeros(DIM // 2), DIM, halves=True)
+    turn = RopeShift.of([still] * LAYERS)
     return Coordinator(scheduler, config, recorder, kernels, [0.125] * LAYERS, turn)
 
 
@@ -70,7 +68,7 @@ def test_no_request_needs_a_compiler(settings):
         coordinator.warm_up()
     warm = {launch.key for launch in launches}
     names = {launch.kernel.__name__ for launch in launches}
-    if recorder is None:
+    if not recorder.num_pages:
         assert names == {"prepare_kernel", "select_kernel", "compact_kernel"}
     else:
         assert names == set(KERNELS)
@@ -88,13 +86,13 @@ def test_no_request_needs_a_compiler(settings):
         for selector in (selectors.build(name, config) for name in selectors.REGISTRY)
         for kept in (1, 3, 16, 48, 112, 128)  # with a page of 1 a request may ask for any R
         for voices in ((1, GROUP) if selector.needs_queries else (0,))
-        if recorder is not None or not selector.needs_queries
+        if recorder.num_pages or not selector.needs_queries
     ]
     with caught() as launches:
-        kernels.compress(coordinator._pool(), jobs)
+        kernels.compress(coordinator.compaction._pool(), jobs)
         for job in jobs:
-            kernels.compress(coordinator._pool(), [job] * 17)
-        for batch in (1, 2, 17, 64) if recorder is not None else ():
+            kernels.compress(coordinator.compaction._pool(), [job] * 17)
+        for batch in (1, 2, 17, 64) if recorder.num_pages else ():
             rows = torch.zeros(batch, dtype=torch.int64)
             queries = torch.zeros(batch, HEADS * GROUP * DIM, dtype=torch.bfloat16)
             for layer in range(LAYERS):
@@ -107,10 +105,10 @@ def test_kernels_see_when_buffers_are_made_anew():
     """A pool is one object, so that a pass need not look at its buffers, until SGLang has others."""
     coordinator = coordinator_of(KaraConfig(window=128, delay=16))
     buffers = coordinator.scheduler.token_to_kv_pool_allocator.get_kvcache()
-    known = coordinator._pool()
-    assert coordinator._pool() is known
+    known = coordinator.compaction._pool()
+    assert coordinator.compaction._pool() is known
     buffers.v_buffer = [buffer.clone() for buffer in buffers.v_buffer]
-    other = coordinator._pool()
+    other = coordinator.compaction._pool()
     assert other is not known and other.values is buffers.v_buffer
     with caught():
         coordinator.warm_up()

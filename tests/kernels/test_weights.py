@@ -27,7 +27,7 @@ def triton_scores(
 ) -> torch.Tensor:
     """``(len(layers), num_jobs, num_kv_heads, W)``, as they are when they have been selected by; the
     pool has no ring."""
-    tables = PoolTables.of(dataclasses.replace(pool, rings=[], turn=None))
+    tables = PoolTables.of(dataclasses.replace(pool, rings=[], rope_shift=None))
     layers = range(tables.num_layers) if layers is None else layers
     out = torch.full((len(layers), len(slots), tables.num_kv_heads, slots.shape[1]), float("nan"))
     weight_scores(tables, layers, slots, rule=rule, out=out)()

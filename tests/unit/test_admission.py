@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kara_sglang.admission import adder_class, growth, needed, short_of_slots
 from kara_sglang.radix_integration.row import Geometry
-from kara_sglang.runtime import runtime
+from kara_sglang.scheduler.admission import adder_class
+from kara_sglang.scheduler.forecast import growth
+from kara_sglang.scheduler.runtime import runtime
+from kara_sglang.scheduler.shortage import needed, short_of_slots
 
 
 def simulated_peak(geometry: Geometry, uncompressed: int, kept: int, tokens: int) -> int:
@@ -85,7 +87,7 @@ class HalfCoordinator:
     def __init__(self, *acting: bool) -> None:
         self.acting = list(acting)
 
-    def acts(self, running: Any) -> bool:
+    def is_compressing(self, running: Any) -> bool:
         assert running.reqs == ["one", "two"]
         return self.acting.pop(0)
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from kara_sglang.benchmarks import steps
-from kara_sglang.calendar import Calendar
+from kara_sglang.scheduler.calendar import Calendar
 
 
 def test_everybody_is_seen_on_the_last_date_that_was_made() -> None:

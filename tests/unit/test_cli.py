@@ -14,20 +14,21 @@ from typing import Any
 
 import pytest
 
-from kara_sglang import cli, plugin
+from kara_sglang import plugin
 from kara_sglang.compat import versions
 from kara_sglang.config import CONFIG_KEYS, ENV, SELECTORS, KaraConfig
+from kara_sglang.launcher import flags
 
 
 @pytest.fixture
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="sglang serve")
-    cli.add_cli_args(None, made)
+    flags.add_cli_args(None, made)
     return made
 
 
 def read(parser: argparse.ArgumentParser, *words: str) -> KaraConfig | None:
-    return cli.read_flags(parser.parse_args(words))
+    return flags.read_flags(parser.parse_args(words))
 
 
 def refused(parser: argparse.ArgumentParser, *words: str) -> str:
@@ -69,7 +70,7 @@ def test_flags_do_not_collide_with_sglangs(server_defaults: dict[str, Any]) -> N
 def test_without_flags_compression_is_off(parser: argparse.ArgumentParser) -> None:
     """Also for a namespace that never saw our parser, as other entry points of SGLang make."""
     assert read(parser) is None
-    assert cli.read_flags(Namespace()) is None
+    assert flags.read_flags(Namespace()) is None
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -215,7 +216,7 @@ def test_mistyped_values_are_one_line_too(words: list[str], parser: argparse.Arg
 
 
 def failed_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that ``cli.fail`` prints."""
+    """The one line that ``flags.fail`` prints."""
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert captured.err.startswith("kv-compress: error: ")
@@ -225,7 +226,7 @@ def failed_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_fail_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     """What every refusal of the launcher goes through."""
     with pytest.raises(SystemExit) as caught:
-        cli.fail("no such thing")
+        flags.fail("no such thing")
     assert caught.value.code == 2
     assert failed_line(capsys) == "kv-compress: error: no such thing\n"
 
@@ -250,7 +251,7 @@ def test_the_launcher_ends_before_anything_is_loaded(
 ) -> None:
     """AFTER ``ServerArgs.from_cli_args``: exit code 2, nothing activated."""
     with pytest.raises(SystemExit) as caught:
-        cli.from_cli_args(SimpleNamespace(), object, Namespace(**given))
+        flags.from_cli_args(SimpleNamespace(), object, Namespace(**given))
     assert caught.value.code == 2 and message in failed_line(capsys)
     assert ENV not in os.environ
 
@@ -258,9 +259,9 @@ def test_the_launcher_ends_before_anything_is_loaded(
 def test_the_launcher_activates_what_it_read(resolved: Any) -> None:
     """And switches off what the environment said, when told to."""
     record = resolved()
-    cli.from_cli_args(record, object, Namespace(kv_compress="recent", kv_compress_window=64))
+    flags.from_cli_args(record, object, Namespace(kv_compress="recent", kv_compress_window=64))
     assert plugin.active() == KaraConfig(selector="recent", window=64)
-    cli.from_cli_args(record, object, Namespace(kv_compress="none"))
+    flags.from_cli_args(record, object, Namespace(kv_compress="none"))
     assert plugin.active() is None and ENV not in os.environ
 
 
@@ -277,9 +278,9 @@ def test_other_ways_into_a_server_end_at_once(
 ) -> None:
     """They never reach ``check_server_args``."""
     with pytest.raises(SystemExit) as caught:
-        cli.from_cli_args(resolved(**changes), object, Namespace(kv_compress="recent"))
+        flags.from_cli_args(resolved(**changes), object, Namespace(kv_compress="recent"))
     assert caught.value.code == 2 and flag in failed_line(capsys) and ENV not in os.environ
-    cli.from_cli_args(resolved(**changes), object, Namespace())
+    flags.from_cli_args(resolved(**changes), object, Namespace())
 
 
 # -- check_server_args: flags and the model's config ---------------------------------------------------
@@ -291,7 +292,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, resolved: Any) -> Any:
     import sglang.srt.arg_groups.model_override_base as base
     import sglang.srt.arg_groups.overrides as overrides
 
-    monkeypatch.setattr(plugin, "hook_parent", list)
+    monkeypatch.setattr(plugin, "hook_launcher", list)
     model = SimpleNamespace(
         is_generation=True,
         is_encoder_decoder=False,
@@ -306,11 +307,11 @@ def checked(monkeypatch: pytest.MonkeyPatch, resolved: Any) -> Any:
     def run(*, cli_record: bool, model_changes: dict[str, Any] | None = None, **changes: Any) -> None:
         record = SimpleNamespace()
         if cli_record:
-            setattr(record, cli._FROM_CLI, True)
+            setattr(record, flags._FROM_CLI, True)
         vars(model).update(model_changes or {})
         monkeypatch.setattr(overrides, "resolving_view", lambda _: resolved(**changes))
         monkeypatch.setattr(base, "model_config_of", lambda _: model)
-        cli.check_server_args(None, record)
+        flags.check_server_args(None, record)
 
     return run
 
@@ -428,7 +429,7 @@ def test_a_newer_sglang_starts_behind_a_key_and_says_so(
     assert plugin.launched() == allowed
     [record] = [r for r in caplog.records if r.name == "kara_sglang.compat.versions"]
     assert record.levelname == "WARNING" and "SGLang 9.0 was not tested" in record.getMessage()
-    monkeypatch.setattr(plugin, "hook_parent", lambda: ["sglang.srt.x is missing"])
+    monkeypatch.setattr(plugin, "hook_launcher", lambda: ["sglang.srt.x is missing"])
     with pytest.raises(ValueError, match=r"^sglang\.srt\.x is missing$"):
         checked(cli_record=False)
     assert plugin.launched() is None

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from kara_sglang import hooks, runtime
+from kara_sglang import hooks
 from kara_sglang.compat import __main__ as command
 from kara_sglang.compat import report, surface, versions
 from kara_sglang.compat.source import Source
 from kara_sglang.compat.surface import Used
 from kara_sglang.config import KaraConfig
 from kara_sglang.hooks import Hook
+from kara_sglang.scheduler import runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = KaraConfig(untested_sglang=True)
@@ -118,16 +119,19 @@ def test_a_pass_sees_no_finished_request(
 # -- a wheel ---------------------------------------------------------------------------------------
 
 
+FLAGS = "launcher.flags:from_cli_args"
+
+
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two small tables in place of the real ones."""
-    one = Hook("things.Thing.hooked", "after", ("self", "one"), "cli:from_cli_args", "why", "gone")
-    old = Hook("things.aside", "after", ("one",), "cli:from_cli_args", "why", "gone")
-    new = Hook("things.Thing.fresh", "after", ("self",), "cli:from_cli_args", "why", "gone", (old,))
-    shared = Hook("things.Thing.shared", "after", ("self",), "cli:from_cli_args", "why", "gone")
+    one = Hook("things.Thing.hooked", "after", ("self", "one"), FLAGS, "why", "gone")
+    old = Hook("things.aside", "after", ("one",), FLAGS, "why", "gone")
+    new = Hook("things.Thing.fresh", "after", ("self",), FLAGS, "why", "gone", (old,))
+    shared = Hook("things.Thing.shared", "after", ("self",), FLAGS, "why", "gone")
     monkeypatch.setattr(hooks, "CLI_HOOKS", (one,))
-    monkeypatch.setattr(hooks, "PARENT_HOOKS", ())
-    monkeypatch.setattr(hooks, "CHILD_HOOKS", (new,))
+    monkeypatch.setattr(hooks, "LAUNCHER_HOOKS", ())
+    monkeypatch.setattr(hooks, "SCHEDULER_HOOKS", (new,))
     monkeypatch.setattr(hooks, "SHARING_HOOKS", (shared,))
     monkeypatch.setattr(hooks, "ALL_HOOKS", (one, new, shared))
     uses = (

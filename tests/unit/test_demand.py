@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kara_sglang.config import KaraConfig
-from kara_sglang.demand import Demand
 from kara_sglang.kernels.record import PAGE
-from kara_sglang.recorder import AttentionShape
-from kara_sglang.reserved import query_ring
+from kara_sglang.scheduler.reserved import query_ring
+from kara_sglang.scheduler.ring.demand import Demand
+from kara_sglang.scheduler.ring.recorder import AttentionShape
 
 
 def held(start: int, window: int, delay: int, steps: int) -> list[int]:

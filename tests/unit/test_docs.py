@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from kara_sglang import hooks, options, refusals
+from kara_sglang import hooks, options
 from kara_sglang.benchmarks.serving import tables
 from kara_sglang.config import FLAGS, PRESETS, KaraConfig
 from kara_sglang.kernels.selectors import REGISTRY
+from kara_sglang.launcher import refusals
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"

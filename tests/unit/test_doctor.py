@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kara_sglang import doctor, hooks, plugin, refusals
+from kara_sglang import doctor, hooks, plugin
 from kara_sglang.compat import surface, versions
 from kara_sglang.config import ENV, KaraConfig
-from kara_sglang.demand import Demand
 from kara_sglang.kernels.dispatch import pick
-from kara_sglang.reserved import query_ring, shape_of
+from kara_sglang.launcher import refusals
+from kara_sglang.scheduler.reserved import query_ring, shape_of
+from kara_sglang.scheduler.ring.demand import Demand
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -77,7 +78,7 @@ def test_a_wrong_hook_table_is_named(capsys, monkeypatch, only):
     only(doctor.check_hooks)
     gone = dataclasses.replace(hooks.CLI_HOOKS[0], target="server_args.ServerArgs.add_cly_args")
     moved = dataclasses.replace(hooks.CLI_HOOKS[1], parameters=("cls", "namespace"))
-    lost = dataclasses.replace(hooks.CLI_HOOKS[2], handler="cli:no_such_function")
+    lost = dataclasses.replace(hooks.CLI_HOOKS[2], handler="launcher.flags:no_such_function")
     monkeypatch.setattr(hooks, "ALL_HOOKS", (gone, moved, lost))
     code, lines = run(capsys)
     bad = [line for line in lines if line.startswith(doctor.BAD)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kara_sglang.admission import growth
-from kara_sglang.graphs import FLAG, Graphs, answer_in, slots_of
 from kara_sglang.radix_integration.row import Geometry
+from kara_sglang.scheduler.forecast import growth
+from kara_sglang.scheduler.graphs import FLAG, Graphs, answer_in, slots_of
 
 GEOMETRY = Geometry(page_size=16, window=512, delay=64)
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from kara_sglang import handshake, hooks, plugin, serving
+from kara_sglang import handshake, hooks, plugin
 from kara_sglang.compat import surface
 from kara_sglang.config import KaraConfig
-from kara_sglang.hooks import ALL_HOOKS, CHILD_HOOKS, CLI_HOOKS, PARENT_HOOKS, SHARING_HOOKS, Hook
+from kara_sglang.hooks import ALL_HOOKS, CLI_HOOKS, LAUNCHER_HOOKS, SCHEDULER_HOOKS, SHARING_HOOKS, Hook
+from kara_sglang.launcher import requests
 
 STAND_INS = tuple(stand_in for one in ALL_HOOKS for stand_in in one.otherwise)
 
@@ -48,7 +49,7 @@ def targets(monkeypatch: pytest.MonkeyPatch) -> tuple[Hook, ...]:
     module.Thing, module.function = Thing, lambda: None
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return tuple(
-        Hook(f"kara_stand_in.{name}", "after", (), "cli:check_server_args", "for a test")
+        Hook(f"kara_stand_in.{name}", "after", (), "launcher.flags:check_server_args", "for a test")
         for name in ("Thing.method", "Thing.make", "Thing.free", "function")
     )
 
@@ -61,7 +62,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def hook(target: str, parameters: tuple[str, ...] = (), kind: str = "after") -> Hook:
-    return Hook(target, kind, parameters, "cli:add_cli_args", "for a test")
+    return Hook(target, kind, parameters, "launcher.flags:add_cli_args", "for a test")
 
 
 @pytest.mark.parametrize("one", ALL_HOOKS, ids=lambda one: one.target)
@@ -100,7 +101,7 @@ def test_the_table_is_well_formed() -> None:
     assert {one.kind for one in ALL_HOOKS} <= {"before", "after", "around"}
     for one in (*ALL_HOOKS, *STAND_INS):
         assert one.why and one.gone and "\n" not in one.why + one.gone, one.target
-    assert {*CLI_HOOKS, *PARENT_HOOKS, *CHILD_HOOKS, *SHARING_HOOKS} == set(ALL_HOOKS)
+    assert {*CLI_HOOKS, *LAUNCHER_HOOKS, *SCHEDULER_HOOKS, *SHARING_HOOKS} == set(ALL_HOOKS)
     assert hooks.problems() == []
 
 
@@ -152,8 +153,8 @@ def test_registering_twice_hooks_once(registry: Any) -> None:
     """SGLang's launcher and its engine both load plugins."""
     for _ in range(3):
         hooks.register(CLI_HOOKS)
-        hooks.register(PARENT_HOOKS)
-    expected = {one.path: [one.kind] for one in (*CLI_HOOKS, *PARENT_HOOKS)}
+        hooks.register(LAUNCHER_HOOKS)
+    expected = {one.path: [one.kind] for one in (*CLI_HOOKS, *LAUNCHER_HOOKS)}
     assert {
         path: [kind.value for kind, _, _ in entries] for path, entries in registry._hooks.items()
     } == expected
@@ -240,15 +241,15 @@ def test_a_hook_without_its_target_gives_way_to_its_stand_ins(targets: tuple[Hoo
 
 def test_the_digest_is_that_of_the_table() -> None:
     """The same in every process; another one for any other table."""
-    number = hooks.digest(CHILD_HOOKS)
-    assert number == hooks.digest(tuple(dataclasses.replace(one) for one in CHILD_HOOKS))
-    first = CHILD_HOOKS[0]
+    number = hooks.digest(SCHEDULER_HOOKS)
+    assert number == hooks.digest(tuple(dataclasses.replace(one) for one in SCHEDULER_HOOKS))
+    first = SCHEDULER_HOOKS[0]
     others = [
-        CHILD_HOOKS[1:],
-        (*CHILD_HOOKS, hook("server_args.ServerArgs.url")),
-        (dataclasses.replace(first, target=first.target + "s"), *CHILD_HOOKS[1:]),
-        (dataclasses.replace(first, kind="before"), *CHILD_HOOKS[1:]),
-        (dataclasses.replace(first, handler="runtime:other"), *CHILD_HOOKS[1:]),
+        SCHEDULER_HOOKS[1:],
+        (*SCHEDULER_HOOKS, hook("server_args.ServerArgs.url")),
+        (dataclasses.replace(first, target=first.target + "s"), *SCHEDULER_HOOKS[1:]),
+        (dataclasses.replace(first, kind="before"), *SCHEDULER_HOOKS[1:]),
+        (dataclasses.replace(first, handler="scheduler.runtime:other"), *SCHEDULER_HOOKS[1:]),
         (),
     ]
     digests = [hooks.digest(other) for other in others]
@@ -260,35 +261,35 @@ def test_digest_survives_another_interpreter() -> None:
     import subprocess
     import sys
 
-    code = "from kara_sglang import hooks; print(hooks.digest(hooks.CHILD_HOOKS))"
+    code = "from kara_sglang import hooks; print(hooks.digest(hooks.SCHEDULER_HOOKS))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == hooks.digest(CHILD_HOOKS)
+    assert int(done.stdout) == hooks.digest(SCHEDULER_HOOKS)
 
 
 def test_children_without_the_plugin_are_refused() -> None:
     """Any rank that says nothing, or something else, stops the server."""
-    ready = hooks.digest(hooks.of_child(KaraConfig()))
+    ready = hooks.digest(hooks.scheduler_hooks(KaraConfig()))
     good = {handshake.KEY: ready, "max_total_num_tokens": 1}
-    serving.check_children([{}])  # compression is off: stock children are right
+    requests.check_children([{}])  # compression is off: stock children are right
     plugin.set_launched(KaraConfig())
-    serving.check_children([good])
-    serving.check_children([good, dict(good)])
+    requests.check_children([good])
+    requests.check_children([good, dict(good)])
     for infos in ([{}], [good, {}], [{handshake.KEY: None}], [{handshake.KEY: ready + 1}]):
         with pytest.raises(RuntimeError, match=r"^kv-compress: error: "):
-            serving.check_children(infos)
+            requests.check_children(infos)
     # A child that shares compressed prefixes has more hooks.
     plugin.set_launched(KaraConfig(prefix_reuse="compressed"))
     with pytest.raises(RuntimeError, match=r"^kv-compress: error: "):
-        serving.check_children([good])
-    every = hooks.digest(hooks.of_child(KaraConfig(prefix_reuse="compressed")))
-    serving.check_children([{handshake.KEY: every}])
+        requests.check_children([good])
+    every = hooks.digest(hooks.scheduler_hooks(KaraConfig(prefix_reuse="compressed")))
+    requests.check_children([{handshake.KEY: every}])
 
 
 def test_a_child_that_says_why_is_quoted() -> None:
     """The last line of a server that must not start is the child's own reason."""
     plugin.set_launched(KaraConfig())
     with pytest.raises(RuntimeError, match=r"^kv-compress: error: the model has cross-attention"):
-        serving.check_children([{handshake.KEY: "the model has cross-attention layers"}])
+        requests.check_children([{handshake.KEY: "the model has cross-attention layers"}])
 
 
 def started(word: Any, **more: Any) -> dict[str, Any]:
@@ -372,7 +373,7 @@ def test_run_time_hooks_only_where_they_are_needed(
     parent = object() if child else None
     monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: parent)
     plugin.register()
-    expected = [*CLI_HOOKS, *(hooks.fitting(CHILD_HOOKS) if child and on else ())]
+    expected = [*CLI_HOOKS, *(hooks.fitting(SCHEDULER_HOOKS) if child and on else ())]
     expected += SHARING_HOOKS if child and on == "compressed" else ()
     assert sorted(path for path, entries in registry._hooks.items() if entries) == sorted(
         one.path for one in expected
@@ -383,7 +384,7 @@ def test_run_time_hooks_only_where_they_are_needed(
 def test_a_white_list_without_us_is_refused(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang's children would not load the plugin."""
     monkeypatch.setenv("SGLANG_PLUGINS", allowed)
-    [line] = plugin.hook_parent()
+    [line] = plugin.hook_launcher()
     assert f"SGLANG_PLUGINS={allowed}" in line and "add kara to it or unset it" in line
 
 
@@ -394,9 +395,9 @@ def test_a_white_list_with_us_or_none_passes(
     """And the parent's hooks are applied at once."""
     monkeypatch.setenv("SGLANG_PLUGINS", allowed)
     monkeypatch.setattr(hooks, "CLI_HOOKS", targets[:1])
-    monkeypatch.setattr(hooks, "PARENT_HOOKS", targets[1:])
+    monkeypatch.setattr(hooks, "LAUNCHER_HOOKS", targets[1:])
     hooks.register(hooks.CLI_HOOKS)
-    assert plugin.hook_parent() == []
+    assert plugin.hook_launcher() == []
     assert hooks.missing(targets) == []
 
 
@@ -410,8 +411,8 @@ def test_hooks_that_cannot_be_applied_are_reported(
 
     monkeypatch.setattr(registry, "_apply_target", broken)
     monkeypatch.setattr(hooks, "CLI_HOOKS", targets[:1])
-    monkeypatch.setattr(hooks, "PARENT_HOOKS", targets[1:])
-    lines = plugin.hook_parent()
+    monkeypatch.setattr(hooks, "LAUNCHER_HOOKS", targets[1:])
+    lines = plugin.hook_launcher()
     assert len(lines) == len(targets)
     assert all("could not be put in place" in line for line in lines)
 
@@ -421,7 +422,7 @@ def test_targets_that_do_not_fit_are_reported_by_the_parent(
 ) -> None:
     """Also those of the children: the launcher knows before it starts one. Nothing is hooked then."""
     monkeypatch.setattr(hooks, "problems", lambda: ["sglang.srt.x is missing"])
-    assert plugin.hook_parent() == ["sglang.srt.x is missing"]
+    assert plugin.hook_launcher() == ["sglang.srt.x is missing"]
     assert not any(registry._hooks.values())
 
 
@@ -431,7 +432,7 @@ def test_attributes_that_do_not_fit_are_reported_by_the_parent(
     """Like hooks: before any process is started, and nothing is hooked then."""
     gone = surface.Used("managers.schedule_batch.Req", ("no_such_attribute",))
     monkeypatch.setattr(surface, "SURFACE", (*surface.SURFACE, gone))
-    assert plugin.hook_parent() == [
+    assert plugin.hook_launcher() == [
         "sglang.srt.managers.schedule_batch.Req.no_such_attribute is missing"
     ]
     assert not any(registry._hooks.values())

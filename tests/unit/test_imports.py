@@ -1,4 +1,4 @@
-"""What the parts of the house import of each other, read off the source, types included."""
+"""What the rooms of the house import of each other, read off the source, types included."""
 
 from __future__ import annotations
 
@@ -8,32 +8,113 @@ from pathlib import Path
 
 import pytest
 
+from kara_sglang import hooks
+
 ROOT = Path(__file__).resolve().parents[2]
-OURS = "kara_sglang."
+PACKAGE = ROOT / "kara_sglang"
+OURS = "kara_sglang"
+ROOMS = ("launcher", "scheduler", "radix_integration", "kernels", "frontend", "trace", "compat")
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Modules of ours that a file imports, wherever in it; ``from kara_sglang import x`` is x."""
+def module_of(path: Path) -> str:
+    """Its dotted name; a package is its ``__init__``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(parts if parts[0] == OURS else (OURS, *parts))
+    return name.removesuffix(".__init__")
+
+
+def sources() -> dict[str, Path]:
+    """All modules of the package; the sibling folders once, under the names they are imported by."""
+    found = {}
+    for top in (PACKAGE, *(PACKAGE / link for link in PACKAGE.iterdir() if link.is_symlink())):
+        for path in top.rglob("*.py"):
+            inside = path.relative_to(PACKAGE).parts
+            if "site" not in inside and "data" not in inside:
+                found[module_of(path)] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """Modules of ours that a file imports, wherever in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: imports are absolute"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in known else str(node.module) for name in whole]
         else:
             continue
-        yield from (name.removeprefix(OURS) for name in names if name.startswith(OURS))
+        yield from (name for name in names if name.split(".")[0] == OURS)
+
+
+KNOWN = sources()
+ARROWS = {module: set(imports(path, KNOWN)) - {module} for module, path in KNOWN.items()}
+
+
+def room_of(module: str) -> str:
+    return module.removeprefix(f"{OURS}.").split(".")[0]
 
 
 @pytest.mark.parametrize(
-    ("folder", "allowed"),
+    ("room", "allowed"),
     [
-        ("kernels", ("kernels.",)),
-        # A row's state names the type of its recorder.
-        ("radix_integration", ("radix_integration.", "kernels.", "recorder.Recorder")),
+        ("kernels", ()),
+        ("radix_integration", ("kernels",)),
+        ("scheduler", ("radix_integration", "kernels", "trace", "compat")),
+        ("launcher", ("radix_integration", "compat", "trace")),
+        ("trace", ("radix_integration",)),
+        ("compat", ()),
+        ("frontend", ()),
     ],
 )
-def test_what_a_folder_imports(folder: str, allowed: tuple[str, ...]) -> None:
-    found = {(path.name, name) for path in (ROOT / folder).rglob("*.py") for name in imports(path)}
-    assert found
-    assert not sorted((path, name) for path, name in found if not name.startswith(allowed))
+def test_what_a_room_imports_of_other_rooms(room: str, allowed: tuple[str, ...]) -> None:
+    found = {
+        (module, other)
+        for module, others in ARROWS.items()
+        if room_of(module) == room
+        for other in others
+        if room_of(other) in ROOMS and room_of(other) != room
+    }
+    assert not sorted(pair for pair in found if room_of(pair[1]) not in allowed)
+    assert {room_of(other) for _, other in found} == set(allowed), "no rule is wider than it must be"
+
+
+def test_kernels_and_ownership_know_nothing_else_of_ours() -> None:
+    for room, allowed in (("kernels", {"kernels"}), ("radix_integration", {"kernels"})):
+        others = {
+            room_of(other) for module, s in ARROWS.items() if room_of(module) == room for other in s
+        }
+        assert others <= {*allowed, room}
+
+
+def test_there_are_no_circles() -> None:
+    """Modules can be laid in an order in which each imports earlier ones only, types included."""
+    left = {module: set(others) for module, others in ARROWS.items()}
+    while free := [module for module, others in left.items() if not others & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not {module: sorted(others & left.keys()) for module, others in left.items()}
+
+
+def test_nobody_imports_a_main() -> None:
+    assert not [
+        (module, other)
+        for module, others in ARROWS.items()
+        for other in others
+        if other.endswith(".__main__")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "rooms"),
+    [
+        (hooks.CLI_HOOKS, {"launcher"}),
+        (hooks.LAUNCHER_HOOKS, {"launcher"}),
+        (hooks.SCHEDULER_HOOKS, {"scheduler", "handshake"}),
+        (hooks.SHARING_HOOKS, {"radix_integration"}),
+    ],
+)
+def test_handlers_lie_in_their_room(table: tuple[hooks.Hook, ...], rooms: set[str]) -> None:
+    handlers = [one.handler for hook in table for one in (hook, *hook.otherwise)]
+    assert {room_of(f"{OURS}.{handler.partition(':')[0]}") for handler in handlers} == rooms

@@ -76,9 +76,10 @@ def test_arithmetic_runs_without_sglang() -> None:
     code = (
         "import sys\n"
         "import kara_sglang.kernels.backend, kara_sglang.kernels.selectors\n"
-        "import kara_sglang.config, kara_sglang.options, kara_sglang.policy, kara_sglang.recorder\n"
+        "import kara_sglang.config, kara_sglang.options\n"
+        "import kara_sglang.scheduler.policy, kara_sglang.scheduler.ring.recorder\n"
         "import kara_sglang.radix_integration.row, kara_sglang.radix_integration.exact\n"
-        "import kara_sglang.coordinator\n"
+        "import kara_sglang.scheduler.coordinator\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('sglang', 'triton')])"
     )
     loaded = python(code, ROOT)
@@ -174,7 +175,7 @@ def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> No
         capture_output=True,
     )
     code = (
-        "import kara_sglang, kara_sglang.cli, kara_sglang.coordinator, kernels\n"
+        "import kara_sglang, kara_sglang.launcher.flags, kara_sglang.scheduler.coordinator, kernels\n"
         "import kara_sglang.kernels.select, kara_sglang.kernels.selectors.kara\n"
         "import kara_sglang.radix_integration.exact, kara_sglang.frontend.__main__, sys\n"
         "print(kernels.__file__)\n"

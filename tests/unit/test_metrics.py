@@ -9,8 +9,7 @@ import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry
 
-from kara_sglang.metrics import Metrics
-from kara_sglang.stats import Totals
+from kara_sglang.scheduler.metrics import Metrics, Totals
 
 LABELS = {"model_name": "tiny", "tp_rank": "0"}
 

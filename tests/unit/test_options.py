@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kara_sglang import plugin, serving
+from kara_sglang import plugin
 from kara_sglang.config import SELECTORS, KaraConfig
+from kara_sglang.launcher import requests
 from kara_sglang.options import KEY, RequestOptions
 
 CONFIG = KaraConfig()
@@ -137,13 +138,13 @@ def test_the_parent_checks_only_where_compression_is_on() -> None:
     class Params:
         custom_params: ClassVar = {KEY: {"retain": 7}}
 
-    serving.verify_sampling_params(None, Params(), 32000)
+    requests.verify_sampling_params(None, Params(), 32000)
     plugin.activate(CONFIG)  # for a server that is not launched yet
-    serving.verify_sampling_params(None, Params(), 32000)
+    requests.verify_sampling_params(None, Params(), 32000)
     plugin.set_launched(CONFIG)
     plugin.activate(None)  # too late for the server that runs
     with pytest.raises(ValueError, match=r"kv_compress\.retain must be a share"):
-        serving.verify_sampling_params(None, Params(), 32000)
+        requests.verify_sampling_params(None, Params(), 32000)
 
 
 def test_long_values_are_cut_short() -> None:
@@ -161,7 +162,7 @@ MANAGER = SimpleNamespace(model_config=SimpleNamespace(vocab_size=100))
 
 def check_input(ids: Any, given: Any = None, session: Any = None) -> None:
     """As SGLang's tokenizer manager calls it: ``ids`` of the prompt, ``given`` by the client."""
-    serving.check_input(MANAGER, SimpleNamespace(input_ids=given, session_params=session), ids)
+    requests.check_input(MANAGER, SimpleNamespace(input_ids=given, session_params=session), ids)
 
 
 @pytest.mark.parametrize("mode", ["exact", "compressed"])

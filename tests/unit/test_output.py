@@ -7,10 +7,11 @@ from typing import Any
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
-from kara_sglang import observability, serving
+from kara_sglang.launcher import requests
 from kara_sglang.options import KEY
+from kara_sglang.scheduler import report
 
-STREAMER = observability.output_streamer_class(lambda _scheduler: SchedulerOutputStreamer, None)
+STREAMER = report.output_streamer_class(lambda _scheduler: SchedulerOutputStreamer, None)
 
 
 def info(*finished: bool) -> dict[str, list]:
@@ -45,6 +46,6 @@ def test_the_launcher_puts_the_report_of_an_ended_request_into_its_answer() -> N
         ({"x": [1, 2], KEY: [None, {"windows": 3}]}, {KEY: {"windows": 3}}),
     ):
         meta: dict[str, Any] = {}
-        serving.update_request_meta_info(original, None, meta, None, fields, 1, None)
+        requests.update_request_meta_info(original, None, meta, None, fields, 1, None)
         assert meta == expected
     assert passed == [({"x": [1, 2]}, 1)] * 3

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kara_sglang import doctor, plugin, runtime
+from kara_sglang import doctor, plugin
 from kara_sglang.benchmarks.gpu.models import MODELS
 from kara_sglang.benchmarks.serving.projection import CARDS, Counted
 from kara_sglang.config import ENV, KaraConfig
@@ -23,6 +23,7 @@ from kara_sglang.plan.__main__ import main
 from kara_sglang.plan.launch import _gpu_of, read
 from kara_sglang.plan.load import Held, Load, compressed, uncompressed
 from kara_sglang.radix_integration.row import Geometry, RequestState
+from kara_sglang.scheduler import runtime
 
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -204,7 +205,7 @@ def test_ring_and_scratch_are_those_that_the_pass_allocates(qwen, monkeypatch):
     monkeypatch.setattr(runtime, "runtime", fresh := runtime.Runtime())
     monkeypatch.setattr(plugin, "active", lambda: launch.config)
     monkeypatch.setattr(runtime, "pick", lambda _device: (Kernels(), "a test"))
-    monkeypatch.setattr(runtime, "turn_of", lambda *_: None)
+    monkeypatch.setattr(runtime, "rope_shift_of", lambda *_: None)
     layers = [RadixAttention(16, 128, 0.1, 4, layer_id=i) for i in range(36)]
     weights = memory.weight_bytes(qwen, launch.model)
     total, share, _, _ = memory._left(launch, weights)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kara_sglang import policy
 from kara_sglang.config import KaraConfig
-from kara_sglang.policy import SPREAD, Candidate, Periodic, Policy, Pressure, Threshold
+from kara_sglang.scheduler import policy
+from kara_sglang.scheduler.policy import SPREAD, Candidate, Periodic, Policy, Pressure, Threshold
 
 
 def candidate(index: int, **changes: int) -> Candidate:

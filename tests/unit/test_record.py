@@ -28,7 +28,7 @@ from kara_sglang.kernels.record import (
     recorded,
     to_fp4,
 )
-from kara_sglang.recorder import LAG, AttentionShape, QueryRecorder, Recorder
+from kara_sglang.scheduler.ring.recorder import LAG, AttentionShape, QueryRecorder, Recorder
 
 DIM = 4
 BYTES = {torch.float32: 4 * DIM, FP8: DIM + 1, FP4: DIM // 2 + 4}  # of a head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,12 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
 
-from kara_sglang import runtime
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import TorchKernels
 from kara_sglang.kernels.record import PAGE, Ring, Step
-from kara_sglang.recorder import AttentionShape, QueryRecorder
-from kara_sglang.ring_check import RingCheck
+from kara_sglang.scheduler import runtime
+from kara_sglang.scheduler.ring.check import RingCheck
+from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
 
 LAYERS, GROUP, DIM = 3, 2, 4
 
@@ -35,13 +36,19 @@ class CountedKernels(TorchKernels):
         super().record(ring, step, queries)
 
 
+def ring(budget: int) -> QueryRecorder:
+    shape = AttentionShape(LAYERS, GROUP, 1, DIM, torch.float32, torch.device("cpu"))
+    recorder = QueryRecorder(shape, 8, 2, budget, torch.float32, checked=True)
+    recorder.allocate_tables(4)
+    return recorder
+
+
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[runtime.Runtime]:
     """A server that has started and serves, with a recorder that nobody has asked for yet."""
-    shape = AttentionShape(LAYERS, GROUP, 1, DIM, torch.float32, torch.device("cpu"))
-    recorder = QueryRecorder(shape, 8, 2, 1 << 20, torch.float32, checked=True)
-    recorder.allocate_tables(4)
-    running = runtime.Runtime(kernels=CountedKernels(), recorder=recorder)
+    recorder = ring(1 << 20)
+    parts = runtime.Parts(KaraConfig(), CountedKernels(), "a test", recorder, [0.5] * LAYERS, None)
+    running = runtime.Runtime(parts)
     monkeypatch.setattr(runtime, "runtime", running)
     return running
 
@@ -64,29 +71,29 @@ def test_a_graph_records_whenever_it_is_captured(started: runtime.Runtime) -> No
     for _ in range(2):
         with model_capture_mode():
             decode([0, 0], [0, 0])
-        assert started.kernels.layers == LAYERS
+        assert started.parts.kernels.layers == LAYERS
         decode([1, 2], [5, 6])  # without a graph, for nobody
-        assert started.kernels.layers == LAYERS
-        started.kernels.layers = 0
+        assert started.parts.kernels.layers == LAYERS
+        started.parts.kernels.layers = 0
     with model_capture_mode():
         decode([0, 0], [0, 0], ForwardMode.EXTEND)
-    assert started.kernels.layers == 0
+    assert started.parts.kernels.layers == 0
 
 
 def test_a_step_is_recorded_when_somebody_asks(started: runtime.Runtime) -> None:
-    assert started.recorder.extend(started.recorder.acquire(1, GROUP, since=5, step=1), 5)
-    started.recorder.flush()
+    assert started.parts.recorder.extend(started.parts.recorder.acquire(1, GROUP, since=5, step=1), 5)
+    started.parts.recorder.flush()
     decode([1, 2], [5, 6])
-    assert started.kernels.layers == LAYERS
+    assert started.parts.kernels.layers == LAYERS
 
 
 def test_nothing_is_launched_without_a_ring(started: runtime.Runtime) -> None:
     """A server whose selector needs no queries, in a graph as well."""
-    started.recorder = None
+    started.parts = dataclasses.replace(started.parts, recorder=ring(0))
     with model_capture_mode():
         decode([0], [0])
     decode([1], [5])
-    assert started.kernels.layers == 0
+    assert started.parts.kernels.layers == 0
 
 
 def test_the_ring_goes_and_comes_with_the_kv_pool(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +137,7 @@ def test_the_ring_goes_and_comes_with_the_kv_pool(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch, "full", full)
     runtime.before_cuda_graphs(runner)
     assert made == [("scratch", []), ("ring", ["kv_cache"]), ("tables", [])]
-    assert runtime.runtime.recorder.num_pages > 0 and not runtime.runtime.refused
+    assert runtime.runtime.parts.recorder.num_pages > 0 and not runtime.runtime.refused
 
 
 def test_sglang_captures_decode_graphs_in_its_capture_mode() -> None:

@@ -17,15 +17,15 @@ from kara_sglang.benchmarks import machine
 from kara_sglang.benchmarks.gpu.floors import Gpu
 from kara_sglang.benchmarks.gpu.models import Model
 from kara_sglang.benchmarks.serving import __main__ as program
-from kara_sglang.benchmarks.serving import hang_ups, projection, scenarios, tables
-from kara_sglang.benchmarks.serving import server as server_module
+from kara_sglang.benchmarks.serving import hang_ups, projection, residents, scenarios, tables
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.load import Load, end_of_text, write_trace
 from kara_sglang.benchmarks.serving.measure import CLIENT_METRICS, GROUP, Journal, schedule, start_of
 from kara_sglang.benchmarks.serving.overhead import share
-from kara_sglang.benchmarks.serving.peers import PEERS, Setup
+from kara_sglang.benchmarks.serving.peers import PEERS
 from kara_sglang.benchmarks.serving.report import headline, markdown, ratios
 from kara_sglang.benchmarks.serving.rows import rows
+from kara_sglang.benchmarks.serving.setup import Setup
 from kara_sglang.config import KaraConfig
 
 LOG = """\
@@ -256,10 +256,9 @@ def test_clients_hang_up_when_they_have_enough() -> None:
 
 
 def test_peers_say_why_they_cannot_run_here() -> None:
-    setup = Setup("m", "float32", 64, 16, 0.25, 16, 100, (), {}, cpu=True)
+    setup = Setup("m", "float32", 64, 16, 0.25, 16, 100, cpu=True)
     assert PEERS["sglang"].missing(setup) is None
     assert "--peer vllm=" in PEERS["vllm"].missing(setup)
-    assert "CUDA" in PEERS["nano_kvllm"].missing(setup)
     stock = rows(64)["stock"]
     assert PEERS["sglang"].environment(stock, setup)["SGLANG_PLUGINS"] == "none"
     assert not any("kv-compress" in word for word in PEERS["sglang"].command(stock, setup, 1))
@@ -411,9 +410,9 @@ def test_servers_end_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     def fake(_peer: str, _row: object, _setup: object, _log: Path) -> SimpleNamespace:
         return SimpleNamespace(wait=lambda: None, stop=both.wait)
 
-    monkeypatch.setattr(server_module, "Server", fake)
+    monkeypatch.setattr(residents, "start", fake)
     starts = [("peer", SimpleNamespace(name=n), SimpleNamespace(pool=1, cpu=True)) for n in "ab"]
-    with server_module.Servers(2, tmp_path) as servers:
+    with residents.Servers(2, tmp_path) as servers:
         servers.get(*starts[:1], starts[1:])
     assert not both.broken and both.n_waiting == 0
 
@@ -438,12 +437,12 @@ def test_servers_that_take_turns_start_together(
         def stop(self) -> None:
             events.append(f"stop {self.name}")
 
-    monkeypatch.setattr(server_module, "Server", Fake)
+    monkeypatch.setattr(residents, "start", Fake)
     a, b, c, broken = (
         ("peer", SimpleNamespace(name=name), SimpleNamespace(pool=1, cpu=True))
         for name in ("a", "b", "c", "broken")
     )
-    with server_module.Servers(2, tmp_path) as servers:
+    with residents.Servers(2, tmp_path) as servers:
         assert servers.get(a, [b, a, c]).name == "a"
         assert events == ["start a", "start b", "ready b", "ready a"]
         assert servers.get(b, [a, c]).name == "b" and len(events) == 4
@@ -457,7 +456,7 @@ def test_servers_that_take_turns_start_together(
     assert sorted(events) == ["stop a"]
     on_gpu = ("peer", a[1], SimpleNamespace(pool=1, cpu=False))
     for resident, first in ((1, a), (2, on_gpu)):
-        with server_module.Servers(resident, tmp_path) as servers:
+        with residents.Servers(resident, tmp_path) as servers:
             events.clear()
             servers.get(first, [b])
             assert events == ["start a", "ready a"]

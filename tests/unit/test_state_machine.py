@@ -23,29 +23,38 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kara_sglang.admission import LOOK_EVERY
 from kara_sglang.config import SELECTORS, KaraConfig
-from kara_sglang.coordinator import STATE, Coordinator
-from kara_sglang.demand import Demand
-from kara_sglang.handout import MOST_IN_A_ROW
 from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob
 from kara_sglang.kernels.record import FP4, FP8, PAGE, Ring
+from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.select import select
 from kara_sglang.kernels.selectors import REGISTRY
-from kara_sglang.kernels.turn import Turn
-from kara_sglang.options import RequestOptions
-from kara_sglang.radix_integration.row import VOTERS, Geometry, RequestState, Voters, Window, ceil_align
-from kara_sglang.recorder import AttentionShape, QueryRecorder, Recorder
-from kara_sglang.stats import Totals
-from kara_sglang.trace import file as trace_file
+from kara_sglang.radix_integration.row import (
+    STATE,
+    VOTERS,
+    Geometry,
+    Recorder,
+    RequestState,
+    Voters,
+    Window,
+    ceil_align,
+)
+from kara_sglang.scheduler.coordinator import Coordinator
+from kara_sglang.scheduler.latch import LOOK_EVERY
+from kara_sglang.scheduler.metrics import Totals
+from kara_sglang.scheduler.ring.demand import Demand
+from kara_sglang.scheduler.ring.handout import MOST_IN_A_ROW
+from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
+from kara_sglang.scheduler.streams import forward_stream
+from kara_sglang.trace import format as trace_file
 
 LAYERS, KV_HEADS, DIM, GROUP = 2, 2, 4, 2
 ROWS = 8
 SCALES = [0.4, 0.6]
-TURN = Turn.of(
+TURN = RopeShift.of(
     [
-        Turn.of_layer(torch.tensor([0.6]), torch.tensor([0.8]), DIM, halves=True),
-        Turn.of_layer(torch.empty(0), torch.empty(0), DIM, halves=True),
+        RopeShift.of_layer(torch.tensor([0.6]), torch.tensor([0.8]), DIM, halves=True),
+        RopeShift.of_layer(torch.empty(0), torch.empty(0), DIM, halves=True),
     ]
 )
 
@@ -303,19 +312,18 @@ class World:
             server_args=SimpleNamespace(model_path="a-model", tokenizer_path=None),
             model_config=SimpleNamespace(get_total_num_kv_heads=lambda: KV_HEADS),
         )
-        self.recorder: WatchedRecorder | None = None
-        if config.keeps_queries:
-            device = torch.device("cpu")
-            shape = AttentionShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, DIM, torch.float32, device)
-            dtype = config.ring_dtype(torch.float32)
-            unit = LAYERS * KV_HEADS * {FP4: DIM // 2 + 4, FP8: DIM + 1}.get(dtype, 4 * DIM)
-            unit *= PAGE * Demand(0, config.window, config.delay).peak
-            checked = config.debug_checks and setting.real  # else no query is ever made
-            self.recorder = WatchedRecorder(
-                shape, config.window, config.delay, setting.units * unit, dtype, checked=checked
-            )
-            self.recorder.world = self
-            self.recorder.allocate_tables(ROWS)
+        device = torch.device("cpu")
+        shape = AttentionShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, DIM, torch.float32, device)
+        dtype = config.ring_dtype(torch.float32)
+        unit = LAYERS * KV_HEADS * {FP4: DIM // 2 + 4, FP8: DIM + 1}.get(dtype, 4 * DIM)
+        unit *= PAGE * Demand(0, config.window, config.delay).peak
+        budget = setting.units * unit if config.keeps_queries else 0
+        checked = config.debug_checks and setting.real  # else no query is ever made
+        self.recorder = WatchedRecorder(
+            shape, config.window, config.delay, budget, dtype, checked=checked
+        )
+        self.recorder.world = self
+        self.recorder.allocate_tables(ROWS)
         self.coordinator = Coordinator(
             self.scheduler, config, self.recorder, WatchedKernels(self, setting.real), SCALES, TURN
         )
@@ -486,8 +494,7 @@ class World:
         assert req.state is None or req.state.recorder is None
         if self.config.trace is not None:
             self.check_trace(req)
-        if self.recorder is not None:
-            assert kv.req_pool_idx not in self.recorder.active
+        assert kv.req_pool_idx not in self.recorder.active
         self.free_rows.append(kv.req_pool_idx)
         kv.req_pool_idx = None
 
@@ -526,7 +533,7 @@ class World:
         assert positions.tolist() == [len(req.token_at) for req in reqs], "RoPE positions"
         for req, token in zip(reqs, tokens, strict=True):
             self.extend(req, [token])
-        if self.recorder is not None and self.recorder.in_use and self.setting.real:
+        if self.recorder.in_use and self.setting.real:
             rows = torch.tensor([req.kv.req_pool_idx for req in reqs])
             for layer in range(LAYERS):
                 queries = self.log_q[tokens, layer].reshape(len(reqs), -1)
@@ -809,16 +816,15 @@ class World:
                 part = req.slots[first : first + self.page]
                 assert part[0] % self.page == 0 and part[-1] - part[0] == len(part) - 1
         assert sorted(owners) == list(range(1, self.setting.num_pages + 1))
-        if self.recorder is not None:
-            held = [req.state.recorder for req in self.batch.reqs if req.state is not None]
-            held = [recorder for recorder in held if recorder is not None]
-            assert self.recorder.in_use == len(held)
-            pages = [page for one in held for block in one.pages.values() for page in block]
-            assert self.recorder.free_pages + len(pages) == self.recorder.num_pages
-            assert len(set(pages)) == len(pages)
-            assert {len(block) for one in held for block in one.pages.values()} <= {1, GROUP}
-            totals = sum(one.heads * self.recorder.demand._rolled(*one.granted) for one in held)
-            assert (self.recorder.demand._totals == totals).all()
+        held = [req.state.recorder for req in self.batch.reqs if req.state is not None]
+        held = [recorder for recorder in held if recorder is not None]
+        assert self.recorder.in_use == len(held)
+        pages = [page for one in held for block in one.pages.values() for page in block]
+        assert self.recorder.free_pages + len(pages) == self.recorder.num_pages
+        assert len(set(pages)) == len(pages)
+        assert {len(block) for one in held for block in one.pages.values()} <= {1, GROUP}
+        totals = sum(one.heads * self.recorder.demand._rolled(*one.granted) for one in held)
+        assert (self.recorder.demand._totals == totals).all()
 
     def run(self) -> None:
         """The whole history; at its end everybody leaves and everything is free again."""
@@ -832,14 +838,13 @@ class World:
         self.batch.reqs = []
         assert self.make_room(self.setting.num_pages), "leaked"
         assert len(self.allocator.free) == self.setting.num_pages
-        if self.recorder is not None:
-            assert self.recorder.in_use == 0
-            assert self.recorder.free_pages == self.recorder.num_pages
-            assert self.recorder.demand.spare == self.recorder.num_pages
-            if self.recorder.stale:
-                with self.coordinator._forward_stream():
-                    self.recorder.flush()
-            assert (self.recorder.pages == -1).all()
+        assert self.recorder.in_use == 0
+        assert self.recorder.free_pages == self.recorder.num_pages
+        assert self.recorder.demand.spare == self.recorder.num_pages
+        if self.recorder.stale:
+            with forward_stream(self.scheduler):
+                self.recorder.flush()
+        assert (self.recorder.pages == -1).all()
         totals = self.coordinator.totals
         counted = (totals.windows, totals.without_queries, totals.slots_freed)
         assert counted == (self.windows, self.without_queries, self.tokens_freed)
@@ -940,7 +945,7 @@ def test_punctual_histories() -> None:
     assert sum(world.windows for world in worlds) > 900
     assert sum(world.retractions for world in worlds) > 100
     assert sum(world.without_queries for world in worlds) > 100  # rings were too small
-    assert sum(world.recorder.lacks for world in worlds if world.recorder is not None) == 0
+    assert sum(world.recorder.lacks for world in worlds) == 0
 
 
 @pytest.mark.parametrize("policy", ["periodic", "punctual"])
@@ -1123,7 +1128,7 @@ def test_the_answers_to_one_prompt_have_seeds_of_their_own() -> None:
         assert seeds[1][0] == 5
         runs.append(seeds)
     assert runs[0] == runs[1]
-    assert world.coordinator._copies == {}
+    assert world.coordinator.seeds._copies == {}
 
 
 def test_copies_that_never_come_are_forgotten() -> None:
@@ -1131,8 +1136,8 @@ def test_copies_that_never_come_are_forgotten() -> None:
     for number in range(5000):
         req = Request(number, [number], 100, None)
         req.sampling_params.n = 2
-        world.coordinator._seed(req, RequestOptions())
-    assert 0 < len(world.coordinator._copies) < 5000
+        world.coordinator.seeds.of(req, None)
+    assert 0 < len(world.coordinator.seeds._copies) < 5000
 
 
 @pytest.mark.parametrize("selector", ["identity", "kara", "recent"])

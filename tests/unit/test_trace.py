@@ -1,4 +1,4 @@
-"""Traces: bit sets, files, text of tokens, and the page; what a user gets for a bad file."""
+"""Traces: bit sets, files, text of tokens, and the page; what a user gets for a bad trace_format."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.radix_integration.row import VOTERS, RequestState, TracedWindow, Window
-from kara_sglang.trace import file, page, tokens
+from kara_sglang.scheduler.tracer import Tracer, bit_sets
+from kara_sglang.trace import format as trace_format
+from kara_sglang.trace import tokens, viewer
 from kara_sglang.trace.__main__ import main
-from kara_sglang.trace.file import About, Trace, TraceError
+from kara_sglang.trace.format import About, Trace, TraceError
 from kara_sglang.trace.pair import pair
-from kara_sglang.trace.tracer import Tracer, bit_sets
 
 LAYERS, HEADS, WIDTH, KEPT = 3, 2, 20, 8
 
@@ -135,7 +136,7 @@ def test_a_full_disk_is_an_error_in_the_log(tmp_path: Path, caplog: pytest.LogCa
     assert state.traced == []
     state.traced.append(traced)
     tracer.end(req, state)
-    assert file.load(tmp_path / "gone" / file.file_name("r")).keeps().tolist() == [
+    assert trace_format.load(tmp_path / "gone" / trace_format.file_name("r")).keeps().tolist() == [
         [[[0] * 4 + [1] * 4]]
     ]
     # A session keeps the request and its state for as long as it is open.
@@ -148,8 +149,8 @@ def test_a_full_disk_is_an_error_in_the_log(tmp_path: Path, caplog: pytest.LogCa
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     """All fields and arrays, and nothing else is left in the folder."""
     trace = some_trace(rid="π/1 <b>", finish="abort", retractions=2)
-    path = file.save(trace, tmp_path)
-    assert_same(file.load(path), trace)
+    path = trace_format.save(trace, tmp_path)
+    assert_same(trace_format.load(path), trace)
     assert list(tmp_path.iterdir()) == [path]
     with np.load(path) as arrays:
         bits = np.unpackbits(trace.bits, axis=-1, bitorder="little")[..., :WIDTH]
@@ -158,12 +159,12 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_no_file_is_replaced(tmp_path: Path) -> None:
     """A request with an id that was used before, or that looks like another's file, has its own."""
-    rids = ["a_b", "a/b", f"a_b-{file.file_name('a_b')[4:-4]}", "a_b", "a_b"]
+    rids = ["a_b", "a/b", f"a_b-{trace_format.file_name('a_b')[4:-4]}", "a_b", "a_b"]
     traces = [some_trace(rid=rid, seed=seed) for seed, rid in enumerate(rids)]
-    paths = [file.save(trace, tmp_path) for trace in traces]
+    paths = [trace_format.save(trace, tmp_path) for trace in traces]
     assert sorted(tmp_path.iterdir()) == sorted(set(paths)) and len(set(paths)) == 5
     for path, trace in zip(paths, traces, strict=True):
-        assert_same(file.load(path), trace)
+        assert_same(trace_format.load(path), trace)
     assert [path.name.endswith(f"-{paths[0].name}") for path in paths] == [False] * 3 + [True] * 2
 
 
@@ -172,12 +173,12 @@ def test_planted_links_are_not_followed(tmp_path: Path) -> None:
     victim, folder = tmp_path / "victim", tmp_path / "traces"
     victim.write_text("precious")
     folder.mkdir()
-    name = file.file_name("r")
+    name = trace_format.file_name("r")
     for planted in (name, f".{name}.tmp"):
         (folder / planted).symlink_to(victim)
-    path = file.save(some_trace(rid="r"), folder)
+    path = trace_format.save(some_trace(rid="r"), folder)
     assert victim.read_text() == "precious" and (folder / name).is_symlink()
-    assert_same(file.load(path), some_trace(rid="r"))
+    assert_same(trace_format.load(path), some_trace(rid="r"))
     assert path.stat().st_mode & 0o077 == 0, "others may read it"
 
 
@@ -186,7 +187,7 @@ def test_a_reader_sees_the_old_file_or_the_new_one(
 ) -> None:
     """A write that breaks off changes nothing and leaves nothing behind."""
     old = some_trace()
-    path = file.save(old, tmp_path)
+    path = trace_format.save(old, tmp_path)
 
     def broken(out: Any, **_arrays: Any) -> None:
         out.write(b"half")
@@ -194,24 +195,24 @@ def test_a_reader_sees_the_old_file_or_the_new_one(
 
     monkeypatch.setattr(np, "savez", broken)
     with pytest.raises(OSError, match="No space"):
-        file.save(some_trace(seed=1), tmp_path)
-    assert_same(file.load(path), old)
+        trace_format.save(some_trace(seed=1), tmp_path)
+    assert_same(trace_format.load(path), old)
     assert list(tmp_path.iterdir()) == [path]
 
 
 @given(st.text(max_size=300))
 def test_file_names_are_safe(rid: str) -> None:
     """Whatever a client calls its request, the file lies in the folder, visible, with a short name."""
-    name = file.file_name(rid)
+    name = trace_format.file_name(rid)
     assert re.fullmatch(r"[A-Za-z0-9_-]{1,100}-[0-9a-f]{16}\.npz", name)
 
 
 def test_file_names_tell_requests_and_ranks_apart() -> None:
     rids = ["a/b", "a_b", "a b", "../a", "..", "x" * 100, "x" * 101, "x" * 102, ""]
-    assert len({file.file_name(rid) for rid in rids}) == len(rids)
-    assert re.fullmatch(r"4fdd-98_X-[0-9a-f]{16}\.npz", file.file_name("4fdd-98_X"))
-    assert re.fullmatch(r"r-[0-9a-f]{16}\.tp1\.npz", file.file_name("r", 1, 4))
-    assert file.file_name("r", 1, 4)[:18] == file.file_name("r", 0, 4)[:18]
+    assert len({trace_format.file_name(rid) for rid in rids}) == len(rids)
+    assert re.fullmatch(r"4fdd-98_X-[0-9a-f]{16}\.npz", trace_format.file_name("4fdd-98_X"))
+    assert re.fullmatch(r"r-[0-9a-f]{16}\.tp1\.npz", trace_format.file_name("r", 1, 4))
+    assert trace_format.file_name("r", 1, 4)[:18] == trace_format.file_name("r", 0, 4)[:18]
 
 
 def change(path: Path, **arrays: Any) -> None:
@@ -274,12 +275,12 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
 def test_a_bad_file_is_one_clear_line(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 2, and no page."""
+    """Exit code 2, and no viewer."""
     spoil, message = BAD_FILES[what]
-    path = file.save(some_trace(), tmp_path)
+    path = trace_format.save(some_trace(), tmp_path)
     spoil(path)
     with pytest.raises(TraceError, match=message):
-        file.load(path)
+        trace_format.load(path)
     assert main(["show", str(path)]) == 2
     said = capsys.readouterr()
     [line] = said.err.splitlines()
@@ -304,12 +305,12 @@ def test_ranks_are_put_together(heads: list[list[int]], tmp_path: Path) -> None:
     """In any order; a head that several ranks hold counts once."""
     whole = some_trace()
     parts = split(whole, heads)
-    paths = [file.save(part, tmp_path) for part in parts]
+    paths = [trace_format.save(part, tmp_path) for part in parts]
     assert len(set(paths)) == len(parts)
-    merged = file.merge([file.load(path) for path in reversed(paths)])
+    merged = trace_format.merge([trace_format.load(path) for path in reversed(paths)])
     assert merged.about.heads == [0, 1]
     assert np.array_equal(merged.bits, whole.bits)
-    assert file.merge([whole]).about == whole.about
+    assert trace_format.merge([whole]).about == whole.about
 
 
 def test_ranks_of_different_requests_are_not_put_together() -> None:
@@ -322,7 +323,7 @@ def test_ranks_of_different_requests_are_not_put_together() -> None:
     ]
     for other in others:
         with pytest.raises(TraceError, match="not of one request"):
-            file.merge([one, other])
+            trace_format.merge([one, other])
 
 
 # -- the folder ----------------------------------------------------------------------------------------
@@ -330,8 +331,8 @@ def test_ranks_of_different_requests_are_not_put_together() -> None:
 
 def test_the_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    file.prepare_folder("~/new/folder")
-    file.prepare_folder(str(tmp_path / "new/folder"))
+    trace_format.prepare_folder("~/new/folder")
+    trace_format.prepare_folder(str(tmp_path / "new/folder"))
     assert list((tmp_path / "new/folder").iterdir()) == []
 
 
@@ -343,7 +344,7 @@ def test_a_folder_that_cannot_be_used_is_refused(
     monkeypatch.chdir(tmp_path)
     Path("a-file").touch()
     with pytest.raises(ValueError, match="--kv-compress-trace: cannot write to the folder") as caught:
-        file.prepare_folder(name)
+        trace_format.prepare_folder(name)
     assert "\n" not in str(caught.value)
 
 
@@ -411,7 +412,7 @@ def test_the_page_marks_the_mean() -> None:
     """Each token of a window at the level that its share of layers and heads gives."""
     trace = some_trace()
     texts = [f"<{i}>" for i in range(65)]
-    html = page.render(trace, texts)
+    html = viewer.render(trace, texts)
     bits = np.unpackbits(trace.bits, axis=-1, bitorder="little")[..., :WIDTH]
     share = bits.sum(axis=(1, 2)) / (LAYERS * HEADS)  # in sixths
     for row, expected, start in zip(marks(html), share, (8, 32), strict=True):
@@ -422,7 +423,7 @@ def test_the_page_marks_the_mean() -> None:
 
 def test_the_page_holds_all_text_once_and_in_order() -> None:
     """Prompt, gap, window, gap, window, rest."""
-    html = page.render(some_trace(), [f"[{i}]" for i in range(65)])
+    html = viewer.render(some_trace(), [f"[{i}]" for i in range(65)])
     article = html.split("<article>")[1].split("</article>")[0]
     assert re.findall(r"\[(\d+)\]", article) == [str(i) for i in range(65)]
     heads = re.findall(r"<h2>([a-z 0-9]+)<small>tokens (\d+)\W(\d+)</small>", article)
@@ -438,17 +439,17 @@ def test_the_page_holds_all_text_once_and_in_order() -> None:
 
 def test_the_page_says_who_chose() -> None:
     """Window by window."""
-    html = page.render(some_trace(), [f"[{i}]" for i in range(65)])
+    html = viewer.render(some_trace(), [f"[{i}]" for i in range(65)])
     said = re.findall(r"8 of 20 kept</small><small>([a-z ]+)</small></h2>", html)
     assert said == ["all query heads vote", "no queries recorded"]
-    assert set(page.VOTES) == set(VOTERS)
+    assert set(viewer.VOTES) == set(VOTERS)
 
 
 def test_nothing_that_a_user_wrote_becomes_markup() -> None:
     """In text, id, model and notice; what looks like one of the template's slots stays as it is."""
     evil = '</script></p><img src=x onerror=alert(1)>{{data}}\0"'
     trace = some_trace(rid=evil, model="/m/" + evil, finish=evil)
-    html = page.render(trace, [evil] * 65, notice=evil)
+    html = viewer.render(trace, [evil] * 65, notice=evil)
     assert "<img" not in html and html.count("</script>") == 2
     assert html.count("{{data}}") == 65 + 5  # texts, title, request, model, reason, notice
     assert "\\u003c" not in html.split("id=data>")[1].split("</script>")[0]  # ids and bits only
@@ -456,14 +457,14 @@ def test_nothing_that_a_user_wrote_becomes_markup() -> None:
 
 def test_the_page_is_on_its_own() -> None:
     """No address of anything but itself, and a policy that forbids to load any."""
-    html = page.render(some_trace(), ["x"] * 65)
+    html = viewer.render(some_trace(), ["x"] * 65)
     assert not re.search(r"https?:|//\w+\.|\bsrc=|\bhref=|@import|url\(", html)
     assert "default-src 'none'" in html
 
 
 def test_the_pages_data_is_the_trace() -> None:
     trace = some_trace()
-    html = page.render(trace, ["x"] * 65)
+    html = viewer.render(trace, ["x"] * 65)
     data = json.loads(re.search(r"id=data>(.*?)</script>", html, re.DOTALL)[1])
     assert (data["layers"], data["heads"]) == (LAYERS, [0, 1])
     [shown] = data["traces"]
@@ -474,10 +475,10 @@ def test_the_pages_data_is_the_trace() -> None:
 
 def test_the_page_says_what_is_missing() -> None:
     part = split(some_trace(), [[0], [1]])[1]
-    html = page.render(part, ["x"] * 65)
+    html = viewer.render(part, ["x"] * 65)
     assert "1 to 1 of 2; give show the files of all 2 ranks" in html
     assert "retracted" not in html
-    again = page.render(some_trace(retractions=3), ["x"] * 65)
+    again = viewer.render(some_trace(retractions=3), ["x"] * 65)
     assert "3 times; what was compressed before is forgotten" in again
 
 
@@ -512,7 +513,7 @@ def test_a_pair_is_compared_up_to_where_its_texts_part(parts_at: int, windows: i
         assert np.array_equal(common.bits, whole.bits[:windows])
     assert f"up to token {parts_at}, where they part" in both.note
     assert ("not compared" in both.note) == (end < parts_at)
-    html = page.render_pair(both, [f"[{i}]" for i in range(parts_at)])
+    html = viewer.render_pair(both, [f"[{i}]" for i in range(parts_at)])
     assert both.note in html
     for side in (0, 1):
         sections = re.findall(rf"<section class=\S+ data-side={side}>.*?</section>", html, re.DOTALL)
@@ -554,7 +555,7 @@ def test_the_rows_of_a_pair_begin_where_both_sides_do() -> None:
     chosen = np.zeros((3, LAYERS, HEADS, 10), dtype=np.uint8)
     chosen[..., :4] = 1
     bits = np.packbits(chosen, axis=-1, bitorder="little")
-    html = page.render_pair(
+    html = viewer.render_pair(
         pair(left, dataclasses.replace(left, windows=windows, bits=bits)), [f"[{i}]" for i in range(65)]
     )
     rows = html.split("<article>")[1].split("</article>")[0].split("<div class=pair>")[1:]
@@ -569,7 +570,7 @@ def test_the_rows_of_a_pair_begin_where_both_sides_do() -> None:
 
 def test_a_pairs_page_says_what_differs_and_loads_nothing() -> None:
     both = pair(some_trace(rid="<a>"), cut(some_trace(rid="<b>", selector="recent"), 60))
-    html = page.render_pair(both, ["x"] * 60, notice="no <text>")
+    html = viewer.render_pair(both, ["x"] * 60, notice="no <text>")
     assert "<title>Kept tokens of &lt;a&gt; and &lt;b&gt;</title>" in html
     header = html.split("<header>")[1].split("</header>")[0]
     assert re.findall(r"<h2>(\w+)</h2>", header) == ["left", "right"]
@@ -589,12 +590,14 @@ def test_show_writes_the_page_beside_the_file(
     text = "The quick brown fox jumps over the lazy dog. " * 2
     trace = some_trace(tokenizer=str(byte_tokenizer))
     ids = np.frombuffer(text.encode(), dtype=np.uint8)[:65].astype(np.int64)
-    path = file.save(dataclasses.replace(trace, prompt_ids=ids[:5], output_ids=ids[5:]), tmp_path)
+    path = trace_format.save(
+        dataclasses.replace(trace, prompt_ids=ids[:5], output_ids=ids[5:]), tmp_path
+    )
     assert main(["show", str(path)]) == 0
     said = capsys.readouterr()
     page = path.with_suffix(".html")
-    assert page.parent == tmp_path and said.out == f"{page}\n" and said.err == ""
-    html = page.read_text()
+    assert viewer.parent == tmp_path and said.out == f"{page}\n" and said.err == ""
+    html = viewer.read_text()
     shown = re.sub(r"<h2>.*?</h2>|<[^>]*>|\n", "", html.split("<article>")[1].split("</article>")[0])
     assert unescape(shown) == text[:65]
 
@@ -603,7 +606,7 @@ def test_show_without_the_tokenizer_says_so(
     tmp_path: Path, byte_tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Token ids, one line in the terminal and on the page; --tokenizer is the way out."""
-    path, out = file.save(some_trace(), tmp_path), tmp_path / "other.html"
+    path, out = trace_format.save(some_trace(), tmp_path), tmp_path / "other.html"
     assert main(["show", str(path), "--out", str(out)]) == 0
     said = capsys.readouterr()
     [line] = said.err.splitlines()
@@ -618,7 +621,7 @@ def test_show_without_the_tokenizer_says_so(
 def test_show_does_not_replace_a_tokenizer_that_was_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = file.save(some_trace(), tmp_path)
+    path = trace_format.save(some_trace(), tmp_path)
     assert main(["show", str(path), "--tokenizer", str(tmp_path)]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "error: --tokenizer: " in line
@@ -628,7 +631,7 @@ def test_show_does_not_replace_a_tokenizer_that_was_asked_for(
 def test_show_where_nothing_can_be_written(
     tmp_path: Path, byte_tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = file.save(some_trace(tokenizer=str(byte_tokenizer)), tmp_path)
+    path = trace_format.save(some_trace(tokenizer=str(byte_tokenizer)), tmp_path)
     assert main(["show", str(path), "--out", str(tmp_path / "absent" / "x.html")]) == 2
     assert "x.html: cannot be written (No such file" in capsys.readouterr().err
 
@@ -639,7 +642,7 @@ def test_show_opens_the_page(
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
     trace = some_trace(tokenizer=str(byte_tokenizer))
-    paths = [str(file.save(part, tmp_path)) for part in split(trace, [[0], [1]])]
+    paths = [str(trace_format.save(part, tmp_path)) for part in split(trace, [[0], [1]])]
     assert main(["show", *paths, "--open"]) == 0
     assert opened == [Path(paths[0]).with_suffix(".html").as_uri()]
 
@@ -647,21 +650,23 @@ def test_show_opens_the_page(
 def test_show_with_another_trace(
     tmp_path: Path, byte_tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The files of all ranks on both sides; the page lies beside the first file."""
+    """The files of all ranks on both sides; the page lies beside the first trace_format."""
     left = some_trace(tokenizer=str(byte_tokenizer))
     right = cut(some_trace(seed=1, rid="b", selector="recent", tokenizer=str(byte_tokenizer)), 60)
-    files = [[str(file.save(part, tmp_path)) for part in split(t, [[0], [1]])] for t in (left, right)]
+    files = [
+        [str(trace_format.save(part, tmp_path)) for part in split(t, [[0], [1]])] for t in (left, right)
+    ]
     assert main(["show", *files[0], "--with", *files[1]]) == 0
     said = capsys.readouterr()
     assert said.out == f"{Path(files[0][0]).with_suffix('.html')}\n" and said.err == ""
     both = pair(left, right)
     texts = tokens.pieces(tokens.load_tokenizer(str(byte_tokenizer)), [*range(5), *range(100, 155)])
-    assert Path(said.out.strip()).read_text() == page.render_pair(both, texts)
+    assert Path(said.out.strip()).read_text() == viewer.render_pair(both, texts)
 
 
 def test_show_with_a_trace_of_another_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line, exit code 2, no page."""
-    files = [file.save(t, tmp_path) for t in (some_trace(), cut(some_trace(rid="b"), 9))]
+    """One line, exit code 2, no viewer."""
+    files = [trace_format.save(t, tmp_path) for t in (some_trace(), cut(some_trace(rid="b"), 9))]
     assert main(["show", str(files[0]), "--with", str(files[1])]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("kara_sglang.trace: error: the texts part at token 9, ")

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kara_sglang.trace import page
-from kara_sglang.trace.file import About, Trace
+from kara_sglang.trace import viewer
+from kara_sglang.trace.format import About, Trace
 from kara_sglang.trace.pair import Pair, pair
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -73,8 +73,8 @@ def trace() -> Trace:
 
 @pytest.fixture(scope="module")
 def url(trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("page") / "page.html"
-    path.write_text(page.render(trace, TEXTS))
+    path = tmp_path_factory.mktemp("page") / "viewer.html"
+    path.write_text(viewer.render(trace, TEXTS))
     return path.as_uri()
 
 
@@ -112,7 +112,7 @@ def test_each_view_is_what_its_heads_kept(
     html = in_the_page(shown, url + address)
     kept = trace.keeps()[:, layers, heads]
     sets = kept.shape[1] * kept.shape[2]
-    expected = (2 * page.LEVELS * kept.sum(axis=(1, 2), dtype=int) + sets) // (2 * sets)
+    expected = (2 * viewer.LEVELS * kept.sum(axis=(1, 2), dtype=int) + sets) // (2 * sets)
     assert levels(html) == expected.tolist()
 
     sizes = chunk_sizes(kept)
@@ -152,7 +152,7 @@ OTHERS = {
 
 def write_pair(both: Pair, path: Path) -> str:
     length = len(both.common[0].prompt_ids) + len(both.common[0].output_ids)
-    path.write_text(page.render_pair(both, TEXTS[:length]))
+    path.write_text(viewer.render_pair(both, TEXTS[:length]))
     return path.as_uri()
 
 
@@ -221,7 +221,7 @@ def test_marks_are_no_mere_colours(pair_url: str, shown: browser.Page) -> None:
 
 
 def boxes(shown: browser.Page, side: int) -> np.ndarray:
-    """(tokens, 2): where the tokens of a side begin, in CSS pixels from the corner of the page."""
+    """(tokens, 2): where the tokens of a side begin, in CSS pixels from the corner of the viewer."""
     shown.run(
         "document.body.append(Object.assign(document.createElement('style'), "
         "{textContent: 'section { content-visibility: visible !important }'}))"

@@ -2,54 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from kara_sglang.benchmarks.serving.counters import Counters
-from kara_sglang.benchmarks.serving.load import Load
 from kara_sglang.benchmarks.serving.rows import Row
-
-if TYPE_CHECKING:
-    from kara_sglang.benchmarks.serving.server import Server
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What all servers of a comparison share.
-
-    Attributes
-    ----------
-    model
-        Folder or hub name.
-    dtype
-        ``--dtype``.
-    window, delay
-        Tokens.
-    query_mem_gb
-        GiB for recorded queries.
-    page_size
-        Tokens per page.
-    pool
-        KV slots, or None: what the engine takes by itself.
-    server_args
-        Further flags for every SGLang server.
-    pythons
-        Interpreter of each peer that lives in an environment of its own.
-    cpu
-        Whether there is no GPU.
-    """
-
-    model: str
-    dtype: str
-    window: int
-    delay: int
-    query_mem_gb: float
-    page_size: int
-    pool: int | None
-    server_args: tuple[str, ...]
-    pythons: dict[str, Path]
-    cpu: bool
+from kara_sglang.benchmarks.serving.server import Server
+from kara_sglang.benchmarks.serving.setup import Setup
 
 
 class Peer(Protocol):
@@ -76,15 +35,6 @@ class Peer(Protocol):
         """What the server has counted since ``mark``."""
 
 
-class Offline(Protocol):
-    """One engine without a server; its ``backend`` is None."""
-
-    name: str
-    install: str
-    backend: None
-
-    def missing(self, setup: Setup) -> str | None:
-        """As :meth:`Peer.missing`."""
-
-    def offline(self, row: Row, setup: Setup, load: Load, seed: int) -> dict[str, Any]:
-        """Run the load; returns ``duration`` in seconds, ``total_output_tokens`` and ``completed``."""
+def start(peer: Peer, row: Row, setup: Setup, log: Path) -> Server:
+    """A server of this engine, which is starting; its output goes into ``log``."""
+    return Server(lambda port: peer.command(row, setup, port), peer.environment(row, setup), log)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from kara_sglang.benchmarks.serving.counters import Counters
-from kara_sglang.benchmarks.serving.peers.base import Setup
 from kara_sglang.benchmarks.serving.rows import Row
+from kara_sglang.benchmarks.serving.server import Server
+from kara_sglang.benchmarks.serving.setup import Setup
 from kara_sglang.serve import CPU_ENVIRONMENT, CPU_OPTIONS
-
-if TYPE_CHECKING:
-    from kara_sglang.benchmarks.serving.server import Server
 
 
 class SGLang:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 import statistics
-from typing import TYPE_CHECKING
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from kara_sglang.benchmarks.serving.counters import Counters
-from kara_sglang.benchmarks.serving.peers.base import Setup
 from kara_sglang.benchmarks.serving.rows import Row
-
-if TYPE_CHECKING:
-    from kara_sglang.benchmarks.serving.server import Server
+from kara_sglang.benchmarks.serving.server import Server
+from kara_sglang.benchmarks.serving.setup import Setup
 
 _RUNNING = re.compile(r"Running: (\d+) reqs")
 _TOTALS = (

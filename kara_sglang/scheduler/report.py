@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kara_sglang.coordinator import Coordinator
 from kara_sglang.options import KEY
 from kara_sglang.radix_integration.prefix import prefix_of, removed
-from kara_sglang.radix_integration.row import STATE, RequestState
-from kara_sglang.runtime import runtime
+from kara_sglang.radix_integration.row import state_of
+from kara_sglang.scheduler.coordinator import Coordinator
+from kara_sglang.scheduler.runtime import runtime
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-    from kara_sglang.recorder import QueryRecorder
+    from kara_sglang.scheduler.ring.recorder import QueryRecorder
 
 
 def request_report(req: Req) -> dict[str, Any] | None:
@@ -34,7 +34,7 @@ def request_report(req: Req) -> dict[str, Any] | None:
     """
     if not req.finished():
         return None
-    state: RequestState | None = getattr(req, STATE, None)
+    state = state_of(req)
     windows = state.windows[state.reused :] if state is not None else []
     own_removed = sum(window.freed for window in windows)
     prefix = prefix_of(req)
@@ -83,7 +83,7 @@ def decode_usage_msg_parts(parts: list[str], _stats: Any) -> list[str]:
         return parts
     coordinator.export()
     totals = coordinator.totals
-    held, logical = coordinator.held()
+    held, logical = coordinator.slots_held()
     share = held / logical if logical else 1.0
     return [
         *parts,
@@ -100,10 +100,8 @@ def internal_state(result: Any, *_args: Any) -> Any:
     return result
 
 
-def ring_room(recorder: QueryRecorder | None) -> dict[str, int]:
+def ring_room(recorder: QueryRecorder) -> dict[str, int]:
     """Bytes of the query ring, and how many requests it serves: with all query heads, or their mean."""
-    if recorder is None:
-        return {"bytes": 0, "all_heads": 0, "mean": 0}
     return {
         "bytes": recorder.num_bytes,
         "all_heads": recorder.room(recorder.shape.group),
@@ -114,7 +112,7 @@ def ring_room(recorder: QueryRecorder | None) -> dict[str, int]:
 def snapshot(coordinator: Coordinator) -> dict[str, Any]:
     """Settings and totals as a plain object."""
     totals, recorder = coordinator.totals, coordinator.recorder
-    held, logical = coordinator.held()
+    held, logical = coordinator.slots_held()
     scheduler = coordinator.scheduler
     return {
         "settings": dataclasses.asdict(coordinator.config)
@@ -126,8 +124,8 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
         "slots_freed": totals.slots_freed,
         "pass_seconds": totals.pass_seconds,
         "skipped": dict(totals.skipped),
-        "recorders_in_use": recorder.in_use if recorder is not None else 0,
-        "recorder_pages_free": recorder.free_pages if recorder is not None else 0,
+        "recorders_in_use": recorder.in_use,
+        "recorder_pages_free": recorder.free_pages,
         "recorder_room": ring_room(recorder),
         "largest_decode_graph": coordinator.graphs.largest,
         "running_requests": len(scheduler.running_batch.reqs),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import rotate_half
 
-from kara_sglang.kernels.turn import Turn
-from kara_sglang.rotary import turn_of
+from kara_sglang.kernels.rope_shift import RopeShift
+from kara_sglang.scheduler.rotary import rope_shift_of
 
 DIM = 16
 
@@ -33,7 +33,7 @@ def rotated(x: torch.Tensor, position: float, halves: bool) -> torch.Tensor:
 def test_moved_is_rotated_further(halves: bool, rotary_dim: int) -> None:
     """What stood at p stands at p + 37 then, number by number; what RoPE leaves alone stays."""
     turns = angles(37, rotary_dim // 2)
-    turn = Turn.of_layer(turns.cos(), turns.sin(), DIM, halves=halves)
+    turn = RopeShift.of_layer(turns.cos(), turns.sin(), DIM, halves=halves)
     raw = torch.randn(5, 3, 2, DIM, dtype=torch.float64)
 
     def at(position: float) -> torch.Tensor:
@@ -48,9 +48,9 @@ def test_moved_is_rotated_further(halves: bool, rotary_dim: int) -> None:
 
 def test_layers_are_kept_apart() -> None:
     nothing = torch.empty(0)
-    still = Turn.of_layer(nothing, nothing, DIM, halves=True)
+    still = RopeShift.of_layer(nothing, nothing, DIM, halves=True)
     turns = angles(8, DIM // 2)
-    turn = Turn.of([still, Turn.of_layer(turns.cos(), turns.sin(), DIM, halves=False)])
+    turn = RopeShift.of([still, RopeShift.of_layer(turns.cos(), turns.sin(), DIM, halves=False)])
     assert (still.run, turn.run) == (16, 1)
     assert turn.cos.shape == turn.sin.shape == turn.partner.shape == (2, DIM)
     x = torch.randn(4, DIM)
@@ -75,9 +75,9 @@ def rotary(length: int, scale: float = 1.0, halves: bool = True) -> SimpleNamesp
     return SimpleNamespace(cos_sin_cache=cache, is_neox_style=halves)
 
 
-def found(*rotaries: object) -> Turn:
+def found(*rotaries: object) -> RopeShift:
     model = torch.nn.ModuleList(Attention(one) for one in rotaries)
-    return turn_of(model, [layer.attn for layer in model], 37, torch.device("cpu"))
+    return rope_shift_of(model, [layer.attn for layer in model], 37, torch.device("cpu"))
 
 
 def test_the_models_own_table_is_used() -> None:
@@ -105,7 +105,7 @@ def test_queries_that_are_normed_behind_the_rotation_are_refused() -> None:
     layer = Attention(rotary(64))
     layer.query_layernorm = torch.nn.Identity()
     with pytest.raises(ValueError, match="ahead"):
-        turn_of(layer, [layer.attn], 37, torch.device("cpu"))
+        rope_shift_of(layer, [layer.attn], 37, torch.device("cpu"))
 
 
 def by_head() -> SimpleNamespace:

@@ -6,11 +6,17 @@ from typing import Any
 
 import torch
 
-from kara_sglang.kernels.turn import Turn
-from kara_sglang.refusals import UNKNOWN_ROTARY
+from kara_sglang.kernels.rope_shift import RopeShift
+
+UNKNOWN_ROTARY = (
+    "the plugin does not know this model's rotary embedding, so queries cannot be moved ahead; "
+    "start with --kv-compress-config '{\"ahead\": false}'"
+)
 
 
-def turn_of(model: torch.nn.Module, layers: list[Any], positions: int, device: torch.device) -> Turn:
+def rope_shift_of(
+    model: torch.nn.Module, layers: list[Any], positions: int, device: torch.device
+) -> RopeShift:
     """How queries of ``layers`` are moved ahead by ``positions``.
 
     Parameters
@@ -21,7 +27,7 @@ def turn_of(model: torch.nn.Module, layers: list[Any], positions: int, device: t
         Its attention layers, in order.
     positions : int
     device : torch.device
-        Where the turn shall lie.
+        Where the shift shall lie.
 
     Raises
     ------
@@ -31,15 +37,15 @@ def turn_of(model: torch.nn.Module, layers: list[Any], positions: int, device: t
         ``rotary_emb`` of None stands for a layer without positions.
     """
     owners = {id(child): owner for owner in model.modules() for child in owner.children()}
-    turns = [_of_layer(owners.get(id(layer)), layer.qk_head_dim, positions) for layer in layers]
-    turn = Turn.of(turns)
-    return Turn(turn.cos.to(device), turn.sin.to(device), turn.partner.to(device), turn.run)
+    shifts = [_of_layer(owners.get(id(layer)), layer.qk_head_dim, positions) for layer in layers]
+    shift = RopeShift.of(shifts)
+    return RopeShift(shift.cos.to(device), shift.sin.to(device), shift.partner.to(device), shift.run)
 
 
-def _of_layer(owner: torch.nn.Module | None, head_dim: int, positions: int) -> Turn:
+def _of_layer(owner: torch.nn.Module | None, head_dim: int, positions: int) -> RopeShift:
     rotary = getattr(owner, "rotary_emb", _MISSING)
     if rotary is None:
-        return Turn.of_layer(torch.empty(0), torch.empty(0), head_dim, halves=True)
+        return RopeShift.of_layer(torch.empty(0), torch.empty(0), head_dim, halves=True)
     cache = getattr(rotary, "cos_sin_cache", None)
     row = positions - getattr(rotary, "position_start", 0)
     # HunYuan's models norm queries behind the rotation, number by number: the two do not commute.
@@ -47,7 +53,7 @@ def _of_layer(owner: torch.nn.Module | None, head_dim: int, positions: int) -> T
         raise ValueError(UNKNOWN_ROTARY)
     cos, sin = cache[row].float().cpu().chunk(2)
     size = torch.hypot(cos, sin)  # some embeddings also scale, which is in the queries already
-    return Turn.of_layer(cos / size, sin / size, head_dim, halves=rotary.is_neox_style)
+    return RopeShift.of_layer(cos / size, sin / size, head_dim, halves=rotary.is_neox_style)
 
 
 _MISSING = object()

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from kara_sglang import policy
 from kara_sglang.config import KaraConfig
-from kara_sglang.demand import Demand
 from kara_sglang.kernels.backend import WindowShape
 from kara_sglang.kernels.record import PAGE
-from kara_sglang.recorder import AttentionShape, QueryRecorder
-from kara_sglang.ring_size import Room, ring_size
+from kara_sglang.scheduler import policy
+from kara_sglang.scheduler.ring.demand import Demand
+from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
+from kara_sglang.scheduler.ring.size import Room, Size, ring_size
 
 
 def shape_of(model: Any) -> AttentionShape:
@@ -37,7 +37,8 @@ def shape_of(model: Any) -> AttentionShape:
 
 
 def query_ring(shape: AttentionShape, config: KaraConfig, room: Room | None = None) -> QueryRecorder:
-    """The recorder of a rank, with its ring on ``shape.device``, as large as ``ring_size.py`` says.
+    """The recorder of a rank, with its ring on ``shape.device``, as large as ``ring/size.py`` says;
+    without pages where the settings keep no queries.
 
     Parameters
     ----------
@@ -51,7 +52,9 @@ def query_ring(shape: AttentionShape, config: KaraConfig, room: Room | None = No
     page, demand = PAGE * shape.entry_bytes(dtype), Demand(0, config.window, config.delay)
     heads = 1 if config.query_heads == "mean" else shape.group
     least = demand.most(policy.cheapest(shape.group, config.query_heads)) * page
-    size = ring_size(config, demand.usual(heads) * page, least, room or Room())
+    size = Size(0, "no queries are kept")
+    if config.keeps_queries:
+        size = ring_size(config, demand.usual(heads) * page, least, room or Room())
     return QueryRecorder(
         shape,
         config.window,

@@ -1,8 +1,41 @@
-"""Prometheus metrics ``sglang:kv_compress_*``, next to SGLang's own (``--enable-metrics``)."""
+"""Counters of one scheduler process, and the Prometheus metrics ``sglang:kv_compress_*`` made of them,
+next to SGLang's own (``--enable-metrics``)."""
 
 from __future__ import annotations
 
-from kara_sglang.stats import Totals
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kara_sglang.scheduler.compaction import Pass
+
+
+@dataclass(slots=True)
+class Totals:
+    """What happened since the server started."""
+
+    passes: int = 0
+    windows: int = 0
+    without_queries: int = 0  # windows whose selector asks for queries that were not recorded
+    slots_freed: int = 0
+    pass_seconds: float = 0.0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, done: Pass) -> None:
+        self.passes += 1
+        self.windows += done.windows
+        self.without_queries += done.without_queries
+        self.slots_freed += done.slots_freed
+        self.pass_seconds += done.seconds
+
+    def copy(self) -> Totals:
+        return dataclasses.replace(self, skipped=self.skipped.copy())
+
+    def skip(self, reason: str) -> None:
+        """Count a request that is left uncompressed."""
+        self.skipped[reason] += 1
 
 
 class Metrics:
@@ -16,15 +49,17 @@ class Metrics:
 
     def __init__(self, labels: dict[str, str]) -> None:
         # Imported here: SGLang sets PROMETHEUS_MULTIPROC_DIR first.
-        from prometheus_client import Counter, Gauge
+        import prometheus_client
 
         names = list(labels)
 
-        def counter(name: str, text: str, extra: tuple[str, ...] = ()) -> Counter:
-            return Counter(f"sglang:kv_compress_{name}", text, [*names, *extra])
+        def counter(name: str, text: str, extra: tuple[str, ...] = ()) -> prometheus_client.Counter:
+            return prometheus_client.Counter(f"sglang:kv_compress_{name}", text, [*names, *extra])
 
-        def gauge(name: str, text: str) -> Gauge:
-            made = Gauge(f"sglang:kv_compress_{name}", text, names, multiprocess_mode="mostrecent")
+        def gauge(name: str, text: str) -> prometheus_client.Gauge:
+            made = prometheus_client.Gauge(
+                f"sglang:kv_compress_{name}", text, names, multiprocess_mode="mostrecent"
+            )
             return made.labels(**labels)
 
         self._labels = labels

@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kara_sglang import handshake, hooks, plugin, policy, refusals
+from kara_sglang import handshake, hooks, plugin
 from kara_sglang.compat.running_batch import drop_finished
 from kara_sglang.config import KaraConfig
-from kara_sglang.coordinator import Coordinator
 from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.dispatch import pick
-from kara_sglang.kernels.turn import Turn
+from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.radix_integration import prefill
-from kara_sglang.recorder import AttentionShape, QueryRecorder
-from kara_sglang.reserved import largest_window, query_ring
-from kara_sglang.ring_size import Room, served
-from kara_sglang.rotary import turn_of
+from kara_sglang.scheduler import policy, refusals
+from kara_sglang.scheduler.coordinator import Coordinator
+from kara_sglang.scheduler.reserved import largest_window, query_ring
+from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
+from kara_sglang.scheduler.ring.size import Room, served
+from kara_sglang.scheduler.rotary import rope_shift_of
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -38,16 +39,34 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a pass is made of, from the model's weights on.
+
+    Attributes
+    ----------
+    config, kernels, recorder
+    kernels_why
+        Why these kernels, in words for people.
+    scales
+        Softmax scale per layer.
+    rope_shift
+        How queries are moved ahead; None where the settings do not ask for it.
+    """
+
+    config: KaraConfig
+    kernels: Kernels
+    kernels_why: str
+    recorder: QueryRecorder
+    scales: list[float]
+    rope_shift: RopeShift | None
+
+
 @dataclass(slots=True)
 class Runtime:
     """What this process has built so far."""
 
-    config: KaraConfig | None = None
-    kernels: Kernels | None = None
-    kernels_why: str = ""
-    recorder: QueryRecorder | None = None
-    scales: list[float] = field(default_factory=list)
-    turn: Turn | None = None
+    parts: Parts | None = None
     coordinator: Coordinator | None = None
     row_freed: bool = False  # somebody may have finished since the last decode step
     refused: list[str] = field(default_factory=list)  # why this server must not start
@@ -71,9 +90,7 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     config = plugin.active()
     assert config is not None
     device = torch.device(runner.device)
-    runtime.config = config
-    runtime.kernels, runtime.kernels_why = pick(device)
-    runtime.scales = [float(layer.scaling) for layer in layers]
+    kernels, why = pick(device)
     first = layers[0]
     shape = AttentionShape(
         num_layers=len(layers),
@@ -83,25 +100,26 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
         dtype=runner.dtype,
         device=device,
     )
-    runtime.kernels.reserve(device, largest_window(shape, config))
-    if not config.keeps_queries:
-        return
-    if config.ahead:
+    kernels.reserve(device, largest_window(shape, config))
+    rope_shift = None
+    if config.keeps_queries and config.ahead:
         try:
-            runtime.turn = turn_of(runner.model, layers, config.window, device)
+            rope_shift = rope_shift_of(runner.model, layers, config.window, device)
         except ValueError as error:
             runtime.refused.append(str(error))
     # Given back and taken again with the KV pool (/release_memory_occupation): nobody runs then.
     room = room_of(runner, layers)
     with runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
-        runtime.recorder = query_ring(shape, config, room)
+        recorder = query_ring(shape, config, room)
     need = policy.cheapest(shape.group, config.query_heads)
-    if not runtime.recorder.serves(need):
-        bytes_needed = runtime.recorder.most_bytes(need)
+    if config.keeps_queries and not recorder.serves(need):
+        bytes_needed = recorder.most_bytes(need)
         runtime.refused.append(
             f"--kv-compress-query-mem-gb has no room for the queries of one request; this model and "
             f"window need at least {bytes_needed / 2**30:.4f} GiB"
         )
+    scales = [float(layer.scaling) for layer in layers]
+    runtime.parts = Parts(config, kernels, why, recorder, scales, rope_shift)
 
 
 def room_of(runner: ModelRunner, layers: list[RadixAttention]) -> Room:
@@ -138,8 +156,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 def before_cuda_graphs(runner: ModelRunner, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE ``ModelRunner.init_cuda_graphs``: captured graphs read the row tables."""
-    if runtime.recorder is not None:
-        runtime.recorder.allocate_tables(runner.req_to_token_pool.req_to_token.shape[0])
+    if runtime.parts is not None:
+        runtime.parts.recorder.allocate_tables(runner.req_to_token_pool.req_to_token.shape[0])
 
 
 def before_attention(
@@ -157,12 +175,12 @@ def before_attention(
     the tables decide, whenever it is captured: at start, or again with other weights. The steps that
     warm it up record as well, so that no kernel is first compiled in a capture.
     """
-    recorder = runtime.recorder
-    if recorder is None or not forward_batch.forward_mode.is_decode():
+    parts = runtime.parts
+    if parts is None or not parts.recorder.num_pages or not forward_batch.forward_mode.is_decode():
         return
-    if recorder.active or _capturing():
-        recorder.record(
-            runtime.kernels,
+    if parts.recorder.active or _capturing():
+        parts.recorder.record(
+            parts.kernels,
             layer.layer_id,
             q,
             forward_batch.req_pool_indices,
@@ -186,7 +204,9 @@ def after_init_forward_batch(
     pass cannot race the step that this belongs to.
     """
     if not batch.forward_mode.is_decode():
-        if batch.forward_mode.is_extend() and runtime.config.prefix_reuse == "compressed":
+        parts = runtime.parts
+        shares = parts is not None and parts.config.prefix_reuse == "compressed"
+        if shares and batch.forward_mode.is_extend():
             prefill.shift_positions(result, batch)
         return
     logical = batch.orig_seq_lens.to(torch.int64)
@@ -197,35 +217,40 @@ def after_init_forward_batch(
 
 def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kwargs: Any) -> None:
     """AFTER ``Scheduler.__init__``: look at the real objects, then start."""
-    config = runtime.config
-    absent = hooks.missing(
-        hooks.fitting(hooks.CHILD_HOOKS) if config is None else hooks.of_child(config)
+    parts = runtime.parts
+    expected = (
+        hooks.fitting(hooks.SCHEDULER_HOOKS) if parts is None else hooks.scheduler_hooks(parts.config)
     )
-    runtime.refused += [f"hook {path} is not in place; this SGLang does not fit" for path in absent]
-    if config is not None:
-        runtime.refused += refusals.of_scheduler(scheduler, config)
+    runtime.refused += [
+        f"hook {path} is not in place; this SGLang does not fit" for path in hooks.missing(expected)
+    ]
+    if parts is not None:
+        runtime.refused += refusals.of_scheduler(scheduler, parts.config)
     if runtime.refused:
         return
-    assert config is not None and runtime.kernels is not None
-    runtime.coordinator = Coordinator(
-        scheduler, config, runtime.recorder, runtime.kernels, runtime.scales, runtime.turn
+    assert parts is not None
+    config, recorder = parts.config, parts.recorder
+    coordinator = Coordinator(
+        scheduler, config, recorder, parts.kernels, parts.scales, parts.rope_shift
     )
-    runtime.coordinator.warm_up()
-    recorder, kept = runtime.recorder, config.kept(scheduler.page_size)
+    coordinator.warm_up()
+    runtime.coordinator = coordinator
+    kept = config.kept(scheduler.page_size)
+    ring = "no query ring"
+    if recorder.num_pages:
+        room = served(recorder.room(recorder.shape.group), recorder.room(1), config.query_heads)
+        ring = f"query ring {recorder.num_bytes / 2**30:.2f} GiB ({recorder.why}) for {room}"
     logger.info(
         "KV compression is on: %s, window %d, kept %d, delay %d tokens, %s kernels (%s), %s, %s.",
         config.selector,
         config.window,
         kept,
         config.delay,
-        runtime.kernels.name,
-        runtime.kernels_why,
-        f"query ring {recorder.num_bytes / 2**30:.2f} GiB ({recorder.why}) for "
-        f"{served(recorder.room(recorder.shape.group), recorder.room(1), config.query_heads)}"
-        if recorder is not None
-        else "no query ring",
-        runtime.coordinator.graphs.room(
-            runtime.coordinator.geometry,
+        parts.kernels.name,
+        parts.kernels_why,
+        ring,
+        coordinator.graphs.room(
+            coordinator.geometry,
             kept,
             scheduler.max_total_num_tokens,
             scheduler.max_running_requests,

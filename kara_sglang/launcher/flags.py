@@ -8,10 +8,11 @@ import sys
 from typing import Any, NoReturn
 
 from kara_sglang import config as settings
-from kara_sglang import hooks, plugin, refusals
+from kara_sglang import hooks, plugin
 from kara_sglang.compat import versions
 from kara_sglang.config import CONFIG_KEYS, NONE, PRESETS, SELECTORS, KaraConfig
-from kara_sglang.trace.file import prepare_folder
+from kara_sglang.launcher import refusals
+from kara_sglang.trace.format import prepare_folder
 
 _FROM_CLI = "_kv_compress_from_cli"
 """Mark on a ``ServerArgs`` record: errors end the process with one line instead of an exception."""
@@ -153,7 +154,7 @@ def check_server_args(_result: None, record: Any) -> None:
         resolved = resolving_view(record)
         for refused in (
             lambda: versions.of_version(config),
-            plugin.hook_parent,
+            plugin.hook_launcher,
             lambda: refusals.of_flags(resolved) + refusals.of_sharing(resolved, config),
             lambda: refusals.of_model_config(model_config_of(record)),
             lambda: refusals.of_rotary(model_config_of(record), config),

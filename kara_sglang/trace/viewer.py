@@ -18,7 +18,7 @@ from pathlib import PurePath
 import numpy as np
 
 from kara_sglang.radix_integration.row import VOTERS
-from kara_sglang.trace.file import Trace
+from kara_sglang.trace.format import Trace
 from kara_sglang.trace.pair import Pair
 
 VOTES = {"none": "no queries recorded", "mean": "mean queries vote", "all": "all query heads vote"}

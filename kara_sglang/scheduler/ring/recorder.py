@@ -8,38 +8,19 @@ tables that the recording step reads live on the device and are written on the f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
-from kara_sglang.demand import Demand
 from kara_sglang.kernels.backend import Kernels
-from kara_sglang.kernels.copies import to_device
 from kara_sglang.kernels.record import PAGE, Ring, Step, blocks_of, most_blocks
-from kara_sglang.ring_check import RingCheck
-
-if TYPE_CHECKING:
-    from kara_sglang.radix_integration.row import Voters
+from kara_sglang.kernels.transfer import to_device
+from kara_sglang.radix_integration.row import Recorder, Voters
+from kara_sglang.scheduler.ring.check import RingCheck
+from kara_sglang.scheduler.ring.demand import Demand
 
 LAG = 64
 """Least value of ``QueryRecorder.lag``."""
-
-
-@dataclass(slots=True, eq=False)
-class Recorder:
-    """A request's share of the ring."""
-
-    row: int  # req_pool_idx
-    heads: int  # of each GQA group; 1 is their mean, unless the group has a single one
-    since: int  # logical position of the first recorded token
-    granted: tuple[int, int]  # logical position and step of its first token, for Demand
-    pages: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by block: one for each head
-
-    @property
-    def first(self) -> int:
-        """Logical position from which on its queries are in the ring."""
-        return max(self.since, min(self.pages, default=0) * PAGE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +53,7 @@ class QueryRecorder:
     window, delay : int
         Tokens of a window, and behind it until its pass.
     budget_bytes : int
-        For all layers together.
+        For all layers together; with 0 nothing is ever recorded.
     dtype : torch.dtype
         Of what is stored: the model's, or ``FP8`` or ``FP4`` of ``kernels/record.py``.
     lag : int
@@ -105,12 +86,12 @@ class QueryRecorder:
         self.num_blocks = most_blocks(window + delay + lag)
         # Whole sixteens of entries, so that every layer's part is aligned like the first. The last one
         # takes what nobody keeps; kernels know it by its place.
-        entries = self.num_pages * PAGE + 16
+        entries = self.num_pages * PAGE + 16 if self.num_pages else 0
         self.trash = entries - 1
         self.ring = Ring.zeros(
             (shape.num_layers, entries, shape.num_kv_heads, shape.head_dim), dtype, shape.device
         )
-        self.rings = [self.ring[layer] for layer in range(shape.num_layers)]
+        self.rings = [self.ring[layer] for layer in range(shape.num_layers if entries else 0)]
         self.check = RingCheck((shape.num_layers, entries), shape.device) if checked else None
         self.demand = Demand(self.num_pages, window, delay)
         self._free = list(range(self.num_pages - 1, -1, -1))
@@ -155,6 +136,11 @@ class QueryRecorder:
     def stale(self) -> bool:
         """Whether the device tables lag behind; :meth:`flush` mends it."""
         return bool(self._changed)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Heads of each group that a recorder can have."""
+        return tuple(sorted({1, self.shape.group})) if self.num_pages else ()
 
     @property
     def in_use(self) -> int:
@@ -257,6 +243,8 @@ class QueryRecorder:
 
     def warm_up(self, kernels: Kernels) -> None:
         """Record row 0, which SGLang gives to nobody, so that no decode step waits for a compiler."""
+        if not self.num_pages:
+            return
         shape, device = self.shape, self.shape.device
         nobody = torch.zeros(1, dtype=torch.int64, device=device)
         queries = torch.zeros((1, shape.num_q_heads * shape.head_dim), dtype=shape.dtype, device=device)

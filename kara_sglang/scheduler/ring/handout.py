@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kara_sglang import policy
 from kara_sglang.radix_integration.row import RequestState
-from kara_sglang.recorder import QueryRecorder
+from kara_sglang.scheduler import policy
+from kara_sglang.scheduler.ring.recorder import QueryRecorder
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req

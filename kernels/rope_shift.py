@@ -18,7 +18,7 @@ import torch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Turn:
+class RopeShift:
     """The rotation in all layers: number d becomes ``cos[d] * x[d] + sin[d] * x[partner[d]]``.
 
     Attributes
@@ -37,10 +37,10 @@ class Turn:
     run: int
 
     @classmethod
-    def of(cls, layers: Sequence[Turn]) -> Self:
+    def of(cls, layers: Sequence[RopeShift]) -> Self:
         """One of all layers, from one per layer."""
-        parts = zip(*((turn.cos, turn.sin, turn.partner) for turn in layers), strict=True)
-        return cls(*(torch.cat(part) for part in parts), math.gcd(*(turn.run for turn in layers)))
+        parts = zip(*((one.cos, one.sin, one.partner) for one in layers), strict=True)
+        return cls(*(torch.cat(part) for part in parts), math.gcd(*(one.run for one in layers)))
 
     @classmethod
     def of_layer(cls, cos: torch.Tensor, sin: torch.Tensor, head_dim: int, *, halves: bool) -> Self:

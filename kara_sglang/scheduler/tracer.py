@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from kara_sglang.config import KaraConfig
-from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.radix_integration.row import VOTERS, RequestState, TracedWindow
-from kara_sglang.trace.file import About, Trace, folder_of, save
+from kara_sglang.trace.format import About, Trace, folder_of, save
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -96,7 +95,7 @@ class Tracer:
             rid=str(req.rid),
             finish=req.finished_reason.to_json()["type"],
             retractions=req.retraction_count,
-            selector=next(name for name, kind in REGISTRY.items() if type(state.selector) is kind),
+            selector=state.selector.name,
             kept=state.kept,
             settings=self.settings,
             model=self.model,

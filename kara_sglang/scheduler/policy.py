@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from kara_sglang.recorder import LAG
+from kara_sglang.scheduler.ring.recorder import LAG
 
 if TYPE_CHECKING:
     from kara_sglang.config import KaraConfig

@@ -1,0 +1,337 @@
+"""One pass over the windows that are due: check, splice, compress, shorten, free.
+
+Data flows one way: recorder -> selector -> Token2Chunk -> compaction -> page table -> lengths ->
+allocator. Nothing comes back from the device: exactly R of W tokens are kept, so every length,
+page-table edit and freed slot is known on the host beforehand.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kara_sglang.config import KaraConfig
+from kara_sglang.kernels import selectors
+from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
+from kara_sglang.kernels.record import blocks_of
+from kara_sglang.kernels.rope_shift import RopeShift
+from kara_sglang.kernels.selectors import Selector
+from kara_sglang.kernels.transfer import to_device
+from kara_sglang.radix_integration import exact
+from kara_sglang.radix_integration.row import Geometry, RequestState, Voters
+from kara_sglang.scheduler.ring.recorder import QueryRecorder
+from kara_sglang.scheduler.streams import forward_stream
+from kara_sglang.scheduler.tracer import Tracer
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What a pass has done.
+
+    Attributes
+    ----------
+    windows
+        How many it took; of these, ``without_queries`` had none though their selector asks for them.
+    slots_freed
+        KV slots.
+    seconds
+        Of the host.
+    """
+
+    windows: int
+    without_queries: int
+    slots_freed: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A window that this pass takes."""
+
+    place: int  # of its request in the batch
+    req: Req
+    job: WindowJob
+    kv_start: int  # KV index of its first slot
+    freed: int  # slots
+
+
+class Compaction:
+    """The passes of one scheduler.
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+        SGLang's.
+    config : KaraConfig
+    recorder : QueryRecorder
+    kernels : Kernels
+    scales : list of float
+        Softmax scale per layer.
+    rope_shift : RopeShift or None
+        How queries are moved ahead; None where the settings do not ask for it.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        config: KaraConfig,
+        recorder: QueryRecorder,
+        kernels: Kernels,
+        scales: list[float],
+        rope_shift: RopeShift | None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.recorder = recorder
+        self.kernels = kernels
+        self.scales = scales
+        self.rope_shift = rope_shift
+        self.geometry = Geometry(scheduler.page_size, config.window, config.delay)
+        self.debug_checks = config.debug_checks
+        self.tracer = Tracer(scheduler, config) if config.trace is not None else None
+        self._without_queries = selectors.build("keys", config)
+        self._layers: LayerPool | None = None
+
+    def warm_up(self, each: Iterable[Selector], kept: int) -> None:
+        """Run passes over slots that nobody holds yet, and record nothing, so that no request waits for
+        a compiler: each selector, with each size of recorder, and R ``kept``."""
+        start, count = self.geometry.page_size, self.geometry.window + self.geometry.delay
+        device = self.scheduler.req_to_token_pool.req_to_token.device
+        with forward_stream(self.scheduler):
+            self.recorder.warm_up(self.kernels)
+        for selector in each:
+            sizes = self.recorder.sizes if selector.needs_queries else (0,)
+            for size in sizes:
+                job = WindowJob(
+                    slots=torch.arange(
+                        start, start + self.geometry.window, dtype=torch.int32, device=device
+                    ),
+                    kept=kept,
+                    selector=selector,
+                    seed=0,
+                    query_start=0,
+                    query_count=count,
+                    pages=((0,) * len(blocks_of(0, count)),) * size or None,
+                )
+                with forward_stream(self.scheduler):
+                    _keep_until_read(job)
+                    self.kernels.compress(self._pool(), [job])
+
+    def run(self, batch: ScheduleBatch, due: Sequence[tuple[Req, RequestState]]) -> Pass:
+        """Compress the next window of each of these requests, which run in ``batch``.
+
+        Raises
+        ------
+        RuntimeError
+            Where an invariant does not hold; no row has been touched then.
+        """
+        started = time.perf_counter()
+        places = self._check(batch, due)
+        taken = [
+            self._splice(batch, place, req, state)
+            for place, (req, state) in zip(places, due, strict=True)
+        ]
+        self._compress(due, taken)
+        freed = self._shorten(batch, taken)
+        self._free(taken)
+        without_queries = sum(
+            state.selector.needs_queries and each.job.pages is None
+            for (_, state), each in zip(due, taken, strict=True)
+        )
+        return Pass(len(due), without_queries, freed, time.perf_counter() - started)
+
+    # -- check -------------------------------------------------------------------------------------
+
+    def generation(self, req: Req) -> int:
+        """Of the request's row; a new owner has another one."""
+        return int(self.scheduler.req_to_token_pool.req_generation[req.kv.req_pool_idx])
+
+    def _check(self, batch: ScheduleBatch, due: Sequence[tuple[Req, RequestState]]) -> list[int]:
+        """Where these requests are in the batch."""
+        places = {id(req): place for place, req in enumerate(batch.reqs)}
+        found = []
+        for req, state in due:
+            place = places.get(id(req))
+            if place is None:
+                raise RuntimeError(f"kv-compress: request {req.rid} is no longer in the running batch")
+            if self.generation(req) != state.generation:
+                raise RuntimeError(f"kv-compress: the row of request {req.rid} has a new owner")
+            state.check(self.geometry, req.kv.kv_committed_len, req.kv.cache_protected_len)
+            self._check_lengths(batch, place, req, state)
+            found.append(place)
+        return found
+
+    def _check_lengths(self, batch: ScheduleBatch, place: int, req: Req, state: RequestState) -> None:
+        committed, allocated = req.kv.kv_committed_len, req.kv.kv_allocated_len
+        in_batch = int(batch.seq_lens_cpu[place])
+        if not committed == allocated == in_batch:
+            raise RuntimeError(
+                f"kv-compress: request {req.rid} has committed {committed}, allocated {allocated}, "
+                f"in the batch {in_batch} KV slots; they must agree before a pass"
+            )
+        if self.debug_checks:
+            ahead = int(batch.orig_seq_lens[place]) - int(batch.seq_lens[place])
+            if ahead != state.removed or int(batch.seq_lens[place]) != in_batch:
+                raise RuntimeError(
+                    f"kv-compress: request {req.rid}: logical length is {ahead} ahead of its "
+                    f"{int(batch.seq_lens[place])} KV slots, {state.removed} were removed"
+                )
+
+    def check_ranks_agree(self, due: Sequence[tuple[Req, RequestState]]) -> None:
+        """All tensor-parallel ranks are about to take the same windows of the same requests. Every rank
+        asks in every step: one that asked only where something is due would wait for the others."""
+        scheduler = self.scheduler
+        if scheduler.tp_size == 1:
+            return
+        taken = [(req.rid, state.base) for req, state in due]
+        mine = zlib.crc32(repr(taken).encode())
+        bounds = torch.tensor([mine, -mine])
+        torch.distributed.all_reduce(
+            bounds, op=torch.distributed.ReduceOp.MAX, group=scheduler.tp_cpu_group
+        )
+        if bounds.tolist() != [mine, -mine]:
+            raise RuntimeError(f"kv-compress: tensor-parallel ranks disagree; this one takes {taken}")
+
+    # -- splice ------------------------------------------------------------------------------------
+
+    def _splice(self, batch: ScheduleBatch, place: int, req: Req, state: RequestState) -> _Taken:
+        """Cut the window's last W - R slots out of the row, and account for it in the state.
+
+        Only the page table moves: the tail behind the window keeps its K/V where it is.
+        """
+        row = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        base, kept, end = state.base, state.kept, state.base + self.geometry.window
+        slots = row[base:end].clone()  # a slice of the row is a view
+        tail = row[end : req.kv.kv_committed_len].clone()
+        row[base + kept : base + kept + tail.shape[0]] = tail
+
+        voters = self._voters(state)
+        job = self._job(state, voters, slots)
+        if not state.shares and kept < self.geometry.window:
+            exact.bar_insert(req, state)
+        window = state.commit(self.geometry, _mark(state, voters, job.seed))
+        state.voted += job.pages is not None
+        return _Taken(place, req, job, base, window.freed)
+
+    def _voters(self, state: RequestState) -> Voters:
+        """Whose queries choose the request's next window."""
+        if state.recorder is None:
+            return "none"
+        return self.recorder.voters(state.recorder, state.base + state.removed)
+
+    def _job(self, state: RequestState, voters: Voters, slots: torch.Tensor) -> WindowJob:
+        start, count = state.base + state.removed, self.geometry.window + self.geometry.delay
+        pages, selector = None, state.selector
+        if state.recorder is not None and voters != "none":
+            pages = self.recorder.pages_of(state.recorder, start, count)
+        elif selector.needs_queries:
+            selector = self._without_queries
+        return WindowJob(
+            slots=slots,
+            kept=state.kept,
+            selector=selector,
+            seed=state.seed + 1_000_003 * len(state.windows),
+            query_start=start,
+            query_count=count,
+            pages=pages,
+        )
+
+    # -- compress ----------------------------------------------------------------------------------
+
+    def _compress(self, due: Sequence[tuple[Req, RequestState]], taken: Sequence[_Taken]) -> None:
+        """Score, select and compact on the device."""
+        jobs = [each.job for each in taken]
+        shown = self.debug_checks or self.tracer is not None
+        with forward_stream(self.scheduler):
+            for each in taken:
+                _keep_until_read(each.job)
+                if self.recorder.check is not None and each.job.pages is not None:
+                    self.recorder.check.require(
+                        each.req.rid, each.job.pages, each.job.query_start, each.job.query_count
+                    )
+            kept = self.kernels.compress(self._pool(), jobs, positions=shown)
+            if kept is None:
+                return
+            if self.debug_checks:
+                _check_kept(kept, jobs, self.geometry.page_size)
+            if self.tracer is not None:
+                self.tracer.add([state for _, state in due], kept)
+
+    def _pool(self) -> LayerPool:
+        """The same object as long as SGLang's buffers are the same."""
+        pool = self.scheduler.token_to_kv_pool_allocator.get_kvcache()
+        known = self._layers
+        if known is None or known.keys is not pool.k_buffer or known.values is not pool.v_buffer:
+            self._layers = known = LayerPool(
+                keys=pool.k_buffer,
+                values=pool.v_buffer,
+                rings=self.recorder.rings,
+                scales=self.scales,
+                rope_shift=self.rope_shift,
+            )
+        return known
+
+    # -- shorten, free -----------------------------------------------------------------------------
+
+    def _shorten(self, batch: ScheduleBatch, taken: Sequence[_Taken]) -> int:
+        """Bring the lengths of requests and batch up to date. Returns the slots that became free."""
+        freed = torch.zeros_like(batch.seq_lens_cpu)
+        for each in taken:
+            each.req.kv.kv_committed_len -= each.freed
+            each.req.kv.kv_allocated_len -= each.freed
+            freed[each.place] = each.freed
+        # Rebound, never written in place: overlap scheduling keeps older batches in flight.
+        batch.seq_lens = batch.seq_lens - to_device(freed, batch.seq_lens.device)
+        batch.seq_lens_cpu = batch.seq_lens_cpu - freed
+        batch.seq_lens_sum = None
+        return sum(each.freed for each in taken)
+
+    def _free(self, taken: Sequence[_Taken]) -> None:
+        """Give whole pages back."""
+        allocator = self.scheduler.token_to_kv_pool_allocator
+        allocator.free_group_begin()  # one release for all windows: each copies the free list
+        for each in taken:
+            kept = each.job.kept
+            # free_segment, because plain free() of the paged allocator synchronises.
+            allocator.free_segment(each.job.slots[kept:], start_pos=each.kv_start + kept)
+        allocator.free_group_end()
+
+
+def _mark(state: RequestState, voters: Voters, seed: int) -> str:
+    """Names what decides which tokens the next window keeps and no setting says: two windows that
+    differ in it are two windows to the prefix cache."""
+    if state.selector.seeded:
+        return f"seed {seed}"
+    return voters if state.selector.needs_queries else ""
+
+
+def _keep_until_read(job: WindowJob) -> None:
+    """Tell the allocator that the current stream reads a tensor that another stream has made."""
+    if job.slots.is_cuda:
+        job.slots.record_stream(torch.cuda.current_stream())
+
+
+def _check_kept(kept: list[torch.Tensor], jobs: list[WindowJob], page_size: int) -> None:
+    for chosen, job in zip(kept, jobs, strict=True):
+        width = job.slots.shape[0]
+        ascending = bool((chosen.diff(dim=-1) > 0).all())
+        inside = bool((chosen >= 0).all()) and bool((chosen < width).all())
+        if chosen.shape[-1] != job.kept or not ascending or not inside:
+            raise RuntimeError(
+                f"kv-compress: selection must be {job.kept} strictly ascending positions in "
+                f"[0, {width}), got shape {tuple(chosen.shape)}, ascending {ascending}, inside {inside}"
+            )
+        pages = job.slots.view(-1, page_size)
+        whole = pages[:, :1] + torch.arange(page_size, device=pages.device)
+        if not bool((pages == whole).all()) or bool((pages[:, 0] % page_size).any()):
+            raise RuntimeError("kv-compress: a window does not consist of whole pages")
+        if pages[:, 0].unique().numel() != len(pages):
+            raise RuntimeError("kv-compress: a window holds the same page twice")

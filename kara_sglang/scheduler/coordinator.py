@@ -1,0 +1,306 @@
+"""Who is compressed and who records, step by step, inside SGLang's scheduler.
+
+A decode step goes through here once, before SGLang's memory check and before it prepares the step, so
+that freed pages can spare a retraction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING
+
+from kara_sglang.config import KaraConfig
+from kara_sglang.kernels import selectors
+from kara_sglang.kernels.backend import Kernels
+from kara_sglang.kernels.record import PAGE
+from kara_sglang.kernels.rope_shift import RopeShift
+from kara_sglang.radix_integration import exact
+from kara_sglang.radix_integration.prefix import forget_match, prefix_of, removed
+from kara_sglang.radix_integration.row import (
+    Geometry,
+    RequestState,
+    ceil_align,
+    forget_state,
+    has_decoded,
+    keep_state,
+    state_of,
+)
+from kara_sglang.scheduler import policy
+from kara_sglang.scheduler.calendar import Calendar
+from kara_sglang.scheduler.compaction import Compaction
+from kara_sglang.scheduler.forecast import reserve
+from kara_sglang.scheduler.graphs import Graphs
+from kara_sglang.scheduler.latch import LOOK_EVERY, Latch
+from kara_sglang.scheduler.metrics import Metrics, Totals
+from kara_sglang.scheduler.policy import Candidate
+from kara_sglang.scheduler.ring.handout import Handout
+from kara_sglang.scheduler.ring.recorder import QueryRecorder
+from kara_sglang.scheduler.seeds import Seeds
+from kara_sglang.scheduler.shortage import needed, short_of_slots
+from kara_sglang.scheduler.streams import forward_stream
+from kara_sglang.scheduler.terms import TermsOf
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+
+
+class Coordinator:
+    """Compresses the running requests of one scheduler (one tensor-parallel rank).
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+        SGLang's, after its ``__init__``.
+    config : KaraConfig
+    recorder : QueryRecorder
+        Without pages where the settings leave no memory for queries.
+    kernels : Kernels
+    scales : list of float
+        Softmax scale per layer.
+    rope_shift : RopeShift or None
+        How queries are moved ahead; None where the settings do not ask for it.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        config: KaraConfig,
+        recorder: QueryRecorder,
+        kernels: Kernels,
+        scales: list[float],
+        rope_shift: RopeShift | None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.config = config
+        self.recorder = recorder
+        self.kernels = kernels
+        self.geometry = Geometry(scheduler.page_size, config.window, config.delay)
+        self.policy = policy.build(config)
+        # What admission counts on: the last windows of all requests may wait for their passes.
+        self._latest = dataclasses.replace(self.geometry, delay=config.delay + self.policy.wait)
+        self.compaction = Compaction(scheduler, config, recorder, kernels, scales, rope_shift)
+        self.terms_of = TermsOf(config, scheduler.page_size)
+        self.seeds = Seeds(config.seed)
+        self.handout = Handout(recorder, config.query_heads)
+        self.latch = Latch()
+        self.calendar = Calendar()
+        self.graphs = Graphs(scheduler.tp_worker.get_decode_cuda_graph_bs())
+        self.totals = Totals()
+        context = scheduler.metrics_collector_context
+        self.metrics: Metrics | None = None
+        if context.current_scheduler_metrics_enabled:
+            self.metrics = Metrics(context.collector.labels)
+        self._selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
+        self._ready: dict[int, tuple[Req, RequestState]] = {}  # with a window that is due, by order
+        self._acting = False  # whether the policy did when it was asked last
+        self._sizes: tuple[int, int] | None = None  # of batch and queue then; None: ask again
+        self._arrivals = 0
+        if config.prefix_reuse == "compressed":
+            scheduler.tree_cache.settings_of = lambda req: self.terms_of(req).sharing
+            scheduler.tree_cache.vocab_size = scheduler.model_config.vocab_size
+            scheduler.tree_cache.debug_checks = config.debug_checks
+
+    def warm_up(self) -> None:
+        """Try all selectors that a request may name, so that no request waits for a compiler."""
+        own = self.config.selector
+        each = [one for one in self._selectors.values() if self.kernels.compiles or one.name == own]
+        self.compaction.warm_up(each, self.config.kept(self.geometry.page_size))
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def _admit(self, req: Req) -> RequestState | None:
+        """Make the state of a request that is about to take its first decode step."""
+        self._arrivals += 1
+        terms = self.terms_of(req)
+        state = None
+        if terms.skipped is None:
+            selector = self._selectors[terms.selector]
+            prefix = prefix_of(req)
+            windows = list(prefix.windows) if prefix is not None else []
+            state = RequestState(
+                selector=selector,
+                kept=terms.kept,
+                seed=self.seeds.of(req, terms.seed) if selector.seeded else 0,
+                base=exact.first_base(req.kv, self.geometry.page_size),
+                generation=self.compaction.generation(req),
+                order=self._arrivals,
+                removed=sum(window.freed for window in windows),
+                windows=windows,
+                reused=len(windows),
+                shares=prefix is not None and prefix.settings is not None,
+            )
+        else:
+            self.totals.skip(terms.skipped)
+        keep_state(req, state)
+        return state
+
+    def is_compressing(self, running: ScheduleBatch) -> bool:
+        """Whether the policy compresses anybody as things stand."""
+        return self.policy.acts(lambda share: needed(self.scheduler, running, share))
+
+    def reserve(self, req: Req, tokens: float, running: int) -> float:
+        """KV slots that a running or waiting request takes for ``tokens`` still to come, at most, where
+        so many requests run."""
+        terms = self.terms_of(req)
+        if terms.skipped is not None:
+            return tokens
+        state = state_of(req)
+        if state is not None:
+            held, base = req.kv.kv_committed_len, state.base
+        else:
+            held = len(req.origin_input_ids) + len(req.output_ids)
+            base = ceil_align(held, self.geometry.page_size)
+        return reserve(self.policy, self._latest, tokens, held, base, terms.kept, running)
+
+    def forget(self, req: Req) -> None:
+        """The request was retracted: its KV is gone and will be computed anew, uncompressed."""
+        state = state_of(req)
+        if state is not None:
+            exact.allow_insert(req, state)
+        forget_state(req)
+        forget_match(req)
+
+    def row_freed(self, req: Req) -> None:
+        """The request gives its row back (finished, aborted or retracted)."""
+        state = state_of(req)
+        if state is not None:
+            if self.compaction.tracer is not None:
+                self.compaction.tracer.end(req, state)
+            self.handout.leave(state)
+            self.calendar.forget(state)
+            self._ready.pop(state.order, None)
+        running = self.scheduler.running_batch.reqs
+        if not any(other is not req and other.kv.holds_kv for other in running):
+            self.export(leaving=req)  # the last one leaves; a pass or a log line exports otherwise
+
+    # -- one decode step ---------------------------------------------------------------------------
+
+    def before_decode(self, batch: ScheduleBatch) -> None:
+        """Compress what is due, then hand out recorders for windows that begin."""
+        self.graphs.step(len(batch.reqs))
+        looked_at = self.calendar.next_step() + self._newcomers(batch)
+        for req, state in looked_at:
+            if req.kv.kv_committed_len >= self._ready_at(state):
+                self._ready[state.order] = req, state
+        due = self._due(batch)
+        if self.config.debug_checks:
+            self.compaction.check_ranks_agree(due)
+        if due:
+            self.totals.add(self.compaction.run(batch, due))
+            self.export()
+            self._sizes = None
+            for req, state in due:
+                if req.kv.kv_committed_len < self._ready_at(state):
+                    del self._ready[state.order]
+        self.latch.step(batch, passed=bool(due))
+        self._hand_out(due, looked_at)
+        for req, state in looked_at + due:
+            self._make_date(req, state)
+
+    def _newcomers(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
+        """Those that decode for the first time. SGLang appends them to its batch
+        (``ScheduleBatch.merge_batch``), and keeps the order when others leave."""
+        new = list(itertools.takewhile(lambda req: not has_decoded(req), reversed(batch.reqs)))
+        admitted = [(req, self._admit(req)) for req in reversed(new)]
+        return [(req, state) for req, state in admitted if state is not None]
+
+    def _ready_at(self, state: RequestState) -> int:
+        """KV length from which on the policy may take the request's next window."""
+        return max(state.due_at(self.geometry), self.policy.floor)
+
+    def _make_date(self, req: Req, state: RequestState) -> None:
+        """Look again when a window is due, when one begins that wants a recorder, or when a recorder
+        needs another page. Who is ready needs no date for the first: it is made when the window has
+        been taken."""
+        kv_len = req.kv.kv_committed_len
+        dates = [self._ready_at(state) - kv_len]
+        if state.recorder is not None:
+            dates.append(PAGE - (kv_len + state.removed) % PAGE)
+        elif state.selector.needs_queries:
+            dates.append(state.next_window(kv_len, self.geometry) or self.geometry.window)
+        dates = [steps for steps in dates if steps > 0]
+        if dates:
+            self.calendar.look_in(min(dates), req, state)
+
+    def _due(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
+        """Whose window is compressed in this step, as the policy says."""
+        sizes = len(batch.reqs), len(self.scheduler.waiting_queue)
+        if self._ready and (sizes != self._sizes or self.calendar.step % LOOK_EVERY == 0):
+            self._acting, self._sizes = self.is_compressing(batch), sizes
+        ready = []
+        if self._acting:
+            ready = [one for one in self._ready.values() if _outlives_this_step(one[0])]
+        candidates = [self._candidate(index, *one) for index, one in enumerate(ready)]
+        urgent = bool(ready) and short_of_slots(self.scheduler, batch)
+        return [ready[index] for index in self.policy.due(candidates, urgent=urgent)]
+
+    def _candidate(self, index: int, req: Req, state: RequestState) -> Candidate:
+        kv_len = req.kv.kv_committed_len
+        return Candidate(
+            index=index,
+            order=state.order,
+            kv_len=kv_len,
+            overdue=kv_len - state.due_at(self.geometry),
+            uncompressed=state.uncompressed(kv_len),
+            gain=self.geometry.window - state.kept,
+        )
+
+    def _hand_out(
+        self,
+        compressed: list[tuple[Req, RequestState]],
+        looked_at: list[tuple[Req, RequestState]],
+    ) -> None:
+        """Recorders: from those that were compressed, to those of which a window begins."""
+        for req, state in compressed:
+            useful = self._falls_due(req, state.due_at(self.geometry))
+            self.handout.pass_on(state, useful=useful)
+        for req, state in looked_at:
+            if state.recorder is not None:
+                self.handout.go_on(req, state)
+        asking = []
+        for req, state in looked_at:
+            kv_len = req.kv.kv_committed_len
+            if not state.selector.needs_queries or state.recorder is not None:
+                continue
+            if state.next_window(kv_len, self.geometry) > 0:
+                continue
+            if self._falls_due(req, kv_len + self.geometry.window + self.geometry.delay):
+                asking.append((req, state))
+            else:
+                self.handout.withdraw(state)
+        if asking:
+            self.handout.ask(asking, self.calendar.step)
+        if self.recorder.stale:
+            with forward_stream(self.scheduler):
+                self.recorder.flush()
+
+    def _falls_due(self, req: Req, due_at: int) -> bool:
+        """Whether the row can become so long before the request ends."""
+        left: int = req.sampling_params.max_new_tokens - len(req.output_ids)
+        return req.kv.kv_committed_len + left >= due_at
+
+    # -- what others ask ---------------------------------------------------------------------------
+
+    def slots_held(self, leaving: Req | None = None) -> tuple[int, int]:
+        """KV slots held by the running requests but ``leaving``, and their logical length in tokens."""
+        physical = gone = 0
+        for req in self.scheduler.running_batch.reqs:
+            if req is not leaving and req.kv.holds_kv:
+                physical += req.kv.kv_committed_len
+                gone += removed(req)
+        return physical, physical + gone
+
+    def export(self, leaving: Req | None = None) -> None:
+        """Bring the Prometheus metrics up to date, where they are on."""
+        if self.metrics is not None:
+            self.metrics.update(self.totals, self.recorder.in_use, *self.slots_held(leaving))
+
+
+def _outlives_this_step(req: Req) -> bool:
+    """Whether the request outlives the step in flight; otherwise its window would be compressed for
+    nothing."""
+    if req.finished() or req.to_finish is not None:
+        return False
+    return not req.next_output_finishes_by_length()

@@ -1,0 +1,69 @@
+"""How many KV slots a request will come to hold, as windows are compressed.
+
+Over a window's W tokens a request grows by R slots, whoever chooses them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kara_sglang.radix_integration.row import Geometry
+
+if TYPE_CHECKING:
+    from kara_sglang.scheduler.policy import Policy
+
+
+def growth(geometry: Geometry, tokens: float, uncompressed: int, kept: int) -> float:
+    """Most KV slots by which a request grows while it generates ``tokens``.
+
+    Parameters
+    ----------
+    geometry : Geometry
+    tokens : float
+        Tokens to come.
+    uncompressed : int
+        Tokens from the next window's start on, so far; negative in front of the first one.
+    kept : int
+        R of this request.
+    """
+    window, delay = geometry.window, geometry.delay
+    ahead = uncompressed + tokens
+    # No pass takes a request whose last token is on its way, and that one never has any KV.
+    taken = max(0, int((ahead - 3 - delay) // window))
+    at_the_end = ahead - taken * (window - kept)
+    # Right before its last compression it holds a whole window and its delay.
+    before_last = (taken - 1) * kept + window + delay if taken else 0
+    # A window that is overdue will give slots back, but memory that is not free yet is no reserve.
+    return max(0.0, min(max(at_the_end, before_last) - uncompressed, tokens))
+
+
+def reserve(
+    policy: Policy,
+    latest: Geometry,
+    tokens: float,
+    held: int,
+    base: int,
+    kept: int,
+    running: int,
+) -> float:
+    """KV slots that a request takes for ``tokens`` still to come, at most.
+
+    Parameters
+    ----------
+    policy : Policy
+    latest : Geometry
+        With what a window may wait for its pass in the delay (``Policy.wait``).
+    tokens : float
+    held : int
+        KV slots that it holds.
+    base : int
+        KV index at which its next window starts.
+    kept : int
+        R of this request.
+    running : int
+        Requests that run at once.
+    """
+    grown = growth(latest, tokens, held - base, kept)
+    grown = max(grown, min(tokens, policy.floor - held))
+    # Where passes fall behind, what they leave is held as in stock SGLang.
+    return tokens - policy.in_time(running, latest.window) * (tokens - grown)

@@ -1,0 +1,57 @@
+"""Whether KV slots are short: what is idle, what is reserved, what the queue will need."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+
+
+def to_come(req: Req) -> int:
+    """Tokens of an answer, still to be written, that SGLang reserves slots for where it expects all."""
+    from sglang.srt.managers import schedule_policy
+
+    left = req.sampling_params.max_new_tokens - len(req.output_ids)
+    return min(max(left, 0), schedule_policy.CLIP_MAX_NEW_TOKENS)
+
+
+def idle_slots(scheduler: Scheduler) -> int:
+    """KV slots that are free, or that the prefix cache would give up."""
+    free = scheduler.token_to_kv_pool_allocator.available_size()
+    return free + scheduler.tree_cache.evictable_size()
+
+
+def short_of_slots(scheduler: Scheduler, running: ScheduleBatch) -> bool:
+    """Whether a decode step may need more slots than there are: a page for each request."""
+    return idle_slots(scheduler) < len(running.reqs) * scheduler.page_size
+
+
+def needed(scheduler: Scheduler, running: ScheduleBatch, share: float) -> bool:
+    """Whether requests need at least ``share`` of the KV pool uncompressed: what is held, what SGLang
+    reserves for those that run, and all of those that wait, as far as there are rows for them.
+
+    A waiting prompt counts as a whole, also where the prefix cache holds its beginning.
+    """
+    mark = share * scheduler.max_total_num_tokens
+    # A long queue is not read to its end.
+    return any(need >= mark for need in itertools.accumulate(_needs(scheduler, running)))
+
+
+def _needs(scheduler: Scheduler, running: ScheduleBatch) -> Iterator[float]:
+    """KV slots, part by part."""
+    from sglang.srt.managers import schedule_policy
+
+    yield scheduler.max_total_num_tokens - idle_slots(scheduler)
+    ratio, most = scheduler.new_token_ratio_tracker.current, schedule_policy.CLIP_MAX_NEW_TOKENS
+    for req in running.reqs:  # all of them, so without a call for each
+        params = req.sampling_params
+        left = params.max_new_tokens - len(req.output_ids)
+        if left > 0:
+            yield min(left, most) * (1.0 if params.ignore_eos else ratio)
+    rows = scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running)
+    for req in itertools.islice(scheduler.waiting_queue, max(rows, 0)):
+        yield len(req.origin_input_ids) + len(req.output_ids) + to_come(req)
