@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help serve test test-sglang test-triton style venv check-wheel gpu-bundle clean
+.PHONY: help serve test test-sglang test-triton style types venv check-wheel gpu-bundle clean
 .NOTPARALLEL:
 
 PORT ?= 30000
@@ -53,6 +53,7 @@ help:
 	@echo 'make test-sglang VERSION=0.5.22   the core of the tests on another SGLang; ARGS="..." as above'
 	@echo 'make test-triton VERSION=3.6.0    the tests of the kernels on another Triton; ARGS="..." as above'
 	@echo 'make style   ruff check and ruff format --check'
+	@echo 'make types   mypy, strict'
 	@echo 'make venv    only set up .venv; PIP_ARGS="..." goes to pip'
 	@echo 'make check-wheel  build sdist and wheel into dist/, and try the wheel in a clean environment'
 	@echo 'make gpu-bundle  what a GPU machine without a network needs, in parts, into .gpukit (7 minutes)'
@@ -99,6 +100,9 @@ style: $(TEST_TOOLS)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
+types: $(ENGINE) $(TEST_TOOLS)
+	@$(PY) -m mypy
+
 venv: $(ENGINE) $(PACKAGE)
 
 # SGLang and all else is found in .venv; the line in the .pth file is a bare path, so that the editable
@@ -118,7 +122,7 @@ gpu-bundle: $(ENGINE) $(PACKAGE)
 	@$(PY) -m kara_sglang.benchmarks.gpu.kit.build $(ARGS)
 
 clean:
-	rm -rf $(VENV) .gpukit .gpukit.work .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .gpukit .gpukit.work .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):

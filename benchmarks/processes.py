@@ -6,9 +6,10 @@ import contextlib
 import os
 import signal
 import subprocess
+from typing import Any
 
 
-def end_group(process: subprocess.Popen, seconds: float = 30) -> None:
+def end_group(process: subprocess.Popen[Any], seconds: float = 30) -> None:
     """End the group that ``process`` leads (``start_new_session``): ask, wait for the leader so many
     ``seconds``, and then end by force what is left, also of a group whose leader ended by itself."""
     with contextlib.suppress(ProcessLookupError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ def make_tiny_llama(folder: Path, *, layers: int = 4, seed: int = 0) -> Path:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    settings: dict[str, Any] = {"rope_theta": 10000.0}
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=128,
@@ -32,7 +34,7 @@ def make_tiny_llama(folder: Path, *, layers: int = 4, seed: int = 0) -> Path:
         num_key_value_heads=4,
         head_dim=32,
         max_position_embeddings=8192,
-        rope_theta=10000.0,
+        **settings,
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=EOS,

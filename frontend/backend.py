@@ -163,7 +163,9 @@ class KaraEndpoint(RuntimeEndpoint):
 
     # -- what SGLang's interpreter calls -------------------------------------------------------------
 
-    def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[str, dict]:
+    def generate(
+        self, s: StreamExecutor, sampling_params: SglSamplingParams
+    ) -> tuple[str, dict[str, Any]]:
         """One ``gen``: returns the text with its ids, and ``meta_info``."""
         name, body = self._body(s, sampling_params)
         start = time.perf_counter()
@@ -173,11 +175,12 @@ class KaraEndpoint(RuntimeEndpoint):
 
     def generate_stream(
         self, s: StreamExecutor, sampling_params: SglSamplingParams
-    ) -> Iterator[tuple[str, dict]]:
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         """One ``gen`` of a program run with ``stream=True``: yields new text and ``meta_info``."""
         name, body = self._body(s, sampling_params)
         prompt = s.text_
-        text, ids, meta_info = "", [], None
+        text, meta_info = "", None
+        ids: list[int] = []
         start = time.perf_counter()
         with self.ledger.request(name):
             for chunk in self._events(body | {"stream": True}):
@@ -321,7 +324,7 @@ class KaraEndpoint(RuntimeEndpoint):
         written = s.text_.custom_params
         return _params_of(self.kv_compress) if written is None else written
 
-    def _scored(self, input_ids: list, custom_params: dict[str, Any], **fields: Any) -> Any:
+    def _scored(self, input_ids: list[Any], custom_params: dict[str, Any], **fields: Any) -> Any:
         """Prefill without decoding; with fields, log-probabilities of the input."""
         sampling = {"max_new_tokens": 0, "temperature": 0, "custom_params": custom_params}
         body = {"input_ids": input_ids, "sampling_params": sampling}

@@ -35,7 +35,7 @@ class PlanAndSolve:
 
 
 @sgl.function
-def _plan_and_solve(s, question: str, max_tokens: int):
+def _plan_and_solve(s: Any, question: str, max_tokens: int) -> None:
     s += sgl.user(f"{question}\n\nMake a short plan, as a numbered list of steps. Do not solve it yet.")
     s += sgl.assistant(gen("plan", max_tokens))
     s += sgl.user(f"Now carry out the plan. {STEP_BY_STEP}")
@@ -72,7 +72,7 @@ class SelfConsistency:
 
 
 @sgl.function
-def _self_consistency(s, question: str, chains: int, max_tokens: int):
+def _self_consistency(s: Any, question: str, chains: int, max_tokens: int) -> None:
     s += sgl.user(f"{question}\n\n{STEP_BY_STEP}")
     forks = s.fork(chains)
     forks += sgl.assistant(gen("chain", max_tokens))
@@ -119,7 +119,7 @@ class ReflectAndRevise:
 
 
 @sgl.function
-def _reflect_and_revise(s, question: str, rounds: int, max_tokens: int):
+def _reflect_and_revise(s: Any, question: str, rounds: int, max_tokens: int) -> None:
     s += sgl.user(f"{question}\n\n{STEP_BY_STEP}")
     s += sgl.assistant(gen("draft", max_tokens))
     s["rounds"] = []
@@ -197,7 +197,7 @@ class _Node:
 
 
 @sgl.function
-def _beam(s, question: str, width: int, branch: int, depth: int, max_tokens: int):
+def _beam(s: Any, question: str, width: int, branch: int, depth: int, max_tokens: int) -> None:
     s += sgl.user(f"{question}\n\n{STEP_BY_STEP} Write each step on a line of its own.")
     s += sgl.assistant_begin()
     nodes = [_Node(s)]

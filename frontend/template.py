@@ -35,7 +35,7 @@ class TurnTemplate(ChatTemplate):
         )
         self._tokenizer = tokenizer
 
-    def get_prefix_and_suffix(self, role: str, hist_messages: list[dict]) -> tuple[str, str]:
+    def get_prefix_and_suffix(self, role: str, hist_messages: list[dict[str, Any]]) -> tuple[str, str]:
         """What stands before and after a turn of ``role`` behind ``hist_messages`` (roles count only).
 
         An assistant's prefix is the template's generation prompt: what the model sees when it is asked.

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from kara_sglang.checks import checked, parse_object, shown
 from kara_sglang.kernels.record import FP4, FP8
 from kara_sglang.kernels.selectors import REGISTRY
 
@@ -44,101 +45,189 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def setting(
+    default: Any,
+    unit: str,
+    text: str,
+    flag: str | None = None,
+    absent: str = "",
+    experiment: bool = False,
+) -> Any:
+    """A field of :class:`KaraConfig`; what is said of it here is all that is said of it anywhere.
+
+    Parameters
+    ----------
+    default
+    unit
+        Or the kind of value, in a word or two.
+    text
+        Its meaning, in Markdown; links begin in ``docs/``. The first sentence stands by itself.
+    flag
+        None: a key of ``--kv-compress-config``.
+    absent
+        What the default None stands for.
+    experiment
+        Whether it is for comparisons only.
+    """
+    about = {"unit": unit, "text": text, "flag": flag, "absent": absent, "experiment": experiment}
+    return dataclasses.field(default=default, metadata=about)
+
+
 @dataclass(frozen=True, slots=True)
 class KaraConfig:
-    """Settings of one server.
+    """Settings of one server. What each means is said with it."""
 
-    Attributes
-    ----------
-    selector
-        Which tokens of a window are kept; the registry is ``kernels/selectors``.
-    window
-        W, tokens that are compressed together. A multiple of the page size.
-    retain
-        Share of a window that is kept, 0 < retain <= 1. R = retain * W, rounded to whole pages.
-    query_mem_gb
-        Memory of the ring that holds recorded queries, in GiB per rank. ``None``: what the KV pool's
-        requests need, see ``ring_size.py``, where the server's selector needs queries, else 0.
-    prefix_reuse
-        ``exact``: the prefix cache holds uncompressed KV only. ``compressed``: it keeps what a
-        compressed request leaves behind, too.
-    delay
-        Newest tokens left uncompressed behind the window.
-    delay_votes
-        Whether the delay's queries vote as the window's own do. For ``kara`` and ``causal``.
-    ahead
-        Whether queries vote as if they stood one window later. For ``kara`` and ``causal``.
-    score
-        ``sum`` of the attention that a key collects (the paper's), ``l2``: sum of its squares; with
-        ``_v`` times the norm of the value, with ``_v4`` times its fourth power, with ``_k`` times the
-        distance of the key's direction from that of the window's mean key.
-    neighbours
-        Tokens around each, itself included, with whose scores its own is blended; odd, 1 for none.
-        For ``kara``, ``causal`` and ``keys``.
-    chunk_budget
-        alpha: share of R that Token2Chunk may spend on filling gaps; 0 switches it off.
-    chunk_width
-        gamma: widest chunk in tokens, both ends included.
-    chunk_quantile
-        Both ends of a chunk must score above this quantile of the window.
-    last_queries
-        How many of the newest queries ``snapkv`` looks through.
-    granularity
-        ``head``: each KV head keeps its own tokens; ``layer``: the heads' scores are added up and all
-        heads of a layer (of a rank) keep the same. For ``kara``, ``causal``, ``snapkv`` and ``keys``.
-    query_heads
-        ``all`` query heads are recorded, or the ``mean`` of each GQA group; ``auto``: all while the
-        ring has room and the mean when it has not.
-    query_dtype
-        ``fp8`` (e4m3), ``fp4`` (e2m1 with a scale for every 32 numbers) or ``model`` (the model's own).
-    policy
-        Whose window is compressed when: ``periodic`` (the paper's), ``threshold``, ``pressure``, or
-        ``punctual``: each in the step in which it falls due.
-    period
-        Decode steps between two passes (``periodic``, ``pressure``).
-    max_requests_per_pass
-        Requests that one pass compresses at most (``periodic``, ``pressure``).
-    threshold
-        KV slots from which on a request is compressed (``threshold``).
-    min_pool_usage
-        Share of the KV pool, needed uncompressed, below which nothing is compressed
-        (``pressure``).
-    seed
-        Seeds the ``random`` selector.
-    trace
-        Folder for one file per request that says which tokens its windows kept; None: no files.
-    debug_checks
-        Checks the invariants of every pass on the device, too (synchronises; for tests).
-    untested_sglang
-        Start with a newer SGLang than the tested ones, if all that the plugin uses of it is there.
-    """
-
-    selector: str = "kara"
-    window: int = 512
-    retain: float = 0.5
-    query_mem_gb: float | None = None
-    prefix_reuse: Literal["exact", "compressed"] = "exact"
-    delay: int = 64
-    delay_votes: bool = False
-    ahead: bool = True
-    score: Score = "l2_v4_k"
-    neighbours: int = 13
-    chunk_budget: float = 0.0
-    chunk_width: int = 8
-    chunk_quantile: float = 0.8
-    last_queries: int = 32
-    granularity: Literal["head", "layer"] = "head"
-    query_heads: Literal["auto", "all", "mean"] = "auto"
-    query_dtype: Literal["fp4", "fp8", "model"] = "fp8"
-    policy: Literal["periodic", "threshold", "pressure", "punctual"] = "periodic"
-    period: int = 1
-    max_requests_per_pass: int = 8
-    threshold: int = 0
-    min_pool_usage: float = 0.8
-    seed: int = 0
-    trace: str | None = None
-    debug_checks: bool = False
-    untested_sglang: bool = False
+    selector: str = setting(
+        "kara",
+        "name",
+        "How tokens are chosen: `kara`; `keys` needs no recorded queries; `none` switches compression "
+        "off. All of them: [selectors](usage.md#selectors).",
+        flag="--kv-compress",
+    )
+    window: int = setting(
+        512,
+        "tokens",
+        "W, tokens that are compressed together, a multiple of the page size. A larger window is "
+        "better for answers, needs a larger query ring, and leaves more tokens uncompressed at the "
+        "end.",
+        flag="--kv-compress-window",
+    )
+    retain: float = setting(
+        0.5,
+        "share",
+        "R / W, the share of each window that is kept, 0 < share <= 1. R is rounded to whole pages, at "
+        "least one. Less frees more memory at a higher risk to answers.",
+        flag="--kv-compress-retain",
+    )
+    query_mem_gb: float | None = setting(
+        None,
+        "GiB per rank",
+        "Memory for recorded queries, [the query ring](#the-query-ring). Windows of requests that find "
+        "no room in it are chosen by `keys`. `null`: what requests need, at most 1/16 of the memory "
+        "for KV; 2 on a CPU; 0 if the selector needs no queries.",
+        flag="--kv-compress-query-mem-gb",
+        absent="as needed",
+    )
+    prefix_reuse: Literal["exact", "compressed"] = setting(
+        "exact",
+        "name",
+        "What the prefix cache keeps of a compressed request: its prompt (`exact`), or its compressed "
+        "output as well (`compressed`). See [below](#compressed-prefixes).",
+        flag="--kv-compress-prefix-reuse",
+    )
+    delay: int = setting(
+        64,
+        "tokens",
+        "Newest tokens left uncompressed behind a window. With 0 a window is compressed as soon as it "
+        "is full.",
+    )
+    delay_votes: bool = setting(
+        False,
+        "true / false",
+        "Whether the delay's queries vote as the window's own do (`kara`, `causal`). No gain was "
+        "measured.",
+        experiment=True,
+    )
+    ahead: bool = setting(
+        True,
+        "true / false",
+        "Whether queries vote as if they stood W positions later (`kara`, `causal`; "
+        "[architecture](architecture.md#scores-selection-compaction)). With a rotary embedding that "
+        "the plugin does not know, a server that records queries is refused until this is `false`.",
+    )
+    score: Score = setting(
+        "l2_v4_k",
+        "name",
+        "How attention becomes a score. `sum` (the paper's), `l2` (sum of squares), `sum_v`, `l2_v` "
+        "(times the norm of V), `l2_v4` (its fourth power), `l2_v4_k` (and times the distance of the "
+        "key from the window's mean key).",
+        experiment=True,
+    )
+    neighbours: int = setting(
+        13,
+        "tokens",
+        "A score is blended with those of this many tokens around, odd, 1 (off) to 255 (`kara`, "
+        "`causal`, `keys`). Keeps names and numbers whole more often.",
+    )
+    chunk_budget: float = setting(
+        0.0,
+        "share of R",
+        "alpha of Token2Chunk: what it may spend on filling gaps, 0 (off) to 1. No gain was measured.",
+        experiment=True,
+    )
+    chunk_width: int = setting(
+        8, "tokens", "gamma: the widest chunk, both ends included.", experiment=True
+    )
+    chunk_quantile: float = setting(
+        0.8,
+        "quantile",
+        "Both ends of a chunk must score above this quantile of their window.",
+        experiment=True,
+    )
+    last_queries: int = setting(
+        32, "queries", "How many of the newest queries vote in `snapkv`.", experiment=True
+    )
+    granularity: Literal["head", "layer"] = setting(
+        "head",
+        "name",
+        "`head`: each KV head keeps its own tokens. `layer`: the heads' scores are added up, and all "
+        "heads of a layer (of a rank) keep the same.",
+        experiment=True,
+    )
+    query_heads: Literal["auto", "all", "mean"] = setting(
+        "auto",
+        "name",
+        "What is recorded: `all` query heads, the `mean` of each GQA group, or `auto`: all heads while "
+        "the ring has room, else the mean.",
+    )
+    query_dtype: Literal["fp4", "fp8", "model"] = setting(
+        "fp8",
+        "name",
+        "How queries are stored: `fp8` (e4m3), `fp4` (e2m1 with a scale for every 32 numbers, half the "
+        "bytes) or `model` (the model's dtype, twice the bytes).",
+    )
+    policy: Literal["periodic", "threshold", "pressure", "punctual"] = setting(
+        "periodic", "name", "Which window is compressed when. See [below](#policies)."
+    )
+    period: int = setting(
+        1, "decode steps", "From one pass to the next, for `periodic` and `pressure`."
+    )
+    max_requests_per_pass: int = setting(
+        8,
+        "requests",
+        "Most windows in one pass, for `periodic` and `pressure`. Bounds how long a decode step is "
+        "held up.",
+    )
+    threshold: int = setting(
+        0,
+        "KV slots",
+        "The policy `threshold` compresses a request only while it holds so many slots.",
+        experiment=True,
+    )
+    min_pool_usage: float = setting(
+        0.8,
+        "share",
+        "`pressure` compresses nothing while less of the KV pool is needed uncompressed.",
+    )
+    seed: int = setting(0, "number", "Seeds `random`, together with the prompt.", experiment=True)
+    trace: str | None = setting(
+        None,
+        "folder",
+        "Write a file per request with the tokens that its windows kept. `python -m kara_sglang.trace "
+        "show FILE` makes a page of it ([traces](trace.md)). Files hold prompts and answers and are "
+        "never deleted.",
+        flag="--kv-compress-trace",
+        absent="no files",
+    )
+    debug_checks: bool = setting(
+        False, "true / false", "Check every pass on the device as well. Slow; for tests."
+    )
+    untested_sglang: bool = setting(
+        False,
+        "true / false",
+        "Start with a newer SGLang than the tested ones if everything that is used is there "
+        "([versions](upgrading-sglang.md)).",
+    )
 
     def __post_init__(self) -> None:
         for name, check, expected in _RANGES:
@@ -251,14 +340,10 @@ class KaraConfig:
         return self.window if REGISTRY[selector].keeps_all else self.kept(page_size, retain)
 
 
-FLAGS = {
-    "selector": "--kv-compress",
-    "window": "--kv-compress-window",
-    "retain": "--kv-compress-retain",
-    "query_mem_gb": "--kv-compress-query-mem-gb",
-    "prefix_reuse": "--kv-compress-prefix-reuse",
-    "trace": "--kv-compress-trace",
+FLAGS: dict[str, str] = {
+    f.name: f.metadata["flag"] for f in dataclasses.fields(KaraConfig) if f.metadata["flag"]
 }
+"""Flags, by the names of their settings."""
 
 CONFIG_KEYS: tuple[str, ...] = tuple(
     f.name for f in dataclasses.fields(KaraConfig) if f.name not in FLAGS
@@ -296,19 +381,6 @@ def flag_of(field: str) -> str:
     return FLAGS.get(field, f"--kv-compress-config: {field}")
 
 
-def parse_object(text: str, source: str) -> dict[str, Any]:
-    """A JSON object from ``text``; errors name ``source``."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source}: not a JSON object ({error})") from None
-    except (RecursionError, ValueError):  # nested too deep, or a number of thousands of digits
-        raise ValueError(f"{source}: not a JSON object that can be read") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{source}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def read_config_object(text_or_path: str) -> dict[str, Any]:
     """The value of ``--kv-compress-config``: a JSON object, or the path of a file that holds one."""
     if text_or_path.lstrip().startswith("{"):
@@ -324,53 +396,11 @@ def read_config_object(text_or_path: str) -> dict[str, Any]:
     return parse_object(text, f"--kv-compress-config: file {text_or_path}")
 
 
-def checked(name: str, value: Any, annotation: Any) -> Any:
-    """``value`` if it has the annotated type (an int passes for a float), else ``ValueError``."""
-    choices = [annotation]
-    if typing.get_origin(annotation) not in (None, Literal):
-        choices = list(typing.get_args(annotation))
-    for choice in choices:
-        if typing.get_origin(choice) is Literal:
-            if value in typing.get_args(choice) and isinstance(value, str):
-                return value
-        elif choice is float and isinstance(value, int) and not isinstance(value, bool):
-            if abs(value) < 2**53:
-                return float(value)
-        elif isinstance(value, choice) and not (choice is int and isinstance(value, bool)):
-            return value
-    raise ValueError(f"{name} must be {_describe(choices)}, got {shown(value)}")
-
-
 def check_selector(name: str, value: Any) -> None:
     """Raise ``ValueError`` where ``value`` is no selector's name."""
     if not isinstance(value, str) or value not in REGISTRY:
         raise ValueError(f"{name} must be one of {', '.join(SELECTORS)}, got {shown(value)}")
 
 
-def shown(value: Any) -> str:
-    """``value`` as an error message quotes it, cut short."""
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return "a huge number"
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "..."
-
-
 def _without_queries() -> str:
     return " or ".join(name for name, kind in REGISTRY.items() if not kind.needs_queries)
-
-
-def _describe(choices: list[Any]) -> str:
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        type(None): "null",
-        str: "a string",
-    }
-    parts = []
-    for choice in choices:
-        if typing.get_origin(choice) is Literal:
-            parts.append("one of " + ", ".join(typing.get_args(choice)))
-        else:
-            parts.append(words[choice])
-    return " or ".join(parts)

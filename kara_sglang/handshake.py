@@ -53,7 +53,9 @@ def after_controller_init_info(result: dict[str, Any], controller: DataParallelC
     result[KEY] = _for_all(message.get(KEY) for message in controller._scheduler_init_infos)
 
 
-def around_startup_times(original: Callable[..., dict], startup_times: Iterable[Any]) -> dict[str, Any]:
+def around_startup_times(
+    original: Callable[..., dict[str, Any]], startup_times: Iterable[Any]
+) -> dict[str, Any]:
     """AROUND ``data_parallel_controller.aggregate_scheduler_startup_times``: hear what schedulers said.
 
     Each replica has a thread that calls it.

@@ -13,7 +13,7 @@ import pkgutil
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kara_sglang.config import KaraConfig
@@ -378,6 +378,6 @@ def problems(hooks: tuple[Hook, ...] = ALL_HOOKS) -> list[str]:
     return [text for hook in fitting(hooks) if (text := hook.problem()) is not None]
 
 
-def _handler(hook: Hook) -> Callable:
+def _handler(hook: Hook) -> Callable[..., Any]:
     module, function = hook.handler.split(":")
     return pkgutil.resolve_name(f"kara_sglang.{module}:{function}")

@@ -7,19 +7,15 @@ becomes HTTP 400.
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kara_sglang.config import KaraConfig, check_selector, checked, shown
+from kara_sglang.checks import checked, shown
+from kara_sglang.config import KaraConfig, check_selector
 from kara_sglang.kernels.selectors import REGISTRY
 
 KEY = "kv_compress"
-_TYPES: dict[str, Any] = {
-    "selector": str,
-    "retain": float,
-    "seed": int,
-    "prefix": Literal["exact", "compressed"],
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +26,7 @@ class RequestOptions:
     selector: str | None = None
     retain: float | None = None
     seed: int | None = None
-    prefix: str | None = None
+    prefix: Literal["exact", "compressed"] | None = None
 
     @classmethod
     def parse(cls, custom_params: Any, config: KaraConfig) -> RequestOptions:
@@ -52,11 +48,11 @@ class RequestOptions:
             )
         fields: dict[str, Any] = {}
         for name, given in value.items():
-            if name not in _TYPES:
+            if name not in FIELDS:
                 raise ValueError(f"{KEY}.{str(name)[:100]} is unknown; the fields are {_fields()}")
             if name == "selector":
                 check_selector(f"{KEY}.selector", given)
-            fields[name] = checked(f"{KEY}.{name}", given, _TYPES[name])
+            fields[name] = checked(f"{KEY}.{name}", given, FIELDS[name])
         retain = fields.get("retain")
         if retain is not None and not 0 < retain <= 1:
             raise ValueError(f"{KEY}.retain must be a share with 0 < retain <= 1, got {retain!r}")
@@ -78,5 +74,13 @@ class RequestOptions:
         return cls(**fields)
 
 
+FIELDS: dict[str, Any] = {
+    name: next(kind for kind in typing.get_args(union) if kind is not type(None))
+    for name, union in typing.get_type_hints(RequestOptions).items()
+    if name != "enabled"
+}
+"""Fields of a request's object, and their types."""
+
+
 def _fields() -> str:
-    return ", ".join(_TYPES)
+    return ", ".join(FIELDS)

@@ -111,9 +111,11 @@ class Kernels(Protocol):
     name: str
     compiles: bool
     """Whether a first call waits for a compiler, so that a warm-up should make all kinds of calls."""
-    layers_at_once: int | None
-    """How many layers one call of ``record`` takes, as calls cost more than their work; None: all.
-    Until then their queries are held, in a CUDA graph's memory where one is captured."""
+
+    @property
+    def layers_at_once(self) -> int | None:
+        """How many layers one call of ``record`` takes, as calls cost more than their work; None: all.
+        Until then their queries are held, in a CUDA graph's memory where one is captured."""
 
     def reserve(self, device: torch.device, largest: WindowShape) -> int:
         """Allocate all memory that passes need, for windows up to ``largest``. Returns the bytes.

@@ -39,8 +39,12 @@ class RopeShift:
     @classmethod
     def of(cls, layers: Sequence[RopeShift]) -> Self:
         """One of all layers, from one per layer."""
-        parts = zip(*((one.cos, one.sin, one.partner) for one in layers), strict=True)
-        return cls(*(torch.cat(part) for part in parts), math.gcd(*(one.run for one in layers)))
+        return cls(
+            torch.cat([one.cos for one in layers]),
+            torch.cat([one.sin for one in layers]),
+            torch.cat([one.partner for one in layers]),
+            math.gcd(*(one.run for one in layers)),
+        )
 
     @classmethod
     def of_layer(cls, cos: torch.Tensor, sin: torch.Tensor, head_dim: int, *, halves: bool) -> Self:

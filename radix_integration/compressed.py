@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -127,7 +127,7 @@ class CompressedRadixCache(UnifiedRadixCache):
         if self._may_take_part(None, _ids_of(key)):
             super().touch_prefix(key)
 
-    def _may_take_part(self, req: Req | None, ids: array | memoryview) -> bool:
+    def _may_take_part(self, req: Req | None, ids: array[int] | memoryview) -> bool:
         """Whether ``ids`` are tokens, but for what SGLang has put in place of the request's own images
         and sounds: numbers of up to 62 bits, drawn by a hash."""
         if first_stranger(ids, self.vocab_size) is None:
@@ -144,7 +144,7 @@ class CompressedRadixCache(UnifiedRadixCache):
         Looks only (``match_full_device_prefix``), so that the loser of the comparison ages.
         """
 
-        def cached(ids: array) -> int:
+        def cached(ids: array[int]) -> int:
             candidate = RadixKey(ids, key.extra_key, cache_salt=key.cache_salt)
             slots, _, _ = self.tree_core.match_full_device_prefix(candidate)
             return slots
@@ -170,7 +170,7 @@ class CompressedRadixCache(UnifiedRadixCache):
 
     # -- insert ------------------------------------------------------------------------------------
 
-    def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs) -> None:
+    def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         """Insert the row, under its physical key where it has compressed windows.
 
         Parameters
@@ -187,7 +187,10 @@ class CompressedRadixCache(UnifiedRadixCache):
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
             return
         text, prompt = req.full_untruncated_fill_ids, req.origin_input_ids
-        seed = seed_of(self._prefix(req).settings, req.extra_key, req.cache_salt)
+        settings = self._prefix(req).settings
+        if settings is None:
+            raise RuntimeError(f"kv-compress: request {req.rid} does not share its windows")
+        seed = seed_of(settings, req.extra_key, req.cache_salt)
         tokens = memoryview(text)
         ids = physical_key(Text(seed, tokens), layout.windows)
         slots = up_to if req.finished() else layout.slots(up_to)
@@ -203,7 +206,7 @@ class CompressedRadixCache(UnifiedRadixCache):
             req.full_untruncated_fill_ids, req.origin_input_ids = text, prompt
         self.layouts.add(seed, tokens, layout)
 
-    def _check_lengths(self, req: Req, ids: array, slots: int, layout: Layout) -> None:
+    def _check_lengths(self, req: Req, ids: array[int], slots: int, layout: Layout) -> None:
         if not req.kv.cache_protected_len <= slots <= min(len(ids), req.kv.kv_committed_len):
             raise RuntimeError(
                 f"kv-compress: request {req.rid} would put {slots} slots into the prefix tree; it "

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ FIRST_ID = 1 << 60
 _STRIDE = 256  # tokens; hashing so many takes as long as all else that a digest takes
 
 
-def first_stranger(ids: array | memoryview, vocab_size: int) -> int | None:
+def first_stranger(ids: array[int] | memoryview, vocab_size: int) -> int | None:
     """Index of the first of ``ids`` (int64) that is no token: outside [0, ``vocab_size``); or None."""
     unsigned = np.frombuffer(ids, dtype=np.uint64)  # a negative one is larger than any token
     if not len(unsigned) or unsigned.max() < vocab_size:
@@ -100,7 +101,7 @@ class Text:
         return digests
 
 
-def physical_key(text: Text, windows: Sequence[Window]) -> array:
+def physical_key(text: Text, windows: Sequence[Window]) -> array[int]:
     """Ids of the slots that hold ``text``, int64.
 
     As long as the text less what the windows, which are ascending and lie wholly in it, gave back.
@@ -108,10 +109,10 @@ def physical_key(text: Text, windows: Sequence[Window]) -> array:
     return key_of(text.tokens, windows, text.window_digests(windows))
 
 
-def key_of(tokens: memoryview, windows: Sequence[Window], digests: Sequence[bytes]) -> array:
+def key_of(tokens: memoryview, windows: Sequence[Window], digests: Sequence[bytes]) -> array[int]:
     """:func:`physical_key`, where the windows' digests are known."""
     key, done, taken = array("q"), 0, 0
-    ids = memoryview(_ids(digests, [window.kept for window in windows]))
+    ids = _ids(digests, [window.kept for window in windows]).data
     for window in windows:
         key.frombytes(tokens[done : window.logical_start].cast("B"))
         key.frombytes(ids[taken : taken + window.kept].cast("B"))
@@ -120,7 +121,7 @@ def key_of(tokens: memoryview, windows: Sequence[Window], digests: Sequence[byte
     return key
 
 
-def _ids(digests: Sequence[bytes], counts: Sequence[int]) -> np.ndarray:
+def _ids(digests: Sequence[bytes], counts: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """``counts[k]`` ids for window k, one after the other; a window's first two carry 60 bits each of
     the digest, so two windows of more than one slot are the same where 120 bits of their digests are.
     Windows of one slot get no key (``KaraConfig.may_share``)."""

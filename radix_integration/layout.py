@@ -110,11 +110,12 @@ class _Known:
         """The tree holds it no longer, nor what continues it, until it is put there again."""
         self.clean = self.reach = 0
 
-    def lower(self, follower: _Known) -> None:
-        """A follower does not lead as far as it did; where it is the only one, nor does this."""
-        count, _ = self.followers[follower.window]
+    def lower(self, window: Window, reach: int) -> None:
+        """The follower with this window does not lead as far as it did; where it is the only one, nor
+        does this."""
+        count, _ = self.followers[window]
         if count == 1:
-            self.followers[follower.window] = 1, follower.reach
+            self.followers[window] = 1, reach
             if len(self.followers) <= MOST_FOLLOWERS:
                 self.reach = max(self.clean, *(reach for _, reach in self.followers.values()))
 
@@ -128,6 +129,18 @@ class _Step:
     front: _Step | None
     depth: int  # windows
     opened: bool = False
+
+    @property
+    def window(self) -> Window:
+        """Of a step that is no first one."""
+        assert self.known.window is not None
+        return self.known.window
+
+    @property
+    def before(self) -> _Step:
+        """The step in front of one that is no first one."""
+        assert self.front is not None
+        return self.front
 
     def path(self) -> list[_Step]:
         """The steps with a window up to this one."""
@@ -188,8 +201,8 @@ class LayoutIndex:
             self._forget_oldest()
 
     def longest(
-        self, seed: bytes, tokens: memoryview, exact: int, cached: Callable[[array], int]
-    ) -> tuple[Layout, array] | None:
+        self, seed: bytes, tokens: memoryview, exact: int, cached: Callable[[array[int]], int]
+    ) -> tuple[Layout, array[int]] | None:
         """The layout under which more of a text is in the tree than under its tokens.
 
         Parameters
@@ -213,10 +226,10 @@ class LayoutIndex:
         if stack:
             tries += text.length // next(iter(stack[-1].known.followers)).width
 
-        def look(path: list[_Step], end: int) -> tuple[array, Layout, int]:
+        def look(path: list[_Step], end: int) -> tuple[array[int], Layout, int]:
             """The key of the text up to ``end``; which windows of it, and how much, the tree holds."""
             nonlocal tries
-            layout = Layout(tuple(step.known.window for step in path))
+            layout = Layout(tuple(step.window for step in path))
             ids = key_of(tokens[:end], layout.windows, [step.digest for step in path])
             tries -= tries_of_a_look(len(ids))
             there = layout.tokens(cached(ids))
@@ -225,7 +238,7 @@ class LayoutIndex:
                 step.known.gone()
             if len(held.windows) < len(path):
                 for step in reversed(path[: len(held.windows) + 1]):
-                    step.front.known.lower(step.known)
+                    step.before.known.lower(step.window, step.known.reach)
             return ids, held, there
 
         while stack and tries > 0 and reached < text.length:
@@ -238,7 +251,7 @@ class LayoutIndex:
                     if there > reached:
                         reached, best = there, (path, held, ids[: held.slots(there)])
                 continue
-            gone = step.depth > 0 and not step.front.known.reach
+            gone = step.depth > 0 and not step.before.known.reach
             if gone or min(known.reach, text.length) <= reached:
                 continue
             if known.followers:
@@ -253,7 +266,7 @@ class LayoutIndex:
         if best is None:
             return None
         path, held, ids = best
-        self._touch([path[0].front.digest, *(one.digest for one in path[: len(held.windows)])])
+        self._touch([path[0].before.digest, *(one.digest for one in path[: len(held.windows)])])
         return held, ids
 
     def clear(self) -> None:

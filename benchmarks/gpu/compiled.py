@@ -106,9 +106,12 @@ class Launch:
         """Equal for launches that share one compilation."""
         return f"{self.kernel.__name__} {self._specialised()}"
 
-    def _specialised(self) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any], dict[str, int]]:
+    def _specialised(self) -> tuple[dict[str, Any], dict[str, Any], dict[Any, Any], dict[str, int]]:
         """Types, constants, divisibility and options of the arguments, as a launch would see them."""
-        signature, constants, attributes = {}, {}, {}
+        signature: dict[str, Any] = {}
+        constants: dict[str, Any] = {}
+        attributes: dict[Any, Any] = {}
+        parts: dict[tuple[int, ...], Any]
         for index, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
             if parameter.is_constexpr or value is None:
@@ -450,12 +453,12 @@ def show(found: dict[str, Any]) -> None:
     print("|---|---|---|---|---|---|")
     for row in found["issued"]:
         loops = zip(row["turns"], row["loops"], strict=True)
-        cells = (
+        shown = (
             " + ".join(f"{turn} x {size}" for turn, size in loops),
             str(row["exponentials"]),
             *(f"{row[key]:.1f}" for key in ("in_loops", "whole")),
         )
-        print(f"| `{row['kernel']}` |", " | ".join(cells), f"| {row['us']:.0f} |")
+        print(f"| `{row['kernel']}` |", " | ".join(shown), f"| {row['us']:.0f} |")
 
 
 def cell(registers: int, spilled_bytes: int, shared_bytes: int) -> str:

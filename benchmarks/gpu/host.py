@@ -61,7 +61,9 @@ class Driver:
         return lambda *args: None
 
 
-def pass_over(model: Model, settings: Settings, windows: int) -> tuple[TritonKernels, LayerPool, list]:
+def pass_over(
+    model: Model, settings: Settings, windows: int
+) -> tuple[TritonKernels, LayerPool, list[WindowJob]]:
     """Kernels, a pool and jobs of one model's shape; the layers share their memory."""
     heads, dim, width = model.kv_heads, model.head_dim, settings.window
     count = width + settings.delay

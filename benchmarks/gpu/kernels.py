@@ -270,8 +270,8 @@ def check(case: Case) -> dict[str, Any]:
 
     # Before anything has moved: a compacted window holds tokens twice, and equal scores are a toss-up.
     widened = copied(pool, torch.float32)
-    theirs = torch.stack(TorchKernels().compress(widened, case.jobs(), positions=True))
-    ours = torch.stack(case.kernels().compress(copied(pool), case.jobs(), positions=True))
+    theirs = torch.stack(TorchKernels().compress(widened, case.jobs(), positions=True) or [])
+    ours = torch.stack(case.kernels().compress(copied(pool), case.jobs(), positions=True) or [])
     same = (ours[..., None] == theirs[..., None, :]).any(-1).float().mean().item()
     require(same > 0.99, f"a pass: {same:.4f} of the positions agree")
 
@@ -281,8 +281,8 @@ def check(case: Case) -> dict[str, Any]:
     blended = torch.stack([blend_neighbours(of_heads, RULE.neighbours) for of_heads in raw])
     blend_error = relative(case.scores, blended.view_as(case.scores))
     require(blend_error < 1e-4, f"blended scores: relative error {blend_error}")
-    expected = reference_select(case.scores, settings.kept, CHUNKS)
-    require(torch.equal(case.kept.long(), expected), "select")
+    chosen = reference_select(case.scores, settings.kept, CHUNKS)
+    require(torch.equal(case.kept.long(), chosen), "select")
 
     copies = [buffer.clone() for buffer in (*pool.keys, *pool.values)]
     case.compact()
@@ -332,6 +332,7 @@ def expected_scores(case: Case, rule: AttentionRule) -> torch.Tensor:
             pages = case.recorder.pages_of(case.owners[job], start, count)
             queries = reference_record.recorded(ring, start, count, pages)
             if rule.ahead:
+                assert pool.rope_shift is not None
                 queries = pool.rope_shift.moved(queries, layer)
             expected[layer, job] = reference_scores(
                 queries,
@@ -412,7 +413,7 @@ def captured(call: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def seconds(call: Callable[[], None], repeats: int = 20) -> float:
+def seconds(call: Callable[[], Any], repeats: int = 20) -> float:
     """Median time of one call, from CUDA events around graph replays."""
     return timed(captured(call), repeats)
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from kara_sglang.benchmarks.serving.server import Server
 
-OURS = ("record_kernel", "prepare_kernel", "log_sum_exp_kernel", "column_sum_kernel")
-OURS += ("select_kernel", "compact_kernel")
+OURS = (
+    *("record_kernel", "prepare_kernel", "log_sum_exp_kernel", "column_sum_kernel"),
+    *("select_kernel", "compact_kernel"),
+)
 LONGEST = 15
 """Kernels that are named one by one."""
 

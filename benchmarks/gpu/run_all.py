@@ -267,7 +267,7 @@ def command(step: Step, out: Path, given: Mapping[str, str], rehearse: bool) -> 
     """The command line of a step."""
     words = step.rehearsal if rehearse else step.arguments
     assert words is not None
-    folders = {"model": given.get("coder", "smollm2")} | given
+    folders = {"model": given.get("coder", "smollm2"), **given}
     for name, folder in folders.items():
         words = tuple(word.replace(f"{{{name}}}", folder) for word in words)
     return [

@@ -105,7 +105,7 @@ def environment(folder: Path, order: Order, threads: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def start(order: Order, folder: Path, name: str, threads: int) -> Iterator[subprocess.Popen]:
+def start(order: Order, folder: Path, name: str, threads: int) -> Iterator[subprocess.Popen[Any]]:
     """Start the process that carries ``order`` out; it is ended with this context.
 
     ``folder/logs/<name>.log`` is its output.

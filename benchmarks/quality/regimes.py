@@ -250,8 +250,9 @@ def _drawn(scripts: int) -> np.ndarray:
     return np.random.default_rng(0).integers(scripts, size=(RESAMPLES, scripts))
 
 
-def _interval(values: np.ndarray) -> list[float]:
-    return [float(value) for value in np.percentile(values, (2.5, 97.5))]
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def counted(

@@ -10,6 +10,7 @@ is measured on the server.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -88,7 +89,7 @@ class Replay:
 
     def _attention(
         self,
-        module: torch.nn.Module,
+        module: Any,  # an attention layer of transformers
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,

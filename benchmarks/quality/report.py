@@ -54,7 +54,7 @@ def figures(part: Part, scripts: list[Script], folder: Path) -> list[dict[str, A
         mine = seen[row.key]
         text = [(o, f) for o, f in zip(mine, full, strict=True) if o.nll is not None]
         facts = [(o, f) for o, f in zip(mine, full, strict=True) if o.recall is not None]
-        nll = mean([o.nll for o, _ in text])
+        nll = mean([_there(o.nll) for o, _ in text])
         record: dict[str, Any] = {
             "part": part.name,
             "group": row.group,
@@ -70,10 +70,10 @@ def figures(part: Part, scripts: list[Script], folder: Path) -> list[dict[str, A
             # The reference differs from itself by nothing; its cells hold no KL.
             "kl_text": mean([o.kl or 0.0 for o, _ in text]),
             "perplexity": Estimate(math.exp(nll.value), math.exp(nll.value) * nll.error),
-            "nll_over_full": mean([o.nll - f.nll for o, f in text]),
-            "recall": mean([o.recall for o, _ in facts]),
-            "recall_below_full": mean([f.recall - o.recall for o, f in facts]),
-            "recall_logprob": mean([o.recall_logprob for o, _ in facts]),
+            "nll_over_full": mean([_there(o.nll) - _there(f.nll) for o, f in text]),
+            "recall": mean([_there(o.recall) for o, _ in facts]),
+            "recall_below_full": mean([_there(f.recall) - _there(o.recall) for o, f in facts]),
+            "recall_logprob": mean([_there(o.recall_logprob) for o, _ in facts]),
             "slots": mean([o.slots for o, _ in text]),
         }
         for back in sorted(facts[0][0].by_back):
@@ -86,6 +86,12 @@ def figures(part: Part, scripts: list[Script], folder: Path) -> list[dict[str, A
             record[f"{name}_se"] = known(estimate.error)
         records.append(record)
     return records
+
+
+def _there(value: float | None) -> float:
+    """A figure that scripts of this kind have."""
+    assert value is not None
+    return value
 
 
 def _counts(cells: list[dict[str, list[float]]]) -> dict[str, list[int]]:
@@ -110,7 +116,11 @@ def goals(part: Part, scripts: list[Script], folder: Path) -> dict[str, Any]:
     for retain in shares:
         ours, paper = (seen[rows[name, retain].key] for name in ("kara", "paper"))
         kl = ratio([o.kl for o in ours if o.kl is not None], [o.kl for o in paper if o.kl is not None])
-        better = [a.recall - b.recall for a, b in zip(ours, paper, strict=True) if a.recall is not None]
+        better = [
+            a.recall - _there(b.recall)
+            for a, b in zip(ours, paper, strict=True)
+            if a.recall is not None
+        ]
         more = mean(better)
         out[f"{retain:g}"] = {
             "kl_text_over_paper": kl.value,
@@ -248,7 +258,9 @@ def goal_table(found: dict[str, Any]) -> str:
             "|---|" + "---|" * len(offsets),
         ]
         lines += [
-            f"| {retain} | " + " | ".join(_plus_minus(*lost[o], 3) for o in offsets) + " |"
+            f"| {retain} | "
+            + " | ".join(_plus_minus(lost[o][0], lost[o][1], 3) for o in offsets)
+            + " |"
             for retain, lost in by_share.items()
         ]
     lines += ["", "| selector | mean rank |", "|---|---|"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -100,7 +100,7 @@ class Variant:
     @classmethod
     def parse(cls, name: str) -> Self:
         """The variant that ``name`` stands for; ``ValueError`` for anything else."""
-        types = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        types: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(cls)}
         if not name.startswith(PREFIX):
             raise ValueError(f"{name!r} is no variant; variants begin with {PREFIX}")
         settings = {}

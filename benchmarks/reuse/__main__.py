@@ -89,7 +89,7 @@ class Client:
 
     def generate(self, ids: list[int], tokens: int) -> tuple[list[int], dict[str, Any], float]:
         """Generated ids, ``meta_info``, and seconds to the first token."""
-        body = {
+        body: Any = {
             "input_ids": ids,
             "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True},
             "stream": True,

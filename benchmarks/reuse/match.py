@@ -106,7 +106,7 @@ def cases() -> Iterator[Case]:
     yield Case("small windows", "one row of windows of 16", [small], [(small, TEXT)], 2000)
 
 
-def build(case: Case, text: array) -> CompressedRadixCache:
+def build(case: Case, text: array[int]) -> CompressedRadixCache:
     """A cache in which the case has happened."""
     rows = ReqToTokenPool(size=1, max_context_len=8, device="cpu", enable_memory_saver=False)
     pool = TokenToKVPoolAllocator(TEXT, torch.float32, "cpu", SimpleNamespace(), False)
@@ -121,7 +121,7 @@ def build(case: Case, text: array) -> CompressedRadixCache:
     )
     cache.settings_of, cache.vocab_size = lambda _req: SETTINGS, VOCAB
 
-    def insert(ids: array) -> None:
+    def insert(ids: array[int]) -> None:
         # Slots of its own; nobody frees them.
         value = torch.arange(len(ids))
         cache.insert(InsertParams(key=RadixKey(ids), value=value, prev_prefix_len=len(ids)))
@@ -141,7 +141,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return 1000 * (time.thread_time() - begin)
 
 
-def measure(case: Case, text: array, repetitions: int) -> dict[str, Any]:
+def measure(case: Case, text: array[int], repetitions: int) -> dict[str, Any]:
     """Medians over freshly built caches; times in milliseconds."""
     asked = array("q", [*text[: case.leaves], *([1] * (TEXT - case.leaves))])
     times: dict[str, list[float]] = {"hash": [], "stock": [], "first": [], "again": []}

@@ -43,7 +43,7 @@ class Difference:
 
 
 @sgl.function
-def _both_modes(s, turns: Sequence[str], max_tokens: int):
+def _both_modes(s: Any, turns: Sequence[str], max_tokens: int) -> None:
     twins = []
     for number, turn in enumerate(turns):
         s += sgl.user(turn)

@@ -16,6 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from kara_sglang.benchmarks.serving.report import Result, by_point, median, ratios
 from kara_sglang.benchmarks.serving.rows import STOCK
@@ -62,7 +63,7 @@ def _spread(rows: Rows, name: str, column: str) -> tuple[float, float, float]:
     return middle, middle - min(values), max(values) - middle
 
 
-def _bars(points: dict[str, Rows], scenario: str) -> plt.Figure:
+def _bars(points: dict[str, Rows], scenario: str) -> Figure:
     """What a scenario gives per row, as ratios to stock; a panel per point."""
     widths = [len(_comparable(rows)) + 1 for rows in points.values()]
     figure, panels = plt.subplots(
@@ -89,7 +90,7 @@ def _bars(points: dict[str, Rows], scenario: str) -> plt.Figure:
     return figure
 
 
-def _pool(points: dict[str, Rows]) -> plt.Figure:
+def _pool(points: dict[str, Rows]) -> Figure:
     """Ratios to stock over the pool's size: where a line meets 1, compression begins to pay."""
     points = dict(sorted(points.items(), key=lambda pair: _slots(pair[1])))
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
@@ -113,7 +114,7 @@ def _pool(points: dict[str, Rows]) -> plt.Figure:
     return figure
 
 
-def _concurrency(points: dict[str, Rows]) -> plt.Figure:
+def _concurrency(points: dict[str, Rows]) -> Figure:
     """Requests that run and tokens per second over the number of clients."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for name in dict.fromkeys(name for rows in points.values() for name in rows):

@@ -83,7 +83,8 @@ def headline(results: list[Result]) -> dict[str, Any]:
     shared = points.get(("prefix", "shared prefix"), {})
     if STOCK in shared and "kara-0.5" in shared:
         mine, theirs = median(shared["kara-0.5"], "hit rate"), median(shared[STOCK], "hit rate")
-        found["hit_rate_delta"] = 100 * (mine - theirs)  # points
+        if mine is not None and theirs is not None:
+            found["hit_rate_delta"] = 100 * (mine - theirs)  # points
     digests = {row: {r["probe"] for r in rs} for row, rs in points.get(ample, {}).items()}
     for row in EXACT:
         if row in digests and STOCK in digests:

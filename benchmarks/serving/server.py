@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
 import requests
@@ -97,7 +97,7 @@ class Server:
         response.raise_for_status()
         return response
 
-    def post(self, path: str, body: dict, check: bool = True) -> requests.Response:
+    def post(self, path: str, body: dict[str, Any], check: bool = True) -> requests.Response:
         response = requests.post(self.url + path, json=body, timeout=600)
         if check:
             response.raise_for_status()

@@ -170,6 +170,7 @@ class Source:
         return None
 
     def _bases(self, owner: Definition) -> Iterator[Definition]:
+        assert isinstance(owner.node, ast.ClassDef)
         names = [base.id for base in owner.node.bases if isinstance(base, ast.Name)]
         if owner.node.name == "ServerArgs":
             fields = self._names(owner.module).get(_FIELD_CLASSES)

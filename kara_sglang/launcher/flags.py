@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
+import re
 import sys
+import typing
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from kara_sglang import config as settings
@@ -24,45 +28,20 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
     No flag has a default here, so that an absent one can fall back on the environment, and none
     has a type: argparse would answer a mistake with SGLang's whole usage text.
     """
-    default = KaraConfig()
     group = parser.add_argument_group("KV-cache compression (kara_sglang)")
-    group.add_argument(
-        "--kv-compress",
-        metavar="{" + ",".join([NONE, *SELECTORS]) + "}",
-        help="Compress the KV cache of generated text while decoding: which tokens of a window are "
-        f"kept. Default: none, or what the environment variable {settings.ENV} says.",
-    )
-    group.add_argument(
-        "--kv-compress-window",
-        metavar="TOKENS",
-        help="Tokens that are compressed together; a multiple of the page size. "
-        f"Default: {default.window}.",
-    )
-    group.add_argument(
-        "--kv-compress-retain",
-        metavar="SHARE",
-        help="Share of each window that is kept, 0 < SHARE <= 1, rounded to whole pages. "
-        f"Default: {default.retain}.",
-    )
-    group.add_argument(
-        "--kv-compress-query-mem-gb",
-        metavar="GIB",
-        help="Memory for recorded queries in GiB per rank; windows of requests that find no room in it "
-        "are chosen by keys. Default: 2 if the selector needs queries, else 0.",
-    )
-    group.add_argument(
-        "--kv-compress-prefix-reuse",
-        metavar="{exact,compressed}",
-        help="What the prefix cache keeps of a compressed request: its exact prompt only, or its "
-        f"compressed output as well. Default: {default.prefix_reuse}.",
-    )
-    group.add_argument(
-        "--kv-compress-trace",
-        metavar="DIR",
-        help="Write a file per request into this folder: its text and which tokens each window kept. "
-        "python -m kara_sglang.trace show FILE makes a page of it. Default: no files.",
-    )
-    keys = ", ".join(f"{key} ({getattr(default, key)})" for key in CONFIG_KEYS)
+    for setting in dataclasses.fields(KaraConfig):
+        about = setting.metadata
+        if about["flag"] is None:
+            continue
+        default = f"Default: {about['absent'] or setting.default}."
+        if setting.name == "selector":  # without it there is no compression
+            default = f"Default: {NONE}, or what the environment variable {settings.ENV} says."
+        group.add_argument(
+            about["flag"],
+            metavar=_metavar(setting),
+            help=f"{plain(about['text'])} Unit: {about['unit']}. {default}".replace("%", "%%"),
+        )
+    keys = ", ".join(f"{key} ({getattr(KaraConfig(), key)})" for key in CONFIG_KEYS)
     group.add_argument(
         "--kv-compress-config",
         metavar="JSON",
@@ -71,6 +50,20 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
             "%", "%%"
         ),
     )
+
+
+def _metavar(setting: dataclasses.Field[Any]) -> str:
+    """The choices, or the unit."""
+    kind = typing.get_type_hints(KaraConfig)[setting.name]
+    choices = (NONE, *SELECTORS) if setting.name == "selector" else ()
+    if typing.get_origin(kind) is typing.Literal:
+        choices = typing.get_args(kind)
+    return "{" + ",".join(choices) + "}" if choices else setting.metadata["unit"].split()[0].upper()
+
+
+def plain(text: str) -> str:
+    """Markdown without its marks; a link becomes its words."""
+    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("`", "")
 
 
 def from_cli_args(record: Any, *args: Any, **_kwargs: Any) -> None:
@@ -152,13 +145,14 @@ def check_server_args(_result: None, record: Any) -> None:
         if config is None:
             return
         resolved = resolving_view(record)
-        for refused in (
+        checks: tuple[Callable[[], list[str]], ...] = (
             lambda: versions.of_version(config),
             plugin.hook_launcher,
             lambda: refusals.of_flags(resolved) + refusals.of_sharing(resolved, config),
             lambda: refusals.of_model_config(model_config_of(record)),
             lambda: refusals.of_rotary(model_config_of(record), config),
-        ):
+        )
+        for refused in checks:
             if lines := refused():
                 raise ValueError("; ".join(lines))
         config.check_page_size(resolved.page_size)

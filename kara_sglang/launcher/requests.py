@@ -69,7 +69,7 @@ def update_request_meta_info(
     manager: Any,
     meta_info: dict[str, Any],
     state: Any,
-    customized_info: dict[str, list],
+    customized_info: dict[str, list[Any]],
     index: int,
     finish_reason: dict[str, Any] | None,
 ) -> None:

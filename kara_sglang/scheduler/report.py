@@ -54,13 +54,13 @@ def request_report(req: Req) -> dict[str, Any] | None:
 
 def output_streamer_class(original: Callable[..., type], scheduler: Any) -> type:
     """AROUND ``Scheduler.get_output_streamer_class``: add our field to what is sent out."""
-    base = original(scheduler)
+    base: Any = original(scheduler)
 
     class ReportingOutputStreamer(base):
         __slots__ = ()
         has_additional_customized_info = True
 
-        def build_additional_customized_info(self, reqs: list[Req]) -> dict[str, list]:
+        def build_additional_customized_info(self, reqs: list[Req]) -> dict[str, list[Any]]:
             fields = base.build_additional_customized_info(self, reqs)
             reports = [request_report(req) for req in reqs]
             if any(report is not None for report in reports):  # else nobody ends with this batch

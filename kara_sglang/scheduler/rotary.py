@@ -43,7 +43,7 @@ def rope_shift_of(
 
 
 def _of_layer(owner: torch.nn.Module | None, head_dim: int, positions: int) -> RopeShift:
-    rotary = getattr(owner, "rotary_emb", _MISSING)
+    rotary: Any = getattr(owner, "rotary_emb", _MISSING)
     if rotary is None:
         return RopeShift.of_layer(torch.empty(0), torch.empty(0), head_dim, halves=True)
     cache = getattr(rotary, "cos_sin_cache", None)

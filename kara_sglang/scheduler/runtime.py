@@ -284,7 +284,7 @@ def after_reset_for_retract(_result: None, req: Req) -> None:
         runtime.coordinator.forget(req)
 
 
-def attach_storage(_attach: Callable, _scheduler: Scheduler, _request: Any) -> Any:
+def attach_storage(_attach: Callable[..., Any], _scheduler: Scheduler, _request: Any) -> Any:
     """AROUND ``Scheduler.attach_hicache_storage_wrapped``: what the flags refuse at the start."""
     from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput
 

@@ -210,6 +210,7 @@ def prepare(
     shifts: dict[str, object] = {"AHEAD": 0, "cosines": None, "sines": None, "partners": None}
     if rule.ahead:
         shift = tables.rope_shift
+        assert shift is not None  # score.py has looked
         shifts = {
             "AHEAD": shift.run,
             "cosines": shift.cos,

@@ -172,7 +172,7 @@ def record(ring: Ring, step: Step, queries: Sequence[torch.Tensor]) -> None:
         HEADS=num_kv_heads,
         DIM=head_dim,
         RING=kind,
-        SCALES=ring.scales.shape[-1] if kind == tl.uint8 else None,
+        SCALES=ring.scales.shape[-1] if ring.scales is not None and kind == tl.uint8 else None,
         LOWEST=EXPONENTS[0],
         HIGHEST=EXPONENTS[1],
         BLOCK_HEADS=triton.next_power_of_2(num_kv_heads),

@@ -47,10 +47,10 @@ def test_help_shows_units_and_defaults(parser: argparse.ArgumentParser) -> None:
     text = " ".join(parser.format_help().split())
     for piece in (
         *("--kv-compress {none,kara,causal,snapkv,keys,recent,random,identity}", ENV),
-        *("--kv-compress-window TOKENS", "multiple of the page size. Default: 512"),
-        *("--kv-compress-retain SHARE", "0 < SHARE <= 1", "Default: 0.5"),
-        *("--kv-compress-query-mem-gb GIB", "GiB per rank", "Default: 2 if"),
-        *("--kv-compress-trace DIR", "a file per request", "Default: no files"),
+        *("--kv-compress-window TOKENS", "multiple of the page size.", "Unit: tokens. Default: 512."),
+        *("--kv-compress-retain SHARE", "0 < share <= 1", "Unit: share. Default: 0.5."),
+        *("--kv-compress-query-mem-gb GIB", "Unit: GiB per rank. Default: as needed."),
+        *("--kv-compress-trace FOLDER", "a file per request", "Default: no files."),
         *("--kv-compress-config JSON", "the path of a file", "preset (default or paper)"),
     ):
         assert piece in text, piece

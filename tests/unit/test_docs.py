@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -14,7 +15,7 @@ from kara_sglang import hooks, options
 from kara_sglang.benchmarks.serving import tables
 from kara_sglang.config import FLAGS, PRESETS, KaraConfig
 from kara_sglang.kernels.selectors import REGISTRY
-from kara_sglang.launcher import refusals
+from kara_sglang.launcher import flags, refusals
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -24,6 +25,9 @@ UPGRADING = ROOT / "docs" / "upgrading-sglang.md"
 USAGE = ROOT / "docs" / "usage.md"
 LIMITS = ROOT / "docs" / "limits.md"
 
+_SETTINGS = re.compile(r"(?<=<!-- settings -->\n).*(?=<!-- end of settings -->)", re.DOTALL)
+_EXPERIMENTS = re.compile(r"(?<=<!-- experiments -->\n).*(?=<!-- end of experiments -->)", re.DOTALL)
+_FLAGS = re.compile(r"(?<=<!-- flags -->\n).*(?=<!-- end of flags -->)", re.DOTALL)
 _REFUSALS = re.compile(r"(?<=<!-- refusals -->\n).*(?=<!-- end of refusals -->)", re.DOTALL)
 _GONE_TABLE = re.compile(r"(?<=<!-- gone -->\n).*(?=<!-- end of gone -->)", re.DOTALL)
 
@@ -48,7 +52,38 @@ def refusal_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def settings_table(*, experiments: bool) -> str:
+    """All that is said of the settings, in Markdown."""
+    lines = ["| setting | how to give it | unit | default | meaning |", "|---|---|---|---|---|"]
+    for one in dataclasses.fields(KaraConfig):
+        about, default = one.metadata, json.dumps(one.default).strip('"')
+        if about["experiment"] is experiments:
+            given = f"`{about['flag']}`" if about["flag"] else "key"
+            cells = (f"`{one.name}`", given, about["unit"], f"`{default}`", about["text"])
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def flags_table() -> str:
+    """The flags, with the first sentence about each."""
+    lines = ["| flag | unit | default | meaning |", "|---|---|---|---|"]
+    for one in dataclasses.fields(KaraConfig):
+        about = one.metadata
+        if about["flag"]:
+            first = flags.plain(re.split(r"(?<=\.) ", about["text"])[0])
+            default = "none" if one.name == "selector" else about["absent"] or one.default
+            lines.append(f"| `{about['flag']}` | {about['unit']} | {default} | {first} |")
+    lines.append(
+        "| `--kv-compress-config` | JSON object or file | | everything else, for example "
+        "`'{\"delay\": 32}'` |"
+    )
+    return "\n".join(lines) + "\n"
+
+
 RENDERED = (
+    (CONFIGURATION, _SETTINGS, settings_table(experiments=False)),
+    (CONFIGURATION, _EXPERIMENTS, settings_table(experiments=True)),
+    (README, _FLAGS, flags_table()),
     (UPGRADING, _GONE_TABLE, gone_table()),
     (LIMITS, _REFUSALS, refusal_table()),
 )
@@ -84,10 +119,10 @@ def test_the_settings_are_the_codes_with_their_defaults():
         (name, FLAGS.get(name, "key"), json.dumps(getattr(default, name)).strip('"'))
         for name in KaraConfig.__dataclass_fields__
     ]
-    listed = [
-        (bare(row[0]), bare(row[1]), bare(row[3])) for row in table(CONFIGURATION, "<!-- settings -->")
+    rows = [
+        row for mark in ("settings", "experiments") for row in table(CONFIGURATION, f"<!-- {mark} -->")
     ]
-    assert listed == expected
+    assert sorted((bare(row[0]), bare(row[1]), bare(row[3])) for row in rows) == sorted(expected)
 
 
 def test_the_presets_are_the_codes():
@@ -101,7 +136,7 @@ def test_the_presets_are_the_codes():
 
 def test_the_request_options_are_the_codes():
     listed = [bare(row[0]) for row in table(CONFIGURATION, "<!-- request options -->")]
-    assert sorted(listed) == sorted(options._TYPES)
+    assert sorted(listed) == sorted(options.FIELDS)
     assert options.KEY == "kv_compress"
 
 
@@ -124,7 +159,7 @@ def test_the_selectors_are_the_registry():
 
 
 def test_the_metrics_are_the_exported_ones():
-    source = (ROOT / "kara_sglang" / "metrics.py").read_text()
+    source = (ROOT / "kara_sglang" / "scheduler" / "metrics.py").read_text()
     counters = re.findall(r'\bcounter\(\s*"(\w+)"', source)
     gauges = re.findall(r'\bgauge\(\s*"(\w+)"', source)
     assert len(counters) == source.count("counter(") - 1 and len(gauges) == source.count("gauge(") - 1

@@ -90,6 +90,7 @@ class Handout:
     def go_on(self, req: Req, state: RequestState) -> None:
         """A block may begin with the request's next query. Where no page is left its window does
         without queries, and the request asks again when the next one begins."""
+        assert state.recorder is not None
         if not self.recorder.extend(state.recorder, req.kv.kv_committed_len + state.removed):
             self._take(state)
 

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import sys
 from enum import IntEnum
-from types import ModuleType
+from typing import Any
 
 # SGLang's compiled prefix tree reads tensors by the layout of torch 2.14; its Python twin does the
 # same.
@@ -24,20 +24,27 @@ os.environ.setdefault("SGLANG_JIT_CACHE_DIR", os.path.join(os.environ.get("KIT",
 _DUAL_GEMM = "sglang.kernels.ops.gemm.cutedsl_dual_gemm"
 
 
+class _Mode(IntEnum):
+    STATIC_PER_TENSOR = 0
+    STATIC_PER_TOKEN = 1
+    DYNAMIC_PER_TENSOR = 2
+    DYNAMIC_PER_TOKEN = 3
+    UNQUANT = 4
+
+
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Answers for the module of the Blackwell kernel, where its own package is not there."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _DUAL_GEMM or importlib.util.find_spec("cutlass") is not None:
             return None
         return importlib.machinery.ModuleSpec(name, self)
 
-    def create_module(self, spec):
+    def create_module(self, spec: Any) -> None:
         return None
 
-    def exec_module(self, module: ModuleType) -> None:
-        names = ("STATIC_PER_TENSOR", "STATIC_PER_TOKEN", "DYNAMIC_PER_TENSOR", "DYNAMIC_PER_TOKEN")
-        module.DualGemmQuantMode = IntEnum("DualGemmQuantMode", [*names, "UNQUANT"], start=0)
+    def exec_module(self, module: Any) -> None:
+        module.DualGemmQuantMode = _Mode
         module.MAX_DUAL_GEMM_DECODE_TOKENS = 16
         # As the real one answers on every GPU before Blackwell.
         module.can_use_dual_gemm = lambda *_args, **_kwargs: False
