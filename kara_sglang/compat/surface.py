@@ -3,8 +3,8 @@
 An entry is a name, or a signature in Python's syntax for what is called or overridden: its leading
 parameters by name and, behind ``*``, those that are passed as keywords. ``f(a, *, b)`` fits where f
 begins with ``a``, takes ``b``, and asks for nothing else; with ``**rest`` it may ask for more. Each
-entry is checked against SGLang's source before anything starts, and ``tests/unit/test_surface.py``
-finds what the code uses and this table lacks.
+entry is checked against SGLang's source before anything starts, and the tests in ``tests/unit/compat``
+find what the code uses and this table lacks.
 """
 
 from __future__ import annotations

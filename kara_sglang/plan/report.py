@@ -127,7 +127,7 @@ class Plan:
         rank = Rank.of(launch)
         recorder = ring_of(launch, rank, weights)
         ring = None
-        if recorder.num_pages:
+        if launch.config.keeps_queries:
             ring = Ring.of(recorder, launch.config.query_heads)
         memory = divide(launch, rank, recorder, weights)
         page = launch.resolved.page_size

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import requests
+from exactness import RetainedCache, logprobs
 from server import Server, in_parallel, launch_small, prompt
-from test_exactness import RetainedCache, logprobs
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.radix_integration.keys import FIRST_ID, Text, physical_key, seed_of

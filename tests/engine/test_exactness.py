@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
-import torch
+from exactness import PROMPTS, RetainedCache, assert_bit_exact
 from server import Server, prompt
-
-PROMPTS = [prompt(length, seed) for seed, length in enumerate((5, 37, 64, 100))]
-
-
-def logprobs(answer: dict) -> list[float]:
-    return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
 
 
 @pytest.fixture(scope="module")
 def expected(stock: Server) -> list[dict]:
     stock.flush()
     return stock.generate(PROMPTS)
-
-
-def assert_bit_exact(answers: list[dict], expected: list[dict]) -> None:
-    for answer, reference in zip(answers, expected, strict=True):
-        assert answer["output_ids"] == reference["output_ids"]
-        assert logprobs(answer) == logprobs(reference)
 
 
 def test_identity_is_bit_exact(kara: Server, expected: list[dict]) -> None:
@@ -77,53 +63,6 @@ def test_every_selector_compresses_reproducibly(kara: Server, selector: str) -> 
         assert (report["windows"], report["tokens_removed"]) == (2, 64)
         assert report["kv_slots_held"] == report["logical_length"] - 64
     kara.assert_nothing_leaked()
-
-
-class RetainedCache:
-    """The plain truth: transformers with a cache that holds exactly the retained K/V."""
-
-    def __init__(self, model_path, window: int, kept: int, delay: int, page_size: int) -> None:
-        from transformers import AutoModelForCausalLM, DynamicCache
-
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-        self.cache = DynamicCache()
-        self.window, self.kept, self.delay, self.page_size = window, kept, delay, page_size
-        self.position = 0
-        self.base: int | None = None
-        self.windows = 0
-
-    @torch.no_grad()
-    def feed(self, tokens: list[int]) -> torch.Tensor:
-        """Log-probabilities after ``tokens``, at their true positions, shape ``(vocab,)``."""
-        ids = torch.tensor([tokens])
-        where = torch.arange(self.position, self.position + len(tokens))
-        total = self.cache.get_seq_length() + len(tokens)
-        # Causal among the new tokens, everything that is still cached is visible.
-        hidden = torch.full((len(tokens), total), -math.inf).triu(total - len(tokens) + 1)
-        logits = self.model(
-            ids,
-            position_ids=where[None],
-            attention_mask=hidden[None, None],
-            past_key_values=self.cache,
-        ).logits
-        self.position += len(tokens)
-        return torch.log_softmax(logits[0, -1].float(), dim=-1)
-
-    def prune_recent(self) -> None:
-        """Before a decode step: drop the oldest W - R tokens of a window that is due."""
-        length = self.cache.get_seq_length()
-        if self.base is None:
-            self.base = -(-length // self.page_size) * self.page_size
-        if length < self.base + self.window + self.delay:
-            return
-        dropped = slice(self.base, self.base + self.window - self.kept)
-        stay = torch.ones(length, dtype=torch.bool)
-        stay[dropped] = False
-        for layer in self.cache.layers:
-            layer.keys = layer.keys[:, :, stay]
-            layer.values = layer.values[:, :, stay]
-        self.base += self.kept
-        self.windows += 1
 
 
 @pytest.mark.parametrize("length", [37, 64])

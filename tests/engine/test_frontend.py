@@ -10,11 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import requests
 import sglang as sgl
+from places import ROOT
 from server import Server
 from sglang.lang.choices import unconditional_likelihood_normalized
 
@@ -23,7 +23,6 @@ from kara_sglang.frontend.backend import EndpointError, KaraEndpoint, gen
 from kara_sglang.frontend.records import Step
 from kara_sglang.frontend.tokens import TokenText
 
-ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "frontend" / "examples"
 QUESTION = "You may copy the work in any medium, provided that you keep this notice. Why is that so? "
 

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 IMAGE = (
     *("torch==2.11.0", "torchvision==0.26.0", "triton==3.6.0", "transformers==5.17.0"),
     *("tokenizers==0.23.2", "numpy", "ninja", "requests", "psutil", "aiohttp", "rich", "uvloop"),

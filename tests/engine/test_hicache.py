@@ -12,8 +12,8 @@ from pathlib import Path
 import host_tier
 import pytest
 import requests
+from exactness import assert_bit_exact
 from server import WINDOW, Server, in_parallel, launch, prompt
-from test_exactness import assert_bit_exact
 
 POOL, PROMPT = 1024, 400
 PROMPTS = [prompt(PROMPT, 300 + seed) for seed in range(4)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from exactness import logprobs
 from server import Server, in_parallel, prompt
-from test_exactness import logprobs
 
 PROMPT = prompt(100, 21)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from exactness import logprobs
 from server import PAGE_16, Server, launch, prompt
-from test_exactness import logprobs
 
 FLAGS = (
     *("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", "--kv-compress-window", "64"),

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from exactness import PROMPTS
+from places import ROOT
 from server import Server, run
-from test_exactness import PROMPTS
 
 from kara_sglang.trace.format import file_name, load, merge
 
@@ -17,7 +18,7 @@ def test_engine_with_two_ranks(stock: Server, tiny_model: Path, logs: Path, tmp_
     windows they took at each pass, and SGLang's checker compares each match and insertion of the prefix
     cache; a difference ends the engine."""
     log = logs / "tp2.log"
-    program = Path(__file__).parent / "tp2_engine.py"
+    program = ROOT / "tests" / "support" / "tp2_engine.py"
     arguments = (str(program), str(tiny_model), str(tmp_path))
     env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
     with run(arguments, log, env) as process:

@@ -7,8 +7,8 @@ import uuid
 from pathlib import Path
 
 import numpy as np
+from exactness import PROMPTS
 from server import Server, prompt
-from test_exactness import PROMPTS
 
 from kara_sglang.trace.format import file_name, load
 

@@ -11,13 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import requests
+from places import ROOT
 from server import Server, environment
 
-ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "docs" / "deploy" / "grafana.json"
 
 

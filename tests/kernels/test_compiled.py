@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import triton
+from places import ROOT
 from triton import knobs
 
 from kara_sglang.benchmarks.gpu import compiled as compiled_module
@@ -143,9 +143,7 @@ def test_select_for_all_widths(window, chunks):
         check(launch.compile(architecture))
 
 
-COMMITTED = json.loads(
-    (Path(__file__).parents[2] / "benchmarks" / "results" / "gpu" / "compiled.json").read_text()
-)
+COMMITTED = json.loads((ROOT / "benchmarks" / "results" / "gpu" / "compiled.json").read_text())
 """What benchmarks/results/gpu/README.md shows, see test_gpu_benchmark.py."""
 needs_its_triton = pytest.mark.skipif(
     COMMITTED["versions"]["triton"] != triton.__version__,

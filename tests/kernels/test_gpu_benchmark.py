@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from places import ROOT
 
 from kara_sglang.benchmarks.gpu import (
     compiled,
@@ -27,7 +27,6 @@ from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.kernels.record import FP8
 from kara_sglang.kernels.triton import backend, score
 
-ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 TINY = Model("tiny", 2, 6, 2, 32, 0.001)
 

@@ -16,10 +16,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from places import ROOT
 
 from kara_sglang import cpu_engine, embedded_model, serve
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def options_of(command: list[str]) -> dict[str, str]:

@@ -86,12 +86,12 @@ class QueryRecorder:
         self.num_blocks = most_blocks(window + delay + lag)
         # Whole sixteens of entries, so that every layer's part is aligned like the first. The last one
         # takes what nobody keeps; kernels know it by its place.
-        entries = self.num_pages * PAGE + 16 if self.num_pages else 0
+        entries = self.num_pages * PAGE + 16
         self.trash = entries - 1
         self.ring = Ring.zeros(
             (shape.num_layers, entries, shape.num_kv_heads, shape.head_dim), dtype, shape.device
         )
-        self.rings = [self.ring[layer] for layer in range(shape.num_layers if entries else 0)]
+        self.rings = [self.ring[layer] for layer in range(shape.num_layers)]
         self.check = RingCheck((shape.num_layers, entries), shape.device) if checked else None
         self.demand = Demand(self.num_pages, window, delay)
         self._free = list(range(self.num_pages - 1, -1, -1))

@@ -57,10 +57,10 @@ PARTS = {
 # Names that no annotation tells of: of parameters that SGLang's types would only burden, of lambdas,
 # and of what a function of SGLang hands over as ``type``.
 KNOWN_NAMES = {
-    ("cli.py", "record"): "ServerArgs",
+    ("flags.py", "record"): "ServerArgs",
     ("doctor.py", "model"): "ModelConfig",
     ("doctor.py", "resolved"): "ServerArgs",
-    ("observability.py", "result"): "GetInternalStateReqOutput",
+    ("report.py", "result"): "GetInternalStateReqOutput",
     ("refusals.py", "c"): "ServerArgs",
     ("refusals.py", "layer"): "RadixAttention",
     ("refusals.py", "model"): "ModelConfig",
@@ -70,9 +70,9 @@ KNOWN_NAMES = {
     ("runtime.py", "first"): "RadixAttention",
     ("runtime.py", "layer"): "RadixAttention",
     ("runtime.py", "layers"): "[RadixAttention]",
-    ("serving.py", "base"): "SchedulerOutputStreamer",
-    ("serving.py", "manager"): "TokenizerManager",
-    ("serving.py", "obj"): "GenerateReqInput",
+    ("report.py", "base"): "SchedulerOutputStreamer",
+    ("requests.py", "manager"): "TokenizerManager",
+    ("requests.py", "obj"): "GenerateReqInput",
 }
 KNOWN_BASES = {
     "CompressedPrefillAdder": "PrefillAdder",

@@ -7,7 +7,6 @@ import array
 import ast
 import inspect
 import logging
-import sys
 import types
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -17,17 +16,13 @@ import numpy as np
 import prometheus_client
 import pytest
 import torch
+from places import ROOT
+from sglang_uses import Ours, Reader, Use, collect
 
 from kara_sglang.compat import surface
 from kara_sglang.compat.flags import NEWER_FLAGS, Flags
 from kara_sglang.compat.source import Source
 from kara_sglang.compat.surface import SURFACE, Used, bare, signature
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from sglang_uses import Ours, Reader, Use, collect
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Files in which SGLang's objects live. The commands below talk to a server and never hold one.
 _COMMANDS = {"serve.py", "embedded_model.py", "top.py"}
@@ -35,7 +30,8 @@ FILES = [
     path
     for path in (
         *(ROOT / "kara_sglang").glob("*.py"),
-        ROOT / "kara_sglang" / "trace" / "tracer.py",
+        *(ROOT / "kara_sglang" / "launcher").glob("*.py"),
+        *(ROOT / "kara_sglang" / "scheduler").rglob("*.py"),
         ROOT / "kara_sglang" / "compat" / "running_batch.py",
         *(ROOT / "radix_integration").glob("*.py"),
     )

@@ -13,8 +13,8 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SIBLINGS = ("kernels", "radix_integration", "frontend", "benchmarks")
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from places import ROOT
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.record import PAGE
@@ -69,5 +69,5 @@ def test_the_documented_rooms_are_the_rings() -> None:
         ring = query_ring(shape, KaraConfig(query_mem_gb=2, query_dtype=dtype))
         together = ring.num_pages // ring.demand.peak
         rows.append(f"| `{dtype}` | {ring.room(4)} | {ring.room(1)} | {together} |")
-    text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
+    text = (ROOT / "docs" / "configuration.md").read_text()
     assert text.split("<!-- ring rooms -->\n")[1].splitlines()[2:5] == rows

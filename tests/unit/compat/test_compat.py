@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from kara_sglang import hooks
 from kara_sglang.compat import __main__ as command
@@ -22,7 +23,6 @@ from kara_sglang.config import KaraConfig
 from kara_sglang.hooks import Hook
 from kara_sglang.scheduler import runtime
 
-ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = KaraConfig(untested_sglang=True)
 
 

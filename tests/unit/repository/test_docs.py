@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from kara_sglang import hooks, options
 from kara_sglang.benchmarks.serving import tables
@@ -17,7 +18,6 @@ from kara_sglang.config import FLAGS, PRESETS, KaraConfig
 from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.launcher import flags, refusals
 
-ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 THROUGHPUT = ROOT / "docs" / "throughput.md"
@@ -109,7 +109,7 @@ def bare(cell: str) -> str:
 def test_rendered_tables_are_the_codes(path: Path, pattern: re.Pattern, made: str):
     found = pattern.search(path.read_text())
     assert found is not None
-    assert found[0] == made, "run python tests/unit/test_docs.py"
+    assert found[0] == made, "run python tests/unit/repository/test_docs.py"
     assert made.count("\n") > 5
 
 
@@ -196,16 +196,16 @@ def test_the_readme_is_read_in_five_minutes():
 
 
 RUN_BY = {
-    "python -": "unit/test_docs.py",
+    "python -": "unit/repository/test_docs.py",
     "kara_sglang.doctor": "unit/test_doctor.py",
-    "kara_sglang.plan": "unit/test_deployment.py",
-    "kara_sglang.compat": "unit/test_compat.py",
+    "kara_sglang.plan": "unit/plan/test_deployment.py",
+    "kara_sglang.compat": "unit/compat/test_compat.py",
     "kara_sglang.benchmarks.reuse.modes": "engine/test_frontend.py",
-    "kara_sglang.benchmarks.quality.reasoning": "unit/test_quality.py",
+    "kara_sglang.benchmarks.quality.reasoning": "unit/benchmarks/test_quality.py",
     "kara_sglang.frontend": "engine/test_frontend.py",
     "kara_sglang.top": "engine/test_watching.py",
     "kara_sglang.trace": "engine/test_trace.py",
-    "sglang.launch_server": "engine/server.py",
+    "sglang.launch_server": "support/server.py",
     "make serve": "engine/conftest.py",
     "make test": "../.ci/run",
     "curl": "engine/test_serving.py",

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import browser
 import numpy as np
 import pytest
 from PIL import Image
+from places import ROOT
 
 from kara_sglang.trace import viewer
 from kara_sglang.trace.format import About, Trace
 from kara_sglang.trace.pair import Pair, pair
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import browser
-
 pytestmark = pytest.mark.skipif(
     browser.CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)"
 )
 
-ARTEFACTS = Path(__file__).resolve().parents[2] / "build" / "artefacts"
+ARTEFACTS = ROOT / "build" / "artefacts"
 LAYERS, HEADS, WIDTH, KEPT, WINDOWS, PROMPT, OUTPUT = 6, 3, 100, 40, 5, 30, 600
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "\n", "a", "<lazy>", "dog", "&", "hides")
 TEXTS = [f" {WORDS[i % len(WORDS)]}" for i in range(PROMPT + OUTPUT)]

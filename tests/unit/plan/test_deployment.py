@@ -6,21 +6,17 @@ import itertools
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from test_plan import QWEN3_8B
+from models import QWEN3_8B
+from places import ROOT
 
 from kara_sglang import top
 from kara_sglang.plan import __main__ as plan
 from kara_sglang.plan.launch import parser
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "deployment.md"
 DEPLOY = ROOT / "docs" / "deploy"
 LAUNCH = ["-m", "sglang.launch_server"]

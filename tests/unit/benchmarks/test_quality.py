@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from places import ROOT
 
 from kara_sglang.benchmarks.quality import __main__ as quality_main
 from kara_sglang.benchmarks.quality import (
@@ -604,7 +605,7 @@ def test_a_run_can_be_of_some_rows_only():
 
 def test_the_documents_tables_are_the_committed_results():
     """Rendered by ``search --into`` and ``report --into``; a figure edited by hand is found here."""
-    root = texts.DATA.parents[2]
+    root = ROOT
     document, readme = ((root / name).read_text() for name in ("docs/quality.md", "README.md"))
     results = root / "benchmarks" / "results" / "quality"
     searches = (results / "README.md").read_text()

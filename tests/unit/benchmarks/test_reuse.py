@@ -10,13 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from places import ROOT
 
 from kara_sglang.benchmarks.reuse import __main__ as program
 from kara_sglang.benchmarks.reuse import match, modes
 from kara_sglang.benchmarks.reuse.__main__ import ROWS, Sizes, draw, markdown, over_repetitions
-from kara_sglang.benchmarks.serving.peers import Setup
+from kara_sglang.benchmarks.serving.setup import Setup
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "serving"
 RESULT = RESULTS / "reuse.json"
 NAMES = ["stock", "exact", "compressed"]

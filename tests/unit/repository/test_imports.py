@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from kara_sglang import hooks
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "kara_sglang"
 OURS = "kara_sglang"
 ROOMS = ("launcher", "scheduler", "radix_integration", "kernels", "frontend", "trace", "compat")

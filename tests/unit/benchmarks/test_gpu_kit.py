@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from places import ROOT
 
 from kara_sglang.benchmarks.gpu import run_all, throughput
 from kara_sglang.benchmarks.gpu.kit import assemble, build
 from kara_sglang.benchmarks.gpu.kit.slim import slim
-
-ROOT = Path(__file__).resolve().parents[2]
-
 
 # -- parts ---------------------------------------------------------------------------------------------
 

@@ -275,7 +275,7 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
 def test_a_bad_file_is_one_clear_line(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 2, and no viewer."""
+    """Exit code 2, and no page."""
     spoil, message = BAD_FILES[what]
     path = trace_format.save(some_trace(), tmp_path)
     spoil(path)
@@ -596,8 +596,8 @@ def test_show_writes_the_page_beside_the_file(
     assert main(["show", str(path)]) == 0
     said = capsys.readouterr()
     page = path.with_suffix(".html")
-    assert viewer.parent == tmp_path and said.out == f"{page}\n" and said.err == ""
-    html = viewer.read_text()
+    assert page.parent == tmp_path and said.out == f"{page}\n" and said.err == ""
+    html = page.read_text()
     shown = re.sub(r"<h2>.*?</h2>|<[^>]*>|\n", "", html.split("<article>")[1].split("</article>")[0])
     assert unescape(shown) == text[:65]
 
@@ -665,7 +665,7 @@ def test_show_with_another_trace(
 
 
 def test_show_with_a_trace_of_another_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line, exit code 2, no viewer."""
+    """One line, exit code 2, no page."""
     files = [trace_format.save(t, tmp_path) for t in (some_trace(), cut(some_trace(rid="b"), 9))]
     assert main(["show", str(files[0]), "--with", str(files[1])]) == 2
     [line] = capsys.readouterr().err.splitlines()

@@ -9,6 +9,7 @@ import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry
 
+from kara_sglang.scheduler.compaction import Pass
 from kara_sglang.scheduler.metrics import Metrics, Totals
 
 LABELS = {"model_name": "tiny", "tp_rank": "0"}
@@ -54,7 +55,7 @@ def test_counters_follow_the_totals(registry: CollectorRegistry) -> None:
         for _ in range(random.randint(0, 3)):
             windows = random.randint(1, 8)
             without = random.randint(0, windows)
-            totals.add_pass(windows, without, random.randint(0, 2048), random.random() / 100)
+            totals.add(Pass(windows, without, random.randint(0, 2048), random.random() / 100))
         for _ in range(random.randint(0, 3)):
             totals.skip(random.choice(["multimodal", "opt_out", "beam"]))
         gauges = [random.randint(0, 10**6) for _ in range(3)]
@@ -74,7 +75,7 @@ def test_counters_follow_the_totals(registry: CollectorRegistry) -> None:
 def test_an_update_without_news_changes_nothing(registry: CollectorRegistry) -> None:
     """The log line and /metrics may ask as often as they like."""
     totals, metrics = Totals(), Metrics(LABELS)
-    totals.add_pass(2, 1, 512, 0.5)
+    totals.add(Pass(2, 1, 512, 0.5))
     totals.skip("opt_out")
     for _ in range(3):
         metrics.update(totals, 1, 2, 3)
@@ -89,7 +90,7 @@ def test_the_totals_belong_to_the_coordinator(registry: CollectorRegistry) -> No
     metrics.update(totals, 0, 0, 0)
     copy = totals.copy()
     totals.skip("beam")
-    totals.add_pass(1, 0, 1, 1.0)
+    totals.add(Pass(1, 0, 1, 1.0))
     assert copy.skipped["beam"] == 1 and copy.passes == 0
     metrics.update(totals, 0, 0, 0)
     assert value(registry, "skipped_total", reason="beam") == 2

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import QWEN3_8B
 
 from kara_sglang import doctor, plugin
 from kara_sglang.benchmarks.gpu.models import MODELS
@@ -25,20 +26,6 @@ from kara_sglang.plan.load import Held, Load, compressed, uncompressed
 from kara_sglang.radix_integration.row import Geometry, RequestState
 from kara_sglang.scheduler import runtime
 
-QWEN3_8B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "dtype": "bfloat16",
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": False,
-}
 LOAD = ("--prompt", "1000", "--answer", "8000", "--running", "128")
 
 
@@ -226,7 +213,7 @@ def test_ring_and_scratch_are_those_that_the_pass_allocates(qwen, monkeypatch):
     monkeypatch.setattr("kara_sglang.kernels.triton.TritonKernels", Kernels)
     memory.scratch_bytes(launch, rank)
     assert asked[0] == asked[1]
-    ours = fresh.recorder
+    ours = fresh.parts.recorder
     assert (ring.why, ring.num_pages, ring.page_bytes) == (ours.why, ours.num_pages, ours.page_bytes)
 
 

@@ -1,0 +1,242 @@
+"""What SGLang would be, in a few lines each, for the simulated scheduler of ``world.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kara_sglang.config import KaraConfig
+from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob
+from kara_sglang.kernels.rope_shift import RopeShift
+from kara_sglang.radix_integration.row import (
+    STATE,
+    Recorder,
+    RequestState,
+    Window,
+)
+from kara_sglang.scheduler.ring.recorder import QueryRecorder
+
+if TYPE_CHECKING:
+    from world import World
+
+LAYERS, KV_HEADS, DIM, GROUP = 2, 2, 4, 2
+ROWS = 8
+SCALES = [0.4, 0.6]
+TURN = RopeShift.of(
+    [
+        RopeShift.of_layer(torch.tensor([0.6]), torch.tensor([0.8]), DIM, halves=True),
+        RopeShift.of_layer(torch.empty(0), torch.empty(0), DIM, halves=True),
+    ]
+)
+
+
+class PagedAllocator:
+    """Hands out pages; whoever frees a page twice, or a part of one, is caught."""
+
+    def __init__(self, num_pages: int, page_size: int, pool: Any, random: Random) -> None:
+        self.page_size = page_size
+        self.pool = pool
+        self.free = list(range(1, num_pages + 1))  # page 0 takes the writes of padded tokens
+        random.shuffle(self.free)
+        self.free_set = set(self.free)
+        self.freed: list[int] = []  # since the model looked last
+        self.group: list[tuple[torch.Tensor, int]] | None = None
+
+    def get_kvcache(self) -> Any:
+        return self.pool
+
+    def available_size(self) -> int:
+        return len(self.free) * self.page_size
+
+    def take_page(self) -> int:
+        page = self.free.pop()
+        self.free_set.remove(page)
+        return page
+
+    def free_page(self, page: int) -> None:
+        assert page not in self.free_set, f"page {page} freed twice"
+        self.free.append(page)
+        self.free_set.add(page)
+        self.freed.append(page)
+
+    def free_segment(self, free_index: torch.Tensor, *, start_pos: int) -> None:
+        assert start_pos % self.page_size == 0, "a segment starts with a page"
+        if self.group is not None:
+            self.group.append((free_index, start_pos))
+            return
+        slots = free_index.tolist()
+        for first in range(0, len(slots), self.page_size):
+            part = slots[first : first + self.page_size]
+            assert part[0] % self.page_size == 0
+            assert part == list(range(part[0], part[0] + len(part)))
+            self.free_page(part[0] // self.page_size)
+
+    def free_group_begin(self) -> None:
+        assert self.group is None
+        self.group = []
+
+    def free_group_end(self) -> None:
+        group, self.group = self.group, None
+        assert group is not None
+        for free_index, start_pos in group:
+            self.free_segment(free_index, start_pos=start_pos)
+
+
+@dataclass
+class Kv:
+    """The fields of SGLang's ``ReqKvInfo`` that the plugin touches."""
+
+    req_pool_idx: int | None = None
+    cache_protected_len: int = 0
+    kv_committed_len: int = 0
+    kv_allocated_len: int = 0
+
+    @property
+    def holds_kv(self) -> bool:
+        return self.req_pool_idx is not None
+
+
+@dataclass
+class Prefix:
+    """Whole pages that the prefix tree owns: nobody may write or free them."""
+
+    ids: list[int]
+    slots: list[int]
+    tokens: list[int]
+    users: int = 0
+
+
+class Finish(str):
+    """SGLang's ``BaseFinishReason``."""
+
+    def to_json(self) -> dict[str, str]:
+        return {"type": str(self)}
+
+
+class Request:
+    """SGLang's ``Req``; behind the line, what the model knows of it."""
+
+    def __init__(self, rid: int, prompt: list[int], max_new_tokens: int, options: Any) -> None:
+        self.rid = str(rid)
+        self.origin_input_ids = prompt
+        self.output_ids: list[int] = []
+        self.sampling_params = SimpleNamespace(
+            custom_params=None if options is None else {"kv_compress": options},
+            max_new_tokens=max_new_tokens,
+            ignore_eos=True,
+            n=1,
+        )
+        self.kv = Kv()
+        self.skip_radix_cache_insert = False
+        self.beam_group: Any = None
+        self.multimodal_inputs: Any = None
+        self.finished_reason: Finish | None = None
+        self.to_finish: Finish | None = None
+        self.retraction_count = 0
+        # --------------------------------------------------------------------------------------
+        self.options = options
+        self.never_inserts = False
+        self.slots: list[int] = []  # by KV index
+        self.token_at: list[int] = []  # by logical position
+        self.kept = torch.empty((LAYERS, KV_HEADS, 0), dtype=torch.int64)  # up to the last window
+        self.windows: list[Window] = []
+        self.prefilled = 0
+        self.num_units = 0
+        self.recorder: Recorder | None = None  # before the step
+        self.recorded_from: int | None = None
+        self.prefix: Prefix | None = None
+
+    def finished(self) -> bool:
+        return self.finished_reason is not None
+
+    def next_output_finishes_by_length(self) -> bool:
+        return len(self.output_ids) + 1 >= self.sampling_params.max_new_tokens
+
+    @property
+    def state(self) -> RequestState | None:
+        return getattr(self, STATE, None)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """By KV index, shape (layers, KV heads, KV length): whose K and V must lie there."""
+        behind = torch.tensor(self.token_at[self.kept.shape[-1] + self.removed :], dtype=torch.int64)
+        return torch.cat([self.kept, behind.expand(LAYERS, KV_HEADS, -1)], dim=-1)
+
+    @property
+    def removed(self) -> int:
+        return len(self.token_at) - len(self.slots)
+
+
+@dataclass
+class Stream:
+    """Knows whether the forward stream is current and has been told to wait."""
+
+    current: bool = False
+    waited: bool = False
+
+    def wait_stream(self, other: object) -> None:
+        assert self.current and other == "schedule stream"
+        self.waited = True
+
+    def __enter__(self) -> None:
+        assert not self.current
+        self.current, self.waited = True, False
+
+    def __exit__(self, *_: object) -> None:
+        self.current = False
+
+
+class WatchedKernels(TorchKernels):
+    """The reference, or, for histories without K/V, kernels that keep the first R and touch nothing."""
+
+    def __init__(self, world: World, real: bool) -> None:
+        super().__init__()
+        self.world = world
+        self.real = real
+
+    def compress(
+        self, pool: LayerPool, jobs: list[WindowJob], *, positions: bool = False
+    ) -> list[torch.Tensor] | None:
+        self.world.assert_on_forward_stream()
+        if self.real:
+            return super().compress(pool, jobs, positions=positions)
+        if not positions:
+            return None
+        return [torch.arange(job.kept).expand(LAYERS, KV_HEADS, job.kept) for job in jobs]
+
+
+class WatchedRecorder(QueryRecorder):
+    """Tables may be written on the forward stream only: the step in flight reads them."""
+
+    world: World
+    lacks = 0  # recorders that had pages and found no further one
+
+    def extend(self, recorder: Recorder, position: int) -> bool:
+        had_pages = bool(recorder.pages)
+        found = super().extend(recorder, position)
+        self.lacks += had_pages and not found
+        return found
+
+    def flush(self) -> None:
+        self.world.assert_on_forward_stream()
+        super().flush()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One server and what happens to it."""
+
+    config: KaraConfig
+    page: int = 1
+    units: int = 6
+    overlap: bool = True
+    real: bool = True
+    num_pages: int = 400
+    max_running: int = 3
+    steps: int = 120
+    options: tuple[Any, ...] = (None,)
+    trouble: float = 0.02  # chance per step of each kind of it
