@@ -182,7 +182,7 @@ def from_fp4(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def _rounded(numbers: torch.Tensor, largest: float, mantissa: int, least: float) -> torch.Tensor:
     """The bits, without sign, of float32s in a type of so many bits of ``mantissa``, whose ``largest``
     and ``least`` normal numbers these are; uint8. Ties go to the even one."""
-    # As integers: what is no number becomes the largest.
+    # As integers: NaN becomes the largest.
     sizes = _sizes(numbers).clamp(max=_bits(largest))
     dropped, zero = 23 - mantissa, _bits(least) - (1 << 23)  # an exponent of 0, like that below least
     normal = (sizes + ((1 << (dropped - 1)) - 1) + ((sizes >> dropped) & 1) - zero) >> dropped

@@ -195,7 +195,7 @@ def blend_neighbours(
     Parameters
     ----------
     scores : torch.Tensor
-        ``(num_kv_heads, W)``, float32, at least 0. What is no number makes its neighbours none.
+        ``(num_kv_heads, W)``, float32, at least 0. NaN makes its neighbours NaN.
     neighbours : int
         Odd; the token itself is one of them. At the window's ends there are fewer.
     share : float

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from kara_sglang import config as settings
 from kara_sglang import hooks, plugin
+from kara_sglang.checks import shown
 from kara_sglang.compat import versions
 from kara_sglang.config import CONFIG_KEYS, NONE, PRESETS, SELECTORS, KaraConfig
 from kara_sglang.launcher import refusals
@@ -131,7 +132,7 @@ def _number(flag: str, text: Any, kind: type[int] | type[float]) -> int | float:
         return kind(text)
     except (TypeError, ValueError):
         what = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{flag} must be {what}, got {settings.shown(text)}") from None
+        raise ValueError(f"{flag} must be {what}, got {shown(text)}") from None
 
 
 def check_server_args(_result: None, record: Any) -> None:

@@ -173,7 +173,7 @@ def prepare_kernel(
         if DISTANCE:
             length = tl.sqrt(tl.sum(key * key, axis=1))
             cosine_to_mean = tl.sum(key * direction[None, :], axis=1) / tl.maximum(length, _TINY)
-            # What is no number stays none, as in torch.
+            # NaN stays NaN, as in torch.
             weight *= tl.maximum(1 - cosine_to_mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(weights + position, weight, mask=is_token)
 

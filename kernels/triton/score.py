@@ -47,7 +47,7 @@ from kara_sglang.kernels.triton.prepare import prepare
 _E2M1_EXPONENT: tl.constexpr = tl.constexpr(3 - FP4_SHIFT)  # of a product of from_e2m1 and scale_of
 _LOWEST: tl.constexpr = tl.constexpr(EXPONENTS[0])
 _HIGHEST: tl.constexpr = tl.constexpr(EXPONENTS[1])
-# A logit that does not count. No infinity, whose difference from itself would be no number.
+# A logit that does not count. No infinity, whose difference from itself would be NaN.
 _HIDDEN: tl.constexpr = tl.constexpr(-3e38)
 # One compilation serves every number of windows and layers, so a warm-up compiles all that is needed.
 _NUMBERS = ("first_layer", "num_jobs", "first_query")

@@ -82,7 +82,7 @@ def _blended(scores, position, width, REACH: tl.constexpr):
     """
     inside = position < width
     score = tl.load(scores + position, mask=inside, other=1.0)
-    # What is no number stays none, as in torch.
+    # NaN stays NaN, as in torch.
     own = tl.log2(tl.clamp(score, _LEAST, _MOST, propagate_nan=tl.PropagateNan.ALL))
     tl.store(scores + position, own, mask=inside)
     tl.debug_barrier()  # other threads have stored theirs

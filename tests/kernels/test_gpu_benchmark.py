@@ -371,7 +371,7 @@ class FakeServer:
 def identity_of(monkeypatch, tmp_path) -> tuple[int, dict]:
     """Exit code and result for two backends."""
     output = tmp_path / "identity.json"
-    monkeypatch.setattr(identity, "Server", FakeServer)
+    monkeypatch.setattr(identity, "start", FakeServer)
     monkeypatch.setattr(identity, "end_on_sigterm", lambda: None)
     words = ["identity.py", "--model", "m", "--backends", "triton", "fa3", "--output", str(output)]
     monkeypatch.setattr("sys.argv", words)

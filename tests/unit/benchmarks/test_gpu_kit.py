@@ -488,7 +488,7 @@ def test_throughput_goes_on_where_it_was_cut_off(monkeypatch, tmp_path: Path):
         assert not measured, "profiles come first"
         return {"steps": 1}
 
-    monkeypatch.setattr(throughput, "Server", IdleServer)
+    monkeypatch.setattr(throughput, "start", IdleServer)
     monkeypatch.setattr(throughput, "measure", measure)
     monkeypatch.setattr(throughput, "profile_row", profile_row)
     monkeypatch.setattr(throughput, "end_on_sigterm", lambda: None)

@@ -110,8 +110,8 @@ def test_what_the_documents_quote(result: dict, sizes: Sizes) -> None:
 
 def test_a_server_is_up_before_it_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started = SimpleNamespace(wait=lambda: "ready")
-    monkeypatch.setattr(program, "Server", lambda *_arguments: started)
-    setup = Setup("m", "float32", 64, 16, 0.25, 16, None, (), {}, cpu=True)
+    monkeypatch.setattr(program, "start", lambda *_arguments: started)
+    setup = Setup("m", "float32", 64, 16, 0.25, 16, cpu=True)
     assert program._start(ROWS[0], setup, 3408, tmp_path) == "ready"
 
 
