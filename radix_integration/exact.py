@@ -1,10 +1,7 @@
 """Prefix reuse, first stage: the tree holds exact KV only.
 
-Who owns which part of a compressed request's row::
-
-    [0, cache_protected_len)        the prefix tree, shared: never written, never freed by us
-    [cache_protected_len, base)     the request; uncompressed, then kept tokens of its windows
-    [base, kv_len)                  the request; uncompressed
+On the map in ``row.py``, ``protected`` is SGLang's ``cache_protected_len``: all behind it is the
+request's own.
 
 The prompt is in the tree since the end of its prefill. From the first compaction on, the row's slots
 no longer stand for the tokens at their index, so the request stays out of the tree when it ends:

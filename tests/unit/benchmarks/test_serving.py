@@ -8,16 +8,13 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+from counted import result
 
 from kara_sglang.benchmarks import machine
-from kara_sglang.benchmarks.gpu.floors import Gpu
-from kara_sglang.benchmarks.gpu.models import Model
-from kara_sglang.benchmarks.serving import __main__ as program
-from kara_sglang.benchmarks.serving import hang_ups, projection, residents, scenarios, tables
+from kara_sglang.benchmarks.serving import hang_ups, scenarios, tables
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.load import Load, end_of_text, write_trace
 from kara_sglang.benchmarks.serving.measure import CLIENT_METRICS, GROUP, Journal, schedule, start_of
@@ -59,35 +56,6 @@ def test_counters_of_a_log() -> None:
 def test_a_log_without_decoding_is_an_error() -> None:
     with pytest.raises(ValueError, match="Decode batch"):
         Counters.of("nothing")
-
-
-def result(row: str, repetition: int, speed: float, **changes: object) -> dict:
-    scenario, point = changes.pop("scenario", "scarce"), changes.pop("point", "equal work")
-    return {
-        "key": f"{scenario}/{point}/{row}",
-        "scenario": scenario,
-        "point": point,
-        "row": row,
-        "repetition": repetition,
-        "pool": 100,
-        "requests": 12,
-        "client": dict.fromkeys(
-            ("request_throughput", "median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms"), 1.0
-        )
-        | {"output_throughput": speed},
-        "counters": {
-            "decode_steps": 100,
-            "mean_running": 2.0,
-            "peak_running": 3,
-            "retractions": 0,
-            "hit_rate": 0.5,
-            "held": 1.0,
-            "without_queries": None,
-            "schedule": {"2": [100, 6000]},
-        },
-        "cpu_seconds_per_output_token": 0.01,
-        "probe": None,
-    } | changes
 
 
 def test_ratios_are_taken_within_a_repetition() -> None:
@@ -315,210 +283,6 @@ def test_every_scenario_is_drawn(tmp_path: Path) -> None:
     assert [path.name for path in drawn] == [f"out-{name}.png" for name in scenarios.SCENARIOS]
     assert all(path.stat().st_size > 5000 for path in drawn)
     assert plots.draw([run for run in runs if run["row"] == "stock"], tmp_path / "alone") == []
-
-
-def counted_pool() -> dict:
-    """Three rows in a pool for three: half the steps with twice the requests, a quarter with four
-    times as many; compressed requests hold less each."""
-    runs = []
-    for row, running, steps, slots in (
-        ("stock", 3, 400, 1600),
-        ("kara-0.5", 6, 200, 1700),
-        ("kara-0.25", 12, 100, 1800),
-    ):
-        run = result(row, 0, 1.0, scenario="pool", point="3 fit", pool=3376)
-        run["counters"] = run["counters"] | {"schedule": {str(running): [steps, steps * slots]}}
-        runs.append(run)
-    scale = {"window": 64, "delay": 16, "prompt": 64, "output": 1024}
-    return {"scale": scale, "runs": runs}
-
-
-def card_for(model: Model, pool: int, bandwidth: float, flop_rate: float) -> projection.Card:
-    memory = (pool * model.kv_bytes + 2e9 * model.parameters) / 0.9
-    return projection.Card("imagined", memory, Gpu("imagined", bandwidth, flop_rate, flop_rate))
-
-
-def gains(model: Model, card: projection.Card, output: int = 1024) -> list[float]:
-    rows = projection.counted(counted_pool())[3]
-    base = rows["stock"].rate(model, card, output)
-    return [rows[name].rate(model, card, output) / base for name in projection.ROWS]
-
-
-@pytest.mark.parametrize("cpu,block", [(True, 32), (False, 16)])
-def test_vllm_gets_the_same_pool(cpu: bool, block: int) -> None:
-    """In whole blocks, and one more, which it keeps for itself."""
-    setup = Setup("m", "float32", 64, 16, 0.25, 16, 3376, (), {"vllm": Path("python")}, cpu=cpu)
-    words = PEERS["vllm"].command(rows(64)["vllm"], setup, 1)
-    given = dict(zip(words[3::2], words[4::2], strict=True))
-    assert given["--block-size"] == str(block)
-    slots = block * (int(given["--num-gpu-blocks-override"]) - 1)
-    assert 3376 - block < slots <= 3376
-
-
-def test_vllm_says_what_it_has_counted() -> None:
-    """Only what came since the mark, summed over its engines; idle seconds are no running requests."""
-
-    class Server:
-        def __init__(self) -> None:
-            self.log = "Running: 9 reqs, Waiting: 0 reqs\n"
-            self.totals = {"num_preemptions": 1, "prefix_cache_hits": 10, "prefix_cache_queries": 100}
-
-        def log_position(self) -> int:
-            return len(self.log)
-
-        def log_since(self, position: int) -> str:
-            return self.log[position:]
-
-        def get(self, path: str) -> SimpleNamespace:
-            assert path == "/metrics"
-            lines = []
-            for name, value in self.totals.items():
-                lines.append(f"# TYPE vllm:{name} counter")
-                lines += [f'vllm:{name}_total{{engine="{e}"}} {value / 2}' for e in (0, 1)]
-            return SimpleNamespace(text="\n".join(lines) + "\n")
-
-    server, vllm = Server(), PEERS["vllm"]
-    mark = vllm.mark(server)
-    server.log += "".join(f"x Running: {n} reqs, Waiting: 1 reqs\n" for n in (2, 3, 3, 0))
-    server.totals = {"num_preemptions": 4, "prefix_cache_hits": 30, "prefix_cache_queries": 180}
-    counted = vllm.counters(server, mark)
-    assert counted == Counters(None, 8 / 3, 3, 3, 0.25, 1.0, None, None, {})
-    still = vllm.counters(server, vllm.mark(server))
-    assert (still.mean_running, still.peak_running, still.hit_rate) == (None, None, 0.0)
-    del server.totals["prefix_cache_hits"]
-    with pytest.raises(RuntimeError, match="no vllm:prefix_cache_hits_total"):
-        vllm.mark(server)
-
-
-def test_every_sglang_server_has_one_thread_on_a_cpu_unless_told(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    given = ("model", "float32", 64, 16, 0.25, 16, None, (), {})
-    of = PEERS["sglang"].environment
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for name in ("stock", "off", "kara-0.5"):
-        row = rows(64)[name]
-        assert of(row, Setup(*given, cpu=True))["OMP_NUM_THREADS"] == "1"
-        assert "OMP_NUM_THREADS" not in of(row, Setup(*given, cpu=False))
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert of(rows(64)["stock"], Setup(*given, cpu=True))["OMP_NUM_THREADS"] == "2"
-
-
-def test_servers_end_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    both = threading.Barrier(2, timeout=10)  # a stop that waits for the other one
-
-    def fake(_peer: str, _row: object, _setup: object, _log: Path) -> SimpleNamespace:
-        return SimpleNamespace(wait=lambda: None, stop=both.wait)
-
-    monkeypatch.setattr(residents, "start", fake)
-    starts = [("peer", SimpleNamespace(name=n), SimpleNamespace(pool=1, cpu=True)) for n in "ab"]
-    with residents.Servers(2, tmp_path) as servers:
-        servers.get(*starts[:1], starts[1:])
-    assert not both.broken and both.n_waiting == 0
-
-
-def test_servers_that_take_turns_start_together(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """As many as may stay up, all of them ready before the first is measured; a failure is told when
-    it is that server's turn."""
-    events: list[str] = []
-
-    class Fake:
-        def __init__(self, peer: str, row: SimpleNamespace, setup: object, log: Path) -> None:
-            self.name = row.name
-            events.append(f"start {self.name}")
-
-        def wait(self) -> None:
-            if self.name == "broken":
-                raise RuntimeError("broken")
-            events.append(f"ready {self.name}")
-
-        def stop(self) -> None:
-            events.append(f"stop {self.name}")
-
-    monkeypatch.setattr(residents, "start", Fake)
-    a, b, c, broken = (
-        ("peer", SimpleNamespace(name=name), SimpleNamespace(pool=1, cpu=True))
-        for name in ("a", "b", "c", "broken")
-    )
-    with residents.Servers(2, tmp_path) as servers:
-        assert servers.get(a, [b, a, c]).name == "a"
-        assert events == ["start a", "start b", "ready b", "ready a"]
-        assert servers.get(b, [a, c]).name == "b" and len(events) == 4
-        assert servers.get(c, [b]).name == "c"  # b comes next, so a makes room
-        assert events[4:] == ["stop a", "start c", "ready c"]
-        assert servers.get(a, [broken]).name == "a"
-        events.clear()
-        with pytest.raises(RuntimeError):
-            servers.get(broken)
-        assert not events, "it was started again"
-    assert sorted(events) == ["stop a"]
-    on_gpu = ("peer", a[1], SimpleNamespace(pool=1, cpu=False))
-    for resident, first in ((1, a), (2, on_gpu)):
-        with residents.Servers(resident, tmp_path) as servers:
-            events.clear()
-            servers.get(first, [b])
-            assert events == ["start a", "ready a"]
-
-
-def test_a_row_that_cannot_run_says_how_to_have_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    pytest.importorskip("datasets", reason="pip install 'kara-sglang[benchmarks]'")
-    planned = {}
-
-    def execute(cells, options, setup, scale, resident, folder, not_run, command) -> int:
-        planned.update(cells=[cell.key for cell in cells], not_run=not_run, command=command)
-        return 0
-
-    monkeypatch.setattr(program, "execute", execute)
-    words = ["--scenarios", "scarce/equal work", "--rows", "vllm", "--dir", str(tmp_path)]
-    assert program.main([*words, "--model", "somewhere"]) == 0
-    assert planned["cells"] == ["scarce/equal work/stock"] and list(planned["not_run"]) == ["vllm"]
-    assert "'scarce/equal work'" in planned["command"]
-    assert "vllm/bin/pip install vllm" in capsys.readouterr().err
-
-
-def test_a_projection_has_the_right_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unstretched and at no cost of its own, the gain is what the bottleneck says."""
-    monkeypatch.setattr(projection, "ring_bytes", lambda *_: 0)
-    monkeypatch.setattr(projection, "pass_floor", lambda *_: 0.0)
-    heavy = Model("heavy weights", 1, 1, 1, 1, 1000.0)
-    # The weights' read is all: as many times faster as there are fewer steps.
-    assert gains(heavy, card_for(heavy, 3376, 1e12, 1e30)) == pytest.approx([2, 4])
-    # The arithmetic is all: every token costs the same, whoever it runs beside.
-    assert gains(heavy, card_for(heavy, 3376, 1e30, 1e12)) == pytest.approx([1, 1])
-    # The KV's read is all: fewer slots are read for the same tokens.
-    light = Model("light weights", 100, 1, 100, 100, 1e-9)
-    wanted = [400 * 1600 / (200 * 1700), 400 * 1600 / (100 * 1800)]
-    assert gains(light, card_for(light, 3376, 1e12, 1e30)) == pytest.approx(wanted)
-    # Stretched along one axis, the schedule is the same.
-    for pool, output in ((10 * 3376, 1024), (8 * 3376, 8192)):
-        assert gains(light, card_for(light, pool, 1e12, 1e30), output) == pytest.approx(wanted)
-
-
-def test_a_projection_charges_the_ring_and_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, card = projection.MODELS[0], projection.CARDS[1]
-    whole = gains(model, card, 8192)
-    assert 1.7 < whole[0] < 2 and 3 < whole[1] < 4
-    monkeypatch.setattr(projection, "ring_bytes", lambda *_: 0)
-    without_ring = gains(model, card, 8192)
-    monkeypatch.setattr(projection, "pass_floor", lambda *_: 0.0)
-    for a, b, c in zip(whole, without_ring, gains(model, card, 8192), strict=True):
-        assert a < b < c < 1.1 * a
-
-
-def test_a_projection_says_what_it_is() -> None:
-    answer = counted_pool()
-    table = projection.table(answer)
-    assert (
-        table.startswith("*A projection") and "| Qwen3-8B | 24 GB (L4) | 35,400 | 8,192 | 4 |" in table
-    )
-    assert "25% of the load" in table
-    del answer["runs"][1]
-    with pytest.raises(ValueError, match="no pool"):
-        projection.counted(answer)
 
 
 def test_a_profile_is_charged_to_the_plugin_below_its_hooks() -> None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flags_read import failed_line
 
 from kara_sglang import plugin
-from kara_sglang.compat import versions
 from kara_sglang.config import CONFIG_KEYS, ENV, SELECTORS, KaraConfig
 from kara_sglang.launcher import flags
 
@@ -39,9 +36,6 @@ def refused(parser: argparse.ArgumentParser, *words: str) -> str:
     return text
 
 
-# -- help ----------------------------------------------------------------------------------------------
-
-
 def test_help_shows_units_and_defaults(parser: argparse.ArgumentParser) -> None:
     """Each flag with its unit and default; the config flag with every key and its default."""
     text = " ".join(parser.format_help().split())
@@ -62,9 +56,6 @@ def test_help_shows_units_and_defaults(parser: argparse.ArgumentParser) -> None:
 def test_flags_do_not_collide_with_sglangs(server_defaults: dict[str, Any]) -> None:
     """No field of ServerArgs begins like ours, and ours are no prefix of theirs."""
     assert not [name for name in server_defaults if name.startswith("kv_compress")]
-
-
-# -- reading -------------------------------------------------------------------------------------------
 
 
 def test_without_flags_compression_is_off(parser: argparse.ArgumentParser) -> None:
@@ -154,9 +145,6 @@ def test_none_on_the_command_line_ignores_a_broken_environment(
     assert read(parser, "--kv-compress", "none") is None
 
 
-# -- refusals of the command line ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "words,message",
     [
@@ -213,14 +201,6 @@ def test_mistyped_values_are_one_line_too(words: list[str], parser: argparse.Arg
     """Not argparse's whole usage text: the flag and what it takes."""
     message = refused(parser, *words)
     assert message.startswith(words[-2]) and words[-1] in message and "\n" not in message
-
-
-def failed_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that ``flags.fail`` prints."""
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    assert captured.err.startswith("kv-compress: error: ")
-    return captured.err
 
 
 def test_fail_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,313 +261,3 @@ def test_other_ways_into_a_server_end_at_once(
         flags.from_cli_args(resolved(**changes), object, Namespace(kv_compress="recent"))
     assert caught.value.code == 2 and flag in failed_line(capsys) and ENV not in os.environ
     flags.from_cli_args(resolved(**changes), object, Namespace())
-
-
-# -- check_server_args: flags and the model's config ---------------------------------------------------
-
-
-@pytest.fixture
-def checked(monkeypatch: pytest.MonkeyPatch, resolved: Any) -> Any:
-    """Run the hook on a record whose resolved view has some fields changed."""
-    import sglang.srt.arg_groups.model_override_base as base
-    import sglang.srt.arg_groups.overrides as overrides
-
-    monkeypatch.setattr(plugin, "hook_launcher", list)
-    model = SimpleNamespace(
-        is_generation=True,
-        is_encoder_decoder=False,
-        attention_arch=SimpleNamespace(name="MHA"),
-        is_hybrid_swa=False,
-        attention_chunk_size=None,
-        context_len=8192,
-        hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]),
-        hf_text_config=SimpleNamespace(),
-    )
-
-    def run(*, cli_record: bool, model_changes: dict[str, Any] | None = None, **changes: Any) -> None:
-        record = SimpleNamespace()
-        if cli_record:
-            setattr(record, flags._FROM_CLI, True)
-        vars(model).update(model_changes or {})
-        monkeypatch.setattr(overrides, "resolving_view", lambda _: resolved(**changes))
-        monkeypatch.setattr(base, "model_config_of", lambda _: model)
-        flags.check_server_args(None, record)
-
-    return run
-
-
-def test_a_supported_server_passes(checked: Any) -> None:
-    """With and without compression, from the launcher and for an Engine."""
-    checked(cli_record=True)
-    plugin.activate(KaraConfig())
-    checked(cli_record=True)
-    checked(cli_record=False)
-    assert plugin.launched() == KaraConfig()
-    plugin.activate(None)
-    assert plugin.launched() == KaraConfig()
-    checked(cli_record=True)
-    assert plugin.launched() is None
-
-
-def test_the_folder_for_traces_is_made(checked: Any, tmp_path: Path) -> None:
-    """Before any process is started; a server without compression leaves the disk alone."""
-    folder = tmp_path / "deep" / "traces"
-    plugin.activate(KaraConfig(trace=str(folder)))
-    with pytest.raises(ValueError, match="page size"):
-        checked(cli_record=False, page_size=100)
-    assert not folder.exists()
-    checked(cli_record=True)
-    assert folder.is_dir() and plugin.launched().trace == str(folder)
-
-
-def test_a_folder_for_traces_that_cannot_be_written(
-    checked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The launcher ends with one line that names the flag; an Engine raises."""
-    (tmp_path / "file").touch()
-    plugin.activate(KaraConfig(trace=str(tmp_path / "file")))
-    with pytest.raises(SystemExit) as caught:
-        checked(cli_record=True)
-    assert caught.value.code == 2
-    assert "--kv-compress-trace: cannot write to the folder" in failed_line(capsys)
-    with pytest.raises(ValueError, match="--kv-compress-trace: cannot write"):
-        checked(cli_record=False)
-    assert plugin.launched() is None
-
-
-def test_off_means_that_nothing_is_checked(checked: Any) -> None:
-    """A stock server may use what compression refuses."""
-    checked(cli_record=True, enable_mixed_chunk=True, page_size=7)
-
-
-BAD_SERVERS: list[tuple[dict[str, Any], str]] = [
-    ({"enable_mixed_chunk": True}, "--enable-mixed-chunk does not work with --kv-compress"),
-    ({"page_size": 100}, "--kv-compress-window 512 is not a multiple of the page size 100"),
-    ({"model_changes": {"is_encoder_decoder": True}}, "is an encoder-decoder"),
-    ({"model_changes": {"context_len": 576}}, "no answer fills a window of 512"),
-    ({"pp_size": 2, "enable_lmcache": True}, "--pp-size does not work"),
-]
-
-
-@pytest.mark.parametrize("changes,message", BAD_SERVERS)
-def test_a_refused_server_ends_the_launcher(
-    changes: dict[str, Any], message: str, checked: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One line and exit code 2."""
-    plugin.activate(KaraConfig())
-    with pytest.raises(SystemExit) as caught:
-        checked(cli_record=True, **changes)
-    assert caught.value.code == 2 and message in failed_line(capsys)
-
-
-@pytest.mark.parametrize("changes,message", BAD_SERVERS)
-def test_a_refused_engine_raises(changes: dict[str, Any], message: str, checked: Any) -> None:
-    """``ValueError`` for ``sglang.Engine``, never ``SystemExit``."""
-    plugin.activate(KaraConfig())
-    with pytest.raises(ValueError, match=message):
-        checked(cli_record=False, **changes)
-    assert plugin.launched() is None
-
-
-def test_an_engine_with_a_broken_environment_raises(
-    checked: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The variable is the only setting that reaches an Engine unchecked."""
-    monkeypatch.setenv(ENV, '{"windw": 3}')
-    with pytest.raises(ValueError, match="unknown key 'windw'"):
-        checked(cli_record=False)
-
-
-def test_several_refusals_are_one_line(checked: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """All of them at once, so that a user does not meet them one by one."""
-    plugin.activate(KaraConfig())
-    with pytest.raises(SystemExit):
-        checked(cli_record=True, pp_size=2, enable_lmcache=True, use_ray=True)
-    line = failed_line(capsys)
-    assert all(flag in line for flag in ("--pp-size", "--enable-lmcache", "--use-ray"))
-
-
-def test_the_wrong_sglang_is_refused(checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything else is looked at, with the command that helps."""
-    plugin.activate(KaraConfig())
-    monkeypatch.setattr(versions, "version", lambda _name: "0.4.0")
-    with pytest.raises(ValueError, match=rf"SGLang 0\.4\.0 .* pip install sglang=={versions.NEWEST}$"):
-        checked(cli_record=False, enable_mixed_chunk=True)
-
-
-def test_a_newer_sglang_starts_behind_a_key_and_says_so(
-    checked: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Never silently, and only where both tables fit."""
-    monkeypatch.setattr(versions, "version", lambda _name: "9.0")
-    plugin.activate(KaraConfig())
-    with pytest.raises(ValueError, match=r"SGLang 9\.0 .* '\{\"untested_sglang\": true\}'$"):
-        checked(cli_record=False)
-    allowed = KaraConfig(untested_sglang=True)
-    plugin.activate(allowed)
-    checked(cli_record=False)
-    assert plugin.launched() == allowed
-    [record] = [r for r in caplog.records if r.name == "kara_sglang.compat.versions"]
-    assert record.levelname == "WARNING" and "SGLang 9.0 was not tested" in record.getMessage()
-    monkeypatch.setattr(plugin, "hook_launcher", lambda: ["sglang.srt.x is missing"])
-    with pytest.raises(ValueError, match=r"^sglang\.srt\.x is missing$"):
-        checked(cli_record=False)
-    assert plugin.launched() is None
-
-
-# -- SGLang's own parser and config file ---------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def prepare() -> Any:
-    """SGLang's ``prepare_server_args`` with the plugin loaded as the launcher loads it."""
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
-
-    load_plugins()
-    return prepare_server_args
-
-
-@pytest.fixture
-def base(tiny_config: Path) -> list[str]:
-    return ["--model-path", str(tiny_config), "--device", "cpu", "--attention-backend", "torch_native"]
-
-
-def test_sglangs_parser_reads_the_flags(prepare: Any, base: list[str]) -> None:
-    """The whole way: entry point, hooks, parser, record, environment."""
-    prepare([*base, "--kv-compress", "recent", "--kv-compress-window", "64"])
-    assert plugin.active() == KaraConfig(selector="recent", window=64)
-    prepare(base)
-    assert plugin.active() == KaraConfig(selector="recent", window=64), "the variable still says so"
-    prepare([*base, "--kv-compress", "none"])
-    assert plugin.active() is None
-
-
-@pytest.fixture
-def yaml_file(tmp_path: Path) -> Iterator[Any]:
-    file = tmp_path / "server.yaml"
-
-    def write(text: str) -> list[str]:
-        file.write_text(text)
-        return ["--config", str(file)]
-
-    return write
-
-
-def test_sglangs_config_file(prepare: Any, base: list[str], yaml_file: Any) -> None:
-    """YAML keys with dashes, a nested mapping for the config object, flags over the file."""
-    words = yaml_file(
-        "kv-compress: snapkv\n"
-        "kv-compress-window: 128\n"
-        "kv-compress-retain: 1\n"
-        "kv-compress-query-mem-gb: 0.25\n"
-        "kv-compress-config:\n  delay: 0\n  debug_checks: true\n  query_heads: mean\n"
-    )
-    expected = KaraConfig(
-        selector="snapkv",
-        window=128,
-        retain=1.0,
-        query_mem_gb=0.25,
-        delay=0,
-        debug_checks=True,
-        query_heads="mean",
-    )
-    prepare([*base, *words])
-    assert plugin.active() == expected
-    plugin.activate(None)
-    prepare([*words, *base, "--kv-compress", "recent", "--kv-compress-window", "256"])
-    active = plugin.active()
-    assert active is not None and (active.selector, active.window, active.delay) == ("recent", 256, 0)
-
-
-@pytest.mark.parametrize(
-    "text", ["kv-compress: kara\nkv-compress-config: '{\"seed\": 4}'\n", "kv_compress: kara\n"]
-)
-def test_other_spellings_of_the_config_file(
-    text: str, prepare: Any, base: list[str], yaml_file: Any
-) -> None:
-    """JSON in a string works; a key with underscores is refused by SGLang's parser, not ignored."""
-    if "kv_compress" in text:
-        with pytest.raises(SystemExit) as caught:
-            prepare([*base, *yaml_file(text)])
-        assert caught.value.code == 2
-    else:
-        prepare([*base, *yaml_file(text)])
-        assert plugin.active() == KaraConfig(seed=4)
-
-
-@pytest.mark.parametrize(
-    "text,message",
-    [
-        ("kv-compress: kara\nkv-compress-config: {dely: 0}\n", "unknown key 'dely'"),
-        ("kv-compress: kara\nkv-compress-config: {delay: zero}\n", "delay must be a whole number"),
-        ("kv-compress: kara\nkv-compress-retain: 7\n", "--kv-compress-retain must be"),
-        ("kv-compress-retain: 0.5\n", "has no effect without --kv-compress"),
-        ("kv-compress: none\nkv-compress-config: {x: 0}\n", "unknown key 'x'"),
-    ],
-)
-def test_bad_config_files(
-    text: str,
-    message: str,
-    prepare: Any,
-    base: list[str],
-    yaml_file: Any,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The same lines and exit code as on the command line."""
-    with pytest.raises(SystemExit) as caught:
-        prepare([*base, *yaml_file(text)])
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-    assert ENV not in os.environ
-
-
-# -- through real processes ----------------------------------------------------------------------------
-
-
-LAUNCHES = {
-    "unknown key": (["--kv-compress-config", '{"dely": 0}'], "unknown key 'dely'"),
-    "no page multiple": (
-        ["--page-size", "16", "--kv-compress-window", "100"],
-        "--kv-compress-window 100 is not a multiple of the page size 16 (--page-size); use 96 or 112",
-    ),
-    "mixed chunk": (
-        ["--enable-mixed-chunk"],
-        "--enable-mixed-chunk does not work with --kv-compress; remove one of them",
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def launched(tiny_config: Path) -> dict[str, tuple[int, str]]:
-    """Exit code and stderr of all bad launches, run side by side."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SGLANG_")}
-    environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
-    processes = {}
-    for name, (words, _) in LAUNCHES.items():
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(tiny_config)]
-        command += ["--device", "cpu", "--attention-backend", "torch_native", "--port", "0"]
-        command += ["--kv-compress", "kara", *words]
-        processes[name] = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-    results = {}
-    for name, process in processes.items():
-        try:
-            _, errors = process.communicate(timeout=120)
-        finally:
-            process.kill()
-        results[name] = (process.returncode, errors)
-    return results
-
-
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_a_real_launch_is_refused(name: str, launched: dict[str, tuple[int, str]]) -> None:
-    """Exit code 2, one clear line, the last one, and no model was touched: there is none."""
-    code, errors = launched[name]
-    lines = errors.strip().splitlines()
-    said = [line for line in lines if line.startswith("kv-compress: error: ")]
-    assert code == 2, errors[-2000:]
-    assert len(said) == 1 and LAUNCHES[name][1] in said[0]
-    assert "Traceback" not in errors and "Load weight" not in errors
-    assert lines[-1] == said[0]

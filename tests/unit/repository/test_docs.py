@@ -201,7 +201,7 @@ RUN_BY = {
     "kara_sglang.plan": "unit/plan/test_deployment.py",
     "kara_sglang.compat": "unit/compat/test_compat.py",
     "kara_sglang.benchmarks.reuse.modes": "engine/test_frontend.py",
-    "kara_sglang.benchmarks.quality.reasoning": "unit/benchmarks/test_quality.py",
+    "kara_sglang.benchmarks.quality.reasoning": "unit/benchmarks/test_reasoning.py",
     "kara_sglang.frontend": "engine/test_frontend.py",
     "kara_sglang.top": "engine/test_watching.py",
     "kara_sglang.trace": "engine/test_trace.py",

@@ -2,70 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from recorders import DIM, KERNELS, acquire, flush, make, mean, stored
 
-from kara_sglang.kernels.backend import TorchKernels
 from kara_sglang.kernels.record import (
     FP4,
     FP8,
     PAGE,
     Ring,
     Step,
-    from_fp4,
     plan,
     record,
     recorded,
-    to_fp4,
 )
 from kara_sglang.scheduler.ring.recorder import LAG, AttentionShape, QueryRecorder, Recorder
-
-DIM = 4
-BYTES = {torch.float32: 4 * DIM, FP8: DIM + 1, FP4: DIM // 2 + 4}  # of a head
-KERNELS = TorchKernels()
-BY_TWOS = TorchKernels(layers_at_once=2)  # a call for every two layers, as in a CUDA graph
-
-
-def make(
-    *,
-    group: int = 2,
-    kv_heads: int = 2,
-    layers: int = 2,
-    window: int = 4,
-    delay: int = 1,
-    pages: int = 8,
-    ring_dtype: torch.dtype = torch.float32,
-    rows: int = 6,
-) -> QueryRecorder:
-    """A recorder with exactly ``pages`` pages."""
-    shape = AttentionShape(layers, group * kv_heads, kv_heads, DIM, torch.float32, torch.device("cpu"))
-    entry = layers * kv_heads * BYTES[ring_dtype]
-    made = QueryRecorder(shape, window, delay, pages * entry * PAGE + entry, ring_dtype)
-    assert made.num_pages == made.free_pages == pages
-    made.allocate_tables(rows)
-    return made
-
-
-def stored(queries: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What the ring may remember of ``queries``: for fp8 e4m3 times the smallest power of two that
-    fits; fp4 has a test of its own."""
-    if dtype == FP4:
-        return from_fp4(*to_fp4(queries))
-    if dtype != FP8:
-        return queries
-    largest = queries.double().abs().amax(dim=-1, keepdim=True)
-    power = 2.0 ** torch.where(largest > 0, largest / 448, 1.0).log2().ceil()
-    return ((queries.double() / power).float().to(FP8).double() * power).float()
 
 
 def store(ring: Ring, pages: torch.Tensor, queries: torch.Tensor) -> None:
@@ -78,18 +34,6 @@ def store(ring: Ring, pages: torch.Tensor, queries: torch.Tensor) -> None:
 def one_layer(ring: Ring) -> Ring:
     """A layer's ring as that of a model with one layer."""
     return Ring(*(part[None] for part in ring.parts))
-
-
-def mean(heads: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What is recorded of a group in a single page: float32, in the order of the heads."""
-    return functools.reduce(torch.add, heads) * (1 / len(heads))
-
-
-def flush(recorder: QueryRecorder) -> None:
-    """As the coordinator does before a decode step."""
-    if recorder.stale:
-        recorder.flush()
-    assert not recorder.stale
 
 
 @dataclass
@@ -264,13 +208,6 @@ def test_the_oldest_pages_go_where_the_table_ends(group: int, heads: str) -> Non
         request.length += 1
         if turn % 29 == 0 or turn > 2.9 * tokens:
             check_recorded(recorder, request)
-
-
-def acquire(recorder: QueryRecorder, row: int, heads: int, since: int) -> Recorder:
-    """A recorder with pages for its first token."""
-    given = recorder.acquire(row, heads, since, step=0)
-    assert recorder.extend(given, since)
-    return given
 
 
 def test_a_row_without_recorder_leaves_the_ring_alone() -> None:
@@ -489,102 +426,3 @@ def test_what_is_read_is_a_copy() -> None:
         assert before.count_nonzero() == 8
         ring.queries.zero_()
         assert torch.equal(got, before)
-
-
-# -- CUDA graphs ---------------------------------------------------------------------------------------
-
-
-class Tape(TorchDispatchMode):
-    """What a CUDA graph is: the operations of one run, on the tensors of that run, without the Python
-    around them. :meth:`replay` does them again and leaves each result where it was the first time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.operations.append((func, args, kwargs or {}, result))
-        return result
-
-    def replay(self) -> None:
-        for func, args, kwargs, result in self.operations:
-            again = func(*args, **kwargs)
-            for new, old in zip(tree_leaves(again), tree_leaves(result), strict=True):
-                if new.data_ptr() != old.data_ptr():  # else a view, or written in place
-                    old.copy_(new)
-
-
-@pytest.mark.parametrize("ring_dtype", [torch.float32, FP8, FP4], ids=str)
-def test_a_captured_step_follows_the_tables(ring_dtype: torch.dtype) -> None:
-    """Recorders come and go between replays of one captured step; nobody else writes the ring. Five
-    layers, stored two at a time, whose queries are made in the step and dropped by the model."""
-    group, kv_heads, layers, batch = 3, 2, 5, 4
-    recorder = make(group=group, kv_heads=kv_heads, layers=layers, pages=8, ring_dtype=ring_dtype)
-    table = recorder.pages
-    addresses = [t.data_ptr() for t in (table, *(ring.queries for ring in recorder.rings))]
-    # The graph's own inputs, which SGLang fills by copy before each replay.
-    rows, positions = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
-    queries = torch.zeros(layers, batch, kv_heads * group * DIM)
-    with Tape() as graph:
-        for layer in range(layers):
-            recorder.record(BY_TWOS, layer, queries[layer] + 0, rows, positions)
-
-    generator = torch.Generator().manual_seed(0)
-    held: dict[int, Recorder] = {}
-    expected: dict[tuple[int, int], torch.Tensor] = {}  # (page, place): (layers, kv_heads, dim)
-    for step in range(60):
-        row = 1 + step % 5
-        if row in held and step % 3 == 0:
-            recorder.release(held.pop(row))
-        elif row not in held and recorder.free_pages >= (1 if row % 2 else group):
-            held[row] = acquire(recorder, row, 1 if row % 2 else group, since=0)
-        flush(recorder)
-        rows.copy_(torch.randperm(5, generator=generator)[:batch] + 1)
-        # Within the block that they have pages for.
-        positions.copy_(torch.randint(0, PAGE, (batch,), generator=generator))
-        queries.copy_(torch.randn(queries.shape, generator=generator))
-        graph.replay()
-        by_head = queries.view(layers, batch, kv_heads, group, DIM)
-        for index, (who, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
-            if who not in held:
-                continue
-            (pages,) = held[who].pages.values()
-            heads = by_head[:, index].unbind(dim=2)
-            if len(pages) == 1:
-                heads = [mean(heads)]
-            for page, head in zip(pages, heads, strict=True):
-                place = (page, position)
-                expected[place] = stored(head, ring_dtype).clone()
-    assert len(expected) > 100
-    for page in range(recorder.num_pages):
-        got = [recorded(ring, 0, PAGE, ((page,),)) for ring in recorder.rings]
-        for place in range(PAGE):
-            truth = expected.get((page, place), torch.zeros(layers, kv_heads, DIM))
-            ours = torch.stack([layer[place, :, 0] for layer in got])
-            assert torch.equal(ours.float(), truth.float()), (page, place)
-    now = [t.data_ptr() for t in (recorder.pages, *(ring.queries for ring in recorder.rings))]
-    assert now == addresses
-    assert recorder.pages is table
-
-
-@pytest.mark.parametrize("ring_dtype", [torch.float32, FP8, FP4], ids=str)
-def test_a_step_in_one_call_is_its_layers_some_at_a_time(ring_dtype: torch.dtype) -> None:
-    """Same bytes; and a step that broke off leaves nothing behind in the next one."""
-    recorders = [make(layers=3, pages=4, ring_dtype=ring_dtype) for _ in range(2)]
-    for recorder in recorders:
-        acquire(recorder, 1, 2, since=0)
-        acquire(recorder, 3, 1, since=0)
-        flush(recorder)
-    generator = torch.Generator().manual_seed(1)
-    rows, positions = torch.tensor([1, 2, 3]), torch.tensor([5, 9, 7])
-    stale = torch.randn(3, 4 * DIM, generator=generator)
-    recorders[0].record(KERNELS, 0, stale, rows, positions)
-    for layer in range(3):
-        queries = 500 * torch.randn(3, 4 * DIM, generator=generator)
-        for recorder, kernels in zip(recorders, (KERNELS, BY_TWOS), strict=True):
-            recorder.record(kernels, layer, queries, rows, positions)
-    for ours, theirs in zip(recorders[0].rings, recorders[1].rings, strict=True):
-        for mine, other in zip(ours.parts, theirs.parts, strict=True):
-            assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
-        assert ours.queries.view(torch.uint8).count_nonzero() > 0

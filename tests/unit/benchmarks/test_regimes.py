@@ -1,0 +1,102 @@
+"""Figures by regime."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from quality import decode, encode
+
+from kara_sglang.benchmarks.quality import (
+    regimes,
+    rows,
+)
+from kara_sglang.benchmarks.quality.script import (
+    Cell,
+)
+from kara_sglang.embedded_model import transformers_name
+
+
+def test_facts_of_the_regimes_are_stated_once_and_asked_for_once():
+    script = regimes.script_of(encode, 3, window=256, windows=4, facts=5)
+    text = decode(script.forced)
+    kinds = Counter(probe.kind for probe in script.probes)
+    assert set(kinds) == {regimes.RESTATED, *regimes.ONCE}
+    first = -len(script.prompt) % 16
+    for probe in script.probes:
+        answer = text[probe.start : probe.stop].strip()
+        start = text.rfind("\n", 0, probe.start) + 1
+        line, before = text[start : probe.start], text[:start]
+        assert first + 4 * 256 <= probe.start, "asked for before all windows are full"
+        if probe.kind == regimes.RESTATED:
+            assert probe.back is None and answer.isdigit()
+            continue
+        if line.endswith(", which is"):  # of a chain's second half, or of a step
+            item = line.removesuffix(", which is").split("price of ")[-1]
+            stated = f"The price of {item} is "
+        else:
+            stated = line.replace("Recall: the", "The") + " "
+        assert before.count(stated) == 1 and before.split(stated)[1].startswith(answer + ".")
+        assert probe.back == (probe.start - before.index(stated)) // 256
+        if probe.kind in ("name", "copy", "use"):
+            item = stated.split()[3]
+            assert len(re.findall(rf"\b{item}\b", before)) == 1
+
+
+def test_the_running_total_is_right():
+    text = decode(regimes.script_of(encode, 0, window=256, windows=3, facts=5).forced)
+    prices = dict(re.findall(r"The price of (\w+) is (\d+)\.", text))
+    pattern = r"Step \d+: (add|take away) (the price of \w+, which is )?(\d+)\. The total is (\d+)\."
+    steps = re.findall(pattern, text)
+    assert len(steps) == text.count("Step ") > 20
+    total = None
+    for verb, what, price, said in steps:
+        if what:
+            assert prices[what.split()[3].strip(",")] == price
+        if total is not None:
+            total += int(price) if verb == "add" else -int(price)
+            assert int(said) == total and 100 <= total < 1000
+        total = int(said)
+
+
+def test_shares_of_the_regimes_are_paired_over_scripts(tmp_path: Path):
+    """Every answer of the full cache is right; another row loses what was stated once, except one
+    script's; the null row loses all of it."""
+    scripts = [regimes.script_of(encode, n, window=256, windows=3, facts=5) for n in range(3)]
+    compared = [rows.reference(256), *rows.selectors(["kara", "random"], 256, [0.5])]
+    for row in compared:
+        for number, script in enumerate(scripts):
+            top = []
+            for step in script.measured():
+                (probe,) = (p for p in script.probes if p.start <= step < p.stop)
+                lost = row.name == "random" or (row.name == "kara" and number)
+                top.append(probe.back is None or not lost)
+            none = [0.0] * len(top)
+            Cell(none, top, [0] * len(top), []).save(tmp_path, row.key, script.name)
+    full, kara, random = regimes.figures(scripts, tmp_path, compared)
+    assert [r["restated"]["share"][0] for r in (full, kara, random)] == [1, 1, 1]
+    asked = sum(p.back is not None for p in scripts[0].probes)
+    share = asked / full["once"]["asked"]
+    assert kara["once"]["share"][0] == pytest.approx(share)
+    assert kara["once"]["over_full"] == pytest.approx([share - 1, -1, 0])
+    assert kara["once"]["over_random"] == pytest.approx([share, 0, 1])
+    assert full["once"]["over_random"] is None
+    total = sum(found["asked"] for found in full["by_back"].values())
+    assert total == full["once"]["asked"] == sum(full[kind]["asked"] for kind in regimes.ONCE)
+    assert "| kara | 0.5 | 100.0 |" in regimes.table([full, kara, random])
+
+
+@pytest.mark.parametrize(
+    ("gguf", "name"),
+    [
+        ("blk.3.attn_q.bias", "model.layers.3.self_attn.q_proj.bias"),
+        ("blk.0.ffn_down.weight", "model.layers.0.mlp.down_proj.weight"),
+        ("output.weight", "lm_head.weight"),
+    ],
+)
+def test_names_of_the_coder_models_tensors(gguf: str, name: str):
+    assert transformers_name(gguf) == name
+    with pytest.raises(ValueError, match="unknown tensor"):
+        transformers_name("blk.0.attn_x.weight")

@@ -1,0 +1,78 @@
+"""Compressed prefixes, case by case."""
+
+from __future__ import annotations
+
+from prefixes import POOL, SHARED, Request, World, finished, looked_up
+
+from kara_sglang.radix_integration.prefix import layout_of, prefix_of
+from kara_sglang.radix_integration.row import Window
+
+
+def test_where_a_text_leaves_a_window_decides_what_is_reused() -> None:
+    """W of two pages at 12, R of one: 24 tokens are 3 + 1 + 1 pages of slots."""
+    world = World(page=4, seed=0)
+    finished(world, SHARED, windows=1)
+    assert looked_up(world, [*SHARED, 1]) == (24, 20)
+    assert looked_up(world, [*SHARED[:23], 6, 1]) == (20, 16)  # in the page behind the window
+    assert looked_up(world, [*SHARED[:20], 6, 6]) == (20, 16)  # right behind it
+    assert looked_up(world, [*SHARED[:19], 6, 6]) == (12, 12)  # inside: up to its start
+    assert looked_up(world, [*SHARED[:13], 6, 6]) == (12, 12)
+    assert looked_up(world, [*SHARED[:11], 6, 6]) == (8, 8)  # in the exact part
+    assert looked_up(world, SHARED) == (20, 16)  # the last token is never taken from the cache
+    assert looked_up(world, SHARED[:20]) == (12, 12)  # so a window that ends with the text is not
+    assert looked_up(world, [*SHARED, 1], b"quarter") == (12, 12)  # others' windows
+    assert looked_up(world, [*SHARED, 1], None) == (12, 12)  # opted out
+
+
+def test_exact_wins_and_the_compressed_copy_ages_out() -> None:
+    """Matching what is there twice touches the exact copy alone; LRU then takes the other."""
+    world = World(page=4, seed=0)
+    finished(world, SHARED, windows=1)
+    finished(world, SHARED, windows=0, settings=None)
+    assert looked_up(world, [*SHARED, 1]) == (24, 24)
+    assert POOL - world.allocator.available_size() == 24 + 8  # the window and the page behind it
+    world.evict(8)
+    assert world.cache.evictable_size() == 24
+    assert looked_up(world, [*SHARED, 1]) == (24, 24)
+    world.evict(8)  # the exact answer, which is one node
+    assert looked_up(world, [*SHARED, 1]) == (12, 12)
+
+
+def test_twins_share_one_copy() -> None:
+    """A second request with the same tokens and settings leaves nothing of its own behind."""
+    world = World(page=4, seed=0)
+    finished(world, SHARED, windows=1)
+    free = world.allocator.available_size()
+    finished(world, SHARED, windows=1)
+    assert world.allocator.available_size() == free
+
+
+def test_windows_that_were_chosen_differently_are_not_twins() -> None:
+    """Of all heads and of their mean: both stay, and the first that was there is not passed off as the
+    other. A third request may continue on either."""
+    world = World(page=4, seed=0)
+    for mark in ("all", "mean"):
+        free = world.allocator.available_size()
+        finished(world, SHARED, windows=1, mark=mark)
+        assert free - world.allocator.available_size() == (20 if mark == "all" else 8)
+    assert looked_up(world, [*SHARED, 1]) == (24, 20)
+
+
+def test_a_window_behind_a_reused_one() -> None:
+    """A continued text is compressed further on, and a third request continues that."""
+    world = World(page=4, seed=0)
+    finished(world, SHARED, windows=1)
+    req = Request(50, (None, None), b"half", [*SHARED, 1, 2, 3])
+    world.match(req)
+    world.prefill(req)
+    assert (req.prefix_len, req.kv.cache_protected_len, req.kv.kv_committed_len) == (24, 20, 23)
+    req.full_untruncated_fill_ids.extend([1] * 12)
+    assert world.grow(req, 35)
+    world.write_row(req)
+    req.kv.kv_committed_len = req.kv.kv_allocated_len = 35
+    world.compress(req, gap=0)
+    assert layout_of(req).windows[1] == Window(28, 24, 8, 4, "all")
+    world.release(req, checkpoint=True)
+    world.check()
+    assert looked_up(world, [*req.tokens, 5]) == (36, 28)
+    assert prefix_of(req).windows == ()
