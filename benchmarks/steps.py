@@ -9,7 +9,6 @@ no more. Windows are long enough that none is compressed in the steps that are t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import TorchKernels
 from kara_sglang.kernels.record import FP8
@@ -125,9 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         print("| " + " | ".join([name, *(f"{value:.1f}" for value in times)]) + " |", flush=True)
     if options.out:
         shown = command("kara_sglang.benchmarks.steps", argv or sys.argv[1:])
-        options.out.write_text(
-            json.dumps({"command": shown, "machine": machine(), "rows": rows}, indent=1)
-        )
+        write_json(options.out, {"command": shown, "machine": machine(), "rows": rows}, indent=1)
     return 0
 
 

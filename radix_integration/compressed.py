@@ -13,14 +13,9 @@ compression, because a compressed row is a row like any other whose key has one 
 * **lengths**: ``req.prefix_len`` stays logical, ``cache_protected_len`` and all else that counts slots
   is physical (:mod:`~kara_sglang.radix_integration.prefill`).
 
-Who owns which part of the row of a request that continues on a compressed prefix, in KV indices::
-
-    [0, protected)        the tree: exact part, windows, clean spans; never written, never moved
-    [protected, base)     the request: the rest of its prompt, then kept tokens of its own windows
-    [base, kv_len)        the request; uncompressed
-
-When it ends, the tree takes over all whole pages; where it holds a part already, the request's copy is
-freed and its row points to the tree's.
+On the map in ``row.py``, ``[0, protected)`` of a request that continues on a compressed prefix holds
+windows and clean spans, too. When it ends, the tree takes over all whole pages; where it holds a part
+already, the request's copy is freed and its row points to the tree's.
 """
 
 from __future__ import annotations
@@ -43,8 +38,9 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from kara_sglang.radix_integration.index import LayoutIndex
 from kara_sglang.radix_integration.keys import Text, first_stranger, physical_key, seed_of
-from kara_sglang.radix_integration.layout import Layout, LayoutIndex
+from kara_sglang.radix_integration.layout import Layout
 from kara_sglang.radix_integration.padding import padding_values
 from kara_sglang.radix_integration.prefix import PREFIX, Prefix, layout_of, prefix_of, removed
 

@@ -41,7 +41,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 
 from kara_sglang.benchmarks.gpu.floors import DATASHEET
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
-from kara_sglang.benchmarks.gpu.report import write
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
 from kara_sglang.kernels.record import FP4, FP8, PAGE, Ring, Step, blocks_of, most_blocks
@@ -473,7 +473,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = report(arguments.architectures)
     show(found)
-    write(found, arguments.output)
+    write_json(arguments.output, found, indent=2)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
-from kara_sglang.benchmarks.gpu.report import write
+from kara_sglang.benchmarks.output import write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +244,8 @@ def main() -> None:
     arguments = parser.parse_args()
     found = report(arguments.batch, arguments.context)
     show(found)
-    write({"versions": {"python": platform.python_version()}, **found}, arguments.output)
+    shown = {"versions": {"python": platform.python_version()}, **found}
+    write_json(arguments.output, shown, indent=2)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from kara_sglang.benchmarks import machine
 from kara_sglang.benchmarks.gpu.compiled import caught
 from kara_sglang.benchmarks.gpu.floors import Settings
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
-from kara_sglang.benchmarks.gpu.report import write
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
 from kara_sglang.kernels.record import FP8, PAGE, Ring, blocks_of
@@ -147,7 +147,7 @@ def main() -> None:
         "rows": rows,
     }
     show(report)
-    write(report, arguments.output)
+    write_json(arguments.output, report, indent=2)
 
 
 if __name__ == "__main__":

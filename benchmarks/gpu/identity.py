@@ -29,8 +29,8 @@ from typing import Any
 import requests
 
 from kara_sglang import cpu_engine
-from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.serving.peers import start
 from kara_sglang.benchmarks.serving.peers.sglang import SGLang
 from kara_sglang.benchmarks.serving.rows import STOCK, Row, rows
@@ -294,7 +294,7 @@ def main() -> int:
         for name, result in found.items():
             if isinstance(result, dict) and "equal" in result:
                 print(f"{backend}, {name}: {result['equal']} of {result['answers']} answers equal")
-        write(report, options.output)
+        write_json(options.output, report, indent=2)
     return 0 if good else 1
 
 

@@ -29,7 +29,7 @@ import triton
 from kara_sglang.benchmarks.gpu import floors
 from kara_sglang.benchmarks.gpu.floors import DATASHEET, Gpu, Settings, Work
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
-from kara_sglang.benchmarks.gpu.report import write
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import record as reference_record
 from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob, WindowShape
@@ -575,14 +575,14 @@ def main() -> None:
     stress_compact(Case(MODELS[0], Settings(), 8, layers=2), arguments.moves)
     print(f"compact: {arguments.moves} moves by one row, none wrong")
     report["checks"].append({"case": "compact", "moves": arguments.moves})
-    write(report, arguments.output)
+    write_json(arguments.output, report, indent=2)
     for model, key_dtype, query_bits in OTHER_CASES:
         settings = Settings(window=176, kept=80, delay=29, query_bits=query_bits)
         checks = check(Case(model, settings, 3, layers=2, key_dtype=key_dtype))
         name = f"{model.name}, {key_dtype}, queries of {query_bits} bits"
         print(f"{name}: correct: {checks}")
         report["checks"].append({"case": name, **checks})
-        write(report, arguments.output)
+        write_json(arguments.output, report, indent=2)
     for model in (model for model in MODELS if model.name in arguments.models):
         for window, bits, mean in itertools.product(arguments.windows, arguments.bits, (False, True)):
             settings = Settings(window=window, kept=window // 2, mean=mean, query_bits=bits)
@@ -604,7 +604,9 @@ def main() -> None:
                     "goals": goals(gpu, measured),
                 }
             )
-            write(report, arguments.output)  # what is done stays, should the next case crash
+            write_json(
+                arguments.output, report, indent=2
+            )  # what is done stays, should the next case crash
             del case
             torch.cuda.empty_cache()
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from kara_sglang.benchmarks.gpu.kernels import versions
-from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.benchmarks.machine import command, kind
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob, WindowShape
 from kara_sglang.kernels.record import FP8, PAGE, Ring, blocks_of, most_blocks, to_fp8
 from kara_sglang.kernels.score import AttentionRule
@@ -136,7 +136,7 @@ def main() -> None:
         largest = check(flashinfer, kernels, page, width=512, kept=256)
         print(f"flashinfer {flashinfer.__version__}, pages of {page}: largest difference {largest:.5f}")
         report["largest_difference"][f"pages of {page}"] = largest
-        write(report, options.output)
+        write_json(options.output, report, indent=2)
         if not largest < MOST:  # NaN fails, too
             raise SystemExit("paged_decode.py: FlashInfer does not see the retained tokens")
 

@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 
-from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.benchmarks.machine import machine
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.processes import end_group
 from kara_sglang.benchmarks.serving.server import end_on_sigterm
 
@@ -346,7 +346,7 @@ def main() -> int:
     status: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"steps": {}}
     status |= {"machine": machine(), "pid": os.getpid()}
     steps = status["steps"]
-    write(status, path)
+    write_json(path, status, indent=2)
     good = True
     for step in STEPS:
         if step.name not in options.only if options.only else step.more:
@@ -368,14 +368,14 @@ def main() -> int:
             if done or not step.goes_on:
                 keep_aside(options.out / step.name)
             steps[step.name] = {"ended": "the programme was cut off", "good": False}
-            write(status, path)
+            write_json(path, status, indent=2)
             words = command(step, options.out, given, options.rehearse)
             print(f"{step.name}: {step.what}", flush=True)
             found = run(step, words, options.out, 60 * step.minutes, given)
             good &= found["good"]
         print(f"{step.name}: {found.get('not_run') or found['ended']}", flush=True)
         steps[step.name] = found
-        write(status, path)
+        write_json(path, status, indent=2)
     print(json.dumps(steps, indent=1))
     return 0 if good else 1
 

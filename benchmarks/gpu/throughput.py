@@ -39,8 +39,8 @@ import aiohttp
 from kara_sglang import cpu_engine
 from kara_sglang.benchmarks.gpu.dummy import CONFIGS, kv_bytes, write_config
 from kara_sglang.benchmarks.gpu.profiled import profile
-from kara_sglang.benchmarks.gpu.report import write
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.serving.peers import PEERS, start
 from kara_sglang.benchmarks.serving.rows import STOCK, rows
 from kara_sglang.benchmarks.serving.server import Server, end_on_sigterm
@@ -455,7 +455,7 @@ def main(arguments: list[str]) -> int:
                     options.profile_steps,
                 )
                 report["profiles"].append({"group": group, "row": row.name} | found)
-                write(report, options.output)
+                write_json(options.output, report, indent=2)
             for repetition, point, row in todo:
                 if time.monotonic() - began > options.seconds:
                     print(f"{options.seconds:.0f} s are over: {row.name} and later are not run")
@@ -471,7 +471,7 @@ def main(arguments: list[str]) -> int:
                     {"group": group, "point": point, "row": row.name, "repetition": repetition} | found
                 )
                 report["summary"] = summary(report["runs"])
-                write(report, options.output)
+                write_json(options.output, report, indent=2)
                 print(
                     f"{time.monotonic() - began:.0f} s: {group} {point} {row.name} "
                     f"#{repetition}: {found['output_tokens_per_s']:.0f} tok/s, "

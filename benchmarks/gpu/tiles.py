@@ -33,7 +33,7 @@ from kara_sglang.benchmarks.gpu.kernels import (
     versions,
 )
 from kara_sglang.benchmarks.gpu.models import MODELS
-from kara_sglang.benchmarks.gpu.report import write
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.kernels.triton import prepare, score
 from kara_sglang.kernels.triton.score import Tile, Tiles
 
@@ -185,7 +185,7 @@ def main() -> None:
             f"{time.monotonic() - start:5.1f} s {candidate.kernel}, {candidate.label}: {outcome}",
             flush=True,
         )
-        write(report, arguments.output)
+        write_json(arguments.output, report, indent=2)
     show(report["results"], arguments.jobs)
 
 

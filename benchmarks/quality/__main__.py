@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
 from kara_sglang.benchmarks.machine import command, kind
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import campaign, report, rows, texts
 from kara_sglang.benchmarks.quality.engine import EngineFailed, engine_arguments
-from kara_sglang.benchmarks.quality.script import write_json
 from kara_sglang.benchmarks.serving.server import end_on_sigterm
 from kara_sglang.config import PRESETS, KaraConfig
 from kara_sglang.embedded_model import EmbeddedModelMissing, embedded_model_path

@@ -33,12 +33,12 @@ from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import coder_model
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE
 from kara_sglang.benchmarks.quality.estimates import share_interval
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.pace import fastest
-from kara_sglang.benchmarks.quality.script import write_json
 from kara_sglang.benchmarks.quality.texts import DATA
 from kara_sglang.benchmarks.serving.peers import PEERS, start
 from kara_sglang.benchmarks.serving.rows import Row as ServedRow

@@ -35,12 +35,13 @@ from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import campaign
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.pace import fastest
 from kara_sglang.benchmarks.quality.rows import Row, reference, selectors
-from kara_sglang.benchmarks.quality.script import Cell, Probe, Script, write_json
+from kara_sglang.benchmarks.quality.script import Cell, Probe, Script
 from kara_sglang.benchmarks.quality.tasks import NAMES, SETTLE, WORDS, Encode, encoder
 from kara_sglang.benchmarks.serving.server import end_on_sigterm
 from kara_sglang.embedded_model import EmbeddedModelMissing, embedded_model_path

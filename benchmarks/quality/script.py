@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from kara_sglang.benchmarks.output import write_json
 
 FOLDER_ENV = "KARA_QUALITY_FOLDER"
 """Names the run folder; only a process that the instrument has started has it."""
@@ -130,11 +131,3 @@ def cell_path(folder: Path, row: str, script: str) -> Path:
 def reference_path(folder: Path, script: str) -> Path:
     """Log-probabilities of the full cache, shape ``(len(compared), vocab)``, float32."""
     return folder / "reference" / f"{script}.npy"
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write ``value`` so that whoever sees the file sees all of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(value))
-    scratch.rename(path)

@@ -29,6 +29,7 @@ import requests
 
 from kara_sglang import cpu_engine
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.peers import PEERS, start
 from kara_sglang.benchmarks.serving.rows import STOCK, Row
@@ -300,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     print(text)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(answer, indent=1))
+        write_json(options.out, answer, indent=1)
         head = f"`{shown}` on a {answer['machine']['kind']}\n\n"
         options.out.with_suffix(".md").write_text(head + text)
         draw(found, sizes, options.out.with_suffix(".png"))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import json
 import random
 import statistics
 import sys
@@ -33,6 +32,7 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.radix_integration.compressed import CompressedRadixCache
 from kara_sglang.radix_integration.keys import Text, physical_key, seed_of
 from kara_sglang.radix_integration.layout import Layout
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
             "text": TEXT,
             "window": WINDOW,
         }
-        arguments.out.write_text(json.dumps(about | {"cases": results}, indent=1) + "\n")
+        write_json(arguments.out, about | {"cases": results}, indent=1)
     return 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import sglang as sgl
 
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.frontend.backend import EndpointError, KaraEndpoint, gen
 from kara_sglang.frontend.records import Step
 
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         shown = command("kara_sglang.benchmarks.reuse.modes", sys.argv[1:] if argv is None else argv)
         turns = [{"text": subject} | dataclasses.asdict(one) for subject, one in found]
         answer = {"command": shown, "machine": machine(), "settings": endpoint.settings, "turns": turns}
-        options.out.write_text(json.dumps(answer, indent=1))
+        write_json(options.out, answer, indent=1)
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from kara_sglang import cpu_engine
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.serving import scenarios
 from kara_sglang.benchmarks.serving.rows import rows
 from kara_sglang.benchmarks.serving.setup import GPU_SCALE, Setup, resolve_model
@@ -200,7 +201,7 @@ def execute(
     print(tables)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(answer, indent=1))
+        write_json(options.out, answer, indent=1)
         head = f"`{shown}` on a {answer['machine']['kind']}\n\n"
         options.out.with_suffix(".md").write_text(head + tables)
         draw(results, options.out.with_suffix(""))

@@ -24,6 +24,7 @@ import psutil
 
 import kara_sglang
 from kara_sglang.benchmarks.machine import machine
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.serving.peers import PEERS, start
 from kara_sglang.benchmarks.serving.rows import Row
 from kara_sglang.benchmarks.serving.server import Server, end_on_sigterm
@@ -132,7 +133,7 @@ def main() -> int:
     }
     print(json.dumps(answer, indent=1))
     if options.out:
-        options.out.write_text(json.dumps(answer, indent=1))
+        write_json(options.out, answer, indent=1)
     return 0
 
 

@@ -21,9 +21,7 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from kara_sglang.radix_integration.compressed import CompressedRadixCache
-from kara_sglang.radix_integration.layout import (
-    LayoutIndex,
-)
+from kara_sglang.radix_integration.index import LayoutIndex
 from kara_sglang.radix_integration.prefix import forget_match, layout_of
 from kara_sglang.radix_integration.row import STATE, Window, ceil_align
 

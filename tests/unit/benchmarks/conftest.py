@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kara_sglang.benchmarks.quality import (
-    report,
-)
+from kara_sglang.benchmarks.quality import report
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.rows import Part, Row
 from kara_sglang.benchmarks.quality.script import (

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kara_sglang.benchmarks.quality import (
-    instrument,
-)
+from kara_sglang.benchmarks.quality import instrument
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.script import (
     FOLDER_ENV,

@@ -11,12 +11,8 @@ import pytest
 from places import ROOT
 from quality import fill
 
-from kara_sglang.benchmarks.quality import (
-    estimates,
-    report,
-    rows,
-    search,
-)
+from kara_sglang.benchmarks.quality import estimates, report, rows
+from kara_sglang.benchmarks.research import search
 
 
 def test_means_have_standard_errors():

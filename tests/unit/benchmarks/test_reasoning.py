@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kara_sglang.benchmarks.quality import (
-    pace,
-    reasoning,
-    report,
-    texts,
-)
+from kara_sglang.benchmarks.quality import pace, reasoning, report, texts
 from kara_sglang.benchmarks.quality.pace import Pace
 
 

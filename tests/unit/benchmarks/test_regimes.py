@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 from quality import decode, encode
 
-from kara_sglang.benchmarks.quality import (
-    regimes,
-    rows,
-)
+from kara_sglang.benchmarks.quality import regimes, rows
 from kara_sglang.benchmarks.quality.script import (
     Cell,
 )

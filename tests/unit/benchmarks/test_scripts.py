@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 from quality import decode, encode
 
-from kara_sglang.benchmarks.quality import (
-    tasks,
-    texts,
-)
+from kara_sglang.benchmarks.quality import tasks, texts
 from kara_sglang.benchmarks.quality.script import (
     Cell,
     Probe,

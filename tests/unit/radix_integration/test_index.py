@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from kara_sglang.radix_integration import keys
-from kara_sglang.radix_integration.keys import Text, physical_key
-from kara_sglang.radix_integration.layout import (
+from kara_sglang.radix_integration.index import (
     MOST_FOLLOWERS,
     MOST_STARTS,
     MOST_TRIES,
-    Layout,
     LayoutIndex,
     tries_of_a_look,
 )
+from kara_sglang.radix_integration.keys import Text, physical_key
+from kara_sglang.radix_integration.layout import Layout
 from kara_sglang.radix_integration.row import Window
 
 

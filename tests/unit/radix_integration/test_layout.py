@@ -8,9 +8,7 @@ from random import Random
 import pytest
 
 from kara_sglang.radix_integration.keys import FIRST_ID, Text, physical_key, seed_of
-from kara_sglang.radix_integration.layout import (
-    Layout,
-)
+from kara_sglang.radix_integration.layout import Layout
 from kara_sglang.radix_integration.row import VOTERS, Window
 
 

@@ -1,6 +1,6 @@
 """Compares selectors on texts without a server, by replay: for the search, not for the report.
 
-    python -m kara_sglang.benchmarks.quality.search --window 128 --retain 0.5 --out sweep.json \\
+    python -m kara_sglang.benchmarks.research.search --window 128 --retain 0.5 --out sweep.json \\
         kara:chunks=0 kara:value=2
 
 Rows are ``paper`` (the paper's preset), ``kara`` (the defaults), any other selector, or a point of the
@@ -23,11 +23,13 @@ import torch
 from tqdm import tqdm
 
 from kara_sglang.benchmarks import marked
-from kara_sglang.benchmarks.quality import campaign, rows, tasks, texts, variants
+from kara_sglang.benchmarks.output import write_json
+from kara_sglang.benchmarks.quality import campaign, rows, tasks, texts
 from kara_sglang.benchmarks.quality.estimates import Estimate, mean, observe
-from kara_sglang.benchmarks.quality.replay import Plan, Replay
-from kara_sglang.benchmarks.quality.script import Script, write_json
+from kara_sglang.benchmarks.quality.script import Script
 from kara_sglang.benchmarks.quality.tasks import Layout
+from kara_sglang.benchmarks.research import variants
+from kara_sglang.benchmarks.research.replay import Plan, Replay
 from kara_sglang.config import KaraConfig
 from kara_sglang.embedded_model import embedded_model_path
 from kara_sglang.kernels import selectors
@@ -150,7 +152,7 @@ def main() -> int:
         print(table(json.loads(options.show.read_text())["rows"], "kara"))
         return 0
     if options.into:
-        folder = Path(__file__).parents[1] / "results" / "quality"
+        folder = Path(__file__).resolve().parents[1] / "results" / "quality"
         options.into.write_text(put_into(options.into.read_text(), folder))
         return 0
     from transformers import AutoTokenizer
