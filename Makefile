@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help serve test test-sglang test-triton style types venv check-wheel gpu-bundle clean
+.PHONY: help serve test test-sglang test-triton style tables types venv check-wheel gpu-bundle clean
 .NOTPARALLEL:
 
 PORT ?= 30000
@@ -54,6 +54,7 @@ help:
 	@echo 'make test-triton VERSION=3.6.0    the tests of the kernels on another Triton; ARGS="..." as above'
 	@echo 'make style   ruff check and ruff format --check'
 	@echo 'make types   mypy, strict'
+	@echo 'make tables  write the tables in the documents anew: of the code, and of committed results'
 	@echo 'make venv    only set up .venv; PIP_ARGS="..." goes to pip'
 	@echo 'make check-wheel  build sdist and wheel into dist/, and try the wheel in a clean environment'
 	@echo 'make gpu-bundle  what a GPU machine without a network needs, in parts, into .gpukit (7 minutes)'
@@ -99,6 +100,15 @@ $(VENV)/triton-%/ready:
 style: $(TEST_TOOLS)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+
+tables: $(ENGINE) $(PACKAGE)
+	@$(PY) docs/render.py
+	@$(PY) -m kara_sglang.benchmarks.serving.tables README.md docs/throughput.md \
+	  benchmarks/results/serving/README.md
+	@$(PY) -m kara_sglang.benchmarks.quality.report --into README.md docs/quality.md
+	@for document in docs/quality.md benchmarks/results/quality/README.md; do \
+	  $(PY) -m kara_sglang.benchmarks.research.search --into $$document; done
+	@$(PY) -m kara_sglang.benchmarks.gpu.tables benchmarks/results/gpu/README.md docs/kernels.md
 
 types: $(ENGINE) $(TEST_TOOLS)
 	@$(PY) -m mypy

@@ -1,92 +1,26 @@
-"""The documents list exactly what the code has. Run as a program: writes the rendered tables anew."""
+"""The documents list exactly what the code has."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import re
 from pathlib import Path
 
 import pytest
+import render
 from places import ROOT
 
-from kara_sglang import hooks, options
+from kara_sglang import options
 from kara_sglang.benchmarks.serving import tables
 from kara_sglang.config import FLAGS, PRESETS, KaraConfig
 from kara_sglang.kernels.selectors import REGISTRY
-from kara_sglang.launcher import flags, refusals
 
 README = ROOT / "README.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 THROUGHPUT = ROOT / "docs" / "throughput.md"
-UPGRADING = ROOT / "docs" / "upgrading-sglang.md"
 USAGE = ROOT / "docs" / "usage.md"
-LIMITS = ROOT / "docs" / "limits.md"
-
-_SETTINGS = re.compile(r"(?<=<!-- settings -->\n).*(?=<!-- end of settings -->)", re.DOTALL)
-_EXPERIMENTS = re.compile(r"(?<=<!-- experiments -->\n).*(?=<!-- end of experiments -->)", re.DOTALL)
-_FLAGS = re.compile(r"(?<=<!-- flags -->\n).*(?=<!-- end of flags -->)", re.DOTALL)
-_REFUSALS = re.compile(r"(?<=<!-- refusals -->\n).*(?=<!-- end of refusals -->)", re.DOTALL)
-_GONE_TABLE = re.compile(r"(?<=<!-- gone -->\n).*(?=<!-- end of gone -->)", re.DOTALL)
-
-
-def gone_table() -> str:
-    """What would make each hook needless, in Markdown; stand-ins follow what they stand in for."""
-    lines = ["| target | gone when |", "|---|---|"]
-    for hook in hooks.ALL_HOOKS:
-        lines.append(f"| `{hook.target}` | {hook.gone} |")
-        lines += [f"| or else `{one.target}` | {one.gone} |" for one in hook.otherwise]
-    return "\n".join(lines) + "\n"
-
-
-def refusal_table() -> str:
-    """Flags that do not go with compression, by group, in Markdown."""
-    groups = {group: [flag for flag, _ in flags] for group, flags in refusals.FLAGS.items()}
-    groups["Environment variables"] = [f"{name}=1" for name in refusals.ENVIRONMENT]
-    lines = ["| group | refused |", "|---|---|"]
-    for group, names in groups.items():
-        shown = (re.sub(r"^(\S+)", r"`\1`", name) for name in names)
-        lines.append(f"| {group} | {', '.join(shown)} |")
-    return "\n".join(lines) + "\n"
-
-
-def settings_table(*, experiments: bool) -> str:
-    """All that is said of the settings, in Markdown."""
-    lines = ["| setting | how to give it | unit | default | meaning |", "|---|---|---|---|---|"]
-    for one in dataclasses.fields(KaraConfig):
-        about, default = one.metadata, json.dumps(one.default).strip('"')
-        if about["experiment"] is experiments:
-            given = f"`{about['flag']}`" if about["flag"] else "key"
-            cells = (f"`{one.name}`", given, about["unit"], f"`{default}`", about["text"])
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def flags_table() -> str:
-    """The flags, with the first sentence about each."""
-    lines = ["| flag | unit | default | meaning |", "|---|---|---|---|"]
-    for one in dataclasses.fields(KaraConfig):
-        about = one.metadata
-        if about["flag"]:
-            first = flags.plain(re.split(r"(?<=\.) ", about["text"])[0])
-            default = "none" if one.name == "selector" else about["absent"] or one.default
-            lines.append(f"| `{about['flag']}` | {about['unit']} | {default} | {first} |")
-    lines.append(
-        "| `--kv-compress-config` | JSON object or file | | everything else, for example "
-        "`'{\"delay\": 32}'` |"
-    )
-    return "\n".join(lines) + "\n"
-
-
-RENDERED = (
-    (CONFIGURATION, _SETTINGS, settings_table(experiments=False)),
-    (CONFIGURATION, _EXPERIMENTS, settings_table(experiments=True)),
-    (README, _FLAGS, flags_table()),
-    (UPGRADING, _GONE_TABLE, gone_table()),
-    (LIMITS, _REFUSALS, refusal_table()),
-)
 
 
 def table(path: Path, marker: str) -> list[list[str]]:
@@ -105,11 +39,11 @@ def bare(cell: str) -> str:
     return cell.strip("`")
 
 
-@pytest.mark.parametrize("path,pattern,made", RENDERED)
+@pytest.mark.parametrize("path,pattern,made", render.TABLES)
 def test_rendered_tables_are_the_codes(path: Path, pattern: re.Pattern, made: str):
     found = pattern.search(path.read_text())
     assert found is not None
-    assert found[0] == made, "run python tests/unit/repository/test_docs.py"
+    assert found[0] == made, "run make tables"
     assert made.count("\n") > 5
 
 
@@ -244,8 +178,3 @@ def test_links_between_the_documents_lead_somewhere():
     for path in (README, ROOT / "CHANGELOG.md", *pages, *results):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
-
-
-if __name__ == "__main__":
-    for path, pattern, made in RENDERED:
-        path.write_text(pattern.sub(lambda _match, made=made: made, path.read_text()))
