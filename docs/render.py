@@ -1,6 +1,7 @@
 """Writes the tables that say what the code has: ``python docs/render.py``.
 
-``make tables`` writes those of committed results, too. A table stands between the lines ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
+``make tables`` writes those of committed results, too. A table stands between the lines
+``<!-- NAME -->`` and ``<!-- end of NAME -->``.
 """
 
 from __future__ import annotations
