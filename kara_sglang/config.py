@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ ENV = "SGLANG_KV_COMPRESS"
 """Settings as a selector's name or a JSON object; the launcher hands them to its children in it."""
 
 NONE = "none"
+
+AUTO_GAIN = 2048
+"""N of ``prefix_reuse`` ``auto``."""
+
+_PREFIX_REUSE = re.compile(r"exact|compressed|auto(:[1-9]\d{0,6})?")
 
 Score = Literal["sum", "sum_v", "l2", "l2_v", "l2_v4", "l2_v4_k"]
 SELECTORS: tuple[str, ...] = tuple(REGISTRY)
@@ -108,11 +114,12 @@ class KaraConfig:
         flag="--kv-compress-query-mem-gb",
         absent="as needed",
     )
-    prefix_reuse: Literal["exact", "compressed"] = setting(
+    prefix_reuse: str = setting(
         "exact",
         "name",
         "What the prefix cache keeps of a compressed request: its prompt (`exact`), or its compressed "
-        "output as well (`compressed`). See [below](#compressed-prefixes).",
+        "output as well (`compressed`, `auto`). `auto` takes a compressed prefix only where it reaches "
+        "2,048 tokens farther than exact KV, `auto:N` N tokens. See [below](#compressed-prefixes).",
         flag="--kv-compress-prefix-reuse",
     )
     delay: int = setting(
@@ -278,6 +285,17 @@ class KaraConfig:
             return self.query_mem_gb * 2**30 >= 1
         return REGISTRY[self.selector].needs_queries
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether compressed rows enter the prefix cache."""
+        return self.prefix_reuse != "exact"
+
+    @property
+    def least_gain(self) -> int:
+        """Tokens that a compressed prefix must reach farther than exact KV to be taken."""
+        mode, _, tokens = self.prefix_reuse.partition(":")
+        return int(tokens or AUTO_GAIN) if mode == "auto" else 1
+
     def ring_dtype(self, model: torch.dtype) -> torch.dtype:
         """What recorded queries are stored as, of a model whose own are ``model``."""
         return {"fp4": FP4, "fp8": FP8, "model": model}[self.query_dtype]
@@ -301,11 +319,11 @@ class KaraConfig:
                 f"of it in pages of {page_size}; keep less, or use a larger --kv-compress-window"
             )
         shares = whole or self.may_share(self.kept(page_size))
-        if self.prefix_reuse == "compressed" and not shares:
+        if self.shares_prefixes and not shares:
             raise ValueError(
                 f"--kv-compress-retain {self.retain:g} keeps a single token of a window of "
                 f"{self.window}, too few to tell windows apart with --kv-compress-prefix-reuse "
-                "compressed; keep more"
+                f"{self.prefix_reuse}; keep more"
             )
 
     def check_context(self, context_length: int, page_size: int) -> None:
@@ -354,6 +372,7 @@ _RANGES = (
     ("window", lambda v: 1 <= v <= 65536, "between 1 and 65536 tokens"),
     ("retain", lambda v: 0 < v <= 1, "a share with 0 < retain <= 1"),
     ("query_mem_gb", lambda v: v is None or 0 <= v <= 1e6, "between 0 and 1000000 (GiB)"),
+    ("prefix_reuse", _PREFIX_REUSE.fullmatch, "exact, compressed, auto, or auto:N with N tokens"),
     ("delay", lambda v: 0 <= v <= 65536, "between 0 and 65536 tokens"),
     ("neighbours", lambda v: 1 <= v <= 255 and v % 2, "an odd number of tokens, 1 to 255"),
     ("chunk_budget", lambda v: 0 <= v <= 1, "a share of the kept tokens between 0 and 1"),

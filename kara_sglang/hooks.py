@@ -322,7 +322,7 @@ ALL_HOOKS = (*CLI_HOOKS, *LAUNCHER_HOOKS, *SCHEDULER_HOOKS, *SHARING_HOOKS)
 
 def scheduler_hooks(config: KaraConfig) -> tuple[Hook, ...]:
     """The hooks of a scheduler process with these settings."""
-    sharing = SHARING_HOOKS if config.prefix_reuse == "compressed" else ()
+    sharing = SHARING_HOOKS if config.shares_prefixes else ()
     return fitting((*SCHEDULER_HOOKS, *sharing))
 
 

@@ -66,10 +66,10 @@ class RequestOptions:
                 "(--kv-compress-query-mem-gb is 0); choose "
                 + " or ".join(name for name, kind in REGISTRY.items() if not kind.needs_queries)
             )
-        if fields.get("prefix") == "compressed" and config.prefix_reuse != "compressed":
+        if fields.get("prefix") == "compressed" and not config.shares_prefixes:
             raise ValueError(
                 f"{KEY}.prefix 'compressed' needs a server that shares compressed prefixes; start it "
-                "with --kv-compress-prefix-reuse compressed, or leave the field out"
+                "with --kv-compress-prefix-reuse compressed or auto, or leave the field out"
             )
         return cls(**fields)
 

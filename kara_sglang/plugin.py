@@ -35,7 +35,7 @@ def register() -> None:
     config = active() if multiprocessing.parent_process() is not None and schedules else None
     if config is not None:
         hooks.register(hooks.scheduler_hooks(config))
-        if config.prefix_reuse == "compressed":
+        if config.shares_prefixes:
             from kara_sglang.radix_integration.compressed import register_backend
 
             register_backend(hooks.CACHE_BACKEND)

@@ -42,7 +42,7 @@ from kara_sglang.radix_integration.index import LayoutIndex
 from kara_sglang.radix_integration.keys import Text, first_stranger, physical_key, seed_of
 from kara_sglang.radix_integration.layout import Layout
 from kara_sglang.radix_integration.padding import padding_values
-from kara_sglang.radix_integration.prefix import PREFIX, Prefix, layout_of, prefix_of, removed
+from kara_sglang.radix_integration.prefix import PREFIX, Prefix, Sharing, layout_of, prefix_of, removed
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -64,8 +64,8 @@ class CompressedRadixCache(UnifiedRadixCache):
 
     Attributes
     ----------
-    settings_of : callable
-        ``Req`` -> the settings of its windows as bytes, None where it takes and leaves exact KV only.
+    sharing_of : callable
+        ``Req`` -> its :class:`Sharing`, None where it takes and leaves exact KV only.
         Until the coordinator has set it, nobody takes part.
     vocab_size : int
         Token ids of the model are smaller; nothing is a token before the coordinator has set it.
@@ -75,7 +75,7 @@ class CompressedRadixCache(UnifiedRadixCache):
     """
 
     def __init__(self, params: CacheInitParams) -> None:
-        self.settings_of: Callable[[Req], bytes | None] = lambda _req: None
+        self.sharing_of: Callable[[Req], Sharing | None] = lambda _req: None
         self.vocab_size = 0
         self.layouts = LayoutIndex()
         self.debug_checks = False
@@ -103,9 +103,10 @@ class CompressedRadixCache(UnifiedRadixCache):
             return super().match_prefix(params)
         prefix = self._prefix(params.req)
         prefix.windows = ()
+        prefix.passed_over = 0
         found = None
-        if prefix.settings is not None and not envs.SGLANG_RADIX_FORCE_MISS.get():
-            found = self._find(prefix.settings, params.key)
+        if prefix.sharing is not None and not envs.SGLANG_RADIX_FORCE_MISS.get():
+            found = self._find(prefix, prefix.sharing, params.key)
         if found is None:
             return super().match_prefix(params)
         key, layout = found
@@ -134,7 +135,7 @@ class CompressedRadixCache(UnifiedRadixCache):
         unsigned = np.frombuffer(ids, dtype=np.uint64)
         return bool(np.isin(unsigned[unsigned >= self.vocab_size], np.array(own, np.uint64)).all())
 
-    def _find(self, settings: bytes, key: RadixKey) -> tuple[RadixKey, Layout] | None:
+    def _find(self, prefix: Prefix, sharing: Sharing, key: RadixKey) -> tuple[RadixKey, Layout] | None:
         """The physical key under which more of the text is cached than under its tokens.
 
         Looks only (``match_full_device_prefix``), so that the loser of the comparison ages.
@@ -150,17 +151,21 @@ class CompressedRadixCache(UnifiedRadixCache):
         # The exact part of a compressed row is an exact prefix, so nothing can start behind it.
         if exact == 0 or exact >= len(tokens) // self.page_size * self.page_size:
             return None
-        seed = seed_of(settings, key.extra_key, key.cache_salt)
+        seed = seed_of(sharing.settings, key.extra_key, key.cache_salt)
         found = self.layouts.longest(seed, tokens, exact, cached)
         if found is None:
             return None
         layout, ids = found
+        gain = layout.tokens(len(ids)) - exact
+        if gain < sharing.least:
+            prefix.passed_over = gain
+            return None
         return RadixKey(ids, key.extra_key, cache_salt=key.cache_salt), layout
 
     def _prefix(self, req: Req) -> Prefix:
         prefix = prefix_of(req)
         if prefix is None:
-            prefix = Prefix(self.settings_of(req))
+            prefix = Prefix(self.sharing_of(req))
             setattr(req, PREFIX, prefix)
         return prefix
 
@@ -183,10 +188,10 @@ class CompressedRadixCache(UnifiedRadixCache):
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
             return
         text, prompt = req.full_untruncated_fill_ids, req.origin_input_ids
-        settings = self._prefix(req).settings
-        if settings is None:
+        sharing = self._prefix(req).sharing
+        if sharing is None:
             raise RuntimeError(f"kv-compress: request {req.rid} does not share its windows")
-        seed = seed_of(settings, req.extra_key, req.cache_salt)
+        seed = seed_of(sharing.settings, req.extra_key, req.cache_salt)
         tokens = memoryview(text)
         ids = physical_key(Text(seed, tokens), layout.windows)
         slots = up_to if req.finished() else layout.slots(up_to)

@@ -15,14 +15,31 @@ PREFIX = "kv_compress_prefix"
 """Attribute of SGLang's ``Req`` that holds its :class:`Prefix`, from its first match on."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How a request shares compressed prefixes.
+
+    Attributes
+    ----------
+    settings
+        What decides which tokens of its windows are kept. Requests share where this is the same.
+    least
+        Tokens that a compressed prefix must reach farther than exact KV to be taken, at least 1.
+    """
+
+    settings: bytes
+    least: int = 1
+
+
 @dataclass(slots=True)
 class Prefix:
-    """One request's part in compressed prefixes."""
+    """What one request has found."""
 
-    settings: bytes | None  # of its windows; None: it takes and leaves exact KV only
+    sharing: Sharing | None  # None: it takes and leaves exact KV only
     windows: tuple[Window, ...] = ()  # in the prefix that it matched last
     reused_tokens: int = 0  # of its cached tokens: those from the first reused window on
     reused_slots: int = 0  # that hold them
+    passed_over: int = 0  # tokens that a compressed prefix held beyond exact KV, too few to take it
 
 
 def prefix_of(req: Req) -> Prefix | None:

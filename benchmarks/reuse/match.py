@@ -36,6 +36,7 @@ from kara_sglang.benchmarks.output import write_json
 from kara_sglang.radix_integration.compressed import CompressedRadixCache
 from kara_sglang.radix_integration.keys import Text, physical_key, seed_of
 from kara_sglang.radix_integration.layout import Layout
+from kara_sglang.radix_integration.prefix import Sharing
 from kara_sglang.radix_integration.row import Window
 
 TEXT, WINDOW, KEPT, VOCAB = 131_072, 512, 256, 100_000
@@ -119,7 +120,7 @@ def build(case: Case, text: array[int]) -> CompressedRadixCache:
             tree_components=(ComponentType.FULL,),
         )
     )
-    cache.settings_of, cache.vocab_size = lambda _req: SETTINGS, VOCAB
+    cache.sharing_of, cache.vocab_size = lambda _req: Sharing(SETTINGS), VOCAB
 
     def insert(ids: array[int]) -> None:
         # Slots of its own; nobody frees them.

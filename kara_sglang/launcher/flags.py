@@ -160,7 +160,7 @@ def check_server_args(_result: None, record: Any) -> None:
         config.check_context(model_config_of(record).context_len, resolved.page_size)
         if config.trace is not None:
             prepare_folder(config.trace)
-        if config.prefix_reuse == "compressed":
+        if config.shares_prefixes:
             declare_resolution(record, "kara_sglang", radix_cache_backend=hooks.CACHE_BACKEND)
         versions.warn_if_untested()
         plugin.set_launched(config)

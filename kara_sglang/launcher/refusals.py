@@ -140,9 +140,9 @@ def of_flags(resolved: Any) -> list[str]:
 
 def of_sharing(resolved: Any, config: KaraConfig) -> list[str]:
     """Refusals that concern compressed prefixes only, one line each."""
-    if config.prefix_reuse != "compressed":
+    if not config.shares_prefixes:
         return []
-    return _used(_SHARING_FLAGS, resolved, "--kv-compress-prefix-reuse compressed")
+    return _used(_SHARING_FLAGS, resolved, f"--kv-compress-prefix-reuse {config.prefix_reuse}")
 
 
 def of_entry(record: Any) -> list[str]:

@@ -97,8 +97,8 @@ class Coordinator:
         self._acting = False  # whether the policy did when it was asked last
         self._sizes: tuple[int, int] | None = None  # of batch and queue then; None: ask again
         self._arrivals = 0
-        if config.prefix_reuse == "compressed":
-            scheduler.tree_cache.settings_of = lambda req: self.terms_of(req).sharing
+        if config.shares_prefixes:
+            scheduler.tree_cache.sharing_of = lambda req: self.terms_of(req).sharing
             scheduler.tree_cache.vocab_size = scheduler.model_config.vocab_size
             scheduler.tree_cache.debug_checks = config.debug_checks
 
@@ -118,6 +118,8 @@ class Coordinator:
         if terms.skipped is None:
             selector = self._selectors[terms.selector]
             prefix = prefix_of(req)
+            if prefix is not None:
+                self.totals.tokens_computed_again += prefix.passed_over
             windows = list(prefix.windows) if prefix is not None else []
             state = RequestState(
                 selector=selector,
@@ -129,7 +131,7 @@ class Coordinator:
                 removed=sum(window.freed for window in windows),
                 windows=windows,
                 reused=len(windows),
-                shares=prefix is not None and prefix.settings is not None,
+                shares=prefix is not None and prefix.sharing is not None,
             )
         else:
             self.totals.skip(terms.skipped)

@@ -21,6 +21,7 @@ class Totals:
     without_queries: int = 0  # windows whose selector asks for queries that were not recorded
     slots_freed: int = 0
     pass_seconds: float = 0.0
+    tokens_computed_again: int = 0  # though a compressed prefix held them
     skipped: Counter[str] = field(default_factory=Counter)
 
     def add(self, done: Pass) -> None:
@@ -73,6 +74,9 @@ class Metrics:
         self._seconds = counter("pass_seconds", "Host seconds spent in compaction passes.").labels(
             **labels
         )
+        self._again = counter(
+            "tokens_computed_again", "Prompt tokens computed although a compressed prefix held them."
+        ).labels(**labels)
         self._skipped = counter("skipped", "Requests left uncompressed.", ("reason",))
         self._recorders = gauge("recorders_in_use", "Requests whose queries are recorded.")
         self._held = gauge("held_tokens", "KV slots held by running requests.")
@@ -86,6 +90,7 @@ class Metrics:
         self._without_queries.inc(totals.without_queries - seen.without_queries)
         self._freed.inc(totals.slots_freed - seen.slots_freed)
         self._seconds.inc(totals.pass_seconds - seen.pass_seconds)
+        self._again.inc(totals.tokens_computed_again - seen.tokens_computed_again)
         for reason, count in totals.skipped.items():
             self._skipped.labels(**self._labels, reason=reason).inc(count - seen.skipped[reason])
         self._counted = totals.copy()

@@ -72,10 +72,10 @@ def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
         if type(thing) not in kinds
     ]
     cache = type(scheduler.tree_cache)
-    if config.prefix_reuse == "compressed" and cache is not CompressedRadixCache:
+    if config.shares_prefixes and cache is not CompressedRadixCache:
         lines.append(
-            f"SGLang chose the prefix cache {cache.__name__}, which "
-            "--kv-compress-prefix-reuse compressed does not support"
+            f"SGLang chose the prefix cache {cache.__name__}, which --kv-compress-prefix-reuse "
+            f"{config.prefix_reuse} does not support"
         )
     pool = allocator.get_kvcache()
     if pool.dtype not in (torch.float32, torch.float16, torch.bfloat16):

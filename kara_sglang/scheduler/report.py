@@ -123,6 +123,7 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
         "without_queries": totals.without_queries,
         "slots_freed": totals.slots_freed,
         "pass_seconds": totals.pass_seconds,
+        "tokens_computed_again": totals.tokens_computed_again,
         "skipped": dict(totals.skipped),
         "recorders_in_use": recorder.in_use,
         "recorder_pages_free": recorder.free_pages,

@@ -205,7 +205,7 @@ def after_init_forward_batch(
     """
     if not batch.forward_mode.is_decode():
         parts = runtime.parts
-        shares = parts is not None and parts.config.prefix_reuse == "compressed"
+        shares = parts is not None and parts.config.shares_prefixes
         if shares and batch.forward_mode.is_extend():
             prefill.shift_positions(result, batch)
         return

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.options import RequestOptions
+from kara_sglang.radix_integration.prefix import Sharing
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -38,15 +39,14 @@ class Terms:
     seed
         What it asked for; None: the server's.
     sharing
-        What decides which tokens of its windows are kept. Requests share compressed prefixes where this
-        is the same; None: it uses and leaves exact prefixes only.
+        Its part in compressed prefixes; None: it uses and leaves exact prefixes only.
     """
 
     skipped: str | None
     selector: str
     kept: int
     seed: int | None
-    sharing: bytes | None
+    sharing: Sharing | None
 
 
 class TermsOf:
@@ -75,11 +75,13 @@ class TermsOf:
         selector = options.selector or self.config.selector
         kept = self.config.kept_by(selector, self.page_size, options.retain)
         skipped = _kind(req) if options.enabled else "opt_out"
-        wanted = options.prefix or self.config.prefix_reuse
-        shares = skipped is None and wanted == "compressed" and self.config.may_share(kept)
+        shares = self.config.shares_prefixes and options.prefix != "exact"
         # A seed that is made from the prompt is left out: who continues a text has a longer prompt.
         seed = options.seed if REGISTRY[selector].seeded else None
-        sharing = repr((self._settings, selector, kept, seed)).encode() if shares else None
+        sharing = None
+        if shares and skipped is None and self.config.may_share(kept):
+            settings = repr((self._settings, selector, kept, seed)).encode()
+            sharing = Sharing(settings, 1 if options.prefix else self.config.least_gain)
         return Terms(skipped, selector, kept, options.seed, sharing)
 
     def _options(self, req: Req) -> RequestOptions:

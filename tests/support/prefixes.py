@@ -22,7 +22,7 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from kara_sglang.radix_integration.compressed import CompressedRadixCache
 from kara_sglang.radix_integration.index import LayoutIndex
-from kara_sglang.radix_integration.prefix import forget_match, layout_of
+from kara_sglang.radix_integration.prefix import Sharing, forget_match, layout_of
 from kara_sglang.radix_integration.row import STATE, Window, ceil_align
 
 ROW = 200
@@ -186,7 +186,7 @@ class World:
                 tree_components=(ComponentType.FULL,),
             )
         )
-        self.cache.settings_of = lambda req: req.settings
+        self.cache.sharing_of = lambda req: Sharing(req.settings) if req.settings else None
         self.cache.vocab_size = VOCAB
         self.cache.layouts = LayoutIndex(capacity)
         self.cache.debug_checks = True

@@ -100,7 +100,7 @@ WRONG_TYPE: list[tuple[str, Any, str]] = [
     ("retain", None, "--kv-compress-retain must be a number"),
     ("query_mem_gb", "2", "--kv-compress-query-mem-gb must be a number or null"),
     ("query_mem_gb", False, "--kv-compress-query-mem-gb must be a number or null"),
-    ("prefix_reuse", "all", "--kv-compress-prefix-reuse must be one of exact, compressed"),
+    ("prefix_reuse", True, "--kv-compress-prefix-reuse must be a string"),
     ("delay", 1.5, "--kv-compress-config: delay must be a whole number"),
     ("score", "l3", "--kv-compress-config: score must be one of sum, sum_v, l2, l2_v, l2_v4, l2_v4_k"),
     ("neighbours", 13.0, "--kv-compress-config: neighbours must be a whole number"),
@@ -140,6 +140,11 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("retain", math.inf, "0 < retain <= 1"),
     ("query_mem_gb", -0.5, "between 0 and 1000000 (GiB)"),
     ("query_mem_gb", 1e7, "between 0 and 1000000 (GiB)"),
+    ("prefix_reuse", "all", "exact, compressed, auto, or auto:N with N tokens"),
+    ("prefix_reuse", "auto:0", "exact, compressed, auto, or auto:N"),
+    ("prefix_reuse", "auto:-1", "exact, compressed, auto, or auto:N"),
+    ("prefix_reuse", "auto:12345678", "exact, compressed, auto, or auto:N"),
+    ("prefix_reuse", "exact:5", "exact, compressed, auto, or auto:N"),
     ("delay", -1, "between 0 and 65536 tokens"),
     ("delay", 65537, "between 0 and 65536 tokens"),
     ("chunk_budget", -0.01, "between 0 and 1"),
@@ -190,6 +195,15 @@ def test_out_of_range(field: str, value: Any, message: str) -> None:
     # The record itself refuses as well, however it is made.
     with pytest.raises(ValueError, match="must be"):
         KaraConfig(**{field: value})
+
+
+def test_what_auto_takes() -> None:
+    for text, shares, least in (
+        *(("exact", False, 1), ("compressed", True, 1)),
+        *(("auto", True, module.AUTO_GAIN), ("auto:1", True, 1), ("auto:300", True, 300)),
+    ):
+        config = KaraConfig(prefix_reuse=text)
+        assert (config.shares_prefixes, config.least_gain) == (shares, least)
 
 
 def test_every_range_has_a_test() -> None:

@@ -127,6 +127,8 @@ def test_flags_refused_with_compressed_prefixes_only(
     )
     assert refusals.of_sharing(resolved(**changes), exact) == []
     assert refusals.of_sharing(resolved(), shares) == refusals.of_flags(resolved(**changes)) == []
+    [line] = refusals.of_sharing(resolved(**changes), KaraConfig(prefix_reuse="auto:64"))
+    assert line == f"{flag} does not work with --kv-compress-prefix-reuse auto:64; remove one of them"
     # The launcher's own choice, on a record that is checked again.
     assert refusals.of_flags(resolved(radix_cache_backend=CACHE_BACKEND)) == []
 

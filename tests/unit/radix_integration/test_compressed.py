@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from prefixes import POOL, SHARED, Request, World, finished, looked_up
+from sglang.srt.mem_cache.common import match_kv_cache
 
-from kara_sglang.radix_integration.prefix import layout_of, prefix_of
+from kara_sglang.radix_integration.prefix import Sharing, layout_of, prefix_of
 from kara_sglang.radix_integration.row import Window
 
 
@@ -76,3 +77,17 @@ def test_a_window_behind_a_reused_one() -> None:
     world.check()
     assert looked_up(world, [*req.tokens, 5]) == (36, 28)
     assert prefix_of(req).windows == ()
+
+
+def test_a_gain_that_is_too_small_is_passed_over_and_noted() -> None:
+    """Exact KV reaches 12 of these tokens, the compressed row 24; the loser is not touched."""
+    world = World(page=4, seed=0)
+    finished(world, SHARED, windows=1)
+    for least, found, passed_over in ((12, (24, 20), 0), (13, (12, 12), 12), (100, (12, 12), 12)):
+        world.cache.sharing_of = lambda req, n=least: Sharing(req.settings, n)
+        req = Request(90, (None, None), b"half", [*SHARED, 1])
+        for _ in range(2):  # asked again, it is the same text
+            result = match_kv_cache(req, world.cache, req.full_untruncated_fill_ids, max_prefix_len=24)
+            slots = req.prefix_len if result.cache_protected_len is None else result.cache_protected_len
+            assert (req.prefix_len, slots) == found
+            assert prefix_of(req).passed_over == passed_over

@@ -37,6 +37,7 @@ def test_names_and_labels(registry: CollectorRegistry) -> None:
         f"sglang:kv_compress_{name}"
         for name in (
             *("passes", "windows", "without_queries", "slots_freed", "pass_seconds", "skipped"),
+            "tokens_computed_again",
             *("recorders_in_use", "held_tokens", "logical_tokens"),
         )
     }
