@@ -126,7 +126,7 @@ check-wheel: $(ENGINE) $(PACKAGE) $(TEST_TOOLS) $(MODEL_PACKAGE)
 	@purelib='import sysconfig; print(sysconfig.get_paths()["purelib"])'; \
 	$(PY) -c "$$purelib" > "$$($(WHEEL_PY) -c "$$purelib")/shared.pth"
 	@$(if $(GPU),,PYTHONSAFEPATH=1 $(WHEEL_PY) -m kara_sglang.cpu_engine.install)
-	@PYTHONSAFEPATH=1 $(WHEEL_PY) tests/check_wheel.py
+	@PYTHONSAFEPATH=1 PYTHONPATH=tests/support $(WHEEL_PY) tests/check_wheel.py
 
 gpu-bundle: $(ENGINE) $(PACKAGE)
 	@$(PY) -m kara_sglang.benchmarks.gpu.kit.build $(ARGS)

@@ -50,7 +50,8 @@ def settings_table(*, experiments: bool) -> str:
         about, default = one.metadata, json.dumps(one.default).strip('"')
         if about["experiment"] is experiments:
             given = f"`{about['flag']}`" if about["flag"] else "key"
-            cells = (f"`{one.name}`", given, about["unit"], f"`{default}`", about["text"])
+            meaning = f"{about['text']} {about['more']}".strip()
+            cells = (f"`{one.name}`", given, about["unit"], f"`{default}`", meaning)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -55,6 +55,7 @@ def setting(
     default: Any,
     unit: str,
     text: str,
+    more: str = "",
     flag: str | None = None,
     absent: str = "",
     experiment: bool = False,
@@ -67,7 +68,9 @@ def setting(
     unit
         Or the kind of value, in a word or two.
     text
-        Its meaning, in Markdown; links begin in ``docs/``. The first sentence stands by itself.
+        Its meaning, in Markdown. The first sentence stands by itself.
+    more
+        Where ``docs/`` says more; links begin there.
     flag
         None: a key of ``--kv-compress-config``.
     absent
@@ -75,8 +78,8 @@ def setting(
     experiment
         Whether it is for comparisons only.
     """
-    about = {"unit": unit, "text": text, "flag": flag, "absent": absent, "experiment": experiment}
-    return dataclasses.field(default=default, metadata=about)
+    about = {"unit": unit, "text": text, "more": more, "flag": flag, "absent": absent}
+    return dataclasses.field(default=default, metadata=about | {"experiment": experiment})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,8 @@ class KaraConfig:
         "kara",
         "name",
         "How tokens are chosen: `kara`; `keys` needs no recorded queries; `none` switches compression "
-        "off. All of them: [selectors](usage.md#selectors).",
+        "off.",
+        more="All of them: [selectors](usage.md#selectors).",
         flag="--kv-compress",
     )
     window: int = setting(
@@ -108,9 +112,10 @@ class KaraConfig:
     query_mem_gb: float | None = setting(
         None,
         "GiB per rank",
-        "Memory for recorded queries, [the query ring](#the-query-ring). Windows of requests that find "
-        "no room in it are chosen by `keys`. `null`: what requests need, at most 1/16 of the memory "
-        "for KV; 2 on a CPU; 0 if the selector needs no queries.",
+        "Memory for recorded queries. Windows of requests that find no room in it are chosen by "
+        "`keys`. By default what requests need, at most 1/16 of the memory for KV; 2 on a CPU, "
+        "0 if the selector needs no queries.",
+        more="See [the query ring](#the-query-ring).",
         flag="--kv-compress-query-mem-gb",
         absent="as needed",
     )
@@ -119,7 +124,8 @@ class KaraConfig:
         "name",
         "What the prefix cache keeps of a compressed request: its prompt (`exact`), or its compressed "
         "output as well (`compressed`, `auto`). `auto` takes a compressed prefix only where it reaches "
-        "2,048 tokens farther than exact KV, `auto:N` N tokens. See [below](#compressed-prefixes).",
+        "2,048 tokens farther than exact KV, `auto:N` N tokens.",
+        more="See [below](#compressed-prefixes).",
         flag="--kv-compress-prefix-reuse",
     )
     delay: int = setting(
@@ -138,9 +144,10 @@ class KaraConfig:
     ahead: bool = setting(
         True,
         "true / false",
-        "Whether queries vote as if they stood W positions later (`kara`, `causal`; "
-        "[architecture](architecture.md#scores-selection-compaction)). With a rotary embedding that "
-        "the plugin does not know, a server that records queries is refused until this is `false`.",
+        "Whether queries vote as if they stood W positions later (`kara`, `causal`). With a rotary "
+        "embedding that the plugin does not know, a server that records queries is refused until this "
+        "is `false`.",
+        more="See [architecture](architecture.md#scores-selection-compaction).",
     )
     score: Score = setting(
         "l2_v4_k",
@@ -194,7 +201,7 @@ class KaraConfig:
         "bytes) or `model` (the model's dtype, twice the bytes).",
     )
     policy: Literal["periodic", "threshold", "pressure", "punctual"] = setting(
-        "periodic", "name", "Which window is compressed when. See [below](#policies)."
+        "periodic", "name", "Which window is compressed when.", more="See [below](#policies)."
     )
     period: int = setting(
         1, "decode steps", "From one pass to the next, for `periodic` and `pressure`."
@@ -221,8 +228,8 @@ class KaraConfig:
         None,
         "folder",
         "Write a file per request with the tokens that its windows kept. `python -m kara_sglang.trace "
-        "show FILE` makes a page of it ([traces](trace.md)). Files hold prompts and answers and are "
-        "never deleted.",
+        "show FILE` makes a page of it. Files hold prompts and answers and are never deleted.",
+        more="See [traces](trace.md).",
         flag="--kv-compress-trace",
         absent="no files",
     )
@@ -232,8 +239,8 @@ class KaraConfig:
     untested_sglang: bool = setting(
         False,
         "true / false",
-        "Start with a newer SGLang than the tested ones if everything that is used is there "
-        "([versions](upgrading-sglang.md)).",
+        "Start with a newer SGLang than the tested ones if everything that is used is there.",
+        more="See [versions](upgrading-sglang.md).",
     )
 
     def __post_init__(self) -> None:

@@ -336,7 +336,8 @@ def _query_ring(plan: Plan, model: Any, resolved: Any) -> Finding:
     weights = None
     if plan.gpu_memory is not None and config.query_mem_gb is None:
         try:
-            weights = memory.weight_bytes(plan.model_path or "", model)
+            assert plan.model_path is not None
+            weights = memory.weight_bytes(plan.model_path, model)
         except ValueError:
             text = "the size of the ring is not known, as that of the weights is not; ask "
             return Finding(NOTE, "queries", f"{text}python -m kara_sglang.plan")

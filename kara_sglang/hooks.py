@@ -111,7 +111,7 @@ CLI_HOOKS = (
     ),
 )
 
-# Registered in the server's parent process once compression is switched on.
+# Registered in the launcher once compression is switched on.
 LAUNCHER_HOOKS = (
     Hook(
         "managers.tokenizer_manager.TokenizerManager._validate_one_request",
@@ -258,7 +258,7 @@ SCHEDULER_HOOKS = (
         "after",
         ("self",),
         "scheduler.runtime:after_get_init_info",
-        "tells the parent that this process is hooked",
+        "tells the launcher that this process is hooked",
         "SGLang ends a process in which a plugin cannot be loaded or a hook not be put in place",
     ),
     Hook(
@@ -336,7 +336,7 @@ def fitting(hooks: Iterable[Hook], exists: Callable[[Hook], bool] = Hook.exists)
 
 
 def digest(hooks: tuple[Hook, ...]) -> int:
-    """A number that parent and child must agree on."""
+    """A number that launcher and scheduler must agree on."""
     return zlib.crc32(repr([(hook.path, hook.kind, hook.handler) for hook in hooks]).encode())
 
 

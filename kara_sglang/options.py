@@ -1,7 +1,7 @@
 """Per-request options: ``custom_params = {"kv_compress": ...}`` of ``sampling_params``.
 
 ``false`` opts the request out; an object changes the share, the selector, the seed or the use of
-compressed prefixes for this request alone. Checked in the server's parent process, where an error
+compressed prefixes for this request alone. Checked in the launcher, where an error
 becomes HTTP 400.
 """
 

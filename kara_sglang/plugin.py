@@ -1,10 +1,10 @@
 """Entry point of the group ``sglang.srt.plugins``: what SGLang calls in each of its processes.
 
 The environment variable ``SGLANG_KV_COMPRESS`` is the one place that says whether compression is on
-and how; flags and :func:`kara_sglang.configure` write it, SGLang's child processes inherit it. Every
-process that loads plugins gets the flags. A process that launches a server adds the hooks that check
-requests and shape answers; a child gets the hooks of the pass when the variable is set. Off costs
-nothing.
+and how; flags and :func:`kara_sglang.configure` write it, the processes that SGLang starts inherit it.
+Every process that loads plugins gets the flags. A process that launches a server adds the hooks that
+check requests and shape answers; a scheduler gets the hooks of the pass when the variable is set. Off
+costs nothing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _launched: KaraConfig | None = None
 def register() -> None:
     """Called by SGLang's ``load_plugins()`` once per process, which then applies the hooks."""
     hooks.register(hooks.CLI_HOOKS)
-    # A child that schedules has imported its part of SGLang by now; others (the detokenizer) stay
-    # light. Were this ever wrong, the parent would see that a scheduler is not hooked, and refuse.
+    # A process that schedules has imported its part of SGLang by now; others (the detokenizer) stay
+    # light. Were this ever wrong, the launcher would see that a scheduler is not hooked, and refuse.
     schedules = any(f"sglang.srt.managers.{name}" in sys.modules for name in _SCHEDULING)
     config = active() if multiprocessing.parent_process() is not None and schedules else None
     if config is not None:
@@ -81,7 +81,7 @@ def hook_launcher() -> list[str]:
     Returns
     -------
     list of str
-        Why this process, or the children it is about to start, would run without the plugin.
+        Why this process, or the schedulers it is about to start, would run without the plugin.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry
 

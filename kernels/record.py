@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -298,6 +298,22 @@ def mean_of(heads: torch.Tensor) -> torch.Tensor:
 def blocks_of(start: int, count: int) -> range:
     """The blocks in which ``count`` tokens from logical position ``start`` on lie."""
     return range(start // PAGE, (start + count - 1) // PAGE + 1)
+
+
+@dataclass(slots=True, eq=False)
+class Recorder:
+    """A request's share of the query ring."""
+
+    row: int  # req_pool_idx
+    heads: int  # of each GQA group; 1 is their mean, unless the group has a single one
+    since: int  # logical position of the first recorded token
+    granted: tuple[int, int]  # logical position and step of its first token, for Demand
+    pages: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by block: one for each head
+
+    @property
+    def first(self) -> int:
+        """Logical position from which on its queries are in the ring."""
+        return max(self.since, min(self.pages, default=0) * PAGE)
 
 
 def most_blocks(count: int) -> int:

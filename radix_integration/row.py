@@ -18,12 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
-from kara_sglang.kernels.record import PAGE
-
 if TYPE_CHECKING:
     import torch
     from sglang.srt.managers.schedule_batch import Req
 
+    from kara_sglang.kernels.record import Recorder
     from kara_sglang.kernels.selectors import Selector
 
 STATE = "kv_compress"
@@ -81,22 +80,6 @@ class TracedWindow:
     window: Window
     bits: torch.Tensor
     arrived: torch.cuda.Event | None
-
-
-@dataclass(slots=True, eq=False)
-class Recorder:
-    """A request's share of the query ring."""
-
-    row: int  # req_pool_idx
-    heads: int  # of each GQA group; 1 is their mean, unless the group has a single one
-    since: int  # logical position of the first recorded token
-    granted: tuple[int, int]  # logical position and step of its first token, for Demand
-    pages: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by block: one for each head
-
-    @property
-    def first(self) -> int:
-        """Logical position from which on its queries are in the ring."""
-        return max(self.since, min(self.pages, default=0) * PAGE)
 
 
 @dataclass(slots=True)

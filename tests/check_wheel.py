@@ -12,8 +12,6 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "support"))
-
 from server import Server, free_port, run, wait_until_ready
 
 import kara_sglang

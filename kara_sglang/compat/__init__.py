@@ -9,6 +9,6 @@
 ``report.py`` and ``python -m kara_sglang.compat``
     Both tables against a wheel that is not installed.
 ``flags.py``, ``running_batch.py``
-    One module for each seam that is not the same in all tested versions, beside ``handshake.py``. What
-    SGLang has decides, not its number.
+    One module for each seam that is not the same in all tested versions, beside ``handshake.py`` and
+    ``radix_integration/padding.py``. What SGLang has decides, not its number.
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import re
 import sys
 import typing
 from collections.abc import Callable
@@ -37,10 +36,11 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         default = f"Default: {about['absent'] or setting.default}."
         if setting.name == "selector":  # without it there is no compression
             default = f"Default: {NONE}, or what the environment variable {settings.ENV} says."
+        unit = "" if about["unit"] in ("name", "folder") else f" Unit: {about['unit']}."
         group.add_argument(
             about["flag"],
             metavar=_metavar(setting),
-            help=f"{plain(about['text'])} Unit: {about['unit']}. {default}".replace("%", "%%"),
+            help=f"{plain(about['text'])}{unit} {default}".replace("%", "%%"),
         )
     keys = ", ".join(f"{key} ({getattr(KaraConfig(), key)})" for key in CONFIG_KEYS)
     group.add_argument(
@@ -63,8 +63,8 @@ def _metavar(setting: dataclasses.Field[Any]) -> str:
 
 
 def plain(text: str) -> str:
-    """Markdown without its marks; a link becomes its words."""
-    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("`", "")
+    """Markdown without its marks; the text has no links."""
+    return text.replace("`", "")
 
 
 def from_cli_args(record: Any, *args: Any, **_kwargs: Any) -> None:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def verify_sampling_params(_result: None, params: SamplingParams, *_args: Any) -> None:
-    """AFTER ``SamplingParams.verify`` (parent): a ``ValueError`` here becomes HTTP 400."""
+    """AFTER ``SamplingParams.verify``: a ``ValueError`` here becomes HTTP 400."""
     config = plugin.launched()
     if config is not None:
         RequestOptions.parse(params.custom_params, config)
 
 
 def check_input(manager: Any, obj: Any, input_ids: list[int] | None) -> None:
-    """BEFORE ``TokenizerManager._validate_one_request`` (parent): every prompt passes here, whatever
+    """BEFORE ``TokenizerManager._validate_one_request``: every prompt passes here, whatever
     route it came by. A ``ValueError`` becomes HTTP 400.
 
     SGLang takes any number as a token id. One that is none is a stranger in the prefix cache
@@ -50,7 +50,7 @@ def check_input(manager: Any, obj: Any, input_ids: list[int] | None) -> None:
 
 
 def check_children(infos: list[dict[str, Any]], *_args: Any) -> None:
-    """AFTER ``engine._wait_for_scheduler_ready`` (parent): every child must run the plugin."""
+    """AFTER ``engine._wait_for_scheduler_ready``: every scheduler must run the plugin."""
     config = plugin.launched()
     if config is None:
         return
@@ -73,7 +73,7 @@ def update_request_meta_info(
     index: int,
     finish_reason: dict[str, Any] | None,
 ) -> None:
-    """AROUND ``TokenizerManager.update_request_meta_info`` (parent).
+    """AROUND ``TokenizerManager.update_request_meta_info``.
 
     SGLang would extend a list with our object's keys; ours is set whole, and only when there is one.
     """

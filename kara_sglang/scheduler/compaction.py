@@ -131,7 +131,7 @@ class Compaction:
         Raises
         ------
         RuntimeError
-            Where an invariant does not hold; no row has been touched then.
+            Where an invariant does not hold.
         """
         started = time.perf_counter()
         places = self._check(batch, due)
@@ -210,11 +210,11 @@ class Compaction:
         row = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         base, kept, end = state.base, state.kept, state.base + self.geometry.window
         slots = row[base:end].clone()  # a slice of the row is a view
-        tail = row[end : req.kv.kv_committed_len].clone()
-        row[base + kept : base + kept + tail.shape[0]] = tail
-
         voters = self._voters(state)
         job = self._job(state, voters, slots)
+
+        tail = row[end : req.kv.kv_committed_len].clone()
+        row[base + kept : base + kept + tail.shape[0]] = tail
         if not state.shares and kept < self.geometry.window:
             exact.bar_insert(req, state)
         window = state.commit(self.geometry, _mark(state, voters, job.seed))
@@ -273,7 +273,7 @@ class Compaction:
             self._layers = known = LayerPool(
                 keys=pool.k_buffer,
                 values=pool.v_buffer,
-                rings=self.recorder.rings,
+                rings=self.recorder.rings if self.recorder.num_pages else [],
                 scales=self.scales,
                 rope_shift=self.rope_shift,
             )

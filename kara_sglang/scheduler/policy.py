@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from kara_sglang.scheduler.ring.recorder import LAG
-
 if TYPE_CHECKING:
     from kara_sglang.config import KaraConfig
 
@@ -29,6 +27,9 @@ class Candidate:
     uncompressed: int  # from its next window's start on
     gain: int  # slots that its next window gives back
 
+
+LAG = 64
+"""Least value of ``QueryRecorder.lag``."""
 
 SPREAD = 32
 """Steps over which windows that fall due together are spread, so that no step is held up by all of

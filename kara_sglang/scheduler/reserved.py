@@ -48,7 +48,7 @@ def query_ring(shape: AttentionShape, config: KaraConfig, room: Room | None = No
         None: nobody says how much memory is free.
     """
     lag = policy.lag(config)
-    dtype = config.ring_dtype(shape.dtype)
+    dtype = config.ring_dtype(shape.dtype) if config.keeps_queries else shape.dtype
     page, demand = PAGE * shape.entry_bytes(dtype), Demand(0, config.window, config.delay)
     heads = 1 if config.query_heads == "mean" else shape.group
     least = demand.most(policy.cheapest(shape.group, config.query_heads)) * page

@@ -108,7 +108,7 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
         except ValueError as error:
             runtime.refused.append(str(error))
     # Given back and taken again with the KV pool (/release_memory_occupation): nobody runs then.
-    room = room_of(runner, layers)
+    room = room_of(runner, layers) if config.keeps_queries else Room()
     with runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
         recorder = query_ring(shape, config, room)
     need = policy.cheapest(shape.group, config.query_heads)
@@ -156,7 +156,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def before_cuda_graphs(runner: ModelRunner, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE ``ModelRunner.init_cuda_graphs``: captured graphs read the row tables."""
-    if runtime.parts is not None:
+    if runtime.parts is not None and runtime.parts.recorder.num_pages:
         runtime.parts.recorder.allocate_tables(runner.req_to_token_pool.req_to_token.shape[0])
 
 
@@ -259,9 +259,9 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
 
 
 def after_get_init_info(result: dict[str, Any], _scheduler: Scheduler) -> None:
-    """AFTER ``Scheduler.get_init_info``: the parent looks for this before it serves.
+    """AFTER ``Scheduler.get_init_info``: the launcher looks for this before it serves.
 
-    A refusal travels to the parent the same way, so that the reason is the last thing it says.
+    A refusal travels to the launcher the same way, so that the reason is the last thing it says.
     """
     ready = runtime.coordinator is not None
     handshake.tell(result, handshake.ready_word() if ready else "; ".join(runtime.refused))

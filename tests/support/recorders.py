@@ -12,10 +12,11 @@ from kara_sglang.kernels.record import (
     FP4,
     FP8,
     PAGE,
+    Recorder,
     from_fp4,
     to_fp4,
 )
-from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder, Recorder
+from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
 
 DIM = 4
 

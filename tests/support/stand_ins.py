@@ -11,13 +11,9 @@ import torch
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob
+from kara_sglang.kernels.record import Recorder
 from kara_sglang.kernels.rope_shift import RopeShift
-from kara_sglang.radix_integration.row import (
-    STATE,
-    Recorder,
-    RequestState,
-    Window,
-)
+from kara_sglang.radix_integration.row import STATE, RequestState, Window
 from kara_sglang.scheduler.ring.recorder import QueryRecorder
 
 if TYPE_CHECKING:

@@ -13,14 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from kara_sglang.kernels.backend import Kernels
-from kara_sglang.kernels.record import PAGE, Ring, Step, blocks_of, most_blocks
+from kara_sglang.kernels.record import PAGE, Recorder, Ring, Step, blocks_of, most_blocks
 from kara_sglang.kernels.transfer import to_device
-from kara_sglang.radix_integration.row import Recorder, Voters
+from kara_sglang.radix_integration.row import Voters
 from kara_sglang.scheduler.ring.check import RingCheck
 from kara_sglang.scheduler.ring.demand import Demand
-
-LAG = 64
-"""Least value of ``QueryRecorder.lag``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +68,7 @@ class QueryRecorder:
         delay: int,
         budget_bytes: int,
         dtype: torch.dtype,
-        lag: int = LAG,
+        lag: int = 64,
         checked: bool = False,
         why: str = "as set",
     ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import pkgutil
 import re
 from pathlib import Path
 
@@ -170,6 +171,13 @@ def test_the_documents_stay_short():
         text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
         words += sum(re.search("[A-Za-z]", word) is not None for word in text.split())
     assert 6000 < words <= 12_000
+
+
+def test_dotted_names_in_the_documents_are_there():
+    """`kara_sglang.trace.format.load` and the like, outside of commands."""
+    for path in (README, *(ROOT / "docs").glob("*.md")):
+        for name in re.findall(r"`(kara_sglang(?:\.\w+)+)\b", path.read_text()):
+            pkgutil.resolve_name(name)
 
 
 def test_links_between_the_documents_lead_somewhere():

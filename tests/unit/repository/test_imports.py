@@ -13,7 +13,25 @@ from kara_sglang import hooks
 
 PACKAGE = ROOT / "kara_sglang"
 OURS = "kara_sglang"
-ROOMS = ("launcher", "scheduler", "radix_integration", "kernels", "frontend", "trace", "compat")
+FLOORS = (
+    ("plan", "doctor"),
+    ("benchmarks",),
+    ("frontend", "serve", "top"),
+    ("cpu_engine", "embedded_model"),
+    ("launcher", "scheduler"),
+    ("handshake",),
+    ("",),  # the package itself
+    ("plugin", "options"),
+    ("compat",),
+    ("hooks",),
+    ("config",),
+    ("checks", "trace"),
+    ("radix_integration",),
+    ("kernels",),
+)
+"""From the top down; rooms of one floor do not import each other."""
+BESIDE = {"plan": {"doctor"}, "doctor": {"plan"}}
+"""But for these: each shows what the other finds."""
 
 
 def module_of(path: Path) -> str:
@@ -53,34 +71,26 @@ ARROWS = {module: set(imports(path, KNOWN)) - {module} for module, path in KNOWN
 
 
 def room_of(module: str) -> str:
-    return module.removeprefix(f"{OURS}.").split(".")[0]
+    return "" if module == OURS else module.removeprefix(f"{OURS}.").split(".")[0]
 
 
-@pytest.mark.parametrize(
-    ("room", "allowed"),
-    [
-        ("kernels", ()),
-        ("radix_integration", ("kernels",)),
-        ("scheduler", ("radix_integration", "kernels", "trace", "compat")),
-        ("launcher", ("radix_integration", "compat", "trace")),
-        ("trace", ("radix_integration",)),
-        ("compat", ()),
-        ("frontend", ()),
-    ],
-)
-def test_what_a_room_imports_of_other_rooms(room: str, allowed: tuple[str, ...]) -> None:
-    found = {
-        (module, other)
-        for module, others in ARROWS.items()
-        if room_of(module) == room
-        for other in others
-        if room_of(other) in ROOMS and room_of(other) != room
-    }
-    assert not sorted(pair for pair in found if room_of(pair[1]) not in allowed)
-    assert {room_of(other) for _, other in found} == set(allowed), "no rule is wider than it must be"
+def floor_of(room: str) -> int:
+    return next(number for number, floor in enumerate(FLOORS) if room in floor)
 
 
-def test_kernels_and_ownership_know_nothing_else_of_ours() -> None:
+@pytest.mark.parametrize("module", KNOWN)
+def test_imports_go_down(module: str) -> None:
+    """The floors of docs/architecture.md: a module imports of its own room and of rooms below only."""
+    room = room_of(module)
+    allowed = {room, *BESIDE.get(room, ())}.union(*FLOORS[floor_of(room) + 1 :])
+    assert not {other for other in ARROWS[module] if room_of(other) not in allowed}
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room_of(module) for module in KNOWN} == {room for floor in FLOORS for room in floor}
+
+
+def test_ownership_imports_kernels_at_most() -> None:
     for room, allowed in (("kernels", {"kernels"}), ("radix_integration", {"kernels"})):
         others = {
             room_of(other) for module, s in ARROWS.items() if room_of(module) == room for other in s

@@ -86,6 +86,14 @@ def test_arithmetic_runs_without_sglang() -> None:
     assert "sglang" not in loaded, loaded
 
 
+def test_the_trace_command_needs_neither_torch_nor_sglang() -> None:
+    code = (
+        "import sys, kara_sglang.trace.__main__\n"
+        "print([name for name in ('torch', 'sglang', 'triton') if name in sys.modules])"
+    )
+    assert python(code, ROOT).strip() == "[]"
+
+
 # -- the wheel -----------------------------------------------------------------------------------------
 
 
@@ -131,7 +139,7 @@ def test_the_wheel_holds_every_source_file(names: set[str]) -> None:
         if (ROOT / path).is_file() and not path.startswith("benchmarks/results/")
     }
     assert {name for name in names if name.startswith("kara_sglang/")} == expected
-    assert not [name for name in names if "results/" in name or "requirements-test" in name]
+    assert not [name for name in names if "results/" in name]
     for module in ("kernels/select.py", "kernels/selectors/kara.py", "radix_integration/exact.py"):
         assert f"kara_sglang/{module}" in names
     roots = {name.split("/")[0] for name in names}

@@ -218,7 +218,7 @@ def test_marks_are_no_mere_colours(pair_url: str, shown: browser.Page) -> None:
 
 
 def boxes(shown: browser.Page, side: int) -> np.ndarray:
-    """(tokens, 2): where the tokens of a side begin, in CSS pixels from the corner of the viewer."""
+    """(tokens, 2): where the tokens of a side begin, in CSS pixels from the corner of the page."""
     shown.run(
         "document.body.append(Object.assign(document.createElement('style'), "
         "{textContent: 'section { content-visibility: visible !important }'}))"

@@ -84,7 +84,7 @@ def test_show_opens_the_page(
 def test_show_with_another_trace(
     tmp_path: Path, byte_tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The files of all ranks on both sides; the page lies beside the first trace_format."""
+    """The files of all ranks on both sides; the page lies beside the first file."""
     left = some_trace(tokenizer=str(byte_tokenizer))
     right = cut(some_trace(seed=1, rid="b", selector="recent", tokenizer=str(byte_tokenizer)), 60)
     files = [

@@ -15,13 +15,15 @@ from kara_sglang.kernels.record import (
     FP4,
     FP8,
     PAGE,
+    Recorder,
     Ring,
     Step,
     plan,
     record,
     recorded,
 )
-from kara_sglang.scheduler.ring.recorder import LAG, AttentionShape, QueryRecorder, Recorder
+from kara_sglang.scheduler.policy import LAG
+from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
 
 
 def store(ring: Ring, pages: torch.Tensor, queries: torch.Tensor) -> None:
