@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -70,3 +72,12 @@ def test_in_words() -> None:
     assert served(3, 12, "auto") == f"3 requests with all query heads or 12 with their mean; {end}"
     assert served(3, 12, "all") == f"3 requests with all query heads; {end}"
     assert served(3, 12, "mean") == f"12 requests with the mean of their query heads; {end}"
+
+
+def test_a_server_without_queries_has_no_ring() -> None:
+    """Nor a say in how they would be stored: fp4 takes head dimensions that are multiples of 8."""
+    odd = dataclasses.replace(SHAPE, head_dim=130)
+    recorder = query_ring(odd, KaraConfig(selector="keys", query_dtype="fp4"), Room(50 << 30, SLOT))
+    assert (recorder.num_pages, recorder.num_bytes, recorder.sizes) == (0, 0, ())
+    with pytest.raises(ValueError, match="multiple of 8"):
+        query_ring(odd, KaraConfig(query_dtype="fp4"), Room(50 << 30, SLOT))
