@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pty
@@ -72,7 +73,9 @@ def test_the_live_view_of_a_running_request(smollm2: Server) -> None:
     terminal, side = pty.openpty()
     command = (sys.executable, "-m", "kara_sglang.top", "--url", smollm2.url, "--interval", "0.5")
     env = environment({"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "COLUMNS": "120", "LINES": "40"})
-    with subprocess.Popen(command, stdout=side, stderr=side, env=env) as view:
+    # A shell's background jobs ignore Ctrl-C, and hand that down.
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=side, stderr=side, env=env, preexec_fn=hears) as view:
         os.close(side)
         shown, found = "", None
         end = time.monotonic() + 200
