@@ -229,32 +229,28 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
     if runtime.refused:
         return
     assert parts is not None
-    config, recorder = parts.config, parts.recorder
     coordinator = Coordinator(
-        scheduler, config, recorder, parts.kernels, parts.scales, parts.rope_shift
+        scheduler, parts.config, parts.recorder, parts.kernels, parts.scales, parts.rope_shift
     )
     coordinator.warm_up()
     runtime.coordinator = coordinator
+    logger.info("KV compression is on: %s.", described(parts, coordinator))
+
+
+def described(parts: Parts, coordinator: Coordinator) -> str:
+    """What runs, and how many requests ring and decode graphs are for, in words for the log."""
+    config, recorder, scheduler = parts.config, parts.recorder, coordinator.scheduler
     kept = config.kept(scheduler.page_size)
     ring = "no query ring"
     if recorder.num_pages:
         room = served(recorder.room(recorder.shape.group), recorder.room(1), config.query_heads)
         ring = f"query ring {recorder.num_bytes / 2**30:.2f} GiB ({recorder.why}) for {room}"
-    logger.info(
-        "KV compression is on: %s, window %d, kept %d, delay %d tokens, %s kernels (%s), %s, %s.",
-        config.selector,
-        config.window,
-        kept,
-        config.delay,
-        parts.kernels.name,
-        parts.kernels_why,
-        ring,
-        coordinator.graphs.room(
-            coordinator.geometry,
-            kept,
-            scheduler.max_total_num_tokens,
-            scheduler.max_running_requests,
-        ),
+    graphs = coordinator.graphs.room(
+        coordinator.geometry, kept, scheduler.max_total_num_tokens, scheduler.max_running_requests
+    )
+    return (
+        f"{config.selector}, window {config.window}, kept {kept}, delay {config.delay} tokens, "
+        f"{parts.kernels.name} kernels ({parts.kernels_why}), {ring}, {graphs}"
     )
 
 

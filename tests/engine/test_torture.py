@@ -25,9 +25,14 @@ def stays_boring(server: Server, stock: Server, weights: Path, seed: int, count:
     print(dict(torture.seen))
     wanted = ("windows", "retractions", "bad", "turn of a session", "ended by length", "ended by abort")
     wanted += ("hang-up in a stream", "hang-up without a stream", "next turn")
+    wanted += ("n", "priority", "cache_salt", "extra_key", "stream", "return_logprob", "logit_bias")
+    wanted += ("token_ids_logprob", "return_hidden_states", "custom_logit_processor")
     if server.state()["settings"]["prefix_reuse"] == "compressed":
         wanted += ("reused",)
     assert all(torture.seen[kind] for kind in wanted), torture.seen
+    acts = [name for name in torture.acts if torture.seen[name]]
+    # An act for every tenth request, unless one takes so long that few are left behind it.
+    assert len(acts) == len(torture.acts) if count >= 400 else len(acts) >= 5, torture.seen
     server.assert_nothing_leaked()
     assert server.state()["recorder_pages_free"] == pages
     log = server.log_text()[start:]

@@ -56,6 +56,7 @@ class Torture:
     def __init__(self, server: Server, weights: Path, seed: int, count: int) -> None:
         self.server, self.weights, self.seed, self.count = server, weights, seed, count
         self.seen: Counter[str] = Counter()
+        self.acts: tuple[str, ...] = ()  # of the operator
         self.exact: list[tuple[dict[str, Any], dict[str, Any]]] = []
         # Texts to begin with, of which the first four stay, and how their last part was written.
         self.texts = [(prompt(length, seed + length), None) for length in (20, 64, 100, 190)]
@@ -276,6 +277,7 @@ class Torture:
                 # What runs on keeps its KV, so the cache cannot be flushed.
                 f"pause {mode}, new weights": lambda flush=mode == "retract": self.load(flush),
             }
+        self.acts = tuple(acts)
         deck: list[str] = []
         next_act = self.count - 10
         while self.busy:

@@ -89,7 +89,7 @@ class World:
             new_token_ratio_tracker=SimpleNamespace(current=0.5),
             get_num_allocatable_reqs=lambda running, running_batch: len(self.free_rows),
             server_args=SimpleNamespace(model_path="a-model", tokenizer_path=None),
-            model_config=SimpleNamespace(get_total_num_kv_heads=lambda: KV_HEADS),
+            model_config=SimpleNamespace(get_total_num_kv_heads=lambda: KV_HEADS, vocab_size=4711),
         )
         device = torch.device("cpu")
         shape = AttentionShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, DIM, torch.float32, device)

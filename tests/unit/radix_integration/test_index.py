@@ -107,6 +107,15 @@ def test_what_is_gone_is_not_looked_for_again_until_it_is_back() -> None:
     assert search(index, rows, text, 100) == len(text)
 
 
+def test_the_tree_is_asked_before_a_search_walks_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows of 60 windows that are gone, the first window tells it: no further one is tried."""
+    index, rows, tokens = LayoutIndex(), Rows(), memoryview(array("q", LONG))
+    index.add(b"seed", tokens, windows_from(64, *[8] * 60))
+    counts = hashed(monkeypatch)
+    assert search(index, rows, [*LONG, 1], 16_000) == 0
+    assert counts["tries"] <= 2 and len(rows.asked) == 1
+
+
 def test_the_oldest_goes_first_and_never_before_what_continues_it() -> None:
     """Eight beginnings: of three rows of three windows the last two stay, all of the first is gone."""
     index, rows, texts = LayoutIndex(capacity=8), Rows(), []

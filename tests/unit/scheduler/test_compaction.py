@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from stand_ins import KV_HEADS, LAYERS, Request, Setting
+from stand_ins import KV_HEADS, LAYERS, Finish, Request, Setting
 from world import World, advance, one_request, votes
 
 from kara_sglang.config import KaraConfig
@@ -105,6 +105,29 @@ def test_debug_checks_notice_a_step_that_recorded_nothing(heads: str) -> None:
     with pytest.raises(
         RuntimeError, match="the query of position 13 in layer 0, it holds none of this request's"
     ):
+        world.coordinator.before_decode(world.batch)
+
+
+@pytest.mark.parametrize("heads", ["all", "mean"])
+def test_debug_checks_tell_a_pages_owner_from_its_last_one(heads: str) -> None:
+    """The same positions in the same pages, but the first request's: a step of the second one's was not
+    recorded."""
+    world, first = one_request(selector="kara", query_heads=heads, debug_checks=True)
+    advance(world, 8)
+    pages = {*first.state.recorder.pages[0]}
+    first.finished_reason = Finish("abort")
+    world.release(first, checkpoint=False)
+    world.drop([first])
+    assert world.prefill(Request(1, [1, 2, 3, 4, 5], 10_000, None))
+    [second] = world.batch.reqs
+    record = world.recorder.record
+    advance(world, 5)
+    assert {*second.state.recorder.pages[0]} == pages
+    world.recorder.record = lambda *_: None
+    advance(world, 1)
+    world.recorder.record = record
+    advance(world, 4)
+    with pytest.raises(RuntimeError, match="request 1: the ring should hold the query of position 10"):
         world.coordinator.before_decode(world.batch)
 
 

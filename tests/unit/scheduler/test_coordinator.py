@@ -12,6 +12,7 @@ from stand_ins import GROUP, Finish, Request, Setting
 from world import World, advance, answer, one_request, votes
 
 from kara_sglang.config import SELECTORS, KaraConfig
+from kara_sglang.scheduler.graphs import FLAG, Graphs
 from kara_sglang.scheduler.latch import LOOK_EVERY
 from kara_sglang.scheduler.metrics import Totals
 
@@ -203,6 +204,60 @@ def test_a_step_costs_what_happens_in_it(policy: str, units: int) -> None:
     assert count["is_compressing"] <= 621 // LOOK_EVERY + 2 * windows
     taken = sum(len(req.windows) for req in world.batch.reqs)
     assert taken == 0 if policy == "pressure" else 7 * 11 <= taken <= windows
+
+
+class Watched(list):
+    """Counts who is looked at."""
+
+    looks = 0
+
+    def __iter__(self) -> Any:
+        for one in super().__iter__():
+            Watched.looks += 1
+            yield one
+
+    def __reversed__(self) -> Any:
+        for one in super().__reversed__():
+            Watched.looks += 1
+            yield one
+
+    def __getitem__(self, index: Any) -> Any:
+        Watched.looks += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("number", [2, 7])
+def test_a_step_without_a_date_looks_at_one_request(number: int) -> None:
+    """The newest, to see whether it is new; however many run."""
+    config = KaraConfig(window=500, delay=5, query_heads="mean")
+    world = World(Setting(config, units=7, trouble=0.0, num_pages=20_000, real=False), seed=0)
+    for i in range(number):
+        assert world.prefill(Request(i, [1, 2, i], 1000, None))
+    answer(world, 5)
+    world.batch.reqs = Watched(world.batch.reqs)
+    for _ in range(20):
+        Watched.looks = 0
+        world.coordinator.before_decode(world.batch)
+        assert Watched.looks == 1
+
+
+def test_more_requests_than_the_largest_graph_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    world, _ = one_request(selector="keys")
+    world.coordinator.graphs = Graphs([1, 2])
+    for i in (1, 2):
+        advance(world, 3)
+        assert not caplog.records
+        assert world.prefill(Request(i, [1, 2, i], 1000, None))
+    advance(world, 3)
+    [record] = caplog.records
+    assert "3 requests run" in record.getMessage() and FLAG in record.getMessage()
+
+
+def test_the_prefix_cache_learns_what_a_token_is() -> None:
+    """Shared prefixes: the model's vocabulary, not that of the text's owner."""
+    config = KaraConfig(selector="keys", window=32, delay=2, prefix_reuse="auto")
+    world = World(Setting(config, page=16, trouble=0.0), seed=0)
+    assert world.scheduler.tree_cache.vocab_size == world.scheduler.model_config.vocab_size
 
 
 @pytest.mark.parametrize("selector", ["kara", "identity"])
