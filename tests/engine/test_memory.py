@@ -56,7 +56,7 @@ def test_memory_that_is_given_back_and_taken_again(kara: Server) -> None:
     """The same answers, from the same windows, after a round trip; and the first one runs into a server
     that knows nothing of the earlier requests. (Without torch_memory_saver, as on a CPU, the pages of
     ring and pool stay where they are; that what lies in them does not matter is shown in
-    `tests/unit/scheduler/test_histories.py`.)"""
+    `tests/unit/scheduler/test_compaction.py`.)"""
     asked = [prompt(40 + 10 * i, 60 + i) for i in range(3)]
 
     def answers() -> list[tuple[list[int], int]]:

@@ -24,7 +24,8 @@ from kara_sglang.compat.flags import NEWER_FLAGS, Flags
 from kara_sglang.compat.source import Source
 from kara_sglang.compat.surface import SURFACE, Used, bare, signature
 
-# Files in which SGLang's objects live. The commands below talk to a server and never hold one.
+# Files in which SGLang's objects live. The commands below talk to a server and never hold one;
+# `kara_sglang.plan` reads flags as the launcher does, and is run on every version (CORE in the Makefile).
 _COMMANDS = {"serve.py", "embedded_model.py", "top.py"}
 FILES = [
     path

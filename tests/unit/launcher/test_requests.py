@@ -165,7 +165,7 @@ def check_input(ids: Any, given: Any = None, session: Any = None) -> None:
     requests.check_input(MANAGER, SimpleNamespace(input_ids=given, session_params=session), ids)
 
 
-@pytest.mark.parametrize("mode", ["exact", "compressed"])
+@pytest.mark.parametrize("mode", ["exact", "compressed", "auto"])
 @pytest.mark.parametrize(
     "ids,shown",
     [
