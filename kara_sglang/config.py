@@ -31,7 +31,7 @@ NONE = "none"
 AUTO_GAIN = 2048
 """N of ``prefix_reuse`` ``auto``."""
 
-_PREFIX_REUSE = re.compile(r"exact|compressed|auto(:[1-9]\d{0,6})?")
+_PREFIX_REUSE = r"exact|compressed|auto(:[1-9]\d{0,6})?"
 
 Score = Literal["sum", "sum_v", "l2", "l2_v", "l2_v4", "l2_v4_k"]
 SELECTORS: tuple[str, ...] = tuple(REGISTRY)
@@ -379,7 +379,11 @@ _RANGES = (
     ("window", lambda v: 1 <= v <= 65536, "between 1 and 65536 tokens"),
     ("retain", lambda v: 0 < v <= 1, "a share with 0 < retain <= 1"),
     ("query_mem_gb", lambda v: v is None or 0 <= v <= 1e6, "between 0 and 1000000 (GiB)"),
-    ("prefix_reuse", _PREFIX_REUSE.fullmatch, "exact, compressed, auto, or auto:N with N tokens"),
+    (
+        "prefix_reuse",
+        lambda v: re.fullmatch(_PREFIX_REUSE, v),
+        "exact, compressed, auto, or auto:N with N tokens",
+    ),
     ("delay", lambda v: 0 <= v <= 65536, "between 0 and 65536 tokens"),
     ("neighbours", lambda v: 1 <= v <= 255 and v % 2, "an odd number of tokens, 1 to 255"),
     ("chunk_budget", lambda v: 0 <= v <= 1, "a share of the kept tokens between 0 and 1"),
