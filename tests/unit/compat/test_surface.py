@@ -25,7 +25,7 @@ from kara_sglang.compat.source import Source
 from kara_sglang.compat.surface import SURFACE, Used, bare, signature
 
 # Files in which SGLang's objects live. The commands below talk to a server and never hold one;
-# `kara_sglang.plan` reads flags as the launcher does, and is run on every version (CORE in the Makefile).
+# `kara_sglang.plan` reads flags as the launcher does, and runs on every version (CORE in the Makefile).
 _COMMANDS = {"serve.py", "embedded_model.py", "top.py"}
 FILES = [
     path
