@@ -21,7 +21,7 @@ import torch
 
 from kara_sglang.checks import checked, parse_object, shown
 from kara_sglang.kernels.record import FP4, FP8
-from kara_sglang.kernels.selectors import REGISTRY
+from kara_sglang.kernels.selectors import REGISTRY, build
 
 ENV = "SGLANG_KV_COMPRESS"
 """Settings as a selector's name or a JSON object; the launcher hands them to its children in it."""
@@ -254,6 +254,12 @@ class KaraConfig:
                 f"--kv-compress-query-mem-gb 0 leaves no room for the queries that --kv-compress "
                 f"{self.selector} needs; give it memory or choose {_without_queries()}"
             )
+        if self.shares_prefixes and not self.told_by_its_text(self.selector):
+            raise ValueError(
+                f"--kv-compress-prefix-reuse {self.prefix_reuse} shares windows that the text up to "
+                f"their end decides, and here the {self.delay} tokens behind vote as well "
+                f"({self.selector}); use exact, another selector, or a delay of 0"
+            )
         if self.policy == "punctual" and self.query_heads == "auto" and self.keeps_queries:
             raise ValueError(
                 f'{flag_of("policy")} "punctual" is there for answers that do not depend on what else '
@@ -344,6 +350,10 @@ class KaraConfig:
                 f"delay of {self.delay} within the model's context of {context_length} "
                 "(--context-length), so nothing would ever be compressed; use a smaller window"
             )
+
+    def told_by_its_text(self, selector: str) -> bool:
+        """Whether the text up to a window's end decides what ``selector`` keeps of it."""
+        return self.delay == 0 or not build(selector, self).looks_behind
 
     def may_share(self, kept: int) -> bool:
         """Whether windows of which ``kept`` tokens stay may enter the prefix cache.

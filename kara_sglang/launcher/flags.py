@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import sys
 import typing
@@ -42,7 +43,7 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
             metavar=_metavar(setting),
             help=f"{plain(about['text'])}{unit} {default}".replace("%", "%%"),
         )
-    keys = ", ".join(f"{key} ({getattr(KaraConfig(), key)})" for key in CONFIG_KEYS)
+    keys = ", ".join(f"{key} ({json.dumps(getattr(KaraConfig(), key))})" for key in CONFIG_KEYS)
     group.add_argument(
         "--kv-compress-config",
         metavar="JSON",

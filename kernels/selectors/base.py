@@ -42,6 +42,12 @@ class Selector:
         """Whether :meth:`score` gets queries that were moved ahead (``kernels/rope_shift.py``)."""
         return False
 
+    @property
+    def looks_behind(self) -> bool:
+        """Whether tokens behind the window have a say in which of its tokens are kept. Such a window is
+        not told by the text up to its end, so it is not shared (``radix_integration/keys.py``)."""
+        return False
+
     @classmethod
     def from_config(cls, config: SelectorSettings) -> Self:
         return cls()
@@ -109,6 +115,10 @@ class AttentionSelector(Selector):
     @property
     def ahead(self) -> bool:
         return self.rule.ahead
+
+    @property
+    def looks_behind(self) -> bool:
+        return self.rule.delay_votes
 
     def score(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_help_shows_units_and_defaults(parser: argparse.ArgumentParser) -> None:
         assert piece in text, piece
     default = KaraConfig()
     for key in CONFIG_KEYS:
-        assert f"{key} ({getattr(default, key)})" in text
+        assert f"{key} ({json.dumps(getattr(default, key))})" in text
 
 
 def test_flags_do_not_collide_with_sglangs(server_defaults: dict[str, Any]) -> None:

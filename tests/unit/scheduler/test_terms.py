@@ -59,6 +59,18 @@ def test_who_shares_with_whom() -> None:
     assert terms_of({"prefix": "exact"}).sharing is terms_of(reuse="exact").sharing is None
 
 
+def test_windows_that_tokens_behind_them_decide_are_not_shared() -> None:
+    """The newest queries vote in `snapkv`: the delay's, of which the window's name says nothing."""
+    assert terms_of({"selector": "snapkv"}).sharing is None
+    without = TermsOf(KaraConfig(window=64, delay=0, prefix_reuse="compressed"), PAGE)
+    assert without(req({"selector": "snapkv"})).sharing is not None
+    voting = {"selector": "kara", "delay_votes": True, "prefix_reuse": "auto"}
+    for settings in (voting, {"selector": "snapkv", "prefix_reuse": "compressed"}):
+        with pytest.raises(ValueError, match="the 64 tokens behind vote as well"):
+            KaraConfig(**settings)
+        KaraConfig(**settings | {"delay": 0})
+
+
 def test_how_far_a_compressed_prefix_must_reach() -> None:
     assert terms_of().sharing.least == 1
     assert terms_of(reuse="auto:300").sharing.least == 300
