@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import torch
 
@@ -129,7 +129,7 @@ class TritonKernels:
         if plan.score:
             for launch in plan.score:
                 launch()
-        elif isinstance(selector, BlindSelector):
+        elif _scores_as(selector, BlindSelector):
             _draw(selector, jobs, plan.scores)
         else:  # arithmetic of its own, for one window of one layer at a time
             for layer, of_layer in enumerate(plan.scores):
@@ -187,10 +187,10 @@ class TritonKernels:
         between = scratch[_bytes(_outer(shape, num_jobs)) :]
         score: list[Launch] = []
         rule = WeightRule()
-        if isinstance(selector, KeysSelector):
+        if _scores_as(selector, KeysSelector):
             rule = selector.rule
             score.append(weight_scores(tables, range(shape.num_layers), slots, rule=rule, out=scores))
-        elif isinstance(selector, AttentionSelector):
+        elif _scores_as(selector, AttentionSelector):
             if not shape.voices:
                 raise ValueError(f"{type(selector).__name__} needs recorded queries")
             rule = selector.rule
@@ -210,6 +210,14 @@ class TritonKernels:
             scores, shape.kept, selector.chunks, kept, neighbours=rule.neighbours, shared=rule.per_layer
         )
         return Plan(slots, recorders, scores, kept, score, [chosen, *compact(tables, slots, kept)])
+
+
+_Kind = TypeVar("_Kind", bound=Selector)
+
+
+def _scores_as(selector: Selector, kind: type[_Kind]) -> TypeGuard[_Kind]:
+    """Whether the kernels for selectors of a kind give this one's scores: not where it has its own."""
+    return isinstance(selector, kind) and type(selector).score is kind.score
 
 
 def _draw(selector: BlindSelector, jobs: list[WindowJob], scores: torch.Tensor) -> None:

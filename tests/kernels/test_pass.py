@@ -13,11 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from kara_sglang.benchmarks.gpu.compiled import caught
+from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob, WindowShape
 from kara_sglang.kernels.record import FP8, Ring, most_blocks
 from kara_sglang.kernels.score import AttentionRule, WeightRule
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors import REGISTRY, Selector
+from kara_sglang.kernels.selectors.base import AttentionSelector
 from kara_sglang.kernels.triton import TritonKernels, backend
 from kara_sglang.kernels.triton.pool import PoolTables
 from kara_sglang.kernels.triton.score import attention_scores
@@ -38,6 +40,18 @@ class Norm(Selector):
         return (keys.norm(dim=-1) * scale + values.norm(dim=-1)).T.contiguous()
 
 
+class Worst(AttentionSelector):
+    """Attention, but with a score of its own."""
+
+    def score(self, *args, **kwargs):
+        return -super().score(*args, **kwargs)
+
+
+class WorstKeys(type(REGISTRY["keys"]())):
+    def score(self, *args, **kwargs):
+        return -super().score(*args, **kwargs)
+
+
 SELECTORS = {
     "kara": KARA,
     "causal": REGISTRY["causal"](rule=dataclasses.replace(BEST, causal=True)),
@@ -48,6 +62,8 @@ SELECTORS = {
     "random": REGISTRY["random"](),
     "identity": REGISTRY["identity"](),
     "norm": Norm(),
+    "worst": Worst(rule=BEST),
+    "worst keys": WorstKeys(rule=WeightRule(value_norm=4)),
 }
 
 
@@ -64,7 +80,7 @@ def jobs_for(make, settings: list[tuple[str, int, int]]) -> list[WindowJob]:
         WindowJob(
             slots=window,
             kept=kept,
-            selector=SELECTORS[name],
+            selector=SELECTORS.get(name) or REGISTRY[name].from_config(KaraConfig()),
             seed=1000 * number,
             query_start=(start := 16 + 1003 * number),
             query_count=WIDTH + DELAY,
@@ -86,6 +102,12 @@ def check(identical, make, kernels: TritonKernels, pool: LayerPool, jobs: list[W
         pool.keys + pool.values, expected_pool.keys + expected_pool.values, strict=True
     ):
         assert identical(ours, theirs)
+
+
+@pytest.mark.parametrize(("name", "units"), [("worst", GROUP), ("worst keys", 0)])
+def test_a_score_of_its_own_counts(identical, make, pool, name, units):
+    """Also where the class derives from one that the kernels know."""
+    check(identical, make, make.kernels(), pool, jobs_for(make, [(name, 16, units)]))
 
 
 @pytest.mark.parametrize("name", REGISTRY)
