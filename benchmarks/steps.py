@@ -23,6 +23,7 @@ from kara_sglang.benchmarks.output import write_json
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import TorchKernels
 from kara_sglang.kernels.record import FP8
+from kara_sglang.scheduler.compaction import Compaction
 from kara_sglang.scheduler.coordinator import Coordinator
 from kara_sglang.scheduler.policy import lag
 from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
@@ -64,7 +65,8 @@ def running(number: int, settings: dict[str, Any], recorded: float) -> tuple[Coo
     budget = int(number * recorded) * unit if config.keeps_queries else 0
     recorder = QueryRecorder(shape, config.window, config.delay, budget, FP8, lag=lag(config))
     recorder.allocate_tables(number + 1)
-    coordinator = Coordinator(scheduler, config, recorder, TorchKernels(), [1.0], None)
+    compaction = Compaction(scheduler, config, recorder, TorchKernels(), [1.0], None)
+    coordinator = Coordinator(config, compaction)
     requests = [_request(row) for row in range(1, number + 1)]
     lengths = torch.full((number,), PROMPT)
     batch = SimpleNamespace(reqs=requests, seq_lens=lengths, seq_lens_cpu=lengths, batch_is_full=False)

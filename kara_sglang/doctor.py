@@ -28,7 +28,8 @@ from kara_sglang.compat.source import Source
 from kara_sglang.config import KaraConfig
 from kara_sglang.launcher import refusals
 from kara_sglang.radix_integration.row import Geometry
-from kara_sglang.scheduler import graphs, policy
+from kara_sglang.scheduler import graphs
+from kara_sglang.scheduler.ring.recorder import cheapest
 from kara_sglang.scheduler.ring.size import served
 
 OK, NOTE, BAD = "ok", "note", "BAD"
@@ -343,7 +344,7 @@ def _query_ring(plan: Plan, model: Any, resolved: Any) -> Finding:
             return Finding(NOTE, "queries", f"{text}python -m kara_sglang.plan")
     ring = memory.ring_of(launch, memory.Rank.of(launch), weights)
     group = ring.shape.group
-    heads = policy.cheapest(group, config.query_heads)
+    heads = cheapest(group, config.query_heads)
     if not ring.serves(heads):
         least = ring.most_bytes(heads)
         text = f"--kv-compress-query-mem-gb {config.query_mem_gb:g} has no room for one request, which "

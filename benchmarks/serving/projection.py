@@ -26,7 +26,7 @@ from typing import Any
 from kara_sglang.benchmarks.gpu.floors import DATASHEET, Gpu, Settings, Work, pass_floor
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.benchmarks.serving.rows import STOCK, rows
-from kara_sglang.scheduler.policy import LAG
+from kara_sglang.scheduler.ring.recorder import LAG
 
 OUTPUTS = (4096, 8192, 16384)
 ROWS = ("kara-0.5", "kara-0.25")

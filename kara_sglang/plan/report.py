@@ -14,8 +14,8 @@ from kara_sglang.plan import gain
 from kara_sglang.plan.launch import Launch
 from kara_sglang.plan.load import Held, Load, compressed, uncompressed
 from kara_sglang.plan.memory import Memory, Rank, divide, ring_of
-from kara_sglang.scheduler import graphs, policy
-from kara_sglang.scheduler.ring.recorder import QueryRecorder
+from kara_sglang.scheduler import graphs
+from kara_sglang.scheduler.ring.recorder import QueryRecorder, cheapest
 from kara_sglang.scheduler.ring.size import served
 
 
@@ -62,7 +62,7 @@ class Ring:
             Where it serves nobody.
         """
         every = recorder.shape.group
-        least = policy.cheapest(every, heads)
+        least = cheapest(every, heads)
         if not recorder.serves(least):
             raise ValueError(
                 "--kv-compress-query-mem-gb has no room for the queries of one request; it takes "

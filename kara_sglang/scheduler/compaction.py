@@ -70,9 +70,10 @@ class Compaction:
     Parameters
     ----------
     scheduler : Scheduler
-        SGLang's.
+        SGLang's, after its ``__init__``.
     config : KaraConfig
     recorder : QueryRecorder
+        Without pages where the settings leave no memory for queries.
     kernels : Kernels
     scales : list of float
         Softmax scale per layer.

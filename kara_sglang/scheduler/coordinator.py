@@ -12,13 +12,10 @@ from typing import TYPE_CHECKING
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
-from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.record import PAGE
-from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.radix_integration import exact
 from kara_sglang.radix_integration.prefix import forget_match, prefix_of, removed
 from kara_sglang.radix_integration.row import (
-    Geometry,
     RequestState,
     ceil_align,
     forget_state,
@@ -35,7 +32,6 @@ from kara_sglang.scheduler.latch import LOOK_EVERY, Latch
 from kara_sglang.scheduler.metrics import Metrics, Totals
 from kara_sglang.scheduler.policy import Candidate
 from kara_sglang.scheduler.ring.handout import Handout
-from kara_sglang.scheduler.ring.recorder import QueryRecorder
 from kara_sglang.scheduler.seeds import Seeds
 from kara_sglang.scheduler.shortage import needed, short_of_slots
 from kara_sglang.scheduler.streams import forward_stream
@@ -51,39 +47,25 @@ class Coordinator:
 
     Parameters
     ----------
-    scheduler : Scheduler
-        SGLang's, after its ``__init__``.
     config : KaraConfig
-    recorder : QueryRecorder
-        Without pages where the settings leave no memory for queries.
-    kernels : Kernels
-    scales : list of float
-        Softmax scale per layer.
-    rope_shift : RopeShift or None
-        How queries are moved ahead; None where the settings do not ask for it.
+    compaction : Compaction
+        The passes of this scheduler, with the same settings.
     """
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        config: KaraConfig,
-        recorder: QueryRecorder,
-        kernels: Kernels,
-        scales: list[float],
-        rope_shift: RopeShift | None,
-    ) -> None:
-        self.scheduler = scheduler
+    def __init__(self, config: KaraConfig, compaction: Compaction) -> None:
         self.config = config
-        self.recorder = recorder
-        self.kernels = kernels
-        self.geometry = Geometry(scheduler.page_size, config.window, config.delay)
+        self.compaction = compaction
+        self.scheduler: Scheduler = compaction.scheduler
+        scheduler = self.scheduler
+        self.recorder = compaction.recorder
+        self.kernels = compaction.kernels
+        self.geometry = compaction.geometry
         self.policy = policy.build(config)
         # What admission counts on: the last windows of all requests may wait for their passes.
         self._latest = dataclasses.replace(self.geometry, delay=config.delay + self.policy.wait)
-        self.compaction = Compaction(scheduler, config, recorder, kernels, scales, rope_shift)
         self.terms_of = TermsOf(config, scheduler.page_size)
         self.seeds = Seeds(config.seed)
-        self.handout = Handout(recorder, config.query_heads)
+        self.handout = Handout(self.recorder, config.query_heads)
         self.latch = Latch()
         self.calendar = Calendar()
         self.graphs = Graphs(scheduler.tp_worker.get_decode_cuda_graph_bs())

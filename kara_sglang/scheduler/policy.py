@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from kara_sglang.scheduler.ring.recorder import LAG
+
 if TYPE_CHECKING:
     from kara_sglang.config import KaraConfig
 
@@ -27,9 +29,6 @@ class Candidate:
     uncompressed: int  # from its next window's start on
     gain: int  # slots that its next window gives back
 
-
-LAG = 64
-"""Least value of ``QueryRecorder.lag``."""
 
 SPREAD = 32
 """Steps over which windows that fall due together are spread, so that no step is held up by all of
@@ -182,8 +181,3 @@ def _first(
 ) -> list[int]:
     ready = sorted((c for c in candidates if c.overdue >= 0), key=rank)
     return sorted(c.index for c in ready[:limit])
-
-
-def cheapest(group: int, heads: str) -> int:
-    """Heads that the smallest recorder keeps with the setting ``query_heads``."""
-    return group if heads == "all" else 1

@@ -14,7 +14,7 @@ from kara_sglang.kernels.backend import WindowShape
 from kara_sglang.kernels.record import PAGE
 from kara_sglang.scheduler import policy
 from kara_sglang.scheduler.ring.demand import Demand
-from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
+from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder, cheapest
 from kara_sglang.scheduler.ring.size import Room, Size, ring_size
 
 
@@ -51,7 +51,7 @@ def query_ring(shape: AttentionShape, config: KaraConfig, room: Room | None = No
     dtype = config.ring_dtype(shape.dtype) if config.keeps_queries else shape.dtype
     page, demand = PAGE * shape.entry_bytes(dtype), Demand(0, config.window, config.delay)
     heads = 1 if config.query_heads == "mean" else shape.group
-    least = demand.most(policy.cheapest(shape.group, config.query_heads)) * page
+    least = demand.most(cheapest(shape.group, config.query_heads)) * page
     size = Size(0, "no queries are kept")
     if config.keeps_queries:
         size = ring_size(config, demand.usual(heads) * page, least, room or Room())

@@ -22,10 +22,11 @@ from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.dispatch import pick
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.radix_integration import prefill
-from kara_sglang.scheduler import policy, refusals
+from kara_sglang.scheduler import refusals
+from kara_sglang.scheduler.compaction import Compaction
 from kara_sglang.scheduler.coordinator import Coordinator
 from kara_sglang.scheduler.reserved import largest_window, query_ring
-from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
+from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder, cheapest
 from kara_sglang.scheduler.ring.size import Room, served
 from kara_sglang.scheduler.rotary import rope_shift_of
 
@@ -111,7 +112,7 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     room = room_of(runner, layers) if config.keeps_queries else Room()
     with runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
         recorder = query_ring(shape, config, room)
-    need = policy.cheapest(shape.group, config.query_heads)
+    need = cheapest(shape.group, config.query_heads)
     if config.keeps_queries and not recorder.serves(need):
         bytes_needed = recorder.most_bytes(need)
         runtime.refused.append(
@@ -229,9 +230,10 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
     if runtime.refused:
         return
     assert parts is not None
-    coordinator = Coordinator(
+    compaction = Compaction(
         scheduler, parts.config, parts.recorder, parts.kernels, parts.scales, parts.rope_shift
     )
+    coordinator = Coordinator(parts.config, compaction)
     coordinator.warm_up()
     runtime.coordinator = coordinator
     logger.info("KV compression is on: %s.", described(parts, coordinator))

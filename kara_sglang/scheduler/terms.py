@@ -79,8 +79,8 @@ class TermsOf:
         # A seed that is made from the prompt is left out: who continues a text has a longer prompt.
         seed = options.seed if REGISTRY[selector].seeded else None
         sharing = None
-        told = self.config.told_by_its_text(selector)
-        if shares and skipped is None and told and self.config.may_share(kept):
+        shares = shares and skipped is None and self.config.may_share(kept)
+        if shares and self.config.told_by_its_text(selector):
             settings = repr((self._settings, selector, kept, seed)).encode()
             sharing = Sharing(settings, 1 if options.prefix else self.config.least_gain)
         return Terms(skipped, selector, kept, options.seed, sharing)

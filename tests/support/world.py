@@ -42,6 +42,7 @@ from kara_sglang.radix_integration.row import (
     Window,
     ceil_align,
 )
+from kara_sglang.scheduler.compaction import Compaction
 from kara_sglang.scheduler.coordinator import Coordinator
 from kara_sglang.scheduler.ring.demand import Demand
 from kara_sglang.scheduler.ring.recorder import AttentionShape
@@ -103,9 +104,10 @@ class World:
         )
         self.recorder.world = self
         self.recorder.allocate_tables(ROWS)
-        self.coordinator = Coordinator(
+        compaction = Compaction(
             self.scheduler, config, self.recorder, WatchedKernels(self, setting.real), SCALES, TURN
         )
+        self.coordinator = Coordinator(config, compaction)
         self.batch = SimpleNamespace(
             reqs=[],
             seq_lens=torch.empty(0, dtype=torch.int64),

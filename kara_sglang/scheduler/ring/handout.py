@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kara_sglang.radix_integration.row import RequestState
-from kara_sglang.scheduler import policy
-from kara_sglang.scheduler.ring.recorder import QueryRecorder
+from kara_sglang.scheduler.ring.recorder import QueryRecorder, cheapest
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -38,7 +37,7 @@ class Handout:
     def __init__(self, recorder: QueryRecorder, heads: str) -> None:
         self.recorder = recorder
         self.heads = heads
-        self._least = policy.cheapest(recorder.shape.group, heads)
+        self._least = cheapest(recorder.shape.group, heads)
         self._in_vain: Counter[int] = Counter()  # requests by RequestState.in_vain, where that is not 0
 
     def ask(self, asking: Sequence[tuple[Req, RequestState]], step: int) -> None:

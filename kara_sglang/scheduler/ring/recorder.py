@@ -19,6 +19,14 @@ from kara_sglang.radix_integration.row import Voters
 from kara_sglang.scheduler.ring.check import RingCheck
 from kara_sglang.scheduler.ring.demand import Demand
 
+LAG = 64
+"""Least value of ``QueryRecorder.lag``."""
+
+
+def cheapest(group: int, heads: str) -> int:
+    """Heads that the smallest recorder keeps with the setting ``query_heads``."""
+    return group if heads == "all" else 1
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
@@ -68,7 +76,7 @@ class QueryRecorder:
         delay: int,
         budget_bytes: int,
         dtype: torch.dtype,
-        lag: int = 64,
+        lag: int = LAG,
         checked: bool = False,
         why: str = "as set",
     ) -> None:

@@ -18,6 +18,7 @@ from kara_sglang.kernels.backend import WindowJob, WindowShape
 from kara_sglang.kernels.record import blocks_of
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.triton import TritonKernels
+from kara_sglang.scheduler.compaction import Compaction
 from kara_sglang.scheduler.coordinator import Coordinator
 from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
 
@@ -47,7 +48,7 @@ def coordinator_of(config: KaraConfig) -> Coordinator:
     recorder.allocate_tables(8)
     still = RopeShift.of_layer(torch.ones(DIM // 2), torch.zeros(DIM // 2), DIM, halves=True)
     turn = RopeShift.of([still] * LAYERS)
-    return Coordinator(scheduler, config, recorder, kernels, [0.125] * LAYERS, turn)
+    return Coordinator(config, Compaction(scheduler, config, recorder, kernels, [0.125] * LAYERS, turn))
 
 
 @pytest.mark.parametrize(

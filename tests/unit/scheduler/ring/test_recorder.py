@@ -22,8 +22,7 @@ from kara_sglang.kernels.record import (
     record,
     recorded,
 )
-from kara_sglang.scheduler.policy import LAG
-from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
+from kara_sglang.scheduler.ring.recorder import LAG, AttentionShape, QueryRecorder
 
 
 def store(ring: Ring, pages: torch.Tensor, queries: torch.Tensor) -> None:

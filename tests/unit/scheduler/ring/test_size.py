@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kara_sglang.config import KaraConfig
-from kara_sglang.scheduler.policy import cheapest
 from kara_sglang.scheduler.reserved import query_ring
-from kara_sglang.scheduler.ring.recorder import AttentionShape
+from kara_sglang.scheduler.ring.recorder import AttentionShape, cheapest
 from kara_sglang.scheduler.ring.size import FIXED, SHARE, Room, ring_size, served
 
 SHAPE = AttentionShape(36, 32, 8, 128, torch.bfloat16, torch.device("meta"))  # Qwen3-8B
