@@ -111,7 +111,12 @@ def test_a_score_of_its_own_counts(identical, make, pool, name, units):
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_every_selector(identical, make, pool, name):
+@pytest.mark.parametrize("dtype", [torch.float32, FP8, torch.float8_e5m2], ids=str)
+def test_every_selector(identical, make, name, dtype):
+    """8-bit floats are moved as they are, and what is kept is what torch keeps."""
+    pool = make.pool(
+        1, layers=3, heads=2, dim=32, slots=512, voices=20, tokens=WIDTH + DELAY, dtype=dtype
+    )
     kept = WIDTH if REGISTRY[name].keeps_all else 16
     before = make.copy(pool)
     units = GROUP if REGISTRY[name].needs_queries else 0
