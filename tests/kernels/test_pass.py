@@ -110,6 +110,13 @@ def test_a_score_of_its_own_counts(identical, make, pool, name, units):
     check(identical, make, make.kernels(), pool, jobs_for(make, [(name, 16, units)]))
 
 
+@pytest.mark.parametrize("dtype", [FP8, torch.float8_e5m2], ids=str)
+def test_a_score_of_its_own_gets_numbers_that_torch_computes_with(identical, make, dtype):
+    """Not with 8-bit floats."""
+    pool = make.pool(1, layers=3, heads=2, dim=32, slots=512, dtype=dtype)
+    check(identical, make, make.kernels(), pool, jobs_for(make, [("norm", 16, 0)]))
+
+
 @pytest.mark.parametrize("name", REGISTRY)
 @pytest.mark.parametrize("dtype", [torch.float32, FP8, torch.float8_e5m2], ids=str)
 def test_every_selector(identical, make, name, dtype):
