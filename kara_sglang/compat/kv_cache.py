@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -64,11 +65,4 @@ def planned_dtype(choice: str, model: Any) -> torch.dtype:
                 f"the model's quantization ({model.quantization}) does not say in what type it keeps "
                 f"K and V ({type(error).__name__}); pass --kv-cache-dtype"
             ) from error
-    return dtype_of(choice, model.dtype, _Quantized(quantized))
-
-
-class _Quantized:
-    """As far as SGLang looks at a model for this."""
-
-    def __init__(self, quant_config: Any) -> None:
-        self.quant_config = quant_config
+    return dtype_of(choice, model.dtype, SimpleNamespace(quant_config=quantized))

@@ -271,8 +271,8 @@ class Compaction:
         """The same object as long as SGLang's buffers and the scales are the same."""
         pool = self.scheduler.token_to_kv_pool_allocator.get_kvcache()
         buffers, scales, known = (pool.k_buffer, pool.v_buffer), self.scales(), self._layers
-        same = all(mine is theirs for mine, theirs in zip(self._buffers, buffers, strict=False))
-        if known is None or not same or known.scales != scales:
+        anew = [id(part) for part in buffers] != [id(part) for part in self._buffers]
+        if known is None or anew or known.scales != scales:
             self._buffers = buffers
             # 8-bit floats are kept as bytes (``KVCache.store_dtype``).
             keys, values = ([part.view(pool.dtype) for part in parts] for parts in buffers)
