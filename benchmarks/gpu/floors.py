@@ -10,13 +10,13 @@ layers; memory that two programs share is counted once, as if the L2 cache were 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.gpu.models import MODELS, Model
 from kara_sglang.benchmarks.output import write_json
 
@@ -237,9 +237,16 @@ def show(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--context", type=int, default=4096, help="cached tokens per request")
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "--batch", type=command_line.whole(), default=64, help="requests; default: %(default)s"
+    )
+    parser.add_argument(
+        "--context",
+        type=command_line.whole(),
+        default=4096,
+        help="cached tokens per request; default: %(default)s",
+    )
     parser.add_argument("--output", type=Path, help="write the results there as JSON")
     arguments = parser.parse_args()
     found = report(arguments.batch, arguments.context)
