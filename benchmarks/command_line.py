@@ -24,7 +24,9 @@ def parser(spec: ModuleSpec | None, about: str | None) -> argparse.ArgumentParse
     spec, about
         The module's ``__spec__`` and ``__doc__``. A file that is run by its path has no ``spec``.
     """
-    called = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
+    # A package is run by its name, wherever in it options are read.
+    name = spec and spec.name.removesuffix(".__main__").removesuffix(".command")
+    called = f"python -m {name}" if name else None
     purpose = inspect.cleandoc(about or "").partition("\n\n")[0]
     return argparse.ArgumentParser(prog=called, description=purpose)
 

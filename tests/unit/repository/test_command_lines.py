@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import told
 from places import ROOT
 
 ALONE = {"kara_sglang.benchmarks.gpu.kit.assemble"}
@@ -23,6 +25,8 @@ def programs() -> Iterator[str]:
         for path in sorted((ROOT / room).rglob("*.py"))
     ]:
         text = path.read_text()
+        if path.name == "__main__.py" and (beside := path.with_name("command.py")).exists():
+            text += beside.read_text()
         parses = "ArgumentParser(" in text or "command_line.parser(" in text
         if parses and 'if __name__ == "__main__"' in text:
             parts = path.relative_to(ROOT).with_suffix("").parts
@@ -115,3 +119,43 @@ def test_a_bad_value_is_one_line(
     assert run(name, [*given.split(), *bad.split()], monkeypatch) == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+class Read(Exception):
+    """A program has read its options."""
+
+
+def ending(method: str) -> Callable[..., Any]:
+    """This method of a parser, with which the program ends."""
+    parse = getattr(argparse.ArgumentParser, method)
+
+    def read(*args: Any) -> Any:
+        options = parse(*args)
+        if sys._getframe(1).f_globals["__name__"] == "argparse":
+            return options  # a part of the whole
+        raise Read
+
+    return read
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize(
+    ("name", "line"),
+    sorted(
+        {(p, line) for page in told.PAGES for p, line in told.commands(page) if "kara_sglang." in p}
+    ),
+)
+def test_programs_take_what_the_documents_say(
+    name: str, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whether a test runs them or not."""
+    for folder in ("MODEL", "FOLDER", "Qwen2.5-Coder-1.5B-Instruct"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").touch()
+    (tmp_path / "test.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *told.words(line)])
+    for method in ("parse_args", "parse_known_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, method, ending(method))
+    with pytest.raises(Read):
+        runpy.run_module(name, run_name="__main__")
