@@ -157,7 +157,7 @@ RUN_BY = {
     "make test": ("../.ci/run", "goal=test"),
     "make test-sglang": ("../.ci/run", "test-sglang VERSION"),
     "make check-wheel": ("../.github/workflows/wheel.yml", "make check-wheel"),
-    "curl": ("engine/test_serving.py", "curl"),
+    "curl": ("engine/test_serving.py", "documented("),
     "pip install": ("unit/repository/test_packaging.py", '"pip", "install"'),
 }
 """The test or workflow that runs each program that the documents tell to run, and how."""
