@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
-from kara_sglang.kernels.record import PAGE
 from kara_sglang.radix_integration import exact
 from kara_sglang.radix_integration.prefix import forget_match, prefix_of, removed
 from kara_sglang.radix_integration.row import (
@@ -181,7 +180,7 @@ class Coordinator:
         self.latch.step(batch, passed=bool(due))
         self._hand_out(due, looked_at)
         for req, state in looked_at + due:
-            self._make_date(req, state)
+            self.calendar.make_date(req, state, self.geometry, self._ready_at(state))
 
     def _newcomers(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
         """Those that decode for the first time. SGLang appends them to its batch
@@ -193,20 +192,6 @@ class Coordinator:
     def _ready_at(self, state: RequestState) -> int:
         """KV length from which on the policy may take the request's next window."""
         return max(state.due_at(self.geometry), self.policy.floor)
-
-    def _make_date(self, req: Req, state: RequestState) -> None:
-        """Look again when a window is due, when one begins that wants a recorder, or when a recorder
-        needs another page. Who is ready needs no date for the first: it is made when the window has
-        been taken."""
-        kv_len = req.kv.kv_committed_len
-        dates = [self._ready_at(state) - kv_len]
-        if state.recorder is not None:
-            dates.append(PAGE - (kv_len + state.removed) % PAGE)
-        elif state.selector.needs_queries:
-            dates.append(state.next_window(kv_len, self.geometry) or self.geometry.window)
-        dates = [steps for steps in dates if steps > 0]
-        if dates:
-            self.calendar.look_in(min(dates), req, state)
 
     def _due(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
         """Whose window is compressed in this step, as the policy says."""
