@@ -22,13 +22,13 @@ import torch
 from tqdm import tqdm
 
 from kara_sglang.benchmarks import command_line, marked
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
-from kara_sglang.benchmarks.quality import campaign, rows, tasks, texts
+from kara_sglang.benchmarks.quality import campaign, rows, tasks, texts, variants
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE
 from kara_sglang.benchmarks.quality.estimates import Estimate, mean, observe
 from kara_sglang.benchmarks.quality.script import Script
 from kara_sglang.benchmarks.quality.tasks import Layout
-from kara_sglang.benchmarks.research import variants
 from kara_sglang.benchmarks.research.replay import Plan, Replay
 from kara_sglang.config import KaraConfig
 from kara_sglang.embedded_model import embedded_model_path
@@ -98,10 +98,7 @@ def table(
 ) -> str:
     """Means, and paired differences from the row ``against``, with standard errors over texts; of all
     rows or of those ``shown``."""
-    lines = [
-        f"| row | KL | recall | log p of answers | KL / {against} | log p - {against} |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     base = found[against]
     for name in shown or found:
         values = found[name]
@@ -112,9 +109,10 @@ def table(
         more = mean([a - b for a, b in zip(values["logprob"], base["logprob"], strict=True)])
         cells = [mean(values["kl"]), mean(values["recall"]), mean(values["logprob"]), relative, more]
         digits = (4, 3, 3, 2, 3)
-        shown = [f"{e.value:.{d}f} ± {e.error:.{d}f}" for e, d in zip(cells, digits, strict=True)]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+        figures = [f"{e.value:.{d}f} ± {e.error:.{d}f}" for e, d in zip(cells, digits, strict=True)]
+        lines.append([name, *figures])
+    columns = ["row", "KL", "recall", "log p of answers", f"KL / {against}", f"log p - {against}"]
+    return grid(columns, lines)
 
 
 def put_into(document: str, folder: Path) -> str:
@@ -138,10 +136,7 @@ def main() -> int:
     )
     parser.add_argument("--model", type=command_line.model_folder, help="default: the embedded one")
     parser.add_argument(
-        "--window",
-        type=command_line.whole(),
-        default=128,
-        help="tokens; default: %(default)s",
+        "--window", type=command_line.whole(), default=128, help="tokens; default: %(default)s"
     )
     parser.add_argument("--retain", type=command_line.share, default=0.5, help="default: %(default)s")
     parser.add_argument(
