@@ -12,23 +12,21 @@ import re
 from pathlib import Path
 
 from kara_sglang import hooks
+from kara_sglang.benchmarks.marked import fill
 from kara_sglang.config import KaraConfig
 from kara_sglang.launcher import flags, refusals
 
 DOCS = Path(__file__).resolve().parent
 
 
-def between(name: str) -> re.Pattern[str]:
-    """What stands between a table's lines."""
-    return re.compile(rf"(?<=<!-- {name} -->\n).*(?=<!-- end of {name} -->)", re.DOTALL)
-
-
 def gone_table() -> str:
-    """What would make each hook needless, in Markdown; stand-ins follow what they stand in for."""
-    lines = ["| target | gone when |", "|---|---|"]
+    """What would make each hook needless, stand-ins for other versions included, in Markdown."""
+    targets: dict[str, list[str]] = {}
     for hook in hooks.ALL_HOOKS:
-        lines.append(f"| `{hook.target}` | {hook.gone} |")
-        lines += [f"| or else `{one.target}` | {one.gone} |" for one in hook.otherwise]
+        for one in (hook, *hook.otherwise):
+            targets.setdefault(one.gone, []).append(f"`{one.target}`")
+    lines = ["| gone when | hooked functions |", "|---|---|"]
+    lines += [f"| {gone} | {', '.join(names)} |" for gone, names in targets.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -73,14 +71,14 @@ def flags_table() -> str:
 
 
 TABLES = (
-    (DOCS / "configuration.md", between("settings"), settings_table(experiments=False)),
-    (DOCS / "configuration.md", between("experiments"), settings_table(experiments=True)),
-    (DOCS.parent / "README.md", between("flags"), flags_table()),
-    (DOCS / "upgrading-sglang.md", between("gone"), gone_table()),
-    (DOCS / "limits.md", between("refusals"), refusal_table()),
+    (DOCS / "configuration.md", "settings", settings_table(experiments=False)),
+    (DOCS / "configuration.md", "experiments", settings_table(experiments=True)),
+    (DOCS.parent / "README.md", "flags", flags_table()),
+    (DOCS / "upgrading-sglang.md", "gone", gone_table()),
+    (DOCS / "limits.md", "refusals", refusal_table()),
 )
 
 
 if __name__ == "__main__":
-    for path, pattern, made in TABLES:
-        path.write_text(pattern.sub(lambda _match, made=made: made, path.read_text()))
+    for path, kind, made in TABLES:
+        path.write_text(fill(path.read_text(), kind, lambda _name, made=made: made))

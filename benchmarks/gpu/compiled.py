@@ -17,7 +17,6 @@ on tensors of the model's shapes, and the launches are caught on their way.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import inspect
@@ -39,12 +38,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from kara_sglang.benchmarks.gpu.floors import DATASHEET
-from kara_sglang.benchmarks.gpu.models import MODELS, Model
+from kara_sglang.benchmarks import command_line
+from kara_sglang.benchmarks.arithmetic import DATASHEET
+from kara_sglang.benchmarks.markdown import grid
+from kara_sglang.benchmarks.models import MODELS, Model
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
-from kara_sglang.kernels.record import FP4, FP8, PAGE, Ring, Step, blocks_of, most_blocks
+from kara_sglang.kernels.record import FP4, FP8, PAGE, Ring, Step, any_pages, most_blocks
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
@@ -279,7 +280,7 @@ def launches(
         seed=0,
         query_start=0,
         query_count=window + delay,
-        pages=((0,) * len(blocks_of(0, window + delay)),) * voices if votes else None,
+        pages=any_pages(0, window + delay, voices if votes else 0),
     )
     batch = 64
     queries = torch.empty(batch, model.query_heads * dim, dtype=torch.bfloat16)
@@ -439,18 +440,14 @@ def show(found: dict[str, Any]) -> None:
     """Print the table of benchmarks/results/gpu/README.md."""
     architectures = found["architectures"]
     print(f"triton {found['versions']['triton']}; registers / spilled bytes / shared KiB\n")
-    print("| kernel |", " | ".join(architectures), "| shapes |")
-    print("|---|" + "---|" * len(architectures) + "---|")
+    rows = []
     for row in found["rows"]:
         cells = [cell(**row[architecture]) for architecture in architectures]
-        print(f"| `{row['kernel']}` |", " | ".join(cells), f"| {'; '.join(row['shapes'])} |")
+        rows.append([f"`{row['kernel']}`", *cells, "; ".join(row["shapes"])])
+    print(grid(["kernel", *architectures, "shapes"], rows), end="")
 
     print(f"\n{MODELS[0].name} on sm_90\n")
-    print(
-        "| kernel | turns x instructions of a warp | exponentials of a turn "
-        "| per 32 logits, in loops | from start to end | us per window |"
-    )
-    print("|---|---|---|---|---|---|")
+    rows = []
     for row in found["issued"]:
         loops = zip(row["turns"], row["loops"], strict=True)
         shown = (
@@ -458,7 +455,10 @@ def show(found: dict[str, Any]) -> None:
             str(row["exponentials"]),
             *(f"{row[key]:.1f}" for key in ("in_loops", "whole")),
         )
-        print(f"| `{row['kernel']}` |", " | ".join(shown), f"| {row['us']:.0f} |")
+        rows.append([f"`{row['kernel']}`", *shown, f"{row['us']:.0f}"])
+    columns = ["kernel", "turns x instructions of a warp", "exponentials of a turn"]
+    more = ["per 32 logits, in loops", "from start to end", "us per window"]
+    print(grid([*columns, *more], rows), end="")
 
 
 def cell(registers: int, spilled_bytes: int, shared_bytes: int) -> str:
@@ -467,8 +467,15 @@ def cell(registers: int, spilled_bytes: int, shared_bytes: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "--architectures",
+        type=int,
+        nargs="+",
+        choices=ARCHITECTURES,
+        default=ARCHITECTURES,
+        help="compute capabilities; default: all",
+    )
     parser.add_argument("--output", type=Path, help="write the results there as JSON")
     arguments = parser.parse_args()
     found = report(arguments.architectures)

@@ -9,7 +9,6 @@ figures and the CUDA driver's is not; nor is that of pinned memory, because tens
 
 from __future__ import annotations
 
-import argparse
 import platform
 import statistics
 import time
@@ -23,10 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kara_sglang.benchmarks import machine
+from kara_sglang.benchmarks import command_line, machine
+from kara_sglang.benchmarks.arithmetic import Settings
 from kara_sglang.benchmarks.gpu.compiled import caught
-from kara_sglang.benchmarks.gpu.floors import Settings
-from kara_sglang.benchmarks.gpu.models import MODELS, Model
+from kara_sglang.benchmarks.markdown import grid
+from kara_sglang.benchmarks.models import MODELS, Model
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
@@ -121,16 +121,19 @@ def measure(windows: int, repeats: int) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """Print the table of benchmarks/results/gpu/README.md."""
-    print("| windows | launches | host, us | launches left out, us | first pass, us |")
-    print("|---|---|---|---|---|")
+    rows = []
     for row in found["rows"]:
         cells = (row[name] for name in ("us", "without_launches_us", "first_us"))
-        print(f"| {row['windows']} | {row['launches']} |", " | ".join(f"{us:.0f}" for us in cells), "|")
+        rows.append([str(row["windows"]), str(row["launches"]), *(f"{us:.0f}" for us in cells)])
+    columns = ["windows", "launches", "host, us", "launches left out, us", "first pass, us"]
+    print(grid(columns, rows), end="")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=2000)
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "--repeats", type=command_line.whole(), default=2000, help="of each pass; default: %(default)s"
+    )
     parser.add_argument("--output", type=Path, help="write the results there as JSON")
     arguments = parser.parse_args()
     driver.set_active(Driver())

@@ -32,11 +32,13 @@ import numpy as np
 from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import coder_model
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE
-from kara_sglang.benchmarks.quality.estimates import share_interval
+from kara_sglang.benchmarks.quality.estimates import points, share_interval
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.pace import fastest
 from kara_sglang.benchmarks.quality.texts import DATA
@@ -277,39 +279,37 @@ def _interval(values: np.ndarray) -> list[float]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """The records in Markdown; accuracies are in percent, differences in points."""
-    lines = [
-        "| row | retain | accuracy (95 %) | over full (95 %) | over random (95 %) | output tokens "
-        "| cut off | compressed: answers / tokens |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-
-    def points(found: list[float] | None) -> str:
-        if found is None:
-            return ""
-        value, low, high = (100 * part for part in found)
-        return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
-
+    lines = []
     for r in records:
         accuracy, low, high = (100 * r[name] for name in ("accuracy", "accuracy_low", "accuracy_high"))
         over_full, longer = points(r["over_full"]), f" ({100 * r['longer_than_full'][0]:+.1f} %)"
         if r["row"] == REFERENCE_ROW:
             over_full = longer = ""
-        lines.append(
-            f"| {r['row']} | {r['retain']:g} | {accuracy:.1f} ({low:.1f} to {high:.1f}) | "
-            f"{over_full} | {points(r['over_random'])} | {r['output_tokens']:.0f}{longer} | "
-            f"{100 * r['truncated']:.1f} % | "
-            f"{100 * r['requests_compressed']:.0f} % / {100 * r['tokens_compressed']:.0f} % |"
-        )
-    return "\n".join(lines) + "\n"
+        right = f"{accuracy:.1f} ({low:.1f} to {high:.1f})"
+        written = [f"{r['output_tokens']:.0f}{longer}", f"{100 * r['truncated']:.1f} %"]
+        done = f"{100 * r['requests_compressed']:.0f} % / {100 * r['tokens_compressed']:.0f} %"
+        over = [over_full, points(r["over_random"])]
+        lines.append([r["row"], f"{r['retain']:g}", right, *over, *written, done])
+    columns = ["row", "retain", "accuracy (95 %)", "over full (95 %)", "over random (95 %)"]
+    return grid([*columns, "output tokens", "cut off", "compressed: answers / tokens"], lines)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__spec__, __doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
-    parser.add_argument("--model", help="folder or hub name; default: what coder_model has made")
+    parser.add_argument(
+        "--model",
+        type=command_line.model,
+        help="folder or hub name; default: what coder_model has made",
+    )
     parser.add_argument("--url", help="ask this server instead of starting one")
-    parser.add_argument("--data", type=Path, default=DATA / "gsm8k.jsonl", help="JSON lines")
-    parser.add_argument("--problems", type=int, help="only the first so many")
+    parser.add_argument(
+        "--data",
+        type=command_line.file,
+        default=DATA / "gsm8k.jsonl",
+        help="JSON lines; default: problems of GSM8K",
+    )
+    parser.add_argument("--problems", type=command_line.whole(), help="only the first so many")
     parser.add_argument(
         "--rows",
         nargs="+",
@@ -317,14 +317,28 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="ROW",
         help="selectors, and: full, again (the full cache once more), paper",
     )
-    parser.add_argument("--retain", type=float, nargs="+", default=[0.5], metavar="SHARE")
-    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument(
+        "--retain",
+        type=command_line.share,
+        nargs="+",
+        default=[0.5],
+        metavar="SHARE",
+        help="default: 0.5",
+    )
+    parser.add_argument(
+        "--window", type=command_line.whole(), default=128, help="tokens; default: %(default)s"
+    )
     parser.add_argument("--config", default="{}", help="as --kv-compress-config")
     parser.add_argument("--query-mem-gb", type=float, help="default: 0.25 on a CPU, 2 on a GPU")
-    parser.add_argument("--max-tokens", type=int, default=1024)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument(
+        "--max-tokens",
+        type=command_line.whole(),
+        default=1024,
+        help="of an answer; default: %(default)s",
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: greedy")
     parser.add_argument("--top-p", type=float, default=0.95, help="where the temperature is not 0")
-    parser.add_argument("--parallel", type=int, default=32, help="answers at once")
+    parser.add_argument("--parallel", type=command_line.whole(), default=32, help="answers at once")
     parser.add_argument("--dtype", help="default: the model's; without a GPU the fastest one")
     parser.add_argument("--server-args", default="", help="more flags for the server, as one word")
     parser.add_argument("--collect", action="store_true", help="only ask; grade later")

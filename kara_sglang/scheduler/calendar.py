@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kara_sglang.radix_integration.row import RequestState
+from kara_sglang.kernels.record import PAGE
+from kara_sglang.radix_integration.row import Geometry, RequestState
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -28,6 +29,27 @@ class Calendar:
         for _, state in due:
             state.look_at = 0
         return due
+
+    def make_date(self, req: Req, state: RequestState, geometry: Geometry, ready_at: int) -> None:
+        """Look again when a window is due, when one begins that wants a recorder, or when a recorder
+        needs another page.
+
+        Parameters
+        ----------
+        req, state, geometry
+        ready_at : int
+            KV length from which on the request's next window may be taken. Who is that long needs no
+            date for it: one is made when the window has been taken.
+        """
+        kv_len = req.kv.kv_committed_len
+        dates = [ready_at - kv_len]
+        if state.recorder is not None:
+            dates.append(PAGE - (kv_len + state.removed) % PAGE)
+        elif state.selector.needs_queries:
+            dates.append(state.next_window(kv_len, geometry) or geometry.window)
+        dates = [steps for steps in dates if steps > 0]
+        if dates:
+            self.look_in(min(dates), req, state)
 
     def look_in(self, steps: int, req: Req, state: RequestState) -> None:
         """Make the request's date so many steps from now, instead of any that it has."""

@@ -29,7 +29,8 @@ from kara_sglang.scheduler.compaction import Compaction
 from kara_sglang.scheduler.coordinator import Coordinator
 from kara_sglang.scheduler.reserved import largest_window, query_ring
 from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder, cheapest
-from kara_sglang.scheduler.ring.size import Room, served
+from kara_sglang.scheduler.ring.served import Served
+from kara_sglang.scheduler.ring.size import Room
 from kara_sglang.scheduler.rotary import rope_shift_of
 from kara_sglang.scheduler.scales import softmax_scales
 
@@ -256,7 +257,7 @@ def described(parts: Parts, coordinator: Coordinator) -> str:
     kept = config.kept(scheduler.page_size)
     ring = "no query ring"
     if recorder.num_pages:
-        room = served(recorder.room(recorder.shape.group), recorder.room(1), config.query_heads)
+        room = Served.of(recorder, config.query_heads).in_words()
         ring = f"query ring {recorder.num_bytes / 2**30:.2f} GiB ({recorder.why}) for {room}"
     graphs = coordinator.graphs.room(
         coordinator.geometry, kept, scheduler.max_total_num_tokens, scheduler.max_running_requests

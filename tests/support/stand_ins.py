@@ -17,7 +17,7 @@ from kara_sglang.radix_integration.row import STATE, RequestState, Window
 from kara_sglang.scheduler.ring.recorder import QueryRecorder
 
 if TYPE_CHECKING:
-    from world import World
+    from model import Model
 
 LAYERS, KV_HEADS, DIM, GROUP = 2, 2, 4, 2
 ROWS = 8
@@ -189,7 +189,7 @@ class Stream:
 class WatchedKernels(TorchKernels):
     """The reference, or, for histories without K/V, kernels that keep the first R and touch nothing."""
 
-    def __init__(self, world: World, real: bool) -> None:
+    def __init__(self, world: Model, real: bool) -> None:
         super().__init__()
         self.world = world
         self.real = real
@@ -208,7 +208,7 @@ class WatchedKernels(TorchKernels):
 class WatchedRecorder(QueryRecorder):
     """Tables may be written on the forward stream only: the step in flight reads them."""
 
-    world: World
+    world: Model
     lacks = 0  # recorders that had pages and found no further one
 
     def extend(self, recorder: Recorder, position: int) -> bool:

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 from places import ROOT
 
-from kara_sglang.benchmarks.reuse import __main__ as program
-from kara_sglang.benchmarks.reuse import match, modes
-from kara_sglang.benchmarks.reuse.__main__ import ROWS, Sizes, draw, markdown, over_repetitions
+from kara_sglang.benchmarks.reuse import match, measure, modes
+from kara_sglang.benchmarks.reuse.measure import ROWS, Sizes
+from kara_sglang.benchmarks.reuse.report import draw, markdown, over_repetitions
 from kara_sglang.benchmarks.serving.setup import Setup
 
 RESULTS = ROOT / "benchmarks" / "results" / "serving"
@@ -101,8 +101,8 @@ def test_what_the_documents_quote(result: dict, sizes: Sizes) -> None:
         f"{sizes.forks} forks of a chain of {sizes.chain:,} tokens, each of which writes "
         f"{sizes.fork_answer:,} more, in {sizes.fork_pool:,} slots.",
         f"Stock runs {peaks[0]} at once, `exact` {peaks[1]}, `compressed` {peaks[2]}: "
-        f"{result['forks_ratio']:.1f} times stock; in the mean {means[0]}, {means[1]} and {means[2]}.",
-        f"The whole set takes {steps[0]:,}, {steps[1]:,} and {steps[2]:,} decode steps.",
+        f"{result['forks_ratio']:.1f} times stock; on average {means[0]}, {means[1]} and {means[2]}.",
+        f"All take {steps[0]:,}, {steps[1]:,} and {steps[2]:,} decode steps.",
     ):
         assert sentence in section
     assert ours["peak_running"] / stock["peak_running"] == result["forks_ratio"] >= 1.8
@@ -110,9 +110,9 @@ def test_what_the_documents_quote(result: dict, sizes: Sizes) -> None:
 
 def test_a_server_is_up_before_it_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started = SimpleNamespace(wait=lambda: "ready")
-    monkeypatch.setattr(program, "start", lambda *_arguments: started)
+    monkeypatch.setattr(measure, "start", lambda *_arguments: started)
     setup = Setup("m", "float32", 64, 16, 0.25, 16, cpu=True)
-    assert program._start(ROWS[0], setup, 3408, tmp_path) == "ready"
+    assert measure._start(ROWS[0], setup, 3408, tmp_path) == "ready"
 
 
 # -- both modes on one server --------------------------------------------------------------------------
