@@ -6,7 +6,6 @@ that freed pages can spare a retraction.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from kara_sglang.radix_integration.row import (
 from kara_sglang.scheduler import policy
 from kara_sglang.scheduler.calendar import Calendar
 from kara_sglang.scheduler.compaction import Compaction
-from kara_sglang.scheduler.forecast import reserve
+from kara_sglang.scheduler.forecast import Forecast
 from kara_sglang.scheduler.graphs import Graphs
 from kara_sglang.scheduler.latch import LOOK_EVERY, Latch
 from kara_sglang.scheduler.metrics import Metrics, Totals
@@ -58,11 +57,11 @@ class Coordinator:
         self.scheduler: Scheduler = compaction.scheduler
         scheduler = self.scheduler
         self.recorder = compaction.recorder
+        self.pace = compaction.recorder.pace
         self.kernels = compaction.kernels
         self.geometry = compaction.geometry
         self.policy = policy.build(config)
-        # What admission counts on: the last windows of all requests may wait for their passes.
-        self._latest = dataclasses.replace(self.geometry, delay=config.delay + self.policy.wait)
+        self.forecast = Forecast(self.policy, self.geometry, self.pace)
         self.terms_of = TermsOf(config, scheduler.page_size)
         self.seeds = Seeds(config.seed)
         self.handout = Handout(self.recorder, config.query_heads)
@@ -136,7 +135,7 @@ class Coordinator:
         else:
             held = len(req.origin_input_ids) + len(req.output_ids)
             base = ceil_align(held, self.geometry.page_size)
-        return reserve(self.policy, self._latest, tokens, held, base, terms.kept, running)
+        return self.forecast.reserve(tokens, held, base, terms.kept, running)
 
     def forget(self, req: Req) -> None:
         """The request was retracted: its KV is gone and will be computed anew, uncompressed."""
@@ -155,6 +154,7 @@ class Coordinator:
             self.handout.leave(state)
             self.calendar.forget(state)
             self._ready.pop(state.order, None)
+        self.compaction.lengths.row_freed(req.kv.req_pool_idx)
         running = self.scheduler.running_batch.reqs
         if not any(other is not req and other.kv.holds_kv for other in running):
             self.export(leaving=req)  # the last one leaves; a pass or a log line exports otherwise
@@ -188,6 +188,7 @@ class Coordinator:
         (``ScheduleBatch.merge_batch``), and keeps the order when others leave."""
         new = list(itertools.takewhile(lambda req: not has_decoded(req), reversed(batch.reqs)))
         admitted = [(req, self._admit(req)) for req in reversed(new)]
+        self.compaction.lengths.lacks((req.kv.req_pool_idx, removed(req)) for req in new)
         return [(req, state) for req, state in admitted if state is not None]
 
     def _ready_at(self, state: RequestState) -> int:
@@ -201,12 +202,19 @@ class Coordinator:
         kv_len = req.kv.kv_committed_len
         dates = [self._ready_at(state) - kv_len]
         if state.recorder is not None:
-            dates.append(PAGE - (kv_len + state.removed) % PAGE)
+            dates.append(PAGE - self.handout.front(req, state) % PAGE)
         elif state.selector.needs_queries:
-            dates.append(state.next_window(kv_len, self.geometry) or self.geometry.window)
-        dates = [steps for steps in dates if steps > 0]
+            asks_in = self._asks_in(req, state)
+            dates.append(asks_in if asks_in > 0 else asks_in + self.geometry.window)
+        dates = [tokens for tokens in dates if tokens > 0]
         if dates:
-            self.calendar.look_in(min(dates), req, state)
+            self.calendar.look_in(self.pace.steps(min(dates)), req, state)
+
+    def _asks_in(self, req: Req, state: RequestState) -> int:
+        """Tokens to come before the request must ask for a recorder: a window begins with the next
+        step's queries, or might begin before those of the step behind it."""
+        start = req.kv.kv_committed_len + self.pace.behind
+        return state.next_window(start, self.geometry) - self.pace.tokens + 1
 
     def _due(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
         """Whose window is compressed in this step, as the policy says."""
@@ -217,7 +225,7 @@ class Coordinator:
         if self._acting:
             ready = [one for one in self._ready.values() if _outlives_this_step(one[0])]
         candidates = [self._candidate(index, *one) for index, one in enumerate(ready)]
-        urgent = bool(ready) and short_of_slots(self.scheduler, batch)
+        urgent = bool(ready) and short_of_slots(self.scheduler, batch, self.pace)
         return [ready[index] for index in self.policy.due(candidates, urgent=urgent)]
 
     def _candidate(self, index: int, req: Req, state: RequestState) -> Candidate:
@@ -248,7 +256,7 @@ class Coordinator:
             kv_len = req.kv.kv_committed_len
             if not state.selector.needs_queries or state.recorder is not None:
                 continue
-            if state.next_window(kv_len, self.geometry) > 0:
+            if self._asks_in(req, state) > 0:
                 continue
             if self._falls_due(req, kv_len + self.geometry.window + self.geometry.delay):
                 asking.append((req, state))

@@ -25,6 +25,7 @@ from kara_sglang.radix_integration import prefill
 from kara_sglang.scheduler import refusals
 from kara_sglang.scheduler.compaction import Compaction
 from kara_sglang.scheduler.coordinator import Coordinator
+from kara_sglang.scheduler.pace import pace_of
 from kara_sglang.scheduler.reserved import largest_window, query_ring
 from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder, cheapest
 from kara_sglang.scheduler.ring.size import Room, served
@@ -53,6 +54,8 @@ class Parts:
         Softmax scale per layer.
     rope_shift
         How queries are moved ahead; None where the settings do not ask for it.
+    layers
+        The model's attention layers, in their order; a draft model has others.
     """
 
     config: KaraConfig
@@ -61,6 +64,7 @@ class Parts:
     recorder: QueryRecorder
     scales: list[float]
     rope_shift: RopeShift | None
+    layers: list[RadixAttention]
 
 
 @dataclass(slots=True)
@@ -78,6 +82,9 @@ runtime = Runtime()
 
 def after_load_model(_result: Any, runner: ModelRunner) -> None:
     """AFTER ``ModelRunner.load_model``: allocate ring and scratch before SGLang sizes the KV pool."""
+    if runner.is_draft_worker:
+        return  # its KV lies in slots of the same numbers and is left as it is
+    from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
     from sglang.srt.layers.radix_attention import RadixAttention
 
@@ -110,8 +117,9 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
             runtime.refused.append(str(error))
     # Given back and taken again with the KV pool (/release_memory_occupation): nobody runs then.
     room = room_of(runner, layers) if config.keeps_queries else Room()
+    pace = pace_of(resolving_view(runner.server_args))
     with runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
-        recorder = query_ring(shape, config, room)
+        recorder = query_ring(shape, config, room, pace)
     need = cheapest(shape.group, config.query_heads)
     if config.keeps_queries and not recorder.serves(need):
         bytes_needed = recorder.most_bytes(need)
@@ -120,7 +128,7 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
             f"window need at least {bytes_needed / 2**30:.4f} GiB"
         )
     scales = [float(layer.scaling) for layer in layers]
-    runtime.parts = Parts(config, kernels, why, recorder, scales, rope_shift)
+    runtime.parts = Parts(config, kernels, why, recorder, scales, rope_shift, layers)
 
 
 def room_of(runner: ModelRunner, layers: list[RadixAttention]) -> Room:
@@ -157,6 +165,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 def before_cuda_graphs(runner: ModelRunner, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE ``ModelRunner.init_cuda_graphs``: captured graphs read the row tables."""
+    if runner.is_draft_worker:
+        return
     if runtime.parts is not None and runtime.parts.recorder.num_pages:
         runtime.parts.recorder.allocate_tables(runner.req_to_token_pool.req_to_token.shape[0])
 
@@ -172,12 +182,16 @@ def before_attention(
 ) -> None:
     """BEFORE ``RadixAttention.forward``: record a decode step's post-RoPE queries.
 
+    With speculation the step that verifies drafts records theirs. A draft model's queries are nobody's.
     Without a graph the step is skipped when nobody records. A graph is replayed for any batch, so there
     the tables decide, whenever it is captured: at start, or again with other weights. The steps that
     warm it up record as well, so that no kernel is first compiled in a capture.
     """
     parts = runtime.parts
-    if parts is None or not parts.recorder.num_pages or not forward_batch.forward_mode.is_decode():
+    if parts is None or not parts.recorder.num_pages:
+        return
+    mode = forward_batch.forward_mode
+    if not (mode.is_decode() or mode.is_target_verify()) or layer is not parts.layers[layer.layer_id]:
         return
     if parts.recorder.active or _capturing():
         parts.recorder.record(
@@ -199,21 +213,48 @@ def _capturing() -> bool:
 def after_init_forward_batch(
     result: ForwardBatch, _cls: Any, batch: ScheduleBatch, _runner: ModelRunner, **_kwargs: Any
 ) -> None:
-    """AFTER ``ForwardBatch.init_new``: RoPE positions follow the logical length.
-
-    In decode steps ``orig_seq_lens`` travels with the batch and the pass leaves it alone, so a later
-    pass cannot race the step that this belongs to.
-    """
-    if not batch.forward_mode.is_decode():
-        parts = runtime.parts
-        shares = parts is not None and parts.config.shares_prefixes
-        if shares and batch.forward_mode.is_extend():
-            prefill.shift_positions(result, batch)
+    """AFTER ``ForwardBatch.init_new``: RoPE positions follow the logical length, also of drafts."""
+    if runtime.coordinator is None:
         return
-    logical = batch.orig_seq_lens.to(torch.int64)
-    result.positions = (logical - 1).clamp_(min=0)
-    if result.mrope_positions is not None:
-        result.mrope_positions = result.mrope_positions + (logical - batch.seq_lens)[None]
+    mode = batch.forward_mode
+    if mode.is_decode() or mode.is_target_verify() or mode.is_draft_extend_v2():
+        runtime.coordinator.compaction.lengths.shift_positions(result)
+    elif mode.is_extend() and runtime.coordinator.config.shares_prefixes:
+        prefill.shift_positions(result, batch)
+
+
+def after_resolve_seq_lens(
+    _result: None, _map: Any, batch: ScheduleBatch, *_args: Any, **_kwargs: Any
+) -> None:
+    """AFTER ``FutureMap.resolve_seq_lens_cpu``: passes since the step in flight began have shortened
+    rows whose lengths that step has published."""
+    if runtime.coordinator is not None:
+        runtime.coordinator.compaction.lengths.correct(batch)
+
+
+def after_move_accepted(
+    _result: None, batch: ScheduleBatch, accept_index: torch.Tensor, *_args: Any, **_kwargs: Any
+) -> None:
+    """AFTER ``move_accept_tokens_to_target_kvcache``: queries move as K and V have; the worker still
+    has the lengths with which its step began."""
+    parts, coordinator = runtime.parts, runtime.coordinator
+    if parts is None or coordinator is None or not parts.recorder.pace.branches:
+        return
+    first, rows = batch.seq_lens, batch.req_pool_indices
+    gone = coordinator.compaction.lengths.gone(rows)
+    if gone is not None:
+        first = first + gone
+    before = parts.recorder.pace.tokens * torch.arange(len(rows), device=rows.device)[:, None]
+    accepted = torch.where(accept_index < 0, -1, accept_index - before)
+    parts.recorder.keep_accepted(first, rows, accepted)
+
+
+def around_verify_coins(original: Callable[..., Any], *, seq_lens: torch.Tensor, **kwargs: Any) -> Any:
+    """AROUND ``eagle_utils._verify_coins``: with a seed a coin is drawn by the position that it is for,
+    and a length in slots would give one twice."""
+    if runtime.coordinator is not None:
+        seq_lens = runtime.coordinator.compaction.lengths.logical_of_step(seq_lens)
+    return original(seq_lens=seq_lens, **kwargs)
 
 
 def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kwargs: Any) -> None:
@@ -231,7 +272,12 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
         return
     assert parts is not None
     compaction = Compaction(
-        scheduler, parts.config, parts.recorder, parts.kernels, parts.scales, parts.rope_shift
+        scheduler,
+        parts.config,
+        parts.recorder,
+        parts.kernels,
+        parts.scales,
+        parts.rope_shift,
     )
     coordinator = Coordinator(parts.config, compaction)
     coordinator.warm_up()

@@ -112,7 +112,6 @@ class World:
             reqs=[],
             seq_lens=torch.empty(0, dtype=torch.int64),
             seq_lens_cpu=torch.empty(0, dtype=torch.int64),
-            orig_seq_lens=torch.empty(0, dtype=torch.int32),
             seq_lens_sum=None,
             req_to_token_pool=rows,
             batch_is_full=False,
@@ -240,7 +239,6 @@ class World:
         batch.reqs = [*batch.reqs, req]
         batch.seq_lens = torch.cat([batch.seq_lens, length])
         batch.seq_lens_cpu = torch.cat([batch.seq_lens_cpu, length])
-        batch.orig_seq_lens = torch.cat([batch.orig_seq_lens, length.int()])
         return True
 
     def arrive(self) -> None:
@@ -285,7 +283,7 @@ class World:
         keep = [i for i, req in enumerate(batch.reqs) if req not in gone]
         if len(keep) < len(batch.reqs):
             batch.reqs = [batch.reqs[i] for i in keep]
-            for name in ("seq_lens", "seq_lens_cpu", "orig_seq_lens"):
+            for name in ("seq_lens", "seq_lens_cpu"):
                 setattr(batch, name, getattr(batch, name)[keep])
 
     def retract(self, req: Request) -> None:
@@ -308,9 +306,8 @@ class World:
             return
         batch.seq_lens = batch.seq_lens + 1
         batch.seq_lens_cpu = batch.seq_lens_cpu + 1
-        batch.orig_seq_lens = batch.orig_seq_lens + 1
         tokens = self.new_tokens(len(reqs))
-        positions = batch.orig_seq_lens.to(torch.int64) - 1
+        positions = self.positions(batch.seq_lens - 1)
         assert positions.tolist() == [len(req.token_at) for req in reqs], "RoPE positions"
         for req, token in zip(reqs, tokens, strict=True):
             self.extend(req, [token])
@@ -371,12 +368,19 @@ class World:
         if self.allocator.freed or self.steps % 16 == 0:
             self.check_pages()
 
+    def positions(self, slots: torch.Tensor) -> torch.Tensor:
+        """What the hook makes of ``ForwardBatch.positions`` of the running batch."""
+        rows = torch.tensor([req.kv.req_pool_idx for req in self.batch.reqs], dtype=torch.int64)
+        step = SimpleNamespace(positions=slots, req_pool_indices=rows, mrope_positions=None)
+        self.coordinator.compaction.lengths.shift_positions(step)
+        return step.positions
+
     # -- the model ---------------------------------------------------------------------------------
 
     def before_decode(self) -> None:
         batch = self.batch
         self.steps += 1
-        names = ("seq_lens", "seq_lens_cpu", "orig_seq_lens")
+        names = ("seq_lens", "seq_lens_cpu")
         before = [getattr(batch, name) for name in names]
         copies = [tensor.clone() for tensor in before]
         self.allocator.freed = []
@@ -530,7 +534,7 @@ class World:
         batch = self.batch
         lengths = [len(req.slots) for req in batch.reqs]
         assert batch.seq_lens.tolist() == batch.seq_lens_cpu.tolist() == lengths
-        assert batch.orig_seq_lens.tolist() == [len(req.token_at) for req in batch.reqs]
+        assert self.positions(batch.seq_lens).tolist() == [len(req.token_at) for req in batch.reqs]
         for req, length in zip(batch.reqs, lengths, strict=True):
             kv, state = req.kv, req.state
             assert kv.kv_committed_len == kv.kv_allocated_len == length

@@ -26,7 +26,7 @@ def corrupt_device_length(world: World, req: Request) -> None:
 
 
 def corrupt_logical_length(world: World, req: Request) -> None:
-    world.batch.orig_seq_lens = world.batch.orig_seq_lens + 1
+    world.coordinator.compaction.lengths.removed[req.kv.req_pool_idx] += 1
 
 
 def corrupt_row(world: World, req: Request) -> None:

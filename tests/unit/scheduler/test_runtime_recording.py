@@ -24,6 +24,8 @@ from kara_sglang.scheduler.ring.check import RingCheck
 from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
 
 LAYERS, GROUP, DIM = 3, 2, 4
+MODEL = [SimpleNamespace(layer_id=layer) for layer in range(LAYERS)]
+DRAFT = SimpleNamespace(layer_id=0)
 
 
 class CountedKernels(TorchKernels):
@@ -47,7 +49,9 @@ def ring(budget: int) -> QueryRecorder:
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[runtime.Runtime]:
     """A server that has started and serves, with a recorder that nobody has asked for yet."""
     recorder = ring(1 << 20)
-    parts = runtime.Parts(KaraConfig(), CountedKernels(), "a test", recorder, [0.5] * LAYERS, None)
+    parts = runtime.Parts(
+        KaraConfig(), CountedKernels(), "a test", recorder, [0.5] * LAYERS, None, MODEL
+    )
     running = runtime.Runtime(parts)
     monkeypatch.setattr(runtime, "runtime", running)
     return running
@@ -60,9 +64,9 @@ def decode(rows: list[int], positions: list[int], mode: ForwardMode = ForwardMod
         req_pool_indices=torch.tensor(rows),
         positions=torch.tensor(positions),
     )
-    for layer in range(LAYERS):
-        queries = torch.ones(len(rows), GROUP * DIM)
-        runtime.before_attention(SimpleNamespace(layer_id=layer), queries, None, None, batch)
+    for layer in [DRAFT, *MODEL]:
+        queries = torch.ones(len(positions), GROUP * DIM)
+        runtime.before_attention(layer, queries, None, None, batch)
 
 
 def test_a_graph_records_whenever_it_is_captured(started: runtime.Runtime) -> None:
