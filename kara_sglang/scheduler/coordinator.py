@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
-from kara_sglang.kernels.record import PAGE
 from kara_sglang.radix_integration import exact
 from kara_sglang.radix_integration.prefix import forget_match, prefix_of, removed
 from kara_sglang.radix_integration.row import (
@@ -66,7 +65,7 @@ class Coordinator:
         self.seeds = Seeds(config.seed)
         self.handout = Handout(self.recorder, config.query_heads)
         self.latch = Latch()
-        self.calendar = Calendar()
+        self.calendar = Calendar(self.geometry, self.pace)
         self.graphs = Graphs(scheduler.tp_worker.get_decode_cuda_graph_bs())
         self.totals = Totals()
         context = scheduler.metrics_collector_context
@@ -181,7 +180,7 @@ class Coordinator:
         self.latch.step(batch, passed=bool(due))
         self._hand_out(due, looked_at)
         for req, state in looked_at + due:
-            self._make_date(req, state)
+            self.calendar.make_date(req, state, self._ready_at(state))
 
     def _newcomers(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
         """Those that decode for the first time. SGLang appends them to its batch
@@ -194,27 +193,6 @@ class Coordinator:
     def _ready_at(self, state: RequestState) -> int:
         """KV length from which on the policy may take the request's next window."""
         return max(state.due_at(self.geometry), self.policy.floor)
-
-    def _make_date(self, req: Req, state: RequestState) -> None:
-        """Look again when a window is due, when one begins that wants a recorder, or when a recorder
-        needs another page. Who is ready needs no date for the first: it is made when the window has
-        been taken."""
-        kv_len = req.kv.kv_committed_len
-        dates = [self._ready_at(state) - kv_len]
-        if state.recorder is not None:
-            dates.append(PAGE - self.handout.front(req, state) % PAGE)
-        elif state.selector.needs_queries:
-            asks_in = self._asks_in(req, state)
-            dates.append(asks_in if asks_in > 0 else asks_in + self.geometry.window)
-        dates = [tokens for tokens in dates if tokens > 0]
-        if dates:
-            self.calendar.look_in(self.pace.steps(min(dates)), req, state)
-
-    def _asks_in(self, req: Req, state: RequestState) -> int:
-        """Tokens to come before the request must ask for a recorder: a window begins with the next
-        step's queries, or might begin before those of the step behind it."""
-        start = req.kv.kv_committed_len + self.pace.behind
-        return state.next_window(start, self.geometry) - self.pace.tokens + 1
 
     def _due(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
         """Whose window is compressed in this step, as the policy says."""
@@ -256,7 +234,7 @@ class Coordinator:
             kv_len = req.kv.kv_committed_len
             if not state.selector.needs_queries or state.recorder is not None:
                 continue
-            if self._asks_in(req, state) > 0:
+            if self.calendar.asks_in(req, state) > 0:
                 continue
             if self._falls_due(req, kv_len + self.geometry.window + self.geometry.delay):
                 asking.append((req, state))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kara_sglang.radix_integration.row import Geometry
 from kara_sglang.scheduler.admission import adder_class
 from kara_sglang.scheduler.forecast import growth
+from kara_sglang.scheduler.pace import PLAIN
 from kara_sglang.scheduler.runtime import runtime
 from kara_sglang.scheduler.shortage import needed, short_of_slots
 
