@@ -22,7 +22,7 @@ from typing import Any
 from kara_sglang import cpu_engine
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.processes import end_group
-from kara_sglang.benchmarks.quality import instrument
+from kara_sglang.benchmarks.quality import instrument, variants
 from kara_sglang.benchmarks.quality.script import (
     FOLDER_ENV,
     ROW_KEY,
@@ -31,7 +31,6 @@ from kara_sglang.benchmarks.quality.script import (
     Script,
     cell_path,
 )
-from kara_sglang.benchmarks.research import variants
 
 PAGE_SIZE = 16
 # What SGLang 0.5.23 can run without a GPU.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from kara_sglang.benchmarks.quality import variants
 from kara_sglang.benchmarks.quality.script import (
     FOLDER_ENV,
     ROW_KEY,
@@ -28,7 +29,6 @@ from kara_sglang.benchmarks.quality.script import (
     Script,
     reference_path,
 )
-from kara_sglang.benchmarks.research import variants
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch

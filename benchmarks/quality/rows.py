@@ -8,7 +8,7 @@ from typing import Any
 
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.tasks import SETTLE, Layout
-from kara_sglang.benchmarks.research.variants import Variant
+from kara_sglang.benchmarks.quality.variants import Variant
 from kara_sglang.config import KaraConfig
 
 

@@ -24,11 +24,10 @@ from tqdm import tqdm
 
 from kara_sglang.benchmarks import marked
 from kara_sglang.benchmarks.output import write_json
-from kara_sglang.benchmarks.quality import campaign, rows, tasks, texts
+from kara_sglang.benchmarks.quality import campaign, rows, tasks, texts, variants
 from kara_sglang.benchmarks.quality.estimates import Estimate, mean, observe
 from kara_sglang.benchmarks.quality.script import Script
 from kara_sglang.benchmarks.quality.tasks import Layout
-from kara_sglang.benchmarks.research import variants
 from kara_sglang.benchmarks.research.replay import Plan, Replay
 from kara_sglang.config import KaraConfig
 from kara_sglang.embedded_model import embedded_model_path

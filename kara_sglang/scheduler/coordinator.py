@@ -6,19 +6,15 @@ that freed pages can spare a retraction.
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 from kara_sglang.config import KaraConfig
-from kara_sglang.kernels import selectors
 from kara_sglang.radix_integration import exact
-from kara_sglang.radix_integration.prefix import forget_match, prefix_of, removed
+from kara_sglang.radix_integration.prefix import forget_match
 from kara_sglang.radix_integration.row import (
     RequestState,
     ceil_align,
     forget_state,
-    has_decoded,
-    keep_state,
     state_of,
 )
 from kara_sglang.scheduler import policy
@@ -27,10 +23,10 @@ from kara_sglang.scheduler.compaction import Compaction
 from kara_sglang.scheduler.forecast import Forecast
 from kara_sglang.scheduler.graphs import Graphs
 from kara_sglang.scheduler.latch import LOOK_EVERY, Latch
-from kara_sglang.scheduler.metrics import Metrics, Totals
+from kara_sglang.scheduler.metrics import Metrics, Totals, slots_held
+from kara_sglang.scheduler.newcomers import Newcomers
 from kara_sglang.scheduler.policy import Candidate
 from kara_sglang.scheduler.ring.handout import Handout
-from kara_sglang.scheduler.seeds import Seeds
 from kara_sglang.scheduler.shortage import needed, short_of_slots
 from kara_sglang.scheduler.streams import forward_stream
 from kara_sglang.scheduler.terms import TermsOf
@@ -62,21 +58,19 @@ class Coordinator:
         self.policy = policy.build(config)
         self.forecast = Forecast(self.policy, self.geometry, self.pace)
         self.terms_of = TermsOf(config, scheduler.page_size)
-        self.seeds = Seeds(config.seed)
         self.handout = Handout(self.recorder, config.query_heads)
         self.latch = Latch()
         self.calendar = Calendar(self.geometry, self.pace)
         self.graphs = Graphs(scheduler.tp_worker.get_decode_cuda_graph_bs())
         self.totals = Totals()
+        self.newcomers = Newcomers(config, compaction, self.terms_of, self.totals)
         context = scheduler.metrics_collector_context
         self.metrics: Metrics | None = None
         if context.current_scheduler_metrics_enabled:
             self.metrics = Metrics(context.collector.labels)
-        self._selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
         self._ready: dict[int, tuple[Req, RequestState]] = {}  # with a window that is due, by order
         self._acting = False  # whether the policy did when it was asked last
         self._sizes: tuple[int, int] | None = None  # of batch and queue then; None: ask again
-        self._arrivals = 0
         if config.shares_prefixes:
             scheduler.tree_cache.sharing_of = lambda req: self.terms_of(req).sharing
             scheduler.tree_cache.vocab_size = scheduler.model_config.vocab_size
@@ -85,38 +79,11 @@ class Coordinator:
     def warm_up(self) -> None:
         """Try all selectors that a request may name, so that no request waits for a compiler."""
         own = self.config.selector
-        each = [one for one in self._selectors.values() if self.kernels.compiles or one.name == own]
+        every = self.newcomers.selectors.values()
+        each = [one for one in every if self.kernels.compiles or one.name == own]
         self.compaction.warm_up(each, self.config.kept(self.geometry.page_size))
 
     # -- requests ----------------------------------------------------------------------------------
-
-    def _admit(self, req: Req) -> RequestState | None:
-        """Make the state of a request that is about to take its first decode step."""
-        self._arrivals += 1
-        terms = self.terms_of(req)
-        state = None
-        if terms.skipped is None:
-            selector = self._selectors[terms.selector]
-            prefix = prefix_of(req)
-            if prefix is not None:
-                self.totals.tokens_computed_again += prefix.passed_over
-            windows = list(prefix.windows) if prefix is not None else []
-            state = RequestState(
-                selector=selector,
-                kept=terms.kept,
-                seed=self.seeds.of(req, terms.seed) if selector.seeded else 0,
-                base=exact.first_base(req.kv, self.geometry.page_size),
-                generation=self.compaction.generation(req),
-                order=self._arrivals,
-                removed=sum(window.freed for window in windows),
-                windows=windows,
-                reused=len(windows),
-                shares=prefix is not None and prefix.sharing is not None,
-            )
-        else:
-            self.totals.skip(terms.skipped)
-        keep_state(req, state)
-        return state
 
     def is_compressing(self, running: ScheduleBatch) -> bool:
         """Whether the policy compresses anybody as things stand."""
@@ -158,12 +125,18 @@ class Coordinator:
         if not any(other is not req and other.kv.holds_kv for other in running):
             self.export(leaving=req)  # the last one leaves; a pass or a log line exports otherwise
 
+    def export(self, leaving: Req | None = None) -> None:
+        """Bring the Prometheus metrics up to date, where they are on."""
+        if self.metrics is not None:
+            running = [req for req in self.scheduler.running_batch.reqs if req is not leaving]
+            self.metrics.update(self.totals, self.recorder.in_use, *slots_held(running))
+
     # -- one decode step ---------------------------------------------------------------------------
 
     def before_decode(self, batch: ScheduleBatch) -> None:
         """Compress what is due, then hand out recorders for windows that begin."""
         self.graphs.step(len(batch.reqs))
-        looked_at = self.calendar.next_step() + self._newcomers(batch)
+        looked_at = self.calendar.next_step() + self.newcomers.start(batch)
         for req, state in looked_at:
             if req.kv.kv_committed_len >= self._ready_at(state):
                 self._ready[state.order] = req, state
@@ -181,14 +154,6 @@ class Coordinator:
         self._hand_out(due, looked_at)
         for req, state in looked_at + due:
             self.calendar.make_date(req, state, self._ready_at(state))
-
-    def _newcomers(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
-        """Those that decode for the first time. SGLang appends them to its batch
-        (``ScheduleBatch.merge_batch``), and keeps the order when others leave."""
-        new = list(itertools.takewhile(lambda req: not has_decoded(req), reversed(batch.reqs)))
-        admitted = [(req, self._admit(req)) for req in reversed(new)]
-        self.compaction.lengths.lacks((req.kv.req_pool_idx, removed(req)) for req in new)
-        return [(req, state) for req, state in admitted if state is not None]
 
     def _ready_at(self, state: RequestState) -> int:
         """KV length from which on the policy may take the request's next window."""
@@ -250,22 +215,6 @@ class Coordinator:
         """Whether the row can become so long before the request ends."""
         left: int = req.sampling_params.max_new_tokens - len(req.output_ids)
         return req.kv.kv_committed_len + left >= due_at
-
-    # -- what others ask ---------------------------------------------------------------------------
-
-    def slots_held(self, leaving: Req | None = None) -> tuple[int, int]:
-        """KV slots held by the running requests but ``leaving``, and their logical length in tokens."""
-        physical = gone = 0
-        for req in self.scheduler.running_batch.reqs:
-            if req is not leaving and req.kv.holds_kv:
-                physical += req.kv.kv_committed_len
-                gone += removed(req)
-        return physical, physical + gone
-
-    def export(self, leaving: Req | None = None) -> None:
-        """Bring the Prometheus metrics up to date, where they are on."""
-        if self.metrics is not None:
-            self.metrics.update(self.totals, self.recorder.in_use, *self.slots_held(leaving))
 
 
 def _outlives_this_step(req: Req) -> bool:

@@ -5,10 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kara_sglang.radix_integration.prefix import removed
+
 if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
     from kara_sglang.scheduler.compaction import Pass
 
 
@@ -37,6 +42,16 @@ class Totals:
     def skip(self, reason: str) -> None:
         """Count a request that is left uncompressed."""
         self.skipped[reason] += 1
+
+
+def slots_held(running: Iterable[Req]) -> tuple[int, int]:
+    """KV slots that these requests hold, and their logical length in tokens."""
+    physical = gone = 0
+    for req in running:
+        if req.kv.holds_kv:
+            physical += req.kv.kv_committed_len
+            gone += removed(req)
+    return physical, physical + gone
 
 
 class Metrics:

@@ -10,6 +10,7 @@ from kara_sglang.options import KEY
 from kara_sglang.radix_integration.prefix import prefix_of, removed
 from kara_sglang.radix_integration.row import state_of
 from kara_sglang.scheduler.coordinator import Coordinator
+from kara_sglang.scheduler.metrics import slots_held
 from kara_sglang.scheduler.runtime import runtime
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def decode_usage_msg_parts(parts: list[str], _stats: Any) -> list[str]:
         return parts
     coordinator.export()
     totals = coordinator.totals
-    held, logical = coordinator.slots_held()
+    held, logical = slots_held(coordinator.scheduler.running_batch.reqs)
     share = held / logical if logical else 1.0
     return [
         *parts,
@@ -112,8 +113,8 @@ def ring_room(recorder: QueryRecorder) -> dict[str, int]:
 def snapshot(coordinator: Coordinator) -> dict[str, Any]:
     """Settings and totals as a plain object."""
     totals, recorder = coordinator.totals, coordinator.recorder
-    held, logical = coordinator.slots_held()
     scheduler = coordinator.scheduler
+    held, logical = slots_held(scheduler.running_batch.reqs)
     return {
         "settings": dataclasses.asdict(coordinator.config)
         | {"kept": coordinator.config.kept(coordinator.geometry.page_size)},

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from server import prompt
 
-from kara_sglang.benchmarks.quality import engine
+from kara_sglang.benchmarks.quality import engine, variants
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.script import Cell, Probe, Script, reference_path
 from kara_sglang.benchmarks.quality.tasks import windows_done
-from kara_sglang.benchmarks.research import variants
 from kara_sglang.benchmarks.research.replay import Plan, Replay
 from kara_sglang.benchmarks.tiny_model import VOCAB
 from kara_sglang.config import KaraConfig

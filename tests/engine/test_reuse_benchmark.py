@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from server import Server
 
-from kara_sglang.benchmarks.reuse.__main__ import Client, Sizes, run_steps
+from kara_sglang.benchmarks.reuse.measure import Client, Sizes, run_steps
 
 
 def test_steps_are_counted(compressed: Server) -> None:

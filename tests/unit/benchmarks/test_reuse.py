@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 from places import ROOT
 
-from kara_sglang.benchmarks.reuse import __main__ as program
-from kara_sglang.benchmarks.reuse import match, modes
-from kara_sglang.benchmarks.reuse.__main__ import ROWS, Sizes, draw, markdown, over_repetitions
+from kara_sglang.benchmarks.reuse import match, measure, modes
+from kara_sglang.benchmarks.reuse.measure import ROWS, Sizes
+from kara_sglang.benchmarks.reuse.report import draw, markdown, over_repetitions
 from kara_sglang.benchmarks.serving.setup import Setup
 
 RESULTS = ROOT / "benchmarks" / "results" / "serving"
@@ -110,9 +110,9 @@ def test_what_the_documents_quote(result: dict, sizes: Sizes) -> None:
 
 def test_a_server_is_up_before_it_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started = SimpleNamespace(wait=lambda: "ready")
-    monkeypatch.setattr(program, "start", lambda *_arguments: started)
+    monkeypatch.setattr(measure, "start", lambda *_arguments: started)
     setup = Setup("m", "float32", 64, 16, 0.25, 16, cpu=True)
-    assert program._start(ROWS[0], setup, 3408, tmp_path) == "ready"
+    assert measure._start(ROWS[0], setup, 3408, tmp_path) == "ready"
 
 
 # -- both modes on one server --------------------------------------------------------------------------

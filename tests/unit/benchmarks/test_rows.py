@@ -11,8 +11,8 @@ import pytest
 import torch
 from quality import encode, fill
 
-from kara_sglang.benchmarks.quality import __main__ as quality_main
 from kara_sglang.benchmarks.quality import campaign, rows, tasks, texts
+from kara_sglang.benchmarks.quality import command as quality_main
 from kara_sglang.benchmarks.quality.engine import EngineFailed
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.rows import Part
@@ -20,9 +20,9 @@ from kara_sglang.benchmarks.quality.script import (
     reference_path,
 )
 from kara_sglang.benchmarks.quality.tasks import PROMPT, SETTLE, Layout
+from kara_sglang.benchmarks.quality.variants import Variant, VariantSelector
 from kara_sglang.benchmarks.research import search
 from kara_sglang.benchmarks.research.replay import Layer, Plan, Replay
-from kara_sglang.benchmarks.research.variants import Variant, VariantSelector
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import record, selectors
 from kara_sglang.kernels.score import NEIGHBOURS_SHARE, AttentionRule, key_distances

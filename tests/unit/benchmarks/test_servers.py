@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kara_sglang.benchmarks.serving import __main__ as program
+from kara_sglang.benchmarks.serving import command as program
 from kara_sglang.benchmarks.serving import residents
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.peers import PEERS

@@ -15,8 +15,7 @@ import pytest
 from places import ROOT
 
 from kara_sglang import hooks
-from kara_sglang.compat import __main__ as command
-from kara_sglang.compat import report, surface, versions
+from kara_sglang.compat import command, report, surface, versions
 from kara_sglang.compat.source import Source
 from kara_sglang.compat.surface import Used
 from kara_sglang.config import KaraConfig

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from kara_sglang.frontend import answers, programs
-from kara_sglang.frontend.__main__ import NUMBERS, PROGRAM_NAMES, _print_report, main
+from kara_sglang.frontend.command import NUMBERS, PROGRAM_NAMES, _print_report, main
 from kara_sglang.frontend.records import Ledger, Step
 
 SERVER_INFO = {

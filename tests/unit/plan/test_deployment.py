@@ -14,7 +14,7 @@ from models import QWEN3_8B
 from places import ROOT
 
 from kara_sglang import top
-from kara_sglang.plan import __main__ as plan
+from kara_sglang.plan import command as plan
 from kara_sglang.plan.launch import parser
 
 PAGE = ROOT / "docs" / "deployment.md"

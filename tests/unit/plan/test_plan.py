@@ -20,7 +20,7 @@ from kara_sglang.benchmarks.gpu.models import MODELS
 from kara_sglang.benchmarks.serving.projection import CARDS, Counted
 from kara_sglang.config import ENV, KaraConfig
 from kara_sglang.plan import gain, memory
-from kara_sglang.plan.__main__ import main
+from kara_sglang.plan.command import main
 from kara_sglang.plan.launch import _gpu_of, read
 from kara_sglang.plan.load import Held, Load, compressed, uncompressed
 from kara_sglang.radix_integration.row import Geometry, RequestState

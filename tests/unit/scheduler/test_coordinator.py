@@ -194,7 +194,7 @@ def test_a_step_costs_what_happens_in_it(policy: str, units: int) -> None:
         (coordinator.calendar, "make_date"),
         (coordinator, "_candidate"),
         (coordinator, "is_compressing"),
-        (coordinator, "_newcomers"),
+        (coordinator.newcomers, "start"),
     ):
         setattr(owner, name, counted(name, getattr(owner, name)))
     for i in range(7):
@@ -202,7 +202,7 @@ def test_a_step_costs_what_happens_in_it(policy: str, units: int) -> None:
         answer(world, 3)
     answer(world, 600)
     windows = 7 * 13
-    assert count["_newcomers"] == 621
+    assert count["start"] == 621
     assert count["make_date"] <= 4 * windows
     # A candidate for at most so many steps as windows that fall due nearby are spread over.
     assert count["_candidate"] <= (0 if policy == "pressure" else 8 * windows)

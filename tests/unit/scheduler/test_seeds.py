@@ -50,7 +50,7 @@ def test_the_answers_to_one_prompt_have_seeds_of_their_own() -> None:
         assert seeds[1][0] == 5
         runs.append(seeds)
     assert runs[0] == runs[1]
-    assert world.coordinator.seeds._copies == {}
+    assert world.coordinator.newcomers.seeds._copies == {}
 
 
 def test_copies_that_never_come_are_forgotten() -> None:
@@ -58,5 +58,5 @@ def test_copies_that_never_come_are_forgotten() -> None:
     for number in range(5000):
         req = Request(number, [number], 100, None)
         req.sampling_params.n = 2
-        world.coordinator.seeds.of(req, None)
-    assert 0 < len(world.coordinator.seeds._copies) < 5000
+        world.coordinator.newcomers.seeds.of(req, None)
+    assert 0 < len(world.coordinator.newcomers.seeds._copies) < 5000

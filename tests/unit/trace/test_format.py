@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from traces import WIDTH, assert_same, some_trace, split
 
 from kara_sglang.trace import format as trace_format
-from kara_sglang.trace.__main__ import main
+from kara_sglang.trace.command import main
 from kara_sglang.trace.format import TraceError
 
 

@@ -13,7 +13,7 @@ from traces import cut, marks, some_trace, split
 
 from kara_sglang.trace import format as trace_format
 from kara_sglang.trace import tokens, viewer
-from kara_sglang.trace.__main__ import main
+from kara_sglang.trace.command import main
 from kara_sglang.trace.pair import pair
 
 

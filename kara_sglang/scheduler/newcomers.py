@@ -1,0 +1,81 @@
+"""Requests at their first decode step: who is new in a batch, and the state each one starts with."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from kara_sglang.config import KaraConfig
+from kara_sglang.kernels import selectors
+from kara_sglang.radix_integration import exact
+from kara_sglang.radix_integration.prefix import prefix_of, removed
+from kara_sglang.radix_integration.row import RequestState, has_decoded, keep_state
+from kara_sglang.scheduler.compaction import Compaction
+from kara_sglang.scheduler.metrics import Totals
+from kara_sglang.scheduler.seeds import Seeds
+from kara_sglang.scheduler.terms import TermsOf
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+
+class Newcomers:
+    """Of one scheduler.
+
+    Parameters
+    ----------
+    config : KaraConfig
+    compaction : Compaction
+    terms_of : TermsOf
+    totals : Totals
+        Counts who is left uncompressed, and what is computed again.
+    """
+
+    def __init__(
+        self, config: KaraConfig, compaction: Compaction, terms_of: TermsOf, totals: Totals
+    ) -> None:
+        self.compaction = compaction
+        self.terms_of = terms_of
+        self.totals = totals
+        self.seeds = Seeds(config.seed)
+        self.selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
+        self._arrivals = 0
+
+    def start(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
+        """Make the states of those that decode for the first time; returns those that are compressed.
+
+        SGLang appends them to its batch (``ScheduleBatch.merge_batch``), and keeps the order when
+        others leave.
+        """
+        new = list(itertools.takewhile(lambda req: not has_decoded(req), reversed(batch.reqs)))
+        started = [(req, self._start(req)) for req in reversed(new)]
+        # The windows of a prefix: their positions went by the match as long as it was prefilled.
+        self.compaction.lengths.lacks((req.kv.req_pool_idx, removed(req)) for req in new)
+        return [(req, state) for req, state in started if state is not None]
+
+    def _start(self, req: Req) -> RequestState | None:
+        self._arrivals += 1
+        terms = self.terms_of(req)
+        state = None
+        if terms.skipped is None:
+            selector = self.selectors[terms.selector]
+            prefix = prefix_of(req)
+            if prefix is not None:
+                self.totals.tokens_computed_again += prefix.passed_over
+            windows = list(prefix.windows) if prefix is not None else []
+            state = RequestState(
+                selector=selector,
+                kept=terms.kept,
+                seed=self.seeds.of(req, terms.seed) if selector.seeded else 0,
+                base=exact.first_base(req.kv, self.compaction.geometry.page_size),
+                generation=self.compaction.generation(req),
+                order=self._arrivals,
+                removed=sum(window.freed for window in windows),
+                windows=windows,
+                reused=len(windows),
+                shares=prefix is not None and prefix.sharing is not None,
+            )
+        else:
+            self.totals.skip(terms.skipped)
+        keep_state(req, state)
+        return state
