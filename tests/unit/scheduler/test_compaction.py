@@ -46,8 +46,8 @@ def corrupt_protected(world: World, req: Request) -> None:
     [
         (corrupt_committed, "committed 15, allocated 16, in the batch 15"),
         (corrupt_batch, "in the batch 14"),
-        (corrupt_device_length, "logical length is 1 ahead"),
-        (corrupt_logical_length, "logical length is 1 ahead of its 15 KV slots, 0 were removed"),
+        (corrupt_device_length, "its row has 14 slots and lacks 0 tokens; it has 15"),
+        (corrupt_logical_length, "lacks 1 tokens; it has 15, and 0 were removed"),
         (corrupt_row, "holds the same page twice"),
         (corrupt_generation, "the row of request 0 has a new owner"),
         (corrupt_protected, "the 9 tokens that the prefix tree owns"),

@@ -15,6 +15,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
+from sglang.srt.server_args import ServerArgs
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import TorchKernels
@@ -136,6 +137,8 @@ def test_the_ring_goes_and_comes_with_the_kv_pool(monkeypatch: pytest.MonkeyPatc
         dtype=torch.float32,
         memory_saver_adapter=SimpleNamespace(region=region),
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(4, 8)),
+        server_args=ServerArgs(model_path="none"),
+        is_draft_worker=False,
     )
     runtime.after_load_model(None, runner)
     monkeypatch.setattr(torch, "full", full)
