@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from cpu_site import load
 
 from kara_sglang.cpu_engine import install
 
 SITE_PACKAGES = sysconfig.get_paths()["purelib"]
-
-
-def load(name: str) -> ModuleType:
-    """Import a module of ``site/`` from the checkout, whatever this environment has installed."""
-    path = install.SOURCE / f"{name}.py"
-    if not path.exists():
-        path = install.SOURCE / name / "__init__.py"
-    spec = importlib.util.spec_from_file_location(f"checkout_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def bare_python(code: str, *arguments: str | Path) -> str:
@@ -50,15 +38,6 @@ def test_page_table_rows_receive_their_slots(index_dtype: torch.dtype) -> None:
 
     assign(index(rows), table, index(starts), index(ends), slots, table.shape[1])
     assert torch.equal(table, expected.to(torch.int32))
-
-
-def test_the_other_functions_exist_and_say_that_they_do_nothing() -> None:
-    stand_in = load("sgl_kernel")
-    others = [name for name in stand_in.__all__ if name != "assign_req_to_token_pool_cpu"]
-    assert len(others) == 8
-    for name in others:
-        with pytest.raises(NotImplementedError, match=f"sgl_kernel.{name} .* speculative decoding"):
-            getattr(stand_in, name)(1, two=2)
 
 
 def test_no_operator_lures_sglang_away_from_the_native_torch_path() -> None:
