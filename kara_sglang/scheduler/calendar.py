@@ -64,7 +64,7 @@ class Calendar:
     def asks_in(self, req: Req, state: RequestState) -> int:
         """Tokens to come before the request must ask for a recorder: a window begins with the next
         step's queries, or might begin before those of the step behind it."""
-        start = req.kv.kv_committed_len + self.pace.behind
+        start = req.kv.kv_committed_len + self.pace.unknown(state, self.step)
         return state.next_window(start, self.geometry) - self.pace.tokens + 1
 
     def look_in(self, steps: int, req: Req, state: RequestState) -> None:

@@ -136,7 +136,8 @@ class Coordinator:
     def before_decode(self, batch: ScheduleBatch) -> None:
         """Compress what is due, then hand out recorders for windows that begin."""
         self.graphs.step(len(batch.reqs))
-        looked_at = self.calendar.next_step() + self.newcomers.start(batch)
+        looked_at = self.calendar.next_step()
+        looked_at += self.newcomers.start(batch, self.calendar.step)
         for req, state in looked_at:
             if req.kv.kv_committed_len >= self._ready_at(state):
                 self._ready[state.order] = req, state

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kara_sglang.radix_integration.row import RequestState
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,11 @@ class Pace:
     tokens: int = 1
     behind: int = 0
     branches: bool = False
+
+    def unknown(self, state: RequestState, step: int) -> int:
+        """By how many tokens a request's KV length may be short in the step of this number: its first
+        one follows a prefill, whose length is known."""
+        return 0 if step == state.first_step else self.behind
 
     @property
     def reach(self) -> int:

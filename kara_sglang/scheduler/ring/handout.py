@@ -70,7 +70,8 @@ class Handout:
         """Give a request a recorder of so many heads, if that leaves pages for ``others`` to come."""
         recorder = self.recorder
         # The step that is prepared next begins with the query at this position, or an earlier one.
-        since = req.kv.kv_committed_len + state.removed + self.recorder.pace.behind
+        unknown = self.recorder.pace.unknown(state, step)
+        since = req.kv.kv_committed_len + state.removed + unknown
         if not recorder.demand.fits(since, step, heads, self._pages_for(others)):
             return False
         state.recorder = recorder.acquire(req.kv.req_pool_idx, heads, since, step)
