@@ -137,7 +137,7 @@ def with_torch_native(
     """
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-    class Step(TorchNativeAttnBackend):  # type: ignore[misc]
+    class Step(TorchNativeAttnBackend):
         """Decoding in one step of the draft: as many more tokens as there were steps."""
 
         ahead = 0

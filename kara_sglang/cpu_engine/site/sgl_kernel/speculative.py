@@ -146,7 +146,8 @@ def verify_tree_greedy_cpu(
     children, siblings = retrive_next_token.tolist(), retrive_next_sibling.tolist()
     depth = accept_index.shape[1]
     for b in range(len(tokens)):
-        path, node = [], 0
+        path: list[int] = []
+        node = 0
         while node != -1 and len(path) < depth:
             path.append(number := numbers[b][node])
             predicts[number] = wanted[number]
