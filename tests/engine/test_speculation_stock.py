@@ -1,4 +1,4 @@
-"""Stock speculative decoding on the CPU engine: it gives the tokens of plain decoding, in fewer steps."""
+"""Stock speculative decoding on the CPU engine gives the tokens of plain decoding, in fewer steps."""
 
 from __future__ import annotations
 
