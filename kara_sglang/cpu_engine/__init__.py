@@ -6,8 +6,10 @@ imported all the same, and torchvision's wheel cannot be imported without CUDA.
 ``requirements.txt``, ``requirements-nodeps.txt``
     SGLang 0.5.23 and what it imports on a CPU; the second list is installed with ``--no-deps``.
 ``site/``
-    A stand-in for ``sgl_kernel`` and a mend for torchvision's missing operators, outside this
-    package's own namespace because SGLang and torchvision look for them by their global names.
+    A stand-in for ``sgl_kernel``, a mend for torchvision's missing operators, and a plugin for SGLang
+    with which speculative decoding runs (NGRAM; EAGLE and STANDALONE with one draft per step; greedy
+    only, as SGLang verifies on a CPU). They are outside this package's own namespace because SGLang
+    and torchvision look for them by their global names.
 ``install.py``
     Puts a copy of ``site/`` into the current virtual environment; no installed file is edited.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from types import ModuleType
 
@@ -19,9 +18,3 @@ def load(name: str) -> ModuleType:
     sys.modules[spec.name] = module  # parts of a package look for it
     spec.loader.exec_module(module)
     return module
-
-
-def first_on_the_path() -> dict[str, str]:
-    """The environment in which a server takes ``site/`` from the checkout."""
-    path = os.pathsep.join(filter(None, [str(install.SOURCE), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path}

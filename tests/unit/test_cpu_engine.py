@@ -68,15 +68,17 @@ def test_operators_that_exist_are_left_alone(monkeypatch: pytest.MonkeyPatch) ->
 def test_installed_helpers_are_found_and_removed_again(tmp_path: Path) -> None:
     find = (
         "import importlib.util, site, sys; site.addsitedir(sys.argv[1])\n"
+        "from importlib.metadata import entry_points\n"
         "spec = importlib.util.find_spec('sgl_kernel')\n"
-        "print(spec and spec.origin, 'kara_cpu_torchvision' in sys.modules)"
+        "plugins = entry_points(group='sglang.srt.plugins').names\n"
+        "print(spec and spec.origin, 'kara_cpu_torchvision' in sys.modules, *plugins)"
     )
     install.install(tmp_path)
     (tmp_path / install.NAME / "left_over.py").touch()
     install.install(tmp_path)
     assert not (tmp_path / install.NAME / "left_over.py").exists()
     origin = tmp_path / install.NAME / "sgl_kernel" / "__init__.py"
-    assert bare_python(find, tmp_path).split() == [str(origin), "True"]
+    assert bare_python(find, tmp_path).split() == [str(origin), "True", "kara_cpu_speculation"]
 
     install.remove(tmp_path)
     assert list(tmp_path.iterdir()) == []

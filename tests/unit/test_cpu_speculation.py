@@ -5,8 +5,11 @@ Trees are drawn at random; references walk them node by node, in Python.
 
 from __future__ import annotations
 
+import inspect
+import pkgutil
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
@@ -270,6 +273,17 @@ def test_a_node_attends_to_the_text_and_its_ancestors() -> None:
                 weights = torch.softmax(keys[slots, kv_head] @ q[b, node, head] * 0.3, dim=0)
                 expected = weights @ values[slots, kv_head]
                 torch.testing.assert_close(out[b, node, head], expected)
+
+
+@pytest.mark.parametrize(("target", "handler", "kind"), plugin.HOOKS)
+def test_hooks_fit_the_installed_sglang(target: str, handler: Callable, kind: str) -> None:
+    """SGLang logs a hook that does not fit and goes on."""
+    function = inspect.unwrap(pkgutil.resolve_name(f"sglang.srt.{target}"))
+    theirs = [name for name in inspect.signature(function).parameters if name != "self"]
+    ours = list(inspect.signature(handler).parameters)
+    assert ours[-len(theirs) :] == theirs
+    methods = target.split(".")[-2][0].isupper()
+    assert len(ours) - len(theirs) == methods + (kind == "AROUND")
 
 
 def test_the_draft_models_state_is_gathered_by_row() -> None:

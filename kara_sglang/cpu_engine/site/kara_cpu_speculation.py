@@ -24,33 +24,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def register() -> None:
-    """What SGLang calls in each process."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    srt = "sglang.srt."
-    for target, handler, kind in (
-        (
-            "layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend",
-            forward_extend,
-            HookType.AROUND,
-        ),
-        (
-            "speculative.draft_utils.DraftBackendFactory._create_backend",
-            with_torch_native,
-            HookType.BEFORE,
-        ),
-        ("managers.overlap_utils.gather_spec_extras", gather_spec_extras, HookType.REPLACE),
-        (
-            "arg_groups.speculative_hook._disable_overlap_schedule_for_cpu",
-            keep_overlap,
-            HookType.REPLACE,
-        ),
-        ("arg_groups.speculative_hook._handle_ngram", require_compiler, HookType.BEFORE),
-    ):
-        HookRegistry.register(srt + target, handler, kind)
-
-
 def forward_extend(
     original: Callable[..., torch.Tensor],
     backend: Any,
@@ -209,3 +182,25 @@ def require_compiler(server_args: Any) -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
+
+
+HOOKS: tuple[tuple[str, Callable[..., Any], str], ...] = (
+    (
+        "layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend",
+        forward_extend,
+        "AROUND",
+    ),
+    ("speculative.draft_utils.DraftBackendFactory._create_backend", with_torch_native, "BEFORE"),
+    ("managers.overlap_utils.gather_spec_extras", gather_spec_extras, "REPLACE"),
+    ("arg_groups.speculative_hook._disable_overlap_schedule_for_cpu", keep_overlap, "REPLACE"),
+    ("arg_groups.speculative_hook._handle_ngram", require_compiler, "BEFORE"),
+)
+"""Functions below ``sglang.srt``, what stands at them, and how."""
+
+
+def register() -> None:
+    """What SGLang calls in each process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, handler, kind in HOOKS:
+        HookRegistry.register(f"sglang.srt.{target}", handler, HookType[kind])
