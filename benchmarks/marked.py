@@ -1,7 +1,7 @@
 """Documents with tables of committed results in them, so that no figure is typed by hand.
 
 A table stands between the lines ``<!-- KIND:NAME -->`` and ``<!-- end of KIND -->``; whoever owns the
-kind says what the name means.
+kind says what the name means. Of some kinds there is one table, without a name.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ def fill(document: str, kind: str, body: Callable[[str], str | None]) -> str:
     document : str
     kind : str
     body : callable
-        Returns the table that a name stands for, with its last line's end; None leaves it as it is.
+        Returns the table that a name stands for, "" where there is none, with its last line's end; None
+        leaves it as it is.
     """
 
     def replace(match: re.Match[str]) -> str:
-        made = body(match["name"])
-        return match[0] if made is None else f"<!-- {kind}:{match['name']} -->\n{made}{end}"
+        made = body(match["name"] or "")
+        return match[0] if made is None else f"{match['begin']}\n{made}{end}"
 
     end = f"<!-- end of {kind} -->"
-    return re.sub(rf"<!-- {kind}:(?P<name>[^\n]+?) -->\n.*?{end}", replace, document, flags=re.DOTALL)
+    begin = rf"(?P<begin><!-- {kind}(?::(?P<name>[^\n]+?))? -->)"
+    return re.sub(rf"{begin}\n.*?{end}", replace, document, flags=re.DOTALL)
 
 
 def rewrite(

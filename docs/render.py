@@ -12,15 +12,11 @@ import re
 from pathlib import Path
 
 from kara_sglang import hooks
+from kara_sglang.benchmarks.marked import fill
 from kara_sglang.config import KaraConfig
 from kara_sglang.launcher import flags, refusals
 
 DOCS = Path(__file__).resolve().parent
-
-
-def between(name: str) -> re.Pattern[str]:
-    """What stands between a table's lines."""
-    return re.compile(rf"(?<=<!-- {name} -->\n).*(?=<!-- end of {name} -->)", re.DOTALL)
 
 
 def gone_table() -> str:
@@ -73,14 +69,14 @@ def flags_table() -> str:
 
 
 TABLES = (
-    (DOCS / "configuration.md", between("settings"), settings_table(experiments=False)),
-    (DOCS / "configuration.md", between("experiments"), settings_table(experiments=True)),
-    (DOCS.parent / "README.md", between("flags"), flags_table()),
-    (DOCS / "upgrading-sglang.md", between("gone"), gone_table()),
-    (DOCS / "limits.md", between("refusals"), refusal_table()),
+    (DOCS / "configuration.md", "settings", settings_table(experiments=False)),
+    (DOCS / "configuration.md", "experiments", settings_table(experiments=True)),
+    (DOCS.parent / "README.md", "flags", flags_table()),
+    (DOCS / "upgrading-sglang.md", "gone", gone_table()),
+    (DOCS / "limits.md", "refusals", refusal_table()),
 )
 
 
 if __name__ == "__main__":
-    for path, pattern, made in TABLES:
-        path.write_text(pattern.sub(lambda _match, made=made: made, path.read_text()))
+    for path, kind, made in TABLES:
+        path.write_text(fill(path.read_text(), kind, lambda _name, made=made: made))

@@ -9,13 +9,9 @@ defaults.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import logging
 import os
 import pkgutil
 import shlex
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata, util
@@ -24,16 +20,16 @@ from typing import Any
 
 from kara_sglang import __version__, cpu_engine, hooks, plugin, serve
 from kara_sglang.compat import surface, versions
+from kara_sglang.compat.quiet import quiet
 from kara_sglang.compat.source import Source
 from kara_sglang.config import KaraConfig
 from kara_sglang.launcher import refusals
 from kara_sglang.radix_integration.row import Geometry
 from kara_sglang.scheduler import graphs
 from kara_sglang.scheduler.ring.recorder import cheapest
-from kara_sglang.scheduler.ring.size import served
+from kara_sglang.scheduler.ring.served import Served
 
 OK, NOTE, BAD = "ok", "note", "BAD"
-CPU_SWITCH = "SGLANG_USE_CPU_ENGINE"
 _LONG = 4096  # tokens of an answer that is taken as an example
 
 
@@ -78,7 +74,7 @@ class Plan:
             return shlex.join([*words, "--model", self.model_path] if self.model_path else words)
         words = ["python", "-m", "sglang.launch_server", "--model-path", self.model_path or "MODEL"]
         command = shlex.join([*words, "--kv-compress", self.config.selector, *self.options])
-        return f"{CPU_SWITCH}=1 {command}" if self.cpu else command
+        return f"{cpu_engine.SWITCH}=1 {command}" if self.cpu else command
 
 
 Check = Callable[[Plan], Iterable[Finding]]
@@ -165,10 +161,10 @@ def check_device(plan: Plan) -> Iterator[Finding]:
     plan.cpu = not torch.cuda.is_available()
     if plan.cpu:
         yield Finding(OK, "device", "CPU (torch sees no GPU)")
-        if not os.environ.get(CPU_SWITCH):
-            text = f"SGLang runs on a CPU with {CPU_SWITCH}=1 only; kara_sglang.serve sets it"
+        if not os.environ.get(cpu_engine.SWITCH):
+            text = f"SGLang runs on a CPU with {cpu_engine.SWITCH}=1 only; kara_sglang.serve sets it"
             yield Finding(NOTE, "device", text)
-            os.environ[CPU_SWITCH] = "1"  # main() puts it back
+            os.environ[cpu_engine.SWITCH] = "1"  # main() puts it back
         device = torch.device("cpu")
     else:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -343,20 +339,19 @@ def _query_ring(plan: Plan, model: Any, resolved: Any) -> Finding:
             text = "the size of the ring is not known, as that of the weights is not; ask "
             return Finding(NOTE, "queries", f"{text}python -m kara_sglang.plan")
     ring = memory.ring_of(launch, memory.Rank.of(launch), weights)
-    group = ring.shape.group
-    heads = cheapest(group, config.query_heads)
+    heads = cheapest(ring.shape.group, config.query_heads)
     if not ring.serves(heads):
         least = ring.most_bytes(heads)
         text = f"--kv-compress-query-mem-gb {config.query_mem_gb:g} has no room for one request, which "
         way_out = f"raise it to {least / 2**30:.3f} or more"
         return Finding(BAD, "queries", f"{text}takes {least:,} bytes", way_out)
-    room = served(ring.room(group), ring.room(1), config.query_heads)
+    served = Served.of(ring, config.query_heads)
     return Finding(
         OK,
         "queries",
-        f"{ring.request_bytes(group):,} bytes a request with all query heads, "
-        f"{ring.request_bytes(1):,} with their mean, without tensor parallelism; a ring of "
-        f"{ring.num_bytes / 2**30:.2f} GiB ({ring.why}) has room for {room}",
+        f"{served.all_heads_bytes:,} bytes a request with all query heads, "
+        f"{served.mean_bytes:,} with their mean, without tensor parallelism; a ring of "
+        f"{served.bytes / 2**30:.2f} GiB ({served.why}) has room for {served.in_words()}",
     )
 
 
@@ -373,24 +368,6 @@ CHECKS: tuple[Check, ...] = (
 
 
 # -- the report ------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep SGLang's start-up talk out of the report."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    talk = io.StringIO()
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(talk),
-            contextlib.redirect_stderr(talk),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def examine(plan: Plan) -> Iterator[Finding]:
@@ -431,15 +408,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     plan = Plan(model_path=parser.parse_args(argv).model_path)
     print(f"kara-sglang {__version__}; importing SGLang takes some seconds\n", flush=True)
-    switch = os.environ.get(CPU_SWITCH)
     findings = []
-    try:
+    with cpu_engine.switch_put_back():
         for finding in examine(plan):
             findings.append(finding)
             print(finding, flush=True)
-    finally:
-        if switch is None:
-            os.environ.pop(CPU_SWITCH, None)
     print(f"\n{verdict(findings, plan)}")
     return int(any(finding.level == BAD for finding in findings))
 

@@ -35,7 +35,7 @@ CPU_OPTIONS = {
     "--max-total-tokens": "16384",
 }
 # Threads that spin while they wait slow each other down many times over once the cores are shared.
-CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "passive"}
+CPU_ENVIRONMENT = {cpu_engine.SWITCH: "1", "OMP_WAIT_POLICY": "passive"}
 # Small enough for one chat answer of the embedded model to show several compressed windows.
 EMBEDDED_WINDOW = "128"
 

@@ -352,6 +352,12 @@ def blocks_of(start: int, count: int) -> range:
     return range(start // PAGE, (start + count - 1) // PAGE + 1)
 
 
+def any_pages(start: int, count: int, voices: int) -> tuple[tuple[int, ...], ...] | None:
+    """Page 0 for each block of a window, once per voice, where only shapes matter: to warm up and to
+    compile. None without voices."""
+    return ((0,) * len(blocks_of(start, count)),) * voices or None
+
+
 @dataclass(slots=True, eq=False)
 class Recorder:
     """A request's share of the query ring."""

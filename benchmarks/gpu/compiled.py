@@ -39,12 +39,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from kara_sglang.benchmarks.gpu.floors import DATASHEET
-from kara_sglang.benchmarks.gpu.models import MODELS, Model
+from kara_sglang.benchmarks.arithmetic import DATASHEET
+from kara_sglang.benchmarks.models import MODELS, Model
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape
-from kara_sglang.kernels.record import FP4, FP8, PAGE, Ring, Step, blocks_of, most_blocks
+from kara_sglang.kernels.record import FP4, FP8, PAGE, Ring, Step, any_pages, most_blocks
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.select import ChunkRule
 from kara_sglang.kernels.selectors.kara import KaraSelector
@@ -279,7 +279,7 @@ def launches(
         seed=0,
         query_start=0,
         query_count=window + delay,
-        pages=((0,) * len(blocks_of(0, window + delay)),) * voices if votes else None,
+        pages=any_pages(0, window + delay, voices if votes else 0),
     )
     batch = 64
     queries = torch.empty(batch, model.query_heads * dim, dtype=torch.bfloat16)

@@ -24,9 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from kara_sglang.benchmarks import machine
+from kara_sglang.benchmarks.arithmetic import Settings
 from kara_sglang.benchmarks.gpu.compiled import caught
-from kara_sglang.benchmarks.gpu.floors import Settings
-from kara_sglang.benchmarks.gpu.models import MODELS, Model
+from kara_sglang.benchmarks.models import MODELS, Model
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape

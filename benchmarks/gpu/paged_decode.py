@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kara_sglang.benchmarks.gpu.kernels import versions
+from kara_sglang.benchmarks.gpu.timing import versions
 from kara_sglang.benchmarks.machine import command, kind
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob, WindowShape

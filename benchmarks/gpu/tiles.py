@@ -23,16 +23,11 @@ from unittest.mock import patch
 import torch
 import triton
 
-from kara_sglang.benchmarks.gpu.floors import Settings
-from kara_sglang.benchmarks.gpu.kernels import (
-    RULE,
-    Case,
-    expected_scores,
-    launch_times,
-    relative,
-    versions,
-)
-from kara_sglang.benchmarks.gpu.models import MODELS
+from kara_sglang.benchmarks.arithmetic import Settings
+from kara_sglang.benchmarks.gpu.case import RULE, Case
+from kara_sglang.benchmarks.gpu.checks import expected_scores, relative
+from kara_sglang.benchmarks.gpu.timing import launch_times, versions
+from kara_sglang.benchmarks.models import MODELS
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.kernels.triton import prepare, score
 from kara_sglang.kernels.triton.score import Tile, Tiles

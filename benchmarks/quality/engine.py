@@ -100,7 +100,7 @@ def environment(folder: Path, order: Order, threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     if cpu_engine.is_installed():
-        extra["SGLANG_USE_CPU_ENGINE"] = "1"
+        extra[cpu_engine.SWITCH] = "1"
     return kept | extra
 
 

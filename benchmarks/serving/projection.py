@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kara_sglang.benchmarks.gpu.floors import DATASHEET, Gpu, Settings, Work, pass_floor
-from kara_sglang.benchmarks.gpu.models import MODELS, Model
+from kara_sglang.benchmarks.arithmetic import DATASHEET, Gpu, Settings, Work, pass_floor
+from kara_sglang.benchmarks.models import MODELS, Model
 from kara_sglang.benchmarks.serving.rows import STOCK, rows
 from kara_sglang.scheduler.ring.recorder import LAG
 

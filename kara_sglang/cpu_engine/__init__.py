@@ -18,9 +18,26 @@ A GPU machine uses none of this.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
+from collections.abc import Iterator
+
+SWITCH = "SGLANG_USE_CPU_ENGINE"
+"""SGLang's environment variable: on a CPU it can be imported with it only."""
 
 
 def is_installed() -> bool:
     """Whether this environment runs SGLang on the CPU with the helpers of ``site/``."""
     return importlib.util.find_spec("kara_cpu_torchvision") is not None
+
+
+@contextlib.contextmanager
+def switch_put_back() -> Iterator[None]:
+    """What is done inside may set :data:`SWITCH` for itself; behind it the variable is as before."""
+    before = os.environ.get(SWITCH)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(SWITCH, None)

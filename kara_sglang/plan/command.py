@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from kara_sglang import doctor
+from kara_sglang import cpu_engine
+from kara_sglang.compat.quiet import quiet
 from kara_sglang.config import environment_settings
 from kara_sglang.plan.launch import read
 from kara_sglang.plan.load import Load
@@ -59,16 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.model.endswith("/config.json"):
         options.model = str(Path(options.model).parent)
     load = Load(options.prompt, options.answer, options.running)
-    switch = os.environ.get(doctor.CPU_SWITCH)
     try:
-        with doctor.quiet():
+        with cpu_engine.switch_put_back(), quiet():
             plan = _plan(options, extra, load)
     except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
-    finally:
-        if switch is None:
-            os.environ.pop(doctor.CPU_SWITCH, None)
     print(json.dumps(plan.as_json(), indent=2) if options.json else plan.as_text())
     return 0
 
@@ -78,7 +75,7 @@ def _plan(options: argparse.Namespace, extra: list[str], load: Load) -> Plan:
 
     gpu_here = torch.cuda.is_available()
     if not gpu_here:
-        os.environ.setdefault(doctor.CPU_SWITCH, "1")  # SGLang is imported on a CPU with it only
+        os.environ.setdefault(cpu_engine.SWITCH, "1")  # SGLang is imported on a CPU with it only
     on_cpu = _value(extra, "--device") == "cpu"
     memory = None if options.gpu_memory is None else options.gpu_memory * 1024
     if memory is None and not gpu_here and not on_cpu:

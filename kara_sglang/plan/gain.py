@@ -6,8 +6,8 @@ requests run as fit, each at another place of its answer, so the mean of what on
 
 from __future__ import annotations
 
-from kara_sglang.benchmarks.gpu.floors import Settings, pass_floor
-from kara_sglang.benchmarks.gpu.models import Model
+from kara_sglang.benchmarks.arithmetic import Settings, pass_floor
+from kara_sglang.benchmarks.models import Model
 from kara_sglang.benchmarks.serving.projection import CARDS, Card, prompt_seconds, step_seconds
 from kara_sglang.plan.load import Held, Load
 

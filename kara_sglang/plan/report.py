@@ -8,8 +8,8 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from kara_sglang.benchmarks.gpu.floors import Settings
-from kara_sglang.benchmarks.gpu.models import Model
+from kara_sglang.benchmarks.arithmetic import Settings
+from kara_sglang.benchmarks.models import Model
 from kara_sglang.plan import gain
 from kara_sglang.plan.launch import Launch
 from kara_sglang.plan.load import Held, Load, compressed, uncompressed
@@ -17,61 +17,7 @@ from kara_sglang.plan.memory import Memory, Rank, divide, ring_of
 from kara_sglang.scheduler import graphs
 from kara_sglang.scheduler.pace import pace_of
 from kara_sglang.scheduler.ring.recorder import QueryRecorder, cheapest
-from kara_sglang.scheduler.ring.size import served
-
-
-@dataclass(frozen=True, slots=True)
-class Ring:
-    """The query ring of one GPU.
-
-    Attributes
-    ----------
-    bytes, why
-        All of it, and why it is so large.
-    all_heads, mean
-        How many requests it serves, with all query heads of each or with their mean.
-    all_heads_bytes, mean_bytes
-        What one of them takes.
-    heads
-        The setting ``query_heads``.
-    """
-
-    bytes: int
-    why: str
-    all_heads: int
-    mean: int
-    all_heads_bytes: int
-    mean_bytes: int
-    heads: str
-
-    @property
-    def requests(self) -> int:
-        """That it serves, at most."""
-        return self.all_heads if self.heads == "all" else self.mean
-
-    @property
-    def request_bytes(self) -> int:
-        """What one takes at least."""
-        return self.all_heads_bytes if self.heads == "all" else self.mean_bytes
-
-    @classmethod
-    def of(cls, recorder: QueryRecorder, heads: str) -> Ring:
-        """
-        Raises
-        ------
-        ValueError
-            Where it serves nobody.
-        """
-        every = recorder.shape.group
-        least = cheapest(every, heads)
-        if not recorder.serves(least):
-            raise ValueError(
-                "--kv-compress-query-mem-gb has no room for the queries of one request; it takes "
-                f"{recorder.most_bytes(least) / 2**30:.4f} GiB"
-            )
-        sizes = recorder.request_bytes(every), recorder.request_bytes(1)
-        room = recorder.room(every), recorder.room(1)
-        return cls(recorder.num_bytes, recorder.why, *room, *sizes, heads)
+from kara_sglang.scheduler.ring.served import Served
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +43,7 @@ class Plan:
     load: Load
     rank: Rank
     memory: Memory
-    ring: Ring | None
+    ring: Served | None
     stock: Held
     held: Held
     untouched: bool
@@ -129,7 +75,7 @@ class Plan:
         recorder = ring_of(launch, rank, weights)
         ring = None
         if launch.config.keeps_queries:
-            ring = Ring.of(recorder, launch.config.query_heads)
+            ring = _served(recorder, launch.config.query_heads)
         memory = divide(launch, rank, recorder, weights)
         page = launch.resolved.page_size
         stock = uncompressed(load, page)
@@ -317,11 +263,21 @@ def _pair(without: float, with_: float) -> dict[str, float]:
     return {"without": without, "with": with_}
 
 
-def _ring_line(ring: Ring) -> str:
+def _served(recorder: QueryRecorder, heads: str) -> Served:
+    least = cheapest(recorder.shape.group, heads)
+    if not recorder.serves(least):
+        raise ValueError(
+            "--kv-compress-query-mem-gb has no room for the queries of one request; it takes "
+            f"{recorder.most_bytes(least) / 2**30:.4f} GiB"
+        )
+    return Served.of(recorder, heads)
+
+
+def _ring_line(ring: Served) -> str:
     return (
         f"Query ring: {ring.bytes / 2**30:.2f} GiB ({ring.why}); a request takes "
         f"{ring.all_heads_bytes:,} bytes with all query heads, {ring.mean_bytes:,} with their mean: "
-        f"room for {served(ring.all_heads, ring.mean, ring.heads)}"
+        f"room for {ring.in_words()}"
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
-from kara_sglang.kernels.record import blocks_of
+from kara_sglang.kernels.record import any_pages
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.selectors import Selector
 from kara_sglang.radix_integration import exact
@@ -121,7 +121,7 @@ class Compaction:
                     seed=0,
                     query_start=0,
                     query_count=count,
-                    pages=((0,) * len(blocks_of(0, count)),) * size or None,
+                    pages=any_pages(0, count, size),
                 )
                 with forward_stream(self.scheduler):
                     _keep_until_read(job)

@@ -80,6 +80,11 @@ class Lengths:
         """
         return self.removed[rows] if self._known else None
 
+    def logical(self, slots: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Lengths in slots of these rows, shape ``(batch,)``, in tokens."""
+        gone = self.gone(rows)
+        return slots if gone is None else slots + gone
+
     def shift_positions(self, step: ForwardBatch) -> None:
         """Give the tokens of a step their true positions; each request has as many of them."""
         self._of_step = gone = self.gone(step.req_pool_indices)

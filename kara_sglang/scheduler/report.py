@@ -11,12 +11,11 @@ from kara_sglang.radix_integration.prefix import prefix_of, removed
 from kara_sglang.radix_integration.row import state_of
 from kara_sglang.scheduler.coordinator import Coordinator
 from kara_sglang.scheduler.metrics import slots_held
+from kara_sglang.scheduler.ring.served import Served
 from kara_sglang.scheduler.runtime import runtime
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
-
-    from kara_sglang.scheduler.ring.recorder import QueryRecorder
 
 
 def request_report(req: Req) -> dict[str, Any] | None:
@@ -101,18 +100,10 @@ def internal_state(result: Any, *_args: Any) -> Any:
     return result
 
 
-def ring_room(recorder: QueryRecorder) -> dict[str, int]:
-    """Bytes of the query ring, and how many requests it serves: with all query heads, or their mean."""
-    return {
-        "bytes": recorder.num_bytes,
-        "all_heads": recorder.room(recorder.shape.group),
-        "mean": recorder.room(1),
-    }
-
-
 def snapshot(coordinator: Coordinator) -> dict[str, Any]:
     """Settings and totals as a plain object."""
     totals, recorder = coordinator.totals, coordinator.recorder
+    ring = Served.of(recorder, coordinator.config.query_heads)
     scheduler = coordinator.scheduler
     held, logical = slots_held(scheduler.running_batch.reqs)
     return {
@@ -128,7 +119,7 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
         "skipped": dict(totals.skipped),
         "recorders_in_use": recorder.in_use,
         "recorder_pages_free": recorder.free_pages,
-        "recorder_room": ring_room(recorder),
+        "recorder_room": {"bytes": ring.bytes, "all_heads": ring.all_heads, "mean": ring.mean},
         "largest_decode_graph": coordinator.graphs.largest,
         "running_requests": len(scheduler.running_batch.reqs),
         "waiting_requests": len(scheduler.waiting_queue),

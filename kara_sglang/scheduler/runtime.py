@@ -28,7 +28,8 @@ from kara_sglang.scheduler.coordinator import Coordinator
 from kara_sglang.scheduler.pace import pace_of
 from kara_sglang.scheduler.reserved import largest_window, query_ring
 from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder, cheapest
-from kara_sglang.scheduler.ring.size import Room, served
+from kara_sglang.scheduler.ring.served import Served
+from kara_sglang.scheduler.ring.size import Room
 from kara_sglang.scheduler.rotary import rope_shift_of
 
 if TYPE_CHECKING:
@@ -237,16 +238,10 @@ def after_move_accepted(
 ) -> None:
     """AFTER ``move_accept_tokens_to_target_kvcache``: queries move as K and V have; the worker still
     has the lengths with which its step began."""
-    parts, coordinator = runtime.parts, runtime.coordinator
-    if parts is None or coordinator is None or not parts.recorder.pace.branches:
-        return
-    first, rows = batch.seq_lens, batch.req_pool_indices
-    gone = coordinator.compaction.lengths.gone(rows)
-    if gone is not None:
-        first = first + gone
-    before = parts.recorder.pace.tokens * torch.arange(len(rows), device=rows.device)[:, None]
-    accepted = torch.where(accept_index < 0, -1, accept_index - before)
-    parts.recorder.keep_accepted(first, rows, accepted)
+    if runtime.coordinator is not None:
+        compaction = runtime.coordinator.compaction
+        first = compaction.lengths.logical(batch.seq_lens, batch.req_pool_indices)
+        compaction.recorder.keep_accepted(first, batch.req_pool_indices, accept_index)
 
 
 def around_verify_coins(original: Callable[..., Any], *, seq_lens: torch.Tensor, **kwargs: Any) -> Any:
@@ -291,7 +286,7 @@ def described(parts: Parts, coordinator: Coordinator) -> str:
     kept = config.kept(scheduler.page_size)
     ring = "no query ring"
     if recorder.num_pages:
-        room = served(recorder.room(recorder.shape.group), recorder.room(1), config.query_heads)
+        room = Served.of(recorder, config.query_heads).in_words()
         ring = f"query ring {recorder.num_bytes / 2**30:.2f} GiB ({recorder.why}) for {room}"
     graphs = coordinator.graphs.room(
         coordinator.geometry, kept, scheduler.max_total_num_tokens, scheduler.max_running_requests

@@ -32,7 +32,7 @@ from kara_sglang.benchmarks.gpu.compiled import (
     of,
     report,
 )
-from kara_sglang.benchmarks.gpu.models import MODELS
+from kara_sglang.benchmarks.models import MODELS
 from kara_sglang.kernels.record import FP4, FP8
 
 pytestmark = pytest.mark.skipif(

@@ -12,7 +12,11 @@ import pytest
 import torch
 from places import ROOT
 
+from kara_sglang.benchmarks import arithmetic
+from kara_sglang.benchmarks.arithmetic import Gpu, Settings, Work
 from kara_sglang.benchmarks.gpu import (
+    case,
+    checks,
     compiled,
     floors,
     host,
@@ -21,9 +25,9 @@ from kara_sglang.benchmarks.gpu import (
     paged_decode,
     tables,
     tiles,
+    timing,
 )
-from kara_sglang.benchmarks.gpu.floors import Gpu, Settings, Work
-from kara_sglang.benchmarks.gpu.models import MODELS, Model
+from kara_sglang.benchmarks.models import MODELS, Model
 from kara_sglang.kernels.record import FP8
 from kara_sglang.kernels.triton import backend, score
 
@@ -34,45 +38,45 @@ TINY = Model("tiny", 2, 6, 2, 32, 0.001)
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("mean", [False, True])
 def test_its_checks_pass_on_right_kernels_and_fail_on_wrong_ones(monkeypatch, mean):
-    monkeypatch.setattr(kernels, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(kernels, "captured", lambda call: call)
+    monkeypatch.setattr(case, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(checks, "captured", lambda call: call)
     settings = Settings(window=48, kept=16, delay=9, mean=mean)
-    found = kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=2))
+    found = checks.check(case.Case(TINY, settings, num_jobs=2, layers=2))
     assert found["score_error"] < 1e-4 < found["turned_score_error"] < 0.005
     assert found["weight_error"] < 1e-4
     assert found["same_choice"] > 0.99  # near ties may fall either way
 
     if mean:
-        monkeypatch.setattr(kernels, "captured", lambda call: lambda: None)
+        monkeypatch.setattr(checks, "captured", lambda call: lambda: None)
         with pytest.raises(AssertionError, match="wrong result: record in a replayed graph"):
-            kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=1))
+            checks.check(case.Case(TINY, settings, num_jobs=2, layers=1))
     else:
-        monkeypatch.setattr(kernels, "compact", lambda *args: [])
+        monkeypatch.setattr(case, "compact", lambda *args: [])
         with pytest.raises(AssertionError, match="wrong result: compact"):
-            kernels.check(kernels.Case(TINY, settings, num_jobs=2, layers=1))
+            checks.check(case.Case(TINY, settings, num_jobs=2, layers=1))
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("bits", [4, 16])
 def test_its_checks_take_other_types(monkeypatch, bits):
-    monkeypatch.setattr(kernels, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(kernels, "captured", lambda call: call)
+    monkeypatch.setattr(case, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(checks, "captured", lambda call: call)
     settings = Settings(window=48, kept=16, delay=9, query_bits=bits)
-    kernels.check(kernels.Case(TINY, settings, num_jobs=1, layers=1, key_dtype=FP8))
+    checks.check(case.Case(TINY, settings, num_jobs=1, layers=1, key_dtype=FP8))
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_the_stress_of_compact_sees_a_wrong_byte(monkeypatch):
-    monkeypatch.setattr(kernels, "DEVICE", torch.device("cpu"))
-    case = kernels.Case(TINY, Settings(window=48, kept=16, delay=9), num_jobs=2, layers=2)
-    right, moved = case.compact, []
-    monkeypatch.setattr(case, "compact", lambda: (right(), moved.append(case.kept.clone())))
-    kernels.stress_compact(case, 3)
+    monkeypatch.setattr(case, "DEVICE", torch.device("cpu"))
+    windows = case.Case(TINY, Settings(window=48, kept=16, delay=9), num_jobs=2, layers=2)
+    right, moved = windows.compact, []
+    monkeypatch.setattr(windows, "compact", lambda: (right(), moved.append(windows.kept.clone())))
+    checks.stress_compact(windows, 3)
     worst = torch.arange(1, 17).expand(2, 2, 2, 16)  # every row is written right after it was read
     assert len(moved) == 3 and all(torch.equal(kept, worst) for kept in moved)
-    monkeypatch.setattr(case, "compact", lambda: (right(), case.pool.values[1][:, 1].mul_(2)))
+    monkeypatch.setattr(windows, "compact", lambda: (right(), windows.pool.values[1][:, 1].mul_(2)))
     with pytest.raises(AssertionError, match="wrong result: move 0"):
-        kernels.stress_compact(case, 1)
+        checks.stress_compact(windows, 1)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -83,7 +87,7 @@ def test_tiles_reports_what_fails_and_goes_on(monkeypatch, tmp_path, capsys):
         call()
         return dict.fromkeys(("log_sum_exp_kernel", "column_sum_kernel", "prepare_kernel"), 80.0)
 
-    monkeypatch.setattr(kernels, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(case, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(tiles, "MODELS", [TINY])
@@ -138,7 +142,7 @@ MEASURED = {
 
 def test_exponentials_are_counted_per_sm_and_clock():
     """An H100 SXM: 132 SMs at 1.98 GHz at most."""
-    rate = kernels.exp_rate({"multiprocessor_count": 132, "sm_clock_rate": 1_980_000})
+    rate = timing.exp_rate({"multiprocessor_count": 132, "sm_clock_rate": 1_980_000})
     assert rate == pytest.approx(4.18e12, rel=1e-3)
 
 
@@ -225,12 +229,14 @@ def test_counts_of_one_window_by_hand():
     """Qwen3-8B: 36 layers, 8 KV heads of 4 query heads, 128 numbers each; W 512, R 256, delay 64."""
     model, settings = MODELS[0], Settings()
     queries = 512 * 4  # those of the delay do not vote
-    assert floors.score(model, settings).flops == 36 * 8 * 2 * (2 * queries * 512 * 128)
-    assert floors.score(model, settings).exps == 36 * 8 * 2 * queries * 512
-    assert floors.prepare(model, settings).bytes == 36 * 8 * (3 * 512 * 128 * 2 + 512 * 4)
-    assert floors.select(model, settings).exps == 36 * 8 * 512 * (1 + 1)  # a logarithm, and its power
-    assert floors.compact(model, settings).bytes == 36 * 8 * 2 * 256 * (2 * 256 + 4 + 8)
-    assert floors.record(model, settings).bytes == 36 * 32 * (128 * (2 + 1) + 1)
+    assert arithmetic.score(model, settings).flops == 36 * 8 * 2 * (2 * queries * 512 * 128)
+    assert arithmetic.score(model, settings).exps == 36 * 8 * 2 * queries * 512
+    assert arithmetic.prepare(model, settings).bytes == 36 * 8 * (3 * 512 * 128 * 2 + 512 * 4)
+    assert arithmetic.select(model, settings).exps == 36 * 8 * 512 * (
+        1 + 1
+    )  # a logarithm, and its power
+    assert arithmetic.compact(model, settings).bytes == 36 * 8 * 2 * 256 * (2 * 256 + 4 + 8)
+    assert arithmetic.record(model, settings).bytes == 36 * 32 * (128 * (2 + 1) + 1)
     assert model.kv_bytes == 147_456
 
 

@@ -251,10 +251,10 @@ def test_the_stand_in_belongs_on_a_cpu_only(monkeypatch):
 def test_a_cpu_gets_its_hint_and_the_environment_is_left_alone(capsys, monkeypatch, only):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     only(doctor.check_device)
-    monkeypatch.delenv(doctor.CPU_SWITCH, raising=False)
+    monkeypatch.delenv(doctor.cpu_engine.SWITCH, raising=False)
     _, lines = run(capsys)
-    assert any(line.startswith("note") and doctor.CPU_SWITCH in line for line in lines)
-    assert doctor.CPU_SWITCH not in os.environ
+    assert any(line.startswith("note") and doctor.cpu_engine.SWITCH in line for line in lines)
+    assert doctor.cpu_engine.SWITCH not in os.environ
     kernels, why = pick(torch.device("cpu"))
     assert any(f"{kernels.name}: {why}" in line for line in lines)
 

@@ -260,9 +260,19 @@ class QueryRecorder:
                 self.check.record(layers, step)
 
     def keep_accepted(self, first: torch.Tensor, rows: torch.Tensor, accepted: torch.Tensor) -> None:
-        """Move the queries of accepted drafts to their places, behind the step that verified them:
-        :func:`~kara_sglang.kernels.record.keep_accepted`."""
-        if self.active:
+        """Move the queries of accepted drafts to their places, behind the step that verified them.
+        Those of a chain are there.
+
+        Parameters
+        ----------
+        first, rows : torch.Tensor
+            As for :func:`~kara_sglang.kernels.record.keep_accepted`.
+        accepted : torch.Tensor
+            Among all drafts of the step, shape ``(batch, most)``, int; negative behind the last.
+        """
+        if self.active and self.pace.branches:
+            before = self.pace.tokens * torch.arange(len(rows), device=rows.device)[:, None]
+            accepted = torch.where(accepted < 0, -1, accepted - before)
             record.keep_accepted(self.ring, first, rows, self.pages, accepted)
 
     def warm_up(self, kernels: Kernels) -> None:

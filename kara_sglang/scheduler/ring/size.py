@@ -73,11 +73,3 @@ def ring_size(config: KaraConfig, of_request: int, least: int, room: Room) -> Si
     if needed <= bound:
         return Size(max(needed, least), f"what {requests} requests need")
     return Size(max(bound, least), f"1/{1 / SHARE:.0f} of the memory for KV")
-
-
-def served(all_heads: int, mean: int, heads: str) -> str:
-    """How many requests a ring serves with the setting ``query_heads``, in words."""
-    every = f"{all_heads} requests with all query heads"
-    kinds = {"all": every, "mean": f"{mean} requests with the mean of their query heads"}
-    room = kinds.get(heads, f"{every} or {mean} with their mean")
-    return f"{room}; windows of others are chosen without queries"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from counted import result
 
-from kara_sglang.benchmarks.gpu.floors import Gpu
-from kara_sglang.benchmarks.gpu.models import Model
+from kara_sglang.benchmarks.arithmetic import Gpu
+from kara_sglang.benchmarks.models import Model
 from kara_sglang.benchmarks.serving import projection
 
 

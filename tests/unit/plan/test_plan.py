@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from models import QWEN3_8B
 
 from kara_sglang import doctor, plugin
-from kara_sglang.benchmarks.gpu.models import MODELS
+from kara_sglang.benchmarks.models import MODELS
 from kara_sglang.benchmarks.serving.projection import CARDS, Counted
 from kara_sglang.config import ENV, KaraConfig
 from kara_sglang.plan import gain, memory
@@ -265,7 +265,7 @@ def test_what_is_never_compressed_is_planned_as_stock():
 @pytest.mark.parametrize("retain", [None, 0.5])
 def test_the_projection_is_that_of_the_benchmarks(retain, monkeypatch):
     """One steady batch, as a counted schedule and as a load."""
-    from kara_sglang.benchmarks.gpu.floors import Settings
+    from kara_sglang.benchmarks.arithmetic import Settings
     from kara_sglang.benchmarks.serving import projection
 
     monkeypatch.setattr(projection, "ring_bytes", lambda *_: 0)  # the plan takes it out beforehand

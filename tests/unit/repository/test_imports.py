@@ -14,7 +14,8 @@ from kara_sglang import hooks
 PACKAGE = ROOT / "kara_sglang"
 OURS = "kara_sglang"
 FLOORS = (
-    ("plan", "doctor"),
+    ("doctor",),
+    ("plan",),
     ("benchmarks",),
     ("frontend", "serve", "top"),
     ("cpu_engine", "embedded_model"),
@@ -30,8 +31,6 @@ FLOORS = (
     ("kernels",),
 )
 """From the top down; rooms of one floor do not import each other."""
-BESIDE = {"plan": {"doctor"}, "doctor": {"plan"}}
-"""But for these: each shows what the other finds."""
 
 
 def module_of(path: Path) -> str:
@@ -82,7 +81,7 @@ def floor_of(room: str) -> int:
 def test_imports_go_down(module: str) -> None:
     """The floors of docs/architecture.md: a module imports of its own room and of rooms below only."""
     room = room_of(module)
-    allowed = {room, *BESIDE.get(room, ())}.union(*FLOORS[floor_of(room) + 1 :])
+    allowed = {room}.union(*FLOORS[floor_of(room) + 1 :])
     assert not {other for other in ARROWS[module] if room_of(other) not in allowed}
 
 
@@ -98,20 +97,56 @@ def test_ownership_imports_kernels_at_most() -> None:
         assert others <= {*allowed, room}
 
 
+def circles(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
+    """What is left when all have gone who only know those that have gone."""
+    left = dict(arrows)
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    return {name: others & left.keys() for name, others in left.items()}
+
+
 def test_there_are_no_circles() -> None:
     """Modules can be laid in an order in which each imports earlier ones only, types included."""
-    left = {module: set(others) for module, others in ARROWS.items()}
-    while free := [module for module, others in left.items() if not others & left.keys()]:
-        for module in free:
-            del left[module]
-    assert not {module: sorted(others & left.keys()) for module, others in left.items()}
+    assert not circles(ARROWS)
+
+
+def test_folders_of_benchmarks_know_each_other_one_way() -> None:
+    """What lies beside them is what they share."""
+    prefix = f"{OURS}.benchmarks."
+
+    def folder_of(module: str) -> str:
+        return module.removeprefix(prefix).rpartition(".")[0].partition(".")[0]
+
+    arrows: dict[str, set[str]] = {}
+    for module, others in ARROWS.items():
+        if module.startswith(prefix):
+            ours = {folder_of(other) for other in others if other.startswith(prefix)}
+            arrows.setdefault(folder_of(module), set()).update(ours - {folder_of(module)})
+    assert len(arrows) >= 6
+    assert not arrows[""], "what is shared knows none of them"
+    assert not circles(arrows)
+
+
+def test_no_instrument_imports_research() -> None:
+    """The search that chose the defaults uses the instruments, and nobody uses the search."""
+    inside = f"{OURS}.benchmarks.research."
+    users = {
+        module
+        for module, others in ARROWS.items()
+        if any(other.startswith(inside) for other in others) and not module.startswith(inside)
+    }
+    assert not users
 
 
 def test_nobody_imports_a_main() -> None:
+    """Neither the package nor its tests: a command's ``main`` stands beside its ``__main__``."""
+    tests = {str(path): path for folder in ("tests", "docs") for path in (ROOT / folder).rglob("*.py")}
+    assert len(tests) > 100
     assert not [
-        (module, other)
-        for module, others in ARROWS.items()
-        for other in others
+        (name, other)
+        for name, path in (KNOWN | tests).items()
+        for other in imports(path, KNOWN)
         if other.endswith(".__main__")
     ]
 

@@ -15,7 +15,7 @@ from kara_sglang.benchmarks.gpu.compiled import KERNELS, caught
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import WindowJob, WindowShape
-from kara_sglang.kernels.record import blocks_of
+from kara_sglang.kernels.record import any_pages
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.triton import TritonKernels
 from kara_sglang.scheduler.compaction import Compaction
@@ -82,7 +82,7 @@ def test_no_request_needs_a_compiler(settings):
             seed=kept,
             query_start=1000 + kept,
             query_count=128 + 16,
-            pages=((0,) * len(blocks_of(1000 + kept, 128 + 16)),) * voices or None,
+            pages=any_pages(1000 + kept, 128 + 16, voices),
         )
         for selector in (selectors.build(name, config) for name in selectors.REGISTRY)
         for kept in (1, 3, 16, 48, 112, 128)  # with a page of 1 a request may ask for any R

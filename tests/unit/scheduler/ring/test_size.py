@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kara_sglang.config import KaraConfig
 from kara_sglang.scheduler.reserved import query_ring
 from kara_sglang.scheduler.ring.recorder import AttentionShape, cheapest
-from kara_sglang.scheduler.ring.size import FIXED, SHARE, Room, ring_size, served
+from kara_sglang.scheduler.ring.size import FIXED, SHARE, Room, ring_size
 
 SHAPE = AttentionShape(36, 32, 8, 128, torch.bfloat16, torch.device("meta"))  # Qwen3-8B
 SLOT = 36 * 8 * 256 * 2
@@ -64,13 +64,6 @@ def test_no_more_is_taken_than_requests_fit_beside_it() -> None:
     """Where a query takes next to nothing beside K and V the need is below the bound."""
     size = ring_size(KaraConfig(), of_request=1000, least=1000, room=Room(10**9, slot_bytes=10**4))
     assert size.bytes == 10**9 // (576 * 10**4 + 1000) * 1000 and size.bytes < SHARE * 10**9
-
-
-def test_in_words() -> None:
-    end = "windows of others are chosen without queries"
-    assert served(3, 12, "auto") == f"3 requests with all query heads or 12 with their mean; {end}"
-    assert served(3, 12, "all") == f"3 requests with all query heads; {end}"
-    assert served(3, 12, "mean") == f"12 requests with the mean of their query heads; {end}"
 
 
 def test_a_server_without_queries_has_no_ring() -> None:
