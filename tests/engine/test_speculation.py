@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from exactness import PROMPTS, RetainedCache, assert_bit_exact, logprobs
 from server import PAGE_16, WINDOW, Server, launch, prompt
 
@@ -36,7 +37,7 @@ def ngram(drafts: int, breadth: int) -> tuple[str, ...]:
 
 
 KINDS = {
-    "chain": (*PAGE_16, *ngram(4, 1)),
+    "chain": (*PAGE_16, *ngram(4, 1), "--kv-compress-prefix-reuse", "compressed"),
     "tree": (*PAGE_1, *ngram(8, 4)),
     "without overlap": (*PAGE_1, *ngram(4, 1), "--disable-overlap-schedule"),
 }
@@ -119,18 +120,39 @@ def test_every_token_follows_from_what_is_kept(drafts: Drafts, tiny_model: Path,
     if turn == "accepted":
         assert answer["meta_info"]["spec_accept_length"] > 1.2
     truth = RetainedCache(tiny_model, window=64, kept=32, delay=16, page_size=drafts.page)
-    expected = truth.feed(ids)
+    check(truth, truth.feed(ids), len(ids), answer, counts, drafts.behind)
+    assert truth.windows == answer["meta_info"]["kv_compress"]["windows"] == 4
+    if "compressed" not in server.state()["settings"]["prefix_reuse"]:
+        return server.assert_nothing_leaked()
+
+    # The next turn continues on the compressed row.
+    ids = [*ids, *answer["output_ids"], *prompt(20, 13)]
+    answer, counts = step_by_step(server, ids, 40, {"selector": "recent"})
+    cached = answer["meta_info"]["cached_tokens"]
+    assert cached > 37 + 4 * 64
+    truth.crop(cached)
+    check(truth, truth.feed(ids[cached:]), len(ids), answer, counts, drafts.behind)
+    assert truth.windows == 4
+    server.assert_nothing_leaked()
+
+
+def check(
+    truth: RetainedCache,
+    expected: torch.Tensor,
+    length: int,
+    answer: dict,
+    counts: list[int],
+    behind: int,
+) -> None:
+    """Each token of an answer to ``length`` tokens, the first of which is ``expected``."""
     outputs, chances = answer["output_ids"], logprobs(answer)
     assert expected.argmax() == outputs[0]
     for step in range(1, len(counts)):
-        known = counts[max(0, step - 1 - drafts.behind)] - 1
-        truth.prune_recent(len(ids) + known)
+        truth.prune_recent(length + counts[max(0, step - 1 - behind)] - 1)
         for place in range(counts[step - 1], counts[step]):
             expected = truth.feed([outputs[place - 1]])
             assert expected.argmax() == outputs[place], f"token {place}, {truth.windows} windows in"
             assert chances[place] == pytest.approx(expected.max().item(), abs=2e-4)
-    assert truth.windows == answer["meta_info"]["kv_compress"]["windows"] == 4
-    server.assert_nothing_leaked()
 
 
 def test_queries_of_accepted_drafts_vote(drafts: Drafts, kara: Server, traces: Path) -> None:

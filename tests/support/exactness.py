@@ -50,6 +50,12 @@ class RetainedCache:
         self.position += len(tokens)
         return torch.log_softmax(logits[0, -1].float(), dim=-1)
 
+    def crop(self, tokens: int) -> None:
+        """Forget all but the first ``tokens``, of which no window may be in the way."""
+        slots = self.cache.get_seq_length() - (self.position - tokens)
+        self.cache.crop(slots)
+        self.position = tokens
+
     def prune_recent(self, known: int | None = None) -> None:
         """Before a decode step: drop the oldest W - R tokens of a window that is due, as far as
         ``known`` says, in tokens; None: all that are there."""
