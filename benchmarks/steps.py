@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import TorchKernels
@@ -118,13 +119,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    rows = []
-    print("| " + " | ".join(["us per step", *map(str, options.requests)]) + " |")
-    print("|---" * (1 + len(options.requests)) + "|")
+    rows: list[dict[str, Any]] = []
     for name, (settings, recorded) in CASES.items():
         times = [microseconds(n, settings, recorded, options.steps) for n in options.requests]
         rows.append({"case": name, "requests": options.requests, "us": times})
-        print("| " + " | ".join([name, *(f"{value:.1f}" for value in times)]) + " |", flush=True)
+        print(f"{name}: done", file=sys.stderr)
+    shown_rows = ([row["case"], *(f"{value:.1f}" for value in row["us"])] for row in rows)
+    print(grid(["us per step", *map(str, options.requests)], shown_rows), end="")
     if options.out:
         shown = command("kara_sglang.benchmarks.steps", argv or sys.argv[1:])
         write_json(options.out, {"command": shown, "machine": machine(), "rows": rows}, indent=1)

@@ -40,6 +40,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from kara_sglang.benchmarks.arithmetic import DATASHEET
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.models import MODELS, Model
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.config import KaraConfig
@@ -439,18 +440,14 @@ def show(found: dict[str, Any]) -> None:
     """Print the table of benchmarks/results/gpu/README.md."""
     architectures = found["architectures"]
     print(f"triton {found['versions']['triton']}; registers / spilled bytes / shared KiB\n")
-    print("| kernel |", " | ".join(architectures), "| shapes |")
-    print("|---|" + "---|" * len(architectures) + "---|")
+    rows = []
     for row in found["rows"]:
         cells = [cell(**row[architecture]) for architecture in architectures]
-        print(f"| `{row['kernel']}` |", " | ".join(cells), f"| {'; '.join(row['shapes'])} |")
+        rows.append([f"`{row['kernel']}`", *cells, "; ".join(row["shapes"])])
+    print(grid(["kernel", *architectures, "shapes"], rows), end="")
 
     print(f"\n{MODELS[0].name} on sm_90\n")
-    print(
-        "| kernel | turns x instructions of a warp | exponentials of a turn "
-        "| per 32 logits, in loops | from start to end | us per window |"
-    )
-    print("|---|---|---|---|---|---|")
+    rows = []
     for row in found["issued"]:
         loops = zip(row["turns"], row["loops"], strict=True)
         shown = (
@@ -458,7 +455,10 @@ def show(found: dict[str, Any]) -> None:
             str(row["exponentials"]),
             *(f"{row[key]:.1f}" for key in ("in_loops", "whole")),
         )
-        print(f"| `{row['kernel']}` |", " | ".join(shown), f"| {row['us']:.0f} |")
+        rows.append([f"`{row['kernel']}`", *shown, f"{row['us']:.0f}"])
+    columns = ["kernel", "turns x instructions of a warp", "exponentials of a turn"]
+    more = ["per 32 logits, in loops", "from start to end", "us per window"]
+    print(grid([*columns, *more], rows), end="")
 
 
 def cell(registers: int, spilled_bytes: int, shared_bytes: int) -> str:

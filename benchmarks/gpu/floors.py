@@ -23,6 +23,7 @@ from kara_sglang.benchmarks.arithmetic import (
     decode_step,
     pass_floor,
 )
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.models import MODELS, Model
 from kara_sglang.benchmarks.output import write_json
 
@@ -89,22 +90,25 @@ def show(found: dict[str, Any]) -> None:
     gpus = [gpu["name"] for gpu in found["gpus"]]
     names = [kernel.__name__ for kernel in KERNELS]
     print(f"floors in us: {' / '.join(gpus)}\n")
-    print("| model | settings |", " | ".join(names), "|")
-    print("|---|---|" + "---|" * len(names))
+    rows = []
     for row in found["rows"]:
         cells = []
         for work in (row["kernels"][name] for name in names):
             matrix = f", {work['flops'] / 1e9:.0f} GFLOP" if work["flops"] else ""
             floors = " / ".join(f"{work['floor_us'][gpu]:.1f}" for gpu in gpus)
             cells.append(f"{work['bytes'] / 1e6:.2f} MB{matrix}: {floors}")
-        print(f"| {row['model']} | {row['variant']} |", " | ".join(cells), "|")
+        rows.append([row["model"], row["variant"], *cells])
+    print(grid(["model", "settings", *names], rows), end="")
 
     print(f"\nbatch {found['batch']}, {found['context']} cached tokens per request\n")
-    print("| model | settings |", *(f"{gpu}: step, ms | pass, share |" for gpu in gpus))
-    print("|---|---|" + "---|---|" * len(gpus))
+    rows = []
     for row in found["rows"]:
-        cells = [f"{row['step_floor_ms'][gpu]:.1f} | {row['share_of_decode'][gpu]:.2%}" for gpu in gpus]
-        print(f"| {row['model']} | {row['variant']} |", " | ".join(cells), "|")
+        cells = []
+        for gpu in gpus:
+            cells += [f"{row['step_floor_ms'][gpu]:.1f}", f"{row['share_of_decode'][gpu]:.2%}"]
+        rows.append([row["model"], row["variant"], *cells])
+    columns = [name for gpu in gpus for name in (f"{gpu}: step, ms", "pass, share")]
+    print(grid(["model", "settings", *columns], rows), end="")
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from triton.runtime import driver
 from kara_sglang.benchmarks import machine
 from kara_sglang.benchmarks.arithmetic import Settings
 from kara_sglang.benchmarks.gpu.compiled import caught
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.models import MODELS, Model
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.config import KaraConfig
@@ -121,11 +122,12 @@ def measure(windows: int, repeats: int) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """Print the table of benchmarks/results/gpu/README.md."""
-    print("| windows | launches | host, us | launches left out, us | first pass, us |")
-    print("|---|---|---|---|---|")
+    rows = []
     for row in found["rows"]:
         cells = (row[name] for name in ("us", "without_launches_us", "first_us"))
-        print(f"| {row['windows']} | {row['launches']} |", " | ".join(f"{us:.0f}" for us in cells), "|")
+        rows.append([str(row["windows"]), str(row["launches"]), *(f"{us:.0f}" for us in cells)])
+    columns = ["windows", "launches", "host, us", "launches left out, us", "first pass, us"]
+    print(grid(columns, rows), end="")
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from kara_sglang.benchmarks.machine import machine
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.processes import end_group
 from kara_sglang.benchmarks.serving.server import end_on_sigterm
@@ -251,9 +252,8 @@ NEEDS: dict[str, Callable[[Mapping[str, str]], str | None]] = {
 
 def table(steps: Iterable[Step]) -> str:
     """Steps in Markdown."""
-    lines = ["| step | what | minutes at most | needs |", "|---|---|---|---|"]
-    lines += [f"| `{s.name}` | {s.what} | {s.minutes:g} | {', '.join(s.needs)} |" for s in steps]
-    return "\n".join(lines) + "\n"
+    rows = ([f"`{s.name}`", s.what, f"{s.minutes:g}", ", ".join(s.needs)] for s in steps)
+    return grid(["step", "what", "minutes at most", "needs"], rows)
 
 
 def tables() -> str:

@@ -17,16 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from kara_sglang.benchmarks import marked
+from kara_sglang.benchmarks.markdown import grid
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
 _NAME = re.compile(r"(?P<result>\S+) (?P<view>\S+)")
 _LAUNCHES = ("prepare", "log_sum_exp", "column_sum", "select", "compact")
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def settings_of(run: dict[str, Any]) -> str:
@@ -44,7 +39,7 @@ def kernels(result: dict[str, Any]) -> str:
         took = [run["kernels"][name] for name in names]
         cells = [f"{each['us']:.0f} ({each['of_floor']:.0%})" for each in took]
         rows.append([settings_of(run), str(run["jobs"]), *cells])
-    return table(["settings", "windows", *names], rows)
+    return grid(["settings", "windows", *names], rows)
 
 
 def passes(result: dict[str, Any]) -> str:
@@ -58,7 +53,7 @@ def passes(result: dict[str, Any]) -> str:
                 took = [launches.get(f"{kernel}_kernel", 0.0) for kernel in _LAUNCHES]
                 cells = (*took, sum(launches.values()), done[f"{prefix}us"])
                 rows.append([settings_of(run) + label, str(windows), *(f"{us:.0f}" for us in cells)])
-    return table(["settings", "windows", *_LAUNCHES, "all on the GPU", "from the host"], rows)
+    return grid(["settings", "windows", *_LAUNCHES, "all on the GPU", "from the host"], rows)
 
 
 VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {"kernels": kernels, "passes": passes}

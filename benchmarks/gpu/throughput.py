@@ -40,6 +40,7 @@ from kara_sglang import cpu_engine
 from kara_sglang.benchmarks.gpu.dummy import CONFIGS, kv_bytes, write_config
 from kara_sglang.benchmarks.gpu.profiled import profile
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.serving.peers import PEERS, start
 from kara_sglang.benchmarks.serving.rows import STOCK, rows
@@ -296,19 +297,16 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(rows_: list[dict[str, Any]]) -> str:
     """The summary in Markdown."""
-    lines = [
-        "| point | row | tok/s over stock (range) | mean running | time between tokens: median, p99 "
-        "| KV held | retracted |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for r in rows_:
         low, high = r["over_stock_range"]
         gaps = f"{r['itl_median_over_stock']:.2f}, {r['itl_p99_over_stock']:.2f}"
-        lines.append(
-            f"| {r['point']} | {r['row']} | {r['over_stock']:.2f} ({low:.2f} to {high:.2f}) | "
-            f"{r['mean_running']:.1f} | {gaps} | {r['held']:.2f} | {r['retractions']} |"
-        )
-    return "\n".join(lines) + "\n"
+        speed = f"{r['over_stock']:.2f} ({low:.2f} to {high:.2f})"
+        held = [f"{r['mean_running']:.1f}", gaps, f"{r['held']:.2f}", str(r["retractions"])]
+        lines.append([r["point"], r["row"], speed, *held])
+    gaps = "time between tokens: median, p99"
+    columns = ["point", "row", "tok/s over stock (range)", "mean running", gaps]
+    return grid([*columns, "KV held", "retracted"], lines)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -142,3 +142,11 @@ def observe(script: Script, cell: Cell) -> Observation:
 
 def _means(groups: dict[Any, list[float]]) -> dict[Any, float]:
     return {name: math.fsum(values) / len(values) for name, values in groups.items()}
+
+
+def points(found: Sequence[float] | None) -> str:
+    """A share and its 95 % interval, in points of a hundred; "" where there is none."""
+    if found is None:
+        return ""
+    value, low, high = (100 * part for part in found)
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -33,10 +33,11 @@ from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import coder_model
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE
-from kara_sglang.benchmarks.quality.estimates import share_interval
+from kara_sglang.benchmarks.quality.estimates import points, share_interval
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.pace import fastest
 from kara_sglang.benchmarks.quality.texts import DATA
@@ -277,30 +278,19 @@ def _interval(values: np.ndarray) -> list[float]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """The records in Markdown; accuracies are in percent, differences in points."""
-    lines = [
-        "| row | retain | accuracy (95 %) | over full (95 %) | over random (95 %) | output tokens "
-        "| cut off | compressed: answers / tokens |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-
-    def points(found: list[float] | None) -> str:
-        if found is None:
-            return ""
-        value, low, high = (100 * part for part in found)
-        return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
-
+    lines = []
     for r in records:
         accuracy, low, high = (100 * r[name] for name in ("accuracy", "accuracy_low", "accuracy_high"))
         over_full, longer = points(r["over_full"]), f" ({100 * r['longer_than_full'][0]:+.1f} %)"
         if r["row"] == REFERENCE_ROW:
             over_full = longer = ""
-        lines.append(
-            f"| {r['row']} | {r['retain']:g} | {accuracy:.1f} ({low:.1f} to {high:.1f}) | "
-            f"{over_full} | {points(r['over_random'])} | {r['output_tokens']:.0f}{longer} | "
-            f"{100 * r['truncated']:.1f} % | "
-            f"{100 * r['requests_compressed']:.0f} % / {100 * r['tokens_compressed']:.0f} % |"
-        )
-    return "\n".join(lines) + "\n"
+        right = f"{accuracy:.1f} ({low:.1f} to {high:.1f})"
+        written = [f"{r['output_tokens']:.0f}{longer}", f"{100 * r['truncated']:.1f} %"]
+        done = f"{100 * r['requests_compressed']:.0f} % / {100 * r['tokens_compressed']:.0f} %"
+        over = [over_full, points(r["over_random"])]
+        lines.append([r["row"], f"{r['retain']:g}", right, *over, *written, done])
+    columns = ["row", "retain", "accuracy (95 %)", "over full (95 %)", "over random (95 %)"]
+    return grid([*columns, "output tokens", "cut off", "compressed: answers / tokens"], lines)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -35,9 +35,11 @@ from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import campaign
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed
+from kara_sglang.benchmarks.quality.estimates import points
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.pace import fastest
 from kara_sglang.benchmarks.quality.rows import Row, reference, selectors
@@ -300,18 +302,7 @@ def figures(scripts: Sequence[Script], folder: Path, rows: Sequence[Row]) -> lis
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The records in Markdown, in percent and points."""
-    lines = [
-        "| row | retain | restated | stated once | over full (95 %) | over random (95 %) | use "
-        "| copy | name | chain |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-
-    def points(found: Sequence[float] | None) -> str:
-        if found is None:
-            return ""
-        value, low, high = (100 * part for part in found)
-        return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
-
+    lines = []
     for r in records:
         cells = [f"{100 * r[name]['share'][0]:.1f}" for name in ("restated", "once")]
         kinds = [f"{100 * r[kind]['share'][0]:.1f}" for kind in ONCE]
@@ -319,19 +310,17 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         if r["row"] != REFERENCE_ROW:
             over = [points(r["once"]["over_full"])]
             over.append("" if r["row"] == NULL_ROW else points(r["once"]["over_random"]))
-        lines.append(f"| {r['row']} | {r['retain']:g} | " + " | ".join([*cells, *over, *kinds]) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([r["row"], f"{r['retain']:g}", *cells, *over, *kinds])
+    columns = ["row", "retain", "restated", "stated once", "over full (95 %)", "over random (95 %)"]
+    return grid([*columns, "use", "copy", "name", "chain"], lines)
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Share of right answers against the fact's distance, a panel per share that is kept."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from kara_sglang.benchmarks.plots import pyplot, save
 
     shares = sorted({r["retain"] for r in records if r["row"] != REFERENCE_ROW}, reverse=True)
-    figure, panels = plt.subplots(1, len(shares), figsize=(5.5 * len(shares), 4), sharey=True)
+    figure, panels = pyplot.subplots(1, len(shares), figsize=(5.5 * len(shares), 4), sharey=True)
     for panel, share in zip(np.atleast_1d(panels), shares, strict=True):
         for r in records:
             if r["retain"] != share and r["row"] != REFERENCE_ROW:
@@ -350,7 +339,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     np.atleast_1d(panels)[0].set_ylabel("right answers, %")
     np.atleast_1d(panels)[-1].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kara_sglang.benchmarks import marked
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.quality import reasoning
 from kara_sglang.benchmarks.quality.estimates import (
     Estimate,
@@ -163,29 +164,25 @@ def _below_full(
 def table(records: list[dict[str, Any]], part: str, group: str, retain: str = "") -> str:
     """A Markdown table of a group's rows (of one share), the reference above them."""
     chosen = _chosen(records, part, group, retain)
-    lines = [
-        "| row | retain | KL on text (nats) | perplexity | recall | log p of answers | KV held |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for r in chosen:
         kl = "0" if r["row"] == REFERENCE_ROW else _with_error(r, "kl_text", 4)
-        lines.append(
-            f"| {r['row']} | {r['retain']:g} | {kl} | {_with_error(r, 'perplexity', 2)} | "
-            f"{_with_error(r, 'recall', 3)} | {_with_error(r, 'recall_logprob', 2)} | "
-            f"{r['slots']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+        digits = {"perplexity": 2, "recall": 3, "recall_logprob": 2}
+        cells = [_with_error(r, name, places) for name, places in digits.items()]
+        lines.append([r["row"], f"{r['retain']:g}", kl, *cells, f"{r['slots']:.0f}"])
+    columns = ["row", "retain", "KL on text (nats)", "perplexity", "recall", "log p of answers"]
+    return grid([*columns, "KV held"], lines)
 
 
 def kinds_table(records: list[dict[str, Any]], part: str, retain: str = "") -> str:
     """The selectors' rows of a part (of one share): which kinds of facts they recall."""
     chosen = _chosen(records, part, "selectors", retain)
     kinds = list(chosen[0]["recall_by_kind"])
-    lines = [f"| row | retain | {' | '.join(kinds)} |", "|---|---|" + "---|" * len(kinds)]
+    lines = []
     for r in chosen:
         cells = (f"{right} of {asked}" for right, asked in r["recall_by_kind"].values())
-        lines.append(f"| {r['row']} | {r['retain']:g} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([r["row"], f"{r['retain']:g}", *cells])
+    return grid(["row", "retain", *kinds], lines)
 
 
 def _with_selectors(records: list[dict[str, Any]]) -> list[str]:
@@ -238,11 +235,12 @@ def markdown(result: dict[str, Any]) -> str:
 
 def goal_table(found: dict[str, Any]) -> str:
     """KL and recall of ``kara`` against the paper's preset, and the mean ranks."""
-    lines = ["| retain | KL of kara / paper | recall of kara - paper |", "|---|---|---|"]
+    lines = []
     for retain, values in found.items():
         if retain != "mean_rank":
             kl = _with_error(values, "kl_text_over_paper", 2)
-            lines.append(f"| {retain} | {kl} | {_with_error(values, 'recall_over_paper', 3)} |")
+            lines.append([retain, kl, _with_error(values, "recall_over_paper", 3)])
+    tables = [grid(["retain", "KL of kara / paper", "recall of kara - paper"], lines)]
     by_share = {
         retain: lost
         for retain, values in found.items()
@@ -250,35 +248,25 @@ def goal_table(found: dict[str, Any]) -> str:
     }
     if by_share:
         offsets = list(next(iter(by_share.values())))
-        lines += [
-            "",
-            "| recall below full, facts before the newest window, by offset in their window | "
-            + " | ".join(f"{float(offset):.0%}" for offset in offsets)
-            + " |",
-            "|---|" + "---|" * len(offsets),
-        ]
-        lines += [
-            f"| {retain} | "
-            + " | ".join(_plus_minus(lost[o][0], lost[o][1], 3) for o in offsets)
-            + " |"
+        first = "recall below full, facts before the newest window, by offset in their window"
+        below = (
+            [retain, *(_plus_minus(lost[o][0], lost[o][1], 3) for o in offsets)]
             for retain, lost in by_share.items()
-        ]
-    lines += ["", "| selector | mean rank |", "|---|---|"]
+        )
+        tables.append(grid([first, *(f"{float(offset):.0%}" for offset in offsets)], below))
     by_rank = sorted(found["mean_rank"].items(), key=lambda pair: pair[1])
-    lines += [f"| {name} | {rank:.2f} |" for name, rank in by_rank]
-    return "\n".join(lines) + "\n"
+    ranks = ([name, f"{rank:.2f}"] for name, rank in by_rank)
+    return "\n".join([*tables, grid(["selector", "mean rank"], ranks)])
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """KL and recall over the share retained, a line per selector."""
     try:
-        import matplotlib
+        from kara_sglang.benchmarks.plots import pyplot, save
     except ImportError:
         raise SystemExit(
             "--plot needs matplotlib; pip install 'kara-sglang[quality]' or pip install matplotlib"
         ) from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
 
     first = result["results"][0]["part"]
     records = [r for r in result["results"] if r["part"] == first and r["group"] == "selectors"]
@@ -298,9 +286,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     left.set(yscale="log", xlabel="share retained", ylabel="KL to the full cache on text (nats)")
     right.set(ylim=(0, 1), xlabel="share retained", ylabel="facts recalled")
     right.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
+    save(figure, path, dpi=120)
 
 
 def put_into(document: str, folder: Path = RESULTS) -> str:

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from kara_sglang.benchmarks import marked
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import campaign, rows, tasks, texts, variants
 from kara_sglang.benchmarks.quality.estimates import Estimate, mean, observe
@@ -97,10 +98,7 @@ def table(
 ) -> str:
     """Means, and paired differences from the row ``against``, with standard errors over texts; of all
     rows or of those ``shown``."""
-    lines = [
-        f"| row | KL | recall | log p of answers | KL / {against} | log p - {against} |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     base = found[against]
     for name in shown or found:
         values = found[name]
@@ -111,9 +109,10 @@ def table(
         more = mean([a - b for a, b in zip(values["logprob"], base["logprob"], strict=True)])
         cells = [mean(values["kl"]), mean(values["recall"]), mean(values["logprob"]), relative, more]
         digits = (4, 3, 3, 2, 3)
-        shown = [f"{e.value:.{d}f} ± {e.error:.{d}f}" for e, d in zip(cells, digits, strict=True)]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+        figures = [f"{e.value:.{d}f} ± {e.error:.{d}f}" for e, d in zip(cells, digits, strict=True)]
+        lines.append([name, *figures])
+    columns = ["row", "KL", "recall", "log p of answers", f"KL / {against}", f"log p - {against}"]
+    return grid(columns, lines)
 
 
 def put_into(document: str, folder: Path) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import sglang as sgl
 
 from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.frontend.backend import EndpointError, KaraEndpoint, gen
 from kara_sglang.frontend.records import Step
@@ -85,18 +86,14 @@ def _difference(turn: int, compressed: Step, exact: Step) -> Difference:
 
 def markdown(found: Sequence[tuple[str, Difference]]) -> str:
     """A row per text and turn."""
-    lines = [
-        "| text | turn | prompt | of it compressed | answer | alike until | equal |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for subject, one in found:
         reused = f"{one.reused_tokens} in {one.reused_slots} slots" if one.reused_tokens else "none"
         share = one.equal / one.tokens if one.tokens else 1.0
-        lines.append(
-            f"| {subject} | {one.turn} | {one.prompt_tokens} | {reused} | {one.tokens} | "
-            f"{one.alike} | {share:.0%} |"
-        )
-    return "\n".join(lines)
+        tokens = [str(one.turn), str(one.prompt_tokens), reused, str(one.tokens), str(one.alike)]
+        lines.append([subject, *tokens, f"{share:.0%}"])
+    columns = ["text", "turn", "prompt", "of it compressed", "answer", "alike until", "equal"]
+    return grid(columns, lines).rstrip("\n")
 
 
 def of_json(turns: Sequence[dict[str, Any]]) -> list[tuple[str, Difference]]:

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.reuse.measure import Sizes
 from kara_sglang.benchmarks.serving.rows import STOCK
 
@@ -20,9 +21,8 @@ def markdown(found: dict[str, Any], sizes: Sizes) -> str:
         lines += [
             f"### Steps, {pool} pool ({getattr(sizes, pool)} slots)",
             "",
-            "| step | " + " | ".join(f"{row}: computed | {row}: TTFT ms" for row in rows) + " |",
-            "|---|" + "---|" * 2 * len(rows),
         ]
+        shown = []
         for step in range(sizes.steps):
             cells = []
             for runs in rows.values():
@@ -30,31 +30,28 @@ def markdown(found: dict[str, Any], sizes: Sizes) -> str:
                 cached = over_repetitions(runs, step, "cached_tokens")
                 cells.append(f"{prompt - cached:.0f} of {prompt:.0f}")
                 cells.append(f"{over_repetitions(runs, step, 'ttft_ms'):.0f}")
-            lines.append(f"| {step + 1} | " + " | ".join(cells) + " |")
-        lines.append("")
+            shown.append([str(step + 1), *cells])
+        columns = [name for row in rows for name in (f"{row}: computed", f"{row}: TTFT ms")]
+        lines.append(grid(["step", *columns], shown))
     lines += [
         f"### {sizes.forks} forks of a chain of {sizes.chain} tokens, {sizes.fork_pool} slots",
         "",
-        "| row | at once (peak) | at once (mean) | to stock (peak) | decode steps | cached |",
-        "|---|---|---|---|---|---|",
     ]
+    shown = []
     for name, row in found["forks"].items():
         ratio = row["peak_running"] / found["forks"][STOCK]["peak_running"]
-        lines.append(
-            f"| {name} | {row['peak_running']} | {row['mean_running']:.1f} | {ratio:.2f} | "
-            f"{row['decode_steps']} | {row['cached_tokens']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+        running = [str(row["peak_running"]), f"{row['mean_running']:.1f}", f"{ratio:.2f}"]
+        shown.append([name, *running, str(row["decode_steps"]), f"{row['cached_tokens']:.0f}"])
+    columns = ["row", "at once (peak)", "at once (mean)", "to stock (peak)", "decode steps", "cached"]
+    lines.append(grid(columns, shown))
+    return "\n".join(lines)
 
 
 def draw(found: dict[str, Any], sizes: Sizes, path: Path) -> None:
     """Prompt tokens computed per step, one panel per pool."""
-    import matplotlib
+    from kara_sglang.benchmarks.plots import pyplot, save
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
     steps = range(1, sizes.steps + 1)
     for panel, (pool, rows) in zip(panels, found["steps"].items(), strict=True):
         for name, runs in rows.items():
@@ -72,5 +69,4 @@ def draw(found: dict[str, Any], sizes: Sizes, path: Path) -> None:
     panels[0].set_ylim(bottom=0)  # of both, when both are drawn
     panels[0].set_ylabel("prompt tokens computed")
     panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)

@@ -12,12 +12,7 @@ import json
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
-
+from kara_sglang.benchmarks.plots import Figure, pyplot, save
 from kara_sglang.benchmarks.serving.report import Result, by_point, median, ratios
 from kara_sglang.benchmarks.serving.rows import STOCK
 
@@ -45,8 +40,7 @@ def draw(results: list[Result], stem: Path) -> list[Path]:
             figure = _concurrency(points)
         else:
             figure = _bars(points, scenario)
-        figure.savefig(path, dpi=110, metadata={"Software": None})
-        plt.close(figure)
+        save(figure, path)
         written.append(path)
     return written
 
@@ -66,7 +60,7 @@ def _spread(rows: Rows, name: str, column: str) -> tuple[float, float, float]:
 def _bars(points: dict[str, Rows], scenario: str) -> Figure:
     """What a scenario gives per row, as ratios to stock; a panel per point."""
     widths = [len(_comparable(rows)) + 1 for rows in points.values()]
-    figure, panels = plt.subplots(
+    figure, panels = pyplot.subplots(
         1,
         len(points),
         figsize=(2 + 0.75 * sum(widths), 3.8),
@@ -93,7 +87,7 @@ def _bars(points: dict[str, Rows], scenario: str) -> Figure:
 def _pool(points: dict[str, Rows]) -> Figure:
     """Ratios to stock over the pool's size: where a line meets 1, compression begins to pay."""
     points = dict(sorted(points.items(), key=lambda pair: _slots(pair[1])))
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     for axes, column in zip(panels, ("output tok/s", "mean running"), strict=True):
         for name in dict.fromkeys(name for rows in points.values() for name in _comparable(rows)):
             there = [rows for rows in points.values() if name in _comparable(rows)]
@@ -116,7 +110,7 @@ def _pool(points: dict[str, Rows]) -> Figure:
 
 def _concurrency(points: dict[str, Rows]) -> Figure:
     """Requests that run and tokens per second over the number of clients."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for name in dict.fromkeys(name for rows in points.values() for name in rows):
         there = {int(point.split()[0]): rows[name] for point, rows in points.items() if name in rows}
         there = dict(sorted(there.items()))

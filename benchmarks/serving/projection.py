@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from kara_sglang.benchmarks.arithmetic import DATASHEET, Gpu, Settings, Work, pass_floor
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.models import MODELS, Model
 from kara_sglang.benchmarks.serving.rows import STOCK, rows
 from kara_sglang.scheduler.ring.recorder import LAG
@@ -168,13 +169,7 @@ def table(result: dict[str, Any]) -> str:
     """Predicted gain in output tok/s over stock: cards and lengths down, scarcity across."""
     runs = counted(result)
     shares = [f"{fits / by_row[STOCK].requests:.0%} of the load" for fits, by_row in runs.items()]
-    lines = [
-        "*A projection from counted schedules, not a measurement.* Output tok/s over stock's, half and "
-        "a quarter kept, in pools that hold so much of the load uncompressed:",
-        "",
-        "| model | card | KV slots | answer | stock runs | " + " | ".join(shares) + " |",
-        "|---|---|---|---|---|" + "---|" * len(shares),
-    ]
+    lines = []
     for model in MODELS[:2]:
         for card in CARDS:
             for output in OUTPUTS:
@@ -192,8 +187,12 @@ def table(result: dict[str, Any]) -> str:
                     f"{output:,}",
                     f"{room:,.0f}",
                 ]
-                lines.append("| " + " | ".join(where + cells) + " |")
-    return "\n".join(lines)
+                lines.append(where + cells)
+    return (
+        "*A projection from counted schedules, not a measurement.* Output tok/s over stock's, half and "
+        "a quarter kept, in pools that hold so much of the load uncompressed:\n\n"
+        + grid(["model", "card", "KV slots", "answer", "stock runs", *shares], lines).rstrip("\n")
+    )
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.serving.rows import EXACT, STOCK
 
 Result = dict[str, Any]
@@ -104,8 +105,7 @@ def markdown(results: list[Result], not_run: dict[str, str]) -> str:
     for (scenario, point), rows in by_point(results).items():
         pool = next(iter(rows.values()))[0]["pool"]
         lines += [f"### {scenario}: {point} (pool {pool} slots)", ""]
-        lines.append("| row | runs | tok/s to stock | " + " | ".join(COLUMNS) + " |")
-        lines.append("|---|---|---|" + "---|" * len(COLUMNS))
+        shown = []
         for row, runs in rows.items():
             values = ratios(rows, row, "output tok/s")
             ratio = "-"
@@ -113,8 +113,8 @@ def markdown(results: list[Result], not_run: dict[str, str]) -> str:
                 low, high = min(values), max(values)
                 ratio = f"{statistics.median(values):.2f} ({low:.2f} to {high:.2f})"
             cells = [_shown(median(runs, column)) for column in COLUMNS]
-            lines.append(f"| {row} | {len(runs)} | {ratio} | " + " | ".join(cells) + " |")
-        lines.append("")
+            shown.append([row, str(len(runs)), ratio, *cells])
+        lines.append(grid(["row", "runs", "tok/s to stock", *COLUMNS], shown))
     if not_run:
         lines += ["Not run:", ""] + [f"* {row}: {why}" for row, why in not_run.items()] + [""]
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kara_sglang.benchmarks import marked
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.serving import projection
 from kara_sglang.benchmarks.serving.report import Result, by_point, median, ratios
 from kara_sglang.benchmarks.serving.rows import STOCK
@@ -100,12 +101,12 @@ def table(results: list[Result], scenario: str, view: str | None) -> str:
     points = {point: rows for (name, point), rows in by_point(results).items() if name == scenario}
     columns = VIEWS[view]
     first = ["point", "row"] if len(points) > 1 else ["row"]
-    lines = ["| " + " | ".join([*first, *columns]) + " |", "|---" * (len(first) + len(columns)) + "|"]
+    lines = []
     for point, rows in points.items():
         for row in rows:
             cells = [point, row][-len(first) :] + [cell(rows, row) for cell in columns.values()]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            lines.append(cells)
+    return grid([*first, *columns], lines)
 
 
 def render(document: str, folder: Path = RESULTS) -> str:

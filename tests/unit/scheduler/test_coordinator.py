@@ -94,22 +94,6 @@ def test_only_selectors_with_queries_count_windows_without(selector: str) -> Non
     assert world.coordinator.totals.without_queries == req.state.without_queries() == 0
 
 
-def test_skips_are_counted_by_reason() -> None:
-    """Opt-outs, beams and multimodal requests are never compressed, and say why."""
-    world, req = one_request(selector="recent")
-    opted_out, beam, pictures = (
-        Request(1 + i, [1, 2], 10_000, False if i == 0 else None) for i in range(3)
-    )
-    beam.beam_group = object()
-    pictures.multimodal_inputs = object()
-    for other in (opted_out, beam, pictures):
-        assert world.prefill(other)
-    advance(world, 40)
-    assert len(req.windows) > 2
-    assert [other.state for other in (opted_out, beam, pictures)] == [None] * 3
-    assert world.coordinator.totals.skipped == {"opt_out": 1, "beam": 1, "multimodal": 1}
-
-
 @pytest.mark.parametrize("selector", ["identity", "kara", "recent"])
 def test_a_window_of_which_all_is_kept_bars_nobody_from_the_tree(selector: str) -> None:
     """``identity``, and any other at a share of 1: the row still is what the tree would say."""
@@ -263,24 +247,3 @@ def test_the_prefix_cache_learns_what_a_token_is() -> None:
     config = KaraConfig(selector="keys", window=32, delay=2, prefix_reuse="auto")
     world = World(Setting(config, page=16, trouble=0.0), seed=0)
     assert world.scheduler.tree_cache.vocab_size == world.scheduler.model_config.vocab_size
-
-
-@pytest.mark.parametrize("selector", ["kara", "identity"])
-def test_passes_let_sglang_look_at_its_queue(selector: str) -> None:
-    """Only they do, within a few steps, and not in each step when each has a pass."""
-    world, _ = one_request(selector=selector, window=4, delay=0)
-    full, looked = [], 0
-    for _ in range(60):
-        before = len(world.batch.reqs[0].windows)
-        world.batch.batch_is_full = True
-        advance(world, 1)
-        full.append((len(world.batch.reqs[0].windows) > before, world.batch.batch_is_full))
-        looked += not world.batch.batch_is_full
-    assert sum(passed for passed, _ in full) >= 14
-    assert 60 // LOOK_EVERY - 1 <= looked <= 60 // LOOK_EVERY
-    world.coordinator.policy.due = lambda *_, **__: []
-    world.batch.batch_is_full = True
-    advance(world, LOOK_EVERY)
-    world.batch.batch_is_full = True  # what was passed before was looked at
-    advance(world, 4 * LOOK_EVERY)
-    assert world.batch.batch_is_full
