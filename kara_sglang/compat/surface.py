@@ -97,6 +97,7 @@ _FLAGS = (
     "dcp_size",
     "decode_attention_backend",
     "device",
+    "disable_overlap_schedule",
     "disable_radix_cache",
     "disaggregation_mode",
     "dllm_algorithm",
@@ -108,6 +109,7 @@ _FLAGS = (
     "enable_hisparse",
     "enable_lmcache",
     "enable_mixed_chunk",
+    "enable_multi_layer_eagle",
     "enable_page_major_kv_layout",
     "enable_pdmux",
     "enable_return_indexer_topk",
@@ -135,7 +137,11 @@ _FLAGS = (
     "pp_size",
     "radix_cache_backend",
     "smg_grpc_mode",
+    "speculative_adaptive",
     "speculative_algorithm",
+    "speculative_eagle_topk",
+    "speculative_num_draft_tokens",
+    "speculative_use_rejection_sampling",
     "strip_thinking_cache",
     "tokenizer_path",
     "tokenizer_worker_num",
@@ -168,7 +174,15 @@ SURFACE = (
     Used("model_executor.cuda_graph_config.PhaseConfig", ("backend", "max_bs")),
     Used("model_executor.cuda_graph_config.Backend", ("DISABLED",)),
     Used("environ", ("envs",)),
-    Used("environ.Envs", ("SGLANG_RADIX_FORCE_MISS", "SGLANG_RUST_SERVER", "SGLANG_USE_HND_KVCACHE")),
+    Used(
+        "environ.Envs",
+        (
+            "SGLANG_ENABLE_OVERLAP_PLAN_STREAM",
+            "SGLANG_RADIX_FORCE_MISS",
+            "SGLANG_RUST_SERVER",
+            "SGLANG_USE_HND_KVCACHE",
+        ),
+    ),
     Used("environ.EnvField", ("get()",)),
     # -- the model ---------------------------------------------------------------------------------
     Used(
@@ -196,6 +210,7 @@ SURFACE = (
         (
             "device",
             "dtype",
+            "is_draft_worker",
             "memory_saver_adapter",
             "model",
             "pre_model_load_memory",
@@ -234,7 +249,10 @@ SURFACE = (
         "model_executor.forward_batch_info.ForwardBatch",
         ("forward_mode", "mrope_positions", "positions", "req_pool_indices"),
     ),
-    Used("model_executor.forward_batch_info.ForwardMode", ("is_decode()", "is_extend()")),
+    Used(
+        "model_executor.forward_batch_info.ForwardMode",
+        ("is_decode()", "is_draft_extend_v2()", "is_extend()", "is_target_verify()"),
+    ),
     # -- the scheduler -----------------------------------------------------------------------------
     Used(
         _SCHEDULER,
@@ -316,7 +334,13 @@ SURFACE = (
     ),
     Used(
         "managers.schedule_batch.Req",
-        ("cache_salt", "extra_key", "full_untruncated_fill_ids", "last_node"),
+        (
+            "cache_salt",
+            "extra_key",
+            "full_untruncated_fill_ids",
+            "last_node",
+            "output_ids_through_stop",
+        ),
         sharing=True,
     ),
     Used("managers.schedule_batch.MultimodalInputs", ("mm_items",), sharing=True),
@@ -340,7 +364,7 @@ SURFACE = (
             "batch_size()",
             "filter_batch()",
             "forward_mode",
-            "orig_seq_lens",
+            "req_pool_indices",
             "req_to_token_pool",
             "reqs",
             "seq_lens",
