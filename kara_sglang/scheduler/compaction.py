@@ -18,6 +18,7 @@ import torch
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
+from kara_sglang.kernels.compact import compact_alike
 from kara_sglang.kernels.record import any_pages
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.selectors import Selector
@@ -31,6 +32,7 @@ from kara_sglang.scheduler.tracer import Tracer
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class Compaction:
         Softmax scale per layer.
     rope_shift : RopeShift or None
         How queries are moved ahead; None where the settings do not ask for it.
+    drafts : sequence of MHATokenToKVPool
+        Pools of draft models; a token has the same slot in all of them.
     """
 
     def __init__(
@@ -89,12 +93,14 @@ class Compaction:
         kernels: Kernels,
         scales: list[float],
         rope_shift: RopeShift | None,
+        drafts: Sequence[MHATokenToKVPool] = (),
     ) -> None:
         self.scheduler = scheduler
         self.recorder = recorder
         self.kernels = kernels
         self.scales = scales
         self.rope_shift = rope_shift
+        self.drafts = drafts
         self.lengths = Lengths(scheduler, recorder.pace)
         self.geometry = Geometry(scheduler.page_size, config.window, config.delay)
         self.debug_checks = config.debug_checks
@@ -263,13 +269,23 @@ class Compaction:
                     self.recorder.check.require(
                         each.req.rid, each.job.pages, each.job.query_start, each.job.query_count
                     )
-            kept = self.kernels.compress(self._pool(), jobs, positions=shown)
+            kept = self.kernels.compress(self._pool(), jobs, positions=shown or bool(self.drafts))
             if kept is None:
+                return
+            for job, chosen in zip(jobs, kept, strict=True):
+                self._compact_drafts(job, chosen)
+            if not shown:
                 return
             if self.debug_checks:
                 _check_kept(kept, jobs, self.geometry.page_size)
             if self.tracer is not None:
                 self.tracer.add([state for _, state in due], kept)
+
+    def _compact_drafts(self, job: WindowJob, kept: torch.Tensor) -> None:
+        """A draft model guesses what the target says, so it keeps what the target keeps."""
+        if job.kept < job.slots.shape[0]:
+            for pool in self.drafts:
+                compact_alike(pool.k_buffer, pool.v_buffer, job.slots, kept)
 
     def _pool(self) -> LayerPool:
         """The same object as long as SGLang's buffers are the same."""

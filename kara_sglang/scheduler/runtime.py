@@ -74,6 +74,7 @@ class Runtime:
 
     parts: Parts | None = None
     coordinator: Coordinator | None = None
+    drafts: list[ModelRunner] = field(default_factory=list)  # of draft models
     row_freed: bool = False  # somebody may have finished since the last decode step
     refused: list[str] = field(default_factory=list)  # why this server must not start
 
@@ -84,7 +85,8 @@ runtime = Runtime()
 def after_load_model(_result: Any, runner: ModelRunner) -> None:
     """AFTER ``ModelRunner.load_model``: allocate ring and scratch before SGLang sizes the KV pool."""
     if runner.is_draft_worker:
-        return  # its KV lies in slots of the same numbers and is left as it is
+        runtime.drafts.append(runner)
+        return
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -261,8 +263,10 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
     runtime.refused += [
         f"hook {path} is not in place; this SGLang does not fit" for path in hooks.missing(expected)
     ]
+    pools = [runner.token_to_kv_pool for runner in runtime.drafts]
     if parts is not None:
         runtime.refused += refusals.of_scheduler(scheduler, parts.config)
+        runtime.refused += refusals.of_drafts(pools)
     if runtime.refused:
         return
     assert parts is not None
@@ -273,6 +277,7 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
         parts.kernels,
         parts.scales,
         parts.rope_shift,
+        pools,
     )
     coordinator = Coordinator(parts.config, compaction)
     coordinator.warm_up()
