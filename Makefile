@@ -107,8 +107,7 @@ tables: $(ENGINE) $(PACKAGE)
 	@$(PY) -m kara_sglang.benchmarks.serving.tables README.md docs/throughput.md \
 	  benchmarks/results/serving/README.md
 	@$(PY) -m kara_sglang.benchmarks.quality.report --into README.md docs/quality.md
-	@for document in docs/quality.md benchmarks/results/quality/README.md; do \
-	  $(PY) -m kara_sglang.benchmarks.research.search --into $$document; done
+	@$(PY) -m kara_sglang.benchmarks.research.search --into benchmarks/results/quality/README.md
 	@$(PY) -m kara_sglang.benchmarks.gpu.tables benchmarks/results/gpu/README.md docs/kernels.md
 
 types: $(ENGINE) $(TEST_TOOLS)

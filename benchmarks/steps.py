@@ -8,7 +8,6 @@ no more. Windows are long enough that none is compressed in the steps that are t
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
@@ -30,6 +30,8 @@ from kara_sglang.scheduler.policy import lag
 from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
 
 PROMPT = 1000
+WARM_UP = 10
+"""Steps that are not timed: the first ones make states and hand out recorders."""
 
 CASES: dict[str, tuple[dict[str, Any], float]] = {
     "all record": ({}, 1),
@@ -99,7 +101,7 @@ def microseconds(number: int, settings: dict[str, Any], recorded: float, steps: 
     """Median over ``steps`` decode steps of as many running requests."""
     coordinator, batch = running(number, settings, recorded)
     taken = []
-    for _ in range(steps + 10):
+    for _ in range(steps + WARM_UP):
         started = time.perf_counter()
         coordinator.before_decode(batch)
         taken.append(time.perf_counter() - started)
@@ -107,15 +109,24 @@ def microseconds(number: int, settings: dict[str, Any], recorded: float, steps: 
             req.kv.kv_committed_len += 1
             req.output_ids.append(1)
     assert not coordinator.totals.windows
-    return statistics.median(taken[10:]) * 1e6  # the first ones admit and hand out recorders
+    return statistics.median(taken[WARM_UP:]) * 1e6
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m kara_sglang.benchmarks.steps", description=__doc__.split("\n\n")[0]
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "--requests",
+        type=command_line.whole(),
+        nargs="+",
+        default=[64, 256, 1024],
+        help="that run at once; default: 64 256 1024",
     )
-    parser.add_argument("--requests", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--steps", type=int, default=300, help="that are timed; fewer than a window")
+    parser.add_argument(
+        "--steps",
+        type=command_line.whole(most=KaraConfig().window - WARM_UP),
+        default=300,
+        help="that are timed, fewer than a window; default: %(default)s",
+    )
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)

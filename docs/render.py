@@ -20,11 +20,13 @@ DOCS = Path(__file__).resolve().parent
 
 
 def gone_table() -> str:
-    """What would make each hook needless, in Markdown; stand-ins follow what they stand in for."""
-    lines = ["| target | gone when |", "|---|---|"]
+    """What would make each hook needless, stand-ins for other versions included, in Markdown."""
+    targets: dict[str, list[str]] = {}
     for hook in hooks.ALL_HOOKS:
-        lines.append(f"| `{hook.target}` | {hook.gone} |")
-        lines += [f"| or else `{one.target}` | {one.gone} |" for one in hook.otherwise]
+        for one in (hook, *hook.otherwise):
+            targets.setdefault(one.gone, []).append(f"`{one.target}`")
+    lines = ["| gone when | hooked functions |", "|---|---|"]
+    lines += [f"| {gone} | {', '.join(names)} |" for gone, names in targets.items()]
     return "\n".join(lines) + "\n"
 
 

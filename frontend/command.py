@@ -57,16 +57,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m kara_sglang.frontend", description=(__doc__ or "").partition("\n")[0]
     )
-    commands = parser.add_subparsers(required=True, metavar="solve")
+    commands = parser.add_subparsers(required=True, metavar="solve", help="the command")
     solve = commands.add_parser("solve", help="answer a question with a reasoning program")
-    solve.add_argument("question", metavar="QUESTION")
+    solve.add_argument("question", metavar="QUESTION", help="in quotes")
     solve.add_argument("--program", default="self-consistency", help=", ".join(PROGRAM_NAMES))
     solve.add_argument(
         "--endpoint", default=DEFAULT_ENDPOINT, metavar="URL", help="default: %(default)s"
     )
     solve.add_argument("--json", action="store_true", help="one JSON object instead of the report")
     solve.add_argument("--max-tokens", type=int, metavar="N", help="per generated text")
-    solve.add_argument("--temperature", type=float, metavar="T")
+    solve.add_argument("--temperature", type=float, metavar="T", help="default: the program's own")
     for name, program in NUMBERS.items():
         solve.add_argument(f"--{name}", type=int, metavar="N", help=f"of {program}")
     solve.add_argument(
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     solve.add_argument("--tokenizer", metavar="PATH", help="default: what the server names")
     solve.add_argument("--chat-template", metavar="NAME", help="default: the tokenizer's own")
-    solve.add_argument("--api-key", metavar="KEY")
+    solve.add_argument("--api-key", metavar="KEY", help="of the server's --api-key")
     return parser
 
 

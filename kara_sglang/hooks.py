@@ -143,7 +143,7 @@ LAUNCHER_HOOKS = (
         ("scheduler_pipe_readers", "scheduler_procs"),
         "launcher.requests:check_children",
         "refuses to serve when a scheduler runs without the plugin",
-        "SGLang ends a process in which a plugin cannot be loaded or a hook not be put in place",
+        "SGLang ends a process in which a plugin or a hook fails",
     ),
 )
 
@@ -283,7 +283,7 @@ SCHEDULER_HOOKS = (
         ("self",),
         "scheduler.runtime:after_get_init_info",
         "tells the launcher that this process is hooked",
-        "SGLang ends a process in which a plugin cannot be loaded or a hook not be put in place",
+        "SGLang ends a process in which a plugin or a hook fails",
     ),
     Hook(
         "managers.data_parallel_controller.DataParallelController.get_init_info",
@@ -291,7 +291,7 @@ SCHEDULER_HOOKS = (
         ("self",),
         "handshake:after_controller_init_info",
         "passes on what the schedulers of a data-parallel server said",
-        "SGLang ends a process in which a plugin cannot be loaded or a hook not be put in place",
+        "SGLang ends a process in which a plugin or a hook fails",
         otherwise=(
             Hook(
                 "managers.data_parallel_controller.aggregate_scheduler_startup_times",

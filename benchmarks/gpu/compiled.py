@@ -17,7 +17,6 @@ on tensors of the model's shapes, and the launches are caught on their way.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import inspect
@@ -39,6 +38,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.arithmetic import DATASHEET
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.models import MODELS, Model
@@ -467,8 +467,15 @@ def cell(registers: int, spilled_bytes: int, shared_bytes: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "--architectures",
+        type=int,
+        nargs="+",
+        choices=ARCHITECTURES,
+        default=ARCHITECTURES,
+        help="compute capabilities; default: all",
+    )
     parser.add_argument("--output", type=Path, help="write the results there as JSON")
     arguments = parser.parse_args()
     found = report(arguments.architectures)

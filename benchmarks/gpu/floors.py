@@ -9,12 +9,12 @@ prints the tables of benchmarks/results/gpu/README.md.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import platform
 from pathlib import Path
 from typing import Any
 
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.arithmetic import (
     DATASHEET,
     KERNELS,
@@ -112,9 +112,16 @@ def show(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--context", type=int, default=4096, help="cached tokens per request")
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "--batch", type=command_line.whole(), default=64, help="requests; default: %(default)s"
+    )
+    parser.add_argument(
+        "--context",
+        type=command_line.whole(),
+        default=4096,
+        help="cached tokens per request; default: %(default)s",
+    )
     parser.add_argument("--output", type=Path, help="write the results there as JSON")
     arguments = parser.parse_args()
     found = report(arguments.batch, arguments.context)

@@ -9,7 +9,6 @@ figures and the CUDA driver's is not; nor is that of pinned memory, because tens
 
 from __future__ import annotations
 
-import argparse
 import platform
 import statistics
 import time
@@ -23,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kara_sglang.benchmarks import machine
+from kara_sglang.benchmarks import command_line, machine
 from kara_sglang.benchmarks.arithmetic import Settings
 from kara_sglang.benchmarks.gpu.compiled import caught
 from kara_sglang.benchmarks.markdown import grid
@@ -131,8 +130,10 @@ def show(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=2000)
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "--repeats", type=command_line.whole(), default=2000, help="of each pass; default: %(default)s"
+    )
     parser.add_argument("--output", type=Path, help="write the results there as JSON")
     arguments = parser.parse_args()
     driver.set_active(Driver())

@@ -15,7 +15,6 @@ backends are up at the same time, each with so many KV slots.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 import shlex
@@ -29,6 +28,7 @@ from typing import Any
 import requests
 
 from kara_sglang import cpu_engine
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.serving.peers import start
@@ -239,13 +239,19 @@ def main() -> int:
     cpu = cpu_engine.is_installed()
     scale = Scale() if cpu else GPU_SCALE
     backends = ["torch_native"] if cpu else backends_here()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny", help="tiny, smollm2, a folder or a hub name")
-    parser.add_argument("--dtype", help="default: float32 for tiny, else bfloat16")
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "--model", type=command_line.model, default="tiny", help="tiny, smollm2, a folder or a hub name"
+    )
+    parser.add_argument(
+        "--dtype", choices=command_line.DTYPES, help="default: float32 for tiny, else bfloat16"
+    )
     parser.add_argument(
         "--backends", nargs="+", default=backends, help=f"default, those here: {' '.join(backends)}"
     )
-    parser.add_argument("--window", type=int, default=scale.window)
+    parser.add_argument(
+        "--window", type=command_line.whole(), default=scale.window, help="tokens; default: %(default)s"
+    )
     parser.add_argument(
         "--pool", type=int, help="KV slots of a server; all servers are up at once then"
     )

@@ -11,7 +11,6 @@ first, then timed by CUDA events around replays of a CUDA graph. The floor is th
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kara_sglang.benchmarks import arithmetic
+from kara_sglang.benchmarks import arithmetic, command_line
 from kara_sglang.benchmarks.arithmetic import DATASHEET, Gpu, Settings, Work
 from kara_sglang.benchmarks.gpu.case import KARA, KEYS, RING_DTYPES, Case
 from kara_sglang.benchmarks.gpu.checks import check, stress_compact
@@ -110,9 +109,21 @@ def measure(case: Case, gpu: Gpu) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=[model.name for model in MODELS])
-    parser.add_argument("--windows", type=int, nargs="+", default=[512, 1024])
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=[model.name for model in MODELS],
+        default=[model.name for model in MODELS],
+        help="default: all",
+    )
+    parser.add_argument(
+        "--windows",
+        type=command_line.whole(),
+        nargs="+",
+        default=[512, 1024],
+        help="sizes in tokens; default: 512 1024",
+    )
     parser.add_argument(
         "--bits", type=int, nargs="+", choices=RING_DTYPES, default=[8, 4], help="of recorded numbers"
     )

@@ -11,7 +11,6 @@ FlashInfer's semantics written out.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.gpu.timing import versions
 from kara_sglang.benchmarks.machine import command, kind
 from kara_sglang.benchmarks.output import write_json
@@ -114,7 +114,7 @@ def check(flashinfer: Any, kernels: Kernels, page: int, width: int, kept: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__spec__, __doc__)
     parser.add_argument("--output", type=Path, help="write the results there as JSON")
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -15,7 +15,6 @@ everything is small and runs without a GPU.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import itertools
 import json
@@ -31,6 +30,7 @@ from typing import Any
 
 import torch
 
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import machine
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
@@ -325,8 +325,13 @@ def main() -> int:
     """0 where every chosen step has ended well, in this call or before. Chosen are those that
     ``--only`` names, or all of the programme whose needs are met."""
     names = [step.name for step in STEPS]
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("gpu-results"),
+        help="folder of the results; default: %(default)s",
+    )
     parser.add_argument("--list", action="store_true", help="print the steps and end")
     parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=", ".join(names))
     parser.add_argument("--again", action="store_true", help="also what has ended well, from the start")

@@ -9,14 +9,13 @@ the launches of a whole pass take, and the pass as the host sees it).
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kara_sglang.benchmarks import marked
+from kara_sglang.benchmarks import command_line, marked
 from kara_sglang.benchmarks.markdown import grid
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
@@ -80,8 +79,10 @@ def render(document: str, folder: Path = RESULTS) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("documents", nargs="+", type=Path, help="documents with marked tables")
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "documents", nargs="+", type=command_line.file, help="documents with marked tables"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: the committed ones")
     arguments = parser.parse_args()
     marked.rewrite(arguments.documents, lambda text: render(text, arguments.results), parser)

@@ -37,6 +37,7 @@ from typing import Any
 import aiohttp
 
 from kara_sglang import cpu_engine
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.gpu.dummy import CONFIGS, kv_bytes, write_config
 from kara_sglang.benchmarks.gpu.profiled import profile
 from kara_sglang.benchmarks.machine import command, machine
@@ -310,22 +311,51 @@ def table(rows_: list[dict[str, Any]]) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__spec__, __doc__)
     parser.add_argument("--output", type=Path, required=True, help="JSON, rewritten after every run")
-    parser.add_argument("--model", default="Qwen3-8B", choices=CONFIGS)
-    parser.add_argument("--groups", nargs="+", default=["requests", "kvllm"], choices=GROUPS)
-    parser.add_argument("--points", nargs="+", default=list(POINTS), choices=POINTS)
+    parser.add_argument(
+        "--model", default="Qwen3-8B", choices=CONFIGS, help="shape of the model; default: %(default)s"
+    )
+    parser.add_argument(
+        "--groups",
+        nargs="+",
+        default=["requests", "kvllm"],
+        choices=GROUPS,
+        help="rows to compare; default: requests kvllm",
+    )
+    parser.add_argument(
+        "--points", nargs="+", default=list(POINTS), choices=POINTS, help="loads; default: all"
+    )
     parser.add_argument("--rows", nargs="+", help="only these; stock is always run")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument(
+        "--repetitions", type=command_line.whole(), default=3, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--window", type=command_line.whole(), default=512, help="tokens; default: %(default)s"
+    )
+    parser.add_argument(
+        "--prompt", type=command_line.whole(), default=256, help="tokens; default: %(default)s"
+    )
     parser.add_argument("--tokens", type=int, default=2048, help="of an answer, on average")
     parser.add_argument("--fit", type=int, default=40, help="average requests that fit stock's pool")
     parser.add_argument("--ramp", type=float, default=25, help="seconds before what is measured")
     parser.add_argument("--measured", type=float, default=30, help="seconds that are measured")
-    parser.add_argument("--query-mem-gb", type=float, default=2.0)
-    parser.add_argument("--profiled", nargs="*", default=[STOCK, "kara-0.5", "keys-0.5"], metavar="ROW")
-    parser.add_argument("--profile-steps", type=int, default=64)
+    parser.add_argument(
+        "--query-mem-gb", type=command_line.positive, default=2.0, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--profiled",
+        nargs="*",
+        default=[STOCK, "kara-0.5", "keys-0.5"],
+        metavar="ROW",
+        help="under a profiler as well",
+    )
+    parser.add_argument(
+        "--profile-steps",
+        type=command_line.whole(),
+        default=64,
+        help="decode steps; default: %(default)s",
+    )
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after so long")
     parser.add_argument("--server-args", default="", help="more flags for every server, as one word")
     parser.add_argument("--folder", type=Path, help="for logs; default: a temporary one")

@@ -11,7 +11,6 @@ compile, do not fit or compute something else are reported and left out of the t
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import time
@@ -23,6 +22,7 @@ from unittest.mock import patch
 import torch
 import triton
 
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.arithmetic import Settings
 from kara_sglang.benchmarks.gpu.case import RULE, Case
 from kara_sglang.benchmarks.gpu.checks import expected_scores, relative
@@ -138,8 +138,10 @@ def show(results: list[dict[str, Any]], jobs: list[int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--window", type=int, default=512)
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "--window", type=command_line.whole(), default=512, help="tokens; default: %(default)s"
+    )
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 8], help="windows at once")
     parser.add_argument("--kernels", nargs="+", help="only these, such as prepare_kernel")
     parser.add_argument("--seconds", type=float, default=120, help="begin nothing after this long")

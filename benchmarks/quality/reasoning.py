@@ -32,6 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
@@ -294,12 +295,21 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__spec__, __doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
-    parser.add_argument("--model", help="folder or hub name; default: what coder_model has made")
+    parser.add_argument(
+        "--model",
+        type=command_line.model,
+        help="folder or hub name; default: what coder_model has made",
+    )
     parser.add_argument("--url", help="ask this server instead of starting one")
-    parser.add_argument("--data", type=Path, default=DATA / "gsm8k.jsonl", help="JSON lines")
-    parser.add_argument("--problems", type=int, help="only the first so many")
+    parser.add_argument(
+        "--data",
+        type=command_line.file,
+        default=DATA / "gsm8k.jsonl",
+        help="JSON lines; default: problems of GSM8K",
+    )
+    parser.add_argument("--problems", type=command_line.whole(), help="only the first so many")
     parser.add_argument(
         "--rows",
         nargs="+",
@@ -307,14 +317,28 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="ROW",
         help="selectors, and: full, again (the full cache once more), paper",
     )
-    parser.add_argument("--retain", type=float, nargs="+", default=[0.5], metavar="SHARE")
-    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument(
+        "--retain",
+        type=command_line.share,
+        nargs="+",
+        default=[0.5],
+        metavar="SHARE",
+        help="default: 0.5",
+    )
+    parser.add_argument(
+        "--window", type=command_line.whole(), default=128, help="tokens; default: %(default)s"
+    )
     parser.add_argument("--config", default="{}", help="as --kv-compress-config")
     parser.add_argument("--query-mem-gb", type=float, help="default: 0.25 on a CPU, 2 on a GPU")
-    parser.add_argument("--max-tokens", type=int, default=1024)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument(
+        "--max-tokens",
+        type=command_line.whole(),
+        default=1024,
+        help="of an answer; default: %(default)s",
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: greedy")
     parser.add_argument("--top-p", type=float, default=0.95, help="where the temperature is not 0")
-    parser.add_argument("--parallel", type=int, default=32, help="answers at once")
+    parser.add_argument("--parallel", type=command_line.whole(), default=32, help="answers at once")
     parser.add_argument("--dtype", help="default: the model's; without a GPU the fastest one")
     parser.add_argument("--server-args", default="", help="more flags for the server, as one word")
     parser.add_argument("--collect", action="store_true", help="only ask; grade later")

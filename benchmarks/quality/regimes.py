@@ -34,6 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
@@ -343,18 +344,31 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__spec__, __doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
-    parser.add_argument("--model", help="model folder; by default the embedded one")
-    parser.add_argument("--scripts", type=int, default=40, help="forced answers per row")
-    parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--windows", type=int, default=8, help="windows before the first question")
-    parser.add_argument("--facts", type=int, default=3, help="per window")
-    parser.add_argument("--retain", nargs="+", type=float, default=[0.5, 0.25], metavar="SHARE")
+    parser.add_argument("--model", type=command_line.model_folder, help="default: the embedded one")
+    parser.add_argument(
+        "--scripts", type=command_line.whole(), default=40, help="forced answers per row"
+    )
+    parser.add_argument(
+        "--window", type=command_line.whole(), default=128, help="tokens; default: %(default)s"
+    )
+    parser.add_argument(
+        "--windows", type=command_line.whole(), default=8, help="windows before the first question"
+    )
+    parser.add_argument("--facts", type=command_line.whole(), default=3, help="per window")
+    parser.add_argument(
+        "--retain",
+        nargs="+",
+        type=command_line.share,
+        default=[0.5, 0.25],
+        metavar="SHARE",
+        help="default: 0.5 0.25",
+    )
     parser.add_argument("--rows", nargs="+", metavar="SELECTOR", help="default: all and paper")
     parser.add_argument("--plot", type=Path, help="draw shares by distance into this file")
     parser.add_argument("--folder", type=Path, help="run folder; by default --out without its suffix")
-    parser.add_argument("--running", type=int, help="answers at once")
+    parser.add_argument("--running", type=command_line.whole(), help="answers at once")
     return parser.parse_args(arguments)
 
 

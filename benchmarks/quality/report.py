@@ -12,13 +12,12 @@ for one of ``reasoning.py``. Marks of results that are not there stay as they ar
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from kara_sglang.benchmarks import marked
+from kara_sglang.benchmarks import command_line, marked
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.quality import reasoning
 from kara_sglang.benchmarks.quality.estimates import (
@@ -322,7 +321,7 @@ def put_into(document: str, folder: Path = RESULTS) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Render the tables and plots of results.")
+    parser = command_line.parser(__spec__, "Render the tables and plots of results.")
     parser.add_argument(
         "result", nargs="?", type=Path, help="what quality --out has written: its tables"
     )

@@ -12,7 +12,6 @@ else all heads do. Development texts by default: look at the held-out ones once,
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -22,10 +21,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kara_sglang.benchmarks import marked
+from kara_sglang.benchmarks import command_line, marked
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import campaign, rows, tasks, texts, variants
+from kara_sglang.benchmarks.quality.engine import PAGE_SIZE
 from kara_sglang.benchmarks.quality.estimates import Estimate, mean, observe
 from kara_sglang.benchmarks.quality.script import Script
 from kara_sglang.benchmarks.quality.tasks import Layout
@@ -44,7 +44,7 @@ def plan_of(name: str, window: int, retain: float) -> Plan:
     config = KaraConfig.from_settings({"window": window, "retain": retain, "preset": preset})
     selector = selectors.build("kara" if name == "paper" else name, config)
     fp8 = config.query_dtype == "fp8"
-    return Plan(selector, window, config.kept(16), config.delay, 16, fp8=fp8, mean=mean)
+    return Plan(selector, window, config.kept(PAGE_SIZE), config.delay, PAGE_SIZE, fp8=fp8, mean=mean)
 
 
 def scripts_of(tokenizer: Any, split: str, limit: int | None, window: int, seeds: int) -> list[Script]:
@@ -127,27 +127,49 @@ def put_into(document: str, folder: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("rows", nargs="*", help="selectors and variants, beside paper and kara")
-    parser.add_argument("--model", help="model folder; by default the embedded one")
-    parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--retain", type=float, default=0.5)
-    parser.add_argument("--split", choices=texts.SPLITS, default="development")
-    parser.add_argument("--texts", type=int)
-    parser.add_argument("--seeds", type=int, default=1, help="scripts with facts per text")
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "rows",
+        nargs="*",
+        metavar="ROW",
+        help="selectors, and points of the space of variants.py, beside paper and kara",
+    )
+    parser.add_argument("--model", type=command_line.model_folder, help="default: the embedded one")
+    parser.add_argument(
+        "--window", type=command_line.whole(), default=128, help="tokens; default: %(default)s"
+    )
+    parser.add_argument("--retain", type=command_line.share, default=0.5, help="default: %(default)s")
+    parser.add_argument(
+        "--split", choices=texts.SPLITS, default="development", help="texts; default: %(default)s"
+    )
+    parser.add_argument("--texts", type=command_line.whole(), help="only the first so many")
+    parser.add_argument(
+        "--seeds",
+        type=command_line.whole(),
+        default=1,
+        help="scripts with facts per text; default: %(default)s",
+    )
     parser.add_argument(
         "--part",
         choices=[part.name for part in (*rows.quick(), *rows.full())],
         help="the scripts of this part of the tables, instead of those laid out by --window",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the model; default: %(default)s",
+    )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, help="JSON file, with one value per row and text")
-    where.add_argument("--show", type=Path, help="print the table of such a file")
-    where.add_argument("--into", type=Path, help="render the tables of a document anew")
+    where.add_argument("--show", type=command_line.file, help="print the table of such a file")
+    where.add_argument("--into", type=command_line.file, help="render the tables of a document anew")
     options = parser.parse_args()
     if options.show:
-        print(table(json.loads(options.show.read_text())["rows"], "kara"))
+        try:
+            print(table(json.loads(options.show.read_text())["rows"], "kara"))
+        except (ValueError, KeyError, TypeError):
+            parser.error(f"--show {options.show} is no file that --out has written")
         return 0
     if options.into:
         folder = Path(__file__).resolve().parents[1] / "results" / "quality"
@@ -156,13 +178,24 @@ def main() -> int:
     from transformers import AutoTokenizer
 
     names = list(dict.fromkeys(["paper", "kara", *options.rows]))
-    variants.register([name.removesuffix(MEAN) for name in names])
+    bare = [name.removesuffix(MEAN) for name in names]
+    try:
+        variants.register(bare)
+    except ValueError as error:
+        parser.error(str(error))
+    if unknown := set(bare) - {"paper", *selectors.REGISTRY}:
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(selectors.REGISTRY)}, paper")
+    if options.window % PAGE_SIZE:
+        parser.error(f"--window {options.window} is no multiple of {PAGE_SIZE}, the page size")
     model = options.model or str(embedded_model_path())
     tokenizer = AutoTokenizer.from_pretrained(model)
     if options.part:
         scripts = scripts_of_part(tokenizer, options.part, options.split, options.texts)
     else:
-        scripts = scripts_of(tokenizer, options.split, options.texts, options.window, options.seeds)
+        try:
+            scripts = scripts_of(tokenizer, options.split, options.texts, options.window, options.seeds)
+        except ValueError as error:
+            parser.error(f"--window {options.window}: {error}")
     with torch.no_grad():
         found = sweep(
             Replay(model, getattr(torch, options.dtype)), scripts, names, options.window, options.retain

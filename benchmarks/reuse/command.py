@@ -12,13 +12,13 @@ plugin with exact reuse, which keeps prompts only, and the plugin with compresse
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import tempfile
 from pathlib import Path
 
 from kara_sglang import cpu_engine
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.reuse.measure import Sizes, measure
@@ -29,16 +29,18 @@ from kara_sglang.benchmarks.serving.setup import Setup, resolve_model
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m kara_sglang.benchmarks.reuse", description=__doc__.split("\n\n")[0]
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "--model", type=command_line.model, default="tiny", help="tiny, smollm2, a folder or a hub name"
     )
-    parser.add_argument("--model", default="tiny", help="tiny, smollm2, a folder or a hub name")
-    parser.add_argument("--dtype", help="default: float32 for tiny, else bfloat16")
+    parser.add_argument(
+        "--dtype", choices=command_line.DTYPES, help="default: float32 for tiny, else bfloat16"
+    )
     parser.add_argument("--out", type=Path, help="JSON file; .md and .png are written beside it")
     parser.add_argument("--dir", type=Path, help="for logs and the tiny model; default: a new one")
     for field in dataclasses.fields(Sizes):
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=int, help=f"default: {field.default}")
+        parser.add_argument(flag, type=command_line.whole(), help=f"default: {field.default}")
     options = parser.parse_args(argv)
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Sizes)}
     sizes = Sizes(**{name: value for name, value in given.items() if value is not None})

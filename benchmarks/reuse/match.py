@@ -8,7 +8,6 @@ match of it. Each case is what clients could leave behind for the others.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import hashlib
 import random
@@ -31,6 +30,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.radix_integration.compressed import CompressedRadixCache
@@ -179,9 +179,11 @@ def measure(case: Case, text: array[int], repetitions: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print a line per case; write all of it as JSON with ``--out``."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON")
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "--repetitions", type=command_line.whole(), default=5, help="default: %(default)s"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     rng = random.Random(1)

@@ -7,7 +7,6 @@ server with ``--kv-compress-prefix-reuse compressed``, then asks each turn's ver
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import sglang as sgl
 
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
@@ -103,14 +103,15 @@ def of_json(turns: Sequence[dict[str, Any]]) -> list[tuple[str, Difference]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m kara_sglang.benchmarks.reuse.modes",
-        description=(__doc__ or "").partition("\n")[0],
-    )
+    parser = command_line.parser(__spec__, __doc__)
     parser.add_argument("subjects", nargs="+", metavar="SUBJECT", help="what a talk is about: tea")
-    parser.add_argument("--endpoint", default="http://127.0.0.1:30000", metavar="URL")
+    parser.add_argument(
+        "--endpoint", default="http://127.0.0.1:30000", metavar="URL", help="default: %(default)s"
+    )
     parser.add_argument("--out", type=Path, help="JSON file")
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="per answer")
+    parser.add_argument(
+        "--max-tokens", type=command_line.whole(), default=256, metavar="N", help="per answer"
+    )
     options = parser.parse_args(argv)
     try:
         endpoint = KaraEndpoint(options.endpoint)

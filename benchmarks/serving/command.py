@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kara_sglang import cpu_engine
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.serving import scenarios
@@ -26,22 +27,24 @@ from kara_sglang.embedded_model import EmbeddedModelMissing
 
 def parser() -> argparse.ArgumentParser:
     names, all_rows = ", ".join(scenarios.SCENARIOS), ", ".join(rows(64))
-    p = argparse.ArgumentParser(
-        prog="python -m kara_sglang.benchmarks.serving", description=__doc__.split("\n\n")[0]
+    p = command_line.parser(__spec__, __doc__)
+    p.add_argument(
+        "--model", type=command_line.model, default="tiny", help="tiny, smollm2, a folder or a hub name"
     )
-    p.add_argument("--model", default="tiny", help="tiny, smollm2, a folder or a hub name")
-    p.add_argument("--dtype", help="default: float32 for tiny, else bfloat16")
+    p.add_argument(
+        "--dtype", choices=command_line.DTYPES, help="default: float32 for tiny, else bfloat16"
+    )
     p.add_argument(
         "--scenarios", default="scarce", help=f"comma-separated: {names}, or NAME/POINT; or all"
     )
     p.add_argument("--rows", help=f"only these: {all_rows}; stock is always run")
-    p.add_argument("--repetitions", type=int, default=3)
+    p.add_argument("--repetitions", type=command_line.whole(), default=3, help="default: %(default)s")
     p.add_argument("--quick", action="store_true", help="the headline figures only, under 10 minutes")
     p.add_argument("--out", type=Path, help="JSON file; a .md file and plots are written beside it")
     p.add_argument("--dir", type=Path, help="run directory; an interrupted run in it is resumed")
     p.add_argument(
         "--resident",
-        type=int,
+        type=command_line.whole(),
         help="servers that stay up and take turns; default: 4 on a CPU, 6 with --quick; 1 on a "
         "GPU, that is, a start per run",
     )
@@ -52,10 +55,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=PYTHON",
         help="interpreter of a peer's own environment: vllm=...",
     )
-    p.add_argument("--query-mem-gb", type=float, help="default: 0.25 on a CPU, 2 on a GPU")
+    p.add_argument(
+        "--query-mem-gb", type=command_line.positive, help="default: 0.25 on a CPU, 2 on a GPU"
+    )
     p.add_argument("--server-args", default="", help="more flags for every SGLang server, as one word")
     for field in dataclasses.fields(scenarios.Scale):
-        kind = float if field.type == "float" else int
+        kind = command_line.positive if field.type == "float" else command_line.whole()
         flag = "--" + field.name.replace("_", "-")
         p.add_argument(flag, type=kind, help=f"default: {field.default}")
     return p
@@ -77,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     scale = scenarios.Scale() if cpu else GPU_SCALE
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(scale)}
     scale = dataclasses.replace(scale, **{k: v for k, v in given.items() if v is not None})
+    if scale.window % scale.page_size:
+        p.error(f"--window {scale.window} is no multiple of --page-size {scale.page_size}")
     pythons = {}
     for word in options.peer:
         name, _, python = word.partition("=")

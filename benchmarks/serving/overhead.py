@@ -7,7 +7,6 @@ samples the scheduler with py-spy while it decodes.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import json
 import re
@@ -23,6 +22,7 @@ from typing import Any
 import psutil
 
 import kara_sglang
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import machine
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.serving.peers import PEERS, start
@@ -85,11 +85,13 @@ def scheduler_of(server: Server) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m kara_sglang.benchmarks.serving.overhead", description=__doc__.split("\n\n")[0]
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "--requests", type=command_line.whole(), default=4, help="running at once; default: 4"
     )
-    parser.add_argument("--requests", type=int, default=4, help="running at once; default: 4")
-    parser.add_argument("--seconds", type=int, default=20, help="of sampling; default: 20")
+    parser.add_argument(
+        "--seconds", type=command_line.whole(), default=20, help="of sampling; default: 20"
+    )
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--profile", type=Path, help="keep py-spy's samples here, for flamegraph tools")
     options = parser.parse_args()

@@ -7,11 +7,11 @@ draws anew what the run has drawn beside its result.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.plots import Figure, pyplot, save
 from kara_sglang.benchmarks.serving.report import Result, by_point, median, ratios
 from kara_sglang.benchmarks.serving.rows import STOCK
@@ -136,10 +136,10 @@ def _slots(rows: Rows) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m kara_sglang.benchmarks.serving.plots", description=__doc__.split("\n\n")[0]
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "result", type=command_line.file, help="JSON that kara_sglang.benchmarks.serving wrote"
     )
-    parser.add_argument("result", type=Path, help="JSON that kara_sglang.benchmarks.serving wrote")
     parser.add_argument("--out", type=Path, help="beginning of the files' names; default: the result's")
     options = parser.parse_args()
     stem = options.out or options.result.with_suffix("")

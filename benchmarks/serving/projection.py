@@ -17,12 +17,12 @@ launches, and what kernels fall short of the datasheet.
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.arithmetic import DATASHEET, Gpu, Settings, Work, pass_floor
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.models import MODELS, Model
@@ -196,10 +196,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m kara_sglang.benchmarks.serving.projection", description=__doc__.split("\n\n")[0]
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "result", type=command_line.file, help="JSON of a run that had the scenario `pool`"
     )
-    parser.add_argument("result", type=Path, help="JSON of a run that had the scenario `pool`")
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     options = parser.parse_args()
     try:

@@ -11,14 +11,13 @@ serving -->`` anew, from ``RESULT.json`` in ``benchmarks/results/serving``. VIEW
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from kara_sglang.benchmarks import marked
+from kara_sglang.benchmarks import command_line, marked
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.serving import projection
 from kara_sglang.benchmarks.serving.report import Result, by_point, median, ratios
@@ -137,10 +136,10 @@ def render(document: str, folder: Path = RESULTS) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m kara_sglang.benchmarks.serving.tables", description=__doc__.split("\n\n")[0]
+    parser = command_line.parser(__spec__, __doc__)
+    parser.add_argument(
+        "documents", nargs="+", type=command_line.file, help="Markdown files with marked tables"
     )
-    parser.add_argument("documents", nargs="+", type=Path, help="Markdown files with marked tables")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: the committed ones")
     options = parser.parse_args()
     marked.rewrite(options.documents, lambda text: render(text, options.results), parser)

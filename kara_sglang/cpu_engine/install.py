@@ -62,7 +62,10 @@ def install(site_packages: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; 0 when done, 2 when refused."""
-    parser = argparse.ArgumentParser(description="CPU stand-ins for SGLang in this environment.")
+    parser = argparse.ArgumentParser(
+        prog="python -m kara_sglang.cpu_engine.install",
+        description="CPU stand-ins for SGLang in this environment.",
+    )
     parser.add_argument("--remove", action="store_true", help="undo the installation")
     arguments = parser.parse_args(argv)
     site_packages = Path(sysconfig.get_paths()["purelib"])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -38,21 +39,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--gpu-memory",
-        type=float,
+        type=_number,
         metavar="GIB",
         help="memory of one GPU as nvidia-smi says (an H100: 79.6); default: this machine's GPU",
     )
-    parser.add_argument("--tp", type=int, default=1, help="GPUs (--tp-size); default: %(default)s")
-    parser.add_argument("--prompt", type=_positive, required=True, help="tokens of a prompt")
-    parser.add_argument("--answer", type=_positive, required=True, help="tokens of an answer")
-    parser.add_argument("--running", type=_positive, required=True, help="requests at once")
-    parser.add_argument("--retain", help="--kv-compress-retain")
-    parser.add_argument("--window", help="--kv-compress-window")
+    parser.add_argument("--tp", type=_whole, default=1, help="GPUs (--tp-size); default: %(default)s")
+    parser.add_argument("--prompt", type=_whole, required=True, help="tokens of a prompt")
+    parser.add_argument("--answer", type=_whole, required=True, help="tokens of an answer")
+    parser.add_argument("--running", type=_whole, required=True, help="requests at once")
+    parser.add_argument("--retain", metavar="SHARE", help="as --kv-compress-retain")
+    parser.add_argument("--window", metavar="TOKENS", help="as --kv-compress-window")
     parser.add_argument(
         "--weights-gb",
-        type=float,
+        type=_number,
         metavar="GB",
-        help="default: by the model's files, or its config",
+        help="size of the weights; default: by the model's files, or its config",
     )
     parser.add_argument("--json", action="store_true", help="print all figures as a JSON object")
     arguments = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--"]
@@ -118,8 +119,14 @@ def _value(words: list[str], flag: str) -> str | None:
     return parser.parse_known_args(words)[0].value
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+def _whole(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")

@@ -26,7 +26,7 @@ class Seeds:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self._copies: dict[int, int] = {}  # admitted so far, by prompt
+        self._copies: dict[int, int] = {}  # started so far, by prompt
 
     def of(self, req: Req, asked: int | None) -> int:
         """The seed of a request that is about to take its first decode step.

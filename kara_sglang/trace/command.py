@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m kara_sglang.trace", description="Looks at the files of --kv-compress-trace."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="show")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="show", help="the command")
     command = commands.add_parser("show", help="make an HTML page of a request's trace")
     command.add_argument(
         "files",

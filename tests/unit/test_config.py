@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kara_sglang import config as module
 from kara_sglang.config import CONFIG_KEYS, FLAGS, PRESETS, SELECTORS, KaraConfig
+from kara_sglang.kernels.selectors import REGISTRY
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -87,7 +88,7 @@ def test_presets_are_left_alone(preset: str) -> None:
 
 WRONG_TYPE: list[tuple[str, Any, str]] = [
     ("selector", 1, "--kv-compress must be one of"),
-    ("selector", "none", "one of kara, causal, snapkv, keys, recent, random, identity"),
+    ("selector", "none", f"one of {', '.join(SELECTORS)}"),
     ("selector", "Kara", "--kv-compress must be one of"),
     ("selector", ["kara"], "--kv-compress must be one of"),
     ("selector", None, "--kv-compress must be one of"),
@@ -260,11 +261,11 @@ def test_unknown_keys_list_the_known_ones() -> None:
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_a_selector_that_needs_queries_needs_memory(selector: str) -> None:
     """Said in terms of the flags, with a way out."""
-    if selector in ("kara", "causal", "snapkv"):
+    if REGISTRY[selector].needs_queries:
         text = refusal({"selector": selector, "query_mem_gb": 0})
         assert (
             "--kv-compress-query-mem-gb 0 leaves no room" in text
-            and "choose keys or recent or random" in text
+            and f"choose {' or '.join(s for s in SELECTORS if not REGISTRY[s].needs_queries)}" in text
         )
         assert KaraConfig(selector=selector).keeps_queries
     else:

@@ -234,10 +234,11 @@ def warm() -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("add", help="take parts").add_argument("parts", nargs="+", type=Path)
+    verbs = parser.add_subparsers(dest="verb", required=True, help="what to do")
+    taking = verbs.add_parser("add", help="take parts")
+    taking.add_argument("parts", nargs="+", type=Path, help="files that make gpu-bundle has written")
     verb = verbs.add_parser("finish", help="install the plugin of a checkout, write env.sh")
-    verb.add_argument("repo", nargs="?", type=Path, default=Path())
+    verb.add_argument("repo", nargs="?", type=Path, default=Path(), help="default: this folder")
     verbs.add_parser("warm", help="compile SGLang's own small kernels")
     options = parser.parse_args()
     started = time.monotonic()

@@ -19,7 +19,6 @@ which decides the version of sgl_kernel: 0.4.5 is the last one that was built fo
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import lzma
@@ -32,6 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.gpu.kit.slim import slim
 from kara_sglang.benchmarks.quality import coder_model
 
@@ -245,7 +245,7 @@ def build(out: Path, work: Path, limit: int, *, with_coder: bool) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__spec__, __doc__)
     parser.add_argument("--out", type=Path, default=Path(".gpukit"), help="the parts' folder; emptied")
     parser.add_argument("--work", type=Path, help="downloads, 0.6 GB; default: OUT.work")
     parser.add_argument("--part-mb", type=float, default=60, help="bytes of a part at most, in 1e6")

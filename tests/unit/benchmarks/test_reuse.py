@@ -101,8 +101,8 @@ def test_what_the_documents_quote(result: dict, sizes: Sizes) -> None:
         f"{sizes.forks} forks of a chain of {sizes.chain:,} tokens, each of which writes "
         f"{sizes.fork_answer:,} more, in {sizes.fork_pool:,} slots.",
         f"Stock runs {peaks[0]} at once, `exact` {peaks[1]}, `compressed` {peaks[2]}: "
-        f"{result['forks_ratio']:.1f} times stock; in the mean {means[0]}, {means[1]} and {means[2]}.",
-        f"The whole set takes {steps[0]:,}, {steps[1]:,} and {steps[2]:,} decode steps.",
+        f"{result['forks_ratio']:.1f} times stock; on average {means[0]}, {means[1]} and {means[2]}.",
+        f"All take {steps[0]:,}, {steps[1]:,} and {steps[2]:,} decode steps.",
     ):
         assert sentence in section
     assert ours["peak_running"] / stock["peak_running"] == result["forks_ratio"] >= 1.8

@@ -15,6 +15,7 @@ from flags_read import failed_line
 
 from kara_sglang import plugin
 from kara_sglang.config import CONFIG_KEYS, ENV, SELECTORS, KaraConfig
+from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.launcher import flags
 
 
@@ -41,7 +42,7 @@ def test_help_shows_units_and_defaults(parser: argparse.ArgumentParser) -> None:
     """Each flag with its unit and default; the config flag with every key and its default."""
     text = " ".join(parser.format_help().split())
     for piece in (
-        *("--kv-compress {none,kara,causal,snapkv,keys,recent,random,identity}", ENV),
+        *(f"--kv-compress {{{','.join(['none', *REGISTRY])}}}", ENV),
         *("--kv-compress-window TOKENS", "multiple of the page size.", "Unit: tokens. Default: 512."),
         *("--kv-compress-retain SHARE", "0 < share <= 1", "Unit: share. Default: 0.5."),
         *("--kv-compress-query-mem-gb GIB", "Unit: GiB per rank. Default: as needed."),

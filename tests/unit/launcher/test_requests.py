@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kara_sglang import plugin
 from kara_sglang.config import SELECTORS, KaraConfig
+from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.launcher import requests
 from kara_sglang.options import KEY, RequestOptions
 
@@ -122,12 +123,13 @@ def test_selectors_that_the_server_cannot_serve(selector: str) -> None:
     assert parse({"selector": selector}).selector == selector
     with_ring = KaraConfig(selector="recent", query_mem_gb=0.1)
     assert parse({"selector": selector}, with_ring).selector == selector
-    if selector in ("kara", "causal", "snapkv"):
+    if REGISTRY[selector].needs_queries:
         with pytest.raises(ValueError) as caught:
             parse({"selector": selector}, NO_QUERIES)
         text = str(caught.value)
         assert "kv_compress.selector" in text and "--kv-compress-query-mem-gb" in text
-        assert "choose keys or recent or random or identity" in text
+        others = [name for name, one in REGISTRY.items() if not one.needs_queries]
+        assert f"choose {' or '.join(others)}" in text
     else:
         assert parse({"selector": selector}, NO_QUERIES).selector == selector
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import render
+import told
 from places import ROOT
 
 from kara_sglang import options
@@ -132,37 +133,61 @@ def test_the_readme_is_read_in_five_minutes():
 
 
 RUN_BY = {
-    "python -": "unit/repository/test_docs.py",
-    "kara_sglang.doctor": "unit/test_doctor.py",
-    "kara_sglang.plan": "unit/plan/test_deployment.py",
-    "kara_sglang.compat": "unit/compat/test_compat.py",
-    "kara_sglang.benchmarks.reuse.modes": "engine/test_frontend.py",
-    "kara_sglang.benchmarks.quality.reasoning": "unit/benchmarks/test_reasoning.py",
-    "kara_sglang.frontend": "engine/test_frontend.py",
-    "kara_sglang.top": "engine/test_watching.py",
-    "kara_sglang.trace": "engine/test_trace.py",
-    "sglang.launch_server": "support/server.py",
-    "make serve": "engine/conftest.py",
-    "make test": "../.ci/run",
-    "curl": "engine/test_serving.py",
-    "pip install": "check_wheel.py",
+    "python -": ("unit/repository/test_docs.py", "exec(program"),
+    "kara_sglang.doctor": ("unit/test_doctor.py", "doctor.main("),
+    "kara_sglang.plan": ("unit/plan/test_deployment.py", "plan.main("),
+    "kara_sglang.compat": ("unit/compat/test_compat.py", "command.main("),
+    "kara_sglang.frontend": ("engine/test_frontend.py", '"kara_sglang.frontend", "solve"'),
+    "kara_sglang.top": ("engine/test_watching.py", '"kara_sglang.top"'),
+    "kara_sglang.trace": ("engine/test_serving.py", '"kara_sglang.trace", "show"'),
+    "kara_sglang.benchmarks.gpu.identity": ("kernels/test_gpu_benchmark.py", "identity.main("),
+    "kara_sglang.benchmarks.quality.reasoning": (
+        "unit/benchmarks/test_reasoning.py",
+        "reasoning.main(",
+    ),
+    "kara_sglang.benchmarks.reuse.modes": ("engine/test_frontend.py", "modes.compare("),
+    "kara_sglang.benchmarks.serving": (
+        "engine/test_serving_benchmark.py",
+        '"kara_sglang.benchmarks.serving"',
+    ),
+    "kara_sglang.benchmarks.steps": ("unit/scheduler/test_calendar.py", "steps.main("),
+    "sglang.launch_server": ("support/server.py", '"sglang.launch_server"'),
+    "make serve": ("engine/conftest.py", "`make serve` runs it"),
+    "make style": ("../.github/workflows/style.yml", "make style types"),
+    "make tables": ("unit/repository/test_docs.py", "render.TABLES"),
+    "make test": ("../.ci/run", "goal=test"),
+    "make test-sglang": ("../.ci/run", "test-sglang VERSION"),
+    "make check-wheel": ("../.github/workflows/wheel.yml", "make check-wheel"),
+    "curl": ("engine/test_serving.py", "documented("),
+    "pip install": ("unit/repository/test_packaging.py", '"pip", "install"'),
 }
-"""Where a test runs each program that the documents tell to run."""
-NOT_RUN = {"docker": "not built, not run", "sglang_router.launch_router": "run by hand"}
-"""Programs that no test runs, and how their page says so."""
+"""The test or workflow that runs each program that the documents tell to run, and how."""
+NOT_RUN = {
+    "docker": "not built, not run",
+    "systemctl": "not run",
+    "sglang_router.launch_router": "run by hand",
+    "make test-triton": "by hand",
+    "kara_sglang.benchmarks.quality": "by hand",
+    "kara_sglang.benchmarks.quality.coder_model": "by hand",
+    "kara_sglang.benchmarks.quality.report": "by hand",
+    "kara_sglang.benchmarks.research.search": "by hand",
+    "kara_sglang.benchmarks.reuse": "by hand",
+    "kara_sglang.benchmarks.reuse.match": "by hand",
+    "kara_sglang.benchmarks.serving.overhead": "by hand",
+    "git": "by hand",
+    "twine": "by hand",
+}
+"""Programs that no test runs, and how each page that names them says so."""
 
 
-@pytest.mark.parametrize("path", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", told.PAGES, ids=lambda p: p.name)
 def test_commands_are_run_by_a_test_or_named_as_not_run(path: Path):
-    text = path.read_text()
-    lines = "\n".join(re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-    form = r"^(?:python -m ([\w.]+)|(python -)(?= )|(make \w+)|(curl|docker|pip install)\b)"
-    for found in re.findall(form, lines, re.MULTILINE):
-        program = "".join(found)
+    for program, line in told.commands(path):
         if program in NOT_RUN:
-            assert NOT_RUN[program] in text, program
+            assert NOT_RUN[program] in " ".join(path.read_text().split()), line
         else:
-            assert (ROOT / "tests" / RUN_BY[program]).exists(), program
+            file, runs = RUN_BY[program]
+            assert runs in (ROOT / "tests" / file).read_text(), line
 
 
 def test_the_documents_stay_short():
