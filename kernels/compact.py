@@ -65,8 +65,11 @@ def compact_alike(
 ) -> None:
     """Let a draft model keep what its target keeps.
 
-    A layer follows the target's layer at the same relative depth, the last of all the last one: head by
-    head where both models have the same shape, otherwise by what most of its heads keep.
+    In a slot it has the token behind the one that the target has there
+    (``speculative/eagle_worker_common.py``), so it keeps the slot before; the window's first token lies
+    outside, and the last slot stands in for it. A layer follows the target's layer at the same relative
+    depth, the last of all the last one: head by head where both models have the same shape, otherwise
+    by what most of its heads keep.
 
     Parameters
     ----------
@@ -78,10 +81,12 @@ def compact_alike(
         The target's positions, shape ``(num_layers, num_kv_heads, R)``, int64.
     """
     layers, heads, _ = kept.shape
+    width = slots.shape[0]
     same = (layers, heads) == (len(keys), keys[0].shape[1])
     for layer, buffers in enumerate(zip(keys, values, strict=True)):
-        chosen = kept[(layer + 1) * layers // len(keys) - 1]
+        chosen = kept[-(-(layer + 1) * layers // len(keys)) - 1]
         if not same:
-            chosen = most_kept(chosen, slots.shape[0]).expand(keys[0].shape[1], -1)
+            chosen = most_kept(chosen, width).expand(keys[0].shape[1], -1)
+        chosen = ((chosen - 1) % width).sort(dim=-1).values
         for buffer in buffers:
             compact(buffer, slots, chosen)
