@@ -246,14 +246,13 @@ def after_move_accepted(
         compaction.recorder.keep_accepted(first, batch.req_pool_indices, accept_index)
 
 
-def around_verify_coins(
-    original: Callable[..., Any], sampling_info: Any, seq_lens: torch.Tensor, **kwargs: Any
-) -> Any:
+def around_verify_coins(original: Callable[..., Any], *args: Any, **named: Any) -> Any:
     """AROUND ``eagle_utils._verify_coins``: with a seed a coin is drawn by the position that it is for,
     and a length in slots would give one twice."""
     if runtime.coordinator is not None:
-        seq_lens = runtime.coordinator.compaction.lengths.logical_of_step(seq_lens)
-    return original(sampling_info=sampling_info, seq_lens=seq_lens, **kwargs)
+        lengths = runtime.coordinator.compaction.lengths
+        named["seq_lens"] = lengths.logical_of_step(named["seq_lens"])
+    return original(*args, **named)
 
 
 def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kwargs: Any) -> None:
