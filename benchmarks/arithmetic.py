@@ -98,7 +98,8 @@ def prepare(model: Model, settings: Settings) -> Work:
     """K and V read, turned keys and a weight of each written. K is read twice, the second time from
     the L2 cache."""
     numbers = settings.window * model.head_dim
-    return Work(bytes=model.layers * model.kv_heads * (3 * 2 * numbers + 4 * settings.window))
+    moved = (2 * model.kv_itemsize + 2) * numbers
+    return Work(bytes=model.layers * model.kv_heads * (moved + 4 * settings.window))
 
 
 def score(model: Model, settings: Settings) -> Work:
@@ -113,8 +114,8 @@ def score(model: Model, settings: Settings) -> Work:
 
 def weights(model: Model, settings: Settings) -> Work:
     """The score without queries: K and V read, K once more from the L2 cache, scores written."""
-    numbers = settings.window * model.head_dim
-    return Work(bytes=model.layers * model.kv_heads * (2 * 2 * numbers + 4 * settings.window))
+    read = 2 * model.kv_itemsize * settings.window * model.head_dim
+    return Work(bytes=model.layers * model.kv_heads * (read + 4 * settings.window))
 
 
 def select(model: Model, settings: Settings) -> Work:
@@ -128,7 +129,7 @@ def select(model: Model, settings: Settings) -> Work:
 def compact(model: Model, settings: Settings) -> Work:
     """Kept rows of K and V read and written, where every one of them moves; positions and slots."""
     rows = 2 * model.layers * model.kv_heads * settings.kept
-    return Work(bytes=rows * (2 * 2 * model.head_dim + 4 + 2 * 4))
+    return Work(bytes=rows * (2 * model.kv_itemsize * model.head_dim + 4 + 2 * 4))
 
 
 PASS = (prepare, score, select, compact)

@@ -17,6 +17,8 @@ class Model:
         Attention shapes.
     parameters
         In units of 1e9; a decode step reads all of them once.
+    kv_itemsize
+        Bytes of a number of K and V.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Model:
     kv_heads: int
     head_dim: int
     parameters: float
+    kv_itemsize: int = 2
 
     @property
     def group(self) -> int:
@@ -33,8 +36,8 @@ class Model:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of K and V of one token in 16 bit, all layers."""
-        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
+        """Bytes of K and V of one token, all layers."""
+        return 2 * self.kv_itemsize * self.layers * self.kv_heads * self.head_dim
 
 
 MODELS = (

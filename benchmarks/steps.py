@@ -68,7 +68,7 @@ def running(number: int, settings: dict[str, Any], recorded: float) -> tuple[Coo
     budget = int(number * recorded) * unit if config.keeps_queries else 0
     recorder = QueryRecorder(shape, config.window, config.delay, budget, FP8, lag=lag(config))
     recorder.allocate_tables(number + 1)
-    compaction = Compaction(scheduler, config, recorder, TorchKernels(), [1.0], None)
+    compaction = Compaction(scheduler, config, recorder, TorchKernels(), lambda: [1.0], None)
     coordinator = Coordinator(config, compaction)
     requests = [_request(row) for row in range(1, number + 1)]
     lengths = torch.full((number,), PROMPT)

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kara_sglang import __version__, cpu_engine, hooks, plugin, serve
-from kara_sglang.compat import surface, versions
+from kara_sglang.compat import kv_cache, surface, versions
 from kara_sglang.compat.quiet import quiet
 from kara_sglang.compat.source import Source
 from kara_sglang.config import KaraConfig
@@ -313,7 +313,8 @@ def _graphs(model: Any, config: KaraConfig, resolved: Any) -> Finding:
     geometry = Geometry(page, config.window, config.delay)
     slots = graphs.slots_of(geometry, config.kept(page), _LONG)
     slot = 2 * model.num_hidden_layers * model.get_total_num_kv_heads() * model.head_dim
-    slot *= model.dtype.itemsize / 2**30 * largest
+    stored = kv_cache.planned_dtype(resolved.kv_cache_dtype, model)
+    slot *= stored.itemsize / 2**30 * largest
     return Finding(
         OK,
         "graphs",

@@ -14,6 +14,7 @@ import torch
 
 from kara_sglang.kernels import record
 from kara_sglang.kernels.compact import compact
+from kara_sglang.kernels.movable import rows_of
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.select import select
 from kara_sglang.kernels.selectors.base import Selector
@@ -28,7 +29,8 @@ class LayerPool:
     Attributes
     ----------
     keys, values
-        One tensor per layer, shape ``(num_slots, num_kv_heads, head_dim)``.
+        One tensor per layer, shape ``(num_slots, num_kv_heads, head_dim)``, of the numbers' own dtype:
+        views, where a pool keeps 8-bit floats as bytes.
     rings
         One per layer; empty without recorder.
     scales
@@ -191,8 +193,14 @@ def reference_scores(pool: LayerPool, job: WindowJob, layer: int) -> torch.Tenso
             queries = pool.rope_shift.moved(queries, layer)
     return job.selector.score(
         queries,
-        pool.keys[layer].index_select(0, slots),
-        pool.values[layer].index_select(0, slots),
+        _read(pool.keys[layer], slots),
+        _read(pool.values[layer], slots),
         scale=pool.scales[layer],
         seed=job.seed + layer,
     )
+
+
+def _read(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """A window's K or V of one layer; 8-bit floats, with which torch does not compute, as float32."""
+    rows = rows_of(buffer, slots)
+    return rows.float() if rows.itemsize == 1 else rows

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from kara_sglang.kernels.movable import movable
+
 
 def compact(buffer: torch.Tensor, slots: torch.Tensor, kept: torch.Tensor) -> None:
     """Move the kept rows of one layer's K or V to the window's first R slots, in place.
@@ -28,7 +30,7 @@ def compact(buffer: torch.Tensor, slots: torch.Tensor, kept: torch.Tensor) -> No
     Head h of slot ``slots[j]`` becomes head h of what ``slots[kept[h, j]]`` held. The other W - R
     slots keep stale bytes; the caller frees them. Scratch: R rows.
     """
-    slots = slots.long()
+    buffer, slots = movable(buffer), slots.long()
     num_kept = kept.shape[1]
     heads = torch.arange(buffer.shape[1], device=buffer.device)[:, None]
     rows = buffer[slots[kept], heads]  # (num_kv_heads, R, head_dim), a copy

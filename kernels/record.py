@@ -18,6 +18,7 @@ from typing import Self
 
 import torch
 
+from kara_sglang.kernels.movable import movable, rows_of
 from kara_sglang.kernels.transfer import to_device
 
 PAGE = 64
@@ -328,12 +329,7 @@ def record(ring: Ring, step: Step, queries: Sequence[torch.Tensor]) -> None:
         by_group = torch.cat([first[..., None, :, :], by_group[..., 1:, :, :]], dim=2)
     stored = Ring.of(by_group.flatten(1, 2), ring.queries.dtype)
     for part, new in zip(ring.parts, stored.parts, strict=True):
-        _movable(part).index_copy_(1, entries.flatten(), _movable(new))
-
-
-def _movable(part: torch.Tensor) -> torch.Tensor:
-    """A ring's part as bytes where torch knows no operations on its dtype."""
-    return part.view(torch.uint8) if part.dtype == FP8 else part
+        movable(part).index_copy_(1, entries.flatten(), movable(new))
 
 
 def mean_of(heads: torch.Tensor) -> torch.Tensor:
@@ -403,6 +399,5 @@ def recorded(ring: Ring, start: int, count: int, pages: Sequence[Sequence[int]])
     tokens = start % PAGE + torch.arange(count, device=device)
     of_token = to_device(torch.tensor(pages), device)[:, tokens // PAGE]
     entries = (of_token * PAGE + tokens % PAGE).T.flatten()
-    parts = (_movable(part).index_select(0, entries).view(part.dtype) for part in ring.parts)
-    rows = Ring(*parts).numbers()
+    rows = Ring(*(rows_of(part, entries) for part in ring.parts)).numbers()
     return rows.unflatten(0, (count, -1)).transpose(1, 2)

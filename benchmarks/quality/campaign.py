@@ -43,7 +43,8 @@ def servers(rows: list[Row]) -> list[list[Row]]:
     """Rows by server; the server of the reference comes first."""
     by_settings: dict[str, list[Row]] = {}
     for row in rows:
-        by_settings.setdefault(json.dumps(row.settings, sort_keys=True), []).append(row)
+        key = json.dumps([row.settings, row.engine], sort_keys=True)
+        by_settings.setdefault(key, []).append(row)
     return sorted(
         by_settings.values(),
         key=lambda members: all(row.name != instrument.REFERENCE_ROW for row in members),
@@ -80,7 +81,7 @@ def orders(
         arguments = {
             "max_running_requests": running,
             "max_total_tokens": running * (longest + 2 * PAGE_SIZE),
-        }
+        } | members[0].engine
         stage = []
         for shard in range(shards):
             mine = {script.name for script in scripts[shard::shards]}

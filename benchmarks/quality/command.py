@@ -35,7 +35,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = command_line.parser(__spec__, __doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
     parser.add_argument("--quick", action="store_true", help="the main rows on few texts, in minutes")
-    parser.add_argument("--part", help="only this part of the full programme: main, windows or ring")
+    parser.add_argument(
+        "--part", help="only this part of the full programme: main, windows, ring or kv"
+    )
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these, beside the full cache")
     parser.add_argument(
         "--shares", nargs="+", type=command_line.share, metavar="R", help="only rows that keep these"

@@ -61,6 +61,7 @@ def figures(part: Part, scripts: list[Script], folder: Path) -> list[dict[str, A
             "row": row.name,
             "retain": row.retain,
             "settings": row.settings,
+            "engine": row.engine,
             "texts": len(text),
             "facts": sum(len(s.probes) for s in scripts if s.probes[0].back is not None),
             "recall_by_kind": _counts([o.by_kind for o in mine]),

@@ -28,6 +28,8 @@ class Row:
         Share that is kept; 1 for rows that keep all.
     settings
         The server's settings, for :func:`kara_sglang.configure`.
+    engine
+        Arguments of ``sglang.Engine`` that this row has on top.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Row:
     selector: str | None
     retain: float
     settings: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -191,7 +194,9 @@ def full() -> list[Part]:
 
     small = 128
     text = Layout(small, 1, tail=small, stride=2)
-    parts.append(Part("ring", _rings(small), text, Layout(small, 2, facts=3), None))
+    recall = Layout(small, 2, facts=3)
+    parts.append(Part("ring", _rings(small), text, recall, None))
+    parts.append(Part("kv", _kv_caches(small), text, recall, None))
     return parts
 
 
@@ -202,4 +207,15 @@ def _rings(window: int) -> list[Row]:
         for stored in ("model", "fp8", "fp4"):
             server = _server(window, query_heads=heads, query_dtype=stored)
             rows.append(Row(f"{stored}, {heads}", "ring", "kara", 0.5, server))
+    return rows
+
+
+def _kv_caches(window: int) -> list[Row]:
+    """What K and V are kept in, uncompressed and at a half; the reference has the model's own dtype."""
+    server = _server(window)
+    rows = [reference(window), Row("kara", "kv", "kara", 0.5, server)]
+    for stored in ("bf16", "fp8_e4m3", "fp8_e5m2"):
+        engine = {"kv_cache_dtype": stored}
+        rows.append(Row(stored, "kv", None, 1.0, server, engine))
+        rows.append(Row(f"kara, {stored}", "kv", "kara", 0.5, server, engine))
     return rows

@@ -8,6 +8,8 @@
     SGLang's source, installed or in a wheel, as syntax trees.
 ``report.py`` and ``python -m kara_sglang.compat``
     Both tables against a wheel that is not installed.
+``kv_cache.py``
+    In what type K and V are kept, before SGLang's pool is there to say so.
 ``flags.py``, ``running_batch.py``
     One module for each seam that is not the same in all tested versions, beside ``handshake.py`` and
     ``radix_integration/padding.py``. What SGLang has decides, not its number.

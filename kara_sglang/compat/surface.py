@@ -201,7 +201,20 @@ SURFACE = (
             "is_hybrid_swa",
             "num_attention_heads",
             "num_hidden_layers",
+            "quantization",
             "vocab_size",
+        ),
+    ),
+    Used(
+        "model_loader.weight_utils",
+        ("get_quant_config(model_config, load_config, packed_modules_mapping)",),
+    ),
+    Used("configs.load_config", ("LoadConfig",)),
+    Used(
+        "mem_cache.kv_cache_dtype",
+        (
+            "configure_kv_cache_dtype(*, server_args_kv_cache_dtype, model, model_dtype, "
+            "is_draft_worker, is_dflash, speculative_draft_attention_backend)",
         ),
     ),
     Used("configs.model_config.AttentionArch", ("MHA",)),
@@ -229,6 +242,8 @@ SURFACE = (
         (
             "attn_type",
             "is_cross_attention",
+            "k_scale",
+            "k_scale_float",
             "layer_id",
             "qk_head_dim",
             "scaling",

@@ -20,7 +20,7 @@ from pathlib import Path
 NAME = "kara_cpu_engine"
 SOURCE = Path(__file__).resolve().parent / "site"
 # The path is relative to site-packages; `site` executes lines that begin with "import".
-PTH = f"{NAME}\nimport kara_cpu_torchvision\n"
+PTH = f"{NAME}\nimport kara_cpu_torchvision, kara_cpu_kv_cache\n"
 
 
 class Refusal(Exception):

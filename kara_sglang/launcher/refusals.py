@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from kara_sglang.compat import kv_cache
 from kara_sglang.compat.flags import Flags
 from kara_sglang.hooks import CACHE_BACKEND
 
@@ -76,10 +77,6 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ("--strip-thinking-cache", lambda c: c.strip_thinking_cache),
     ),
     "Other forms of the KV pool": (
-        (
-            "--kv-cache-dtype (below 16 bits)",
-            lambda c: c.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
-        ),
         ("--enable-unified-memory", lambda c: c.enable_unified_memory),
         ("--enable-page-major-kv-layout", lambda c: c.enable_page_major_kv_layout),
         ("--kv-canary", lambda c: c.kv_canary not in (None, "none")),
@@ -117,6 +114,10 @@ ENVIRONMENT = (
     "SGLANG_USE_HND_KVCACHE",
 )
 
+KV_CACHE_DTYPES = (kv_cache.AUTO, *kv_cache.NAMED)
+"""What K and V may be kept in. Other choices have a scale for every few numbers, which would have to
+move with them."""
+
 ATTENTION_BACKENDS = ("flashinfer", "triton", "fa3", "torch_native", "intel_amx")
 """Backends that read K/V through ``req_to_token[row, :seq_len]`` and nothing else."""
 
@@ -140,6 +141,11 @@ def of_flags(resolved: Any) -> list[str]:
         for name in ENVIRONMENT
         if getattr(envs, name).get()
     ]
+    if resolved.kv_cache_dtype not in KV_CACHE_DTYPES:
+        lines.append(
+            f"--kv-cache-dtype {resolved.kv_cache_dtype} does not work with --kv-compress; use one of "
+            + ", ".join(KV_CACHE_DTYPES)
+        )
     for flag in ("attention_backend", "decode_attention_backend"):
         backend = getattr(resolved, flag)
         if backend is not None and backend not in ATTENTION_BACKENDS:

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
+
+from kara_sglang.compat import kv_cache
 from kara_sglang.config import KaraConfig
 from kara_sglang.launcher import flags, refusals
 from kara_sglang.scheduler import graphs
@@ -44,6 +47,11 @@ class Launch:
     def tp(self) -> int:
         """Tensor-parallel ranks."""
         return self.resolved.tp_size
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """In what K and V are kept; a ``ValueError`` where the model's quantization cannot be read."""
+        return kv_cache.planned_dtype(self.resolved.kv_cache_dtype, self.model)
 
     @property
     def captured(self) -> int:

@@ -59,7 +59,7 @@ class Rank:
             head_dim=model.head_dim,
             v_head_dim=model.v_head_dim,
             dtype=model.dtype,
-            kv_itemsize=1 if "fp8" in launch.resolved.kv_cache_dtype else model.dtype.itemsize,
+            kv_itemsize=launch.kv_dtype.itemsize,
         )
 
     def get_total_num_kv_heads(self) -> int:

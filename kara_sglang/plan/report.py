@@ -297,6 +297,7 @@ def _project(plan: Plan) -> Projection | None:
         kv_heads=rank.num_kv_heads,
         head_dim=rank.head_dim,
         parameters=memory.weights / 2e9,
+        kv_itemsize=rank.kv_itemsize,
     )
     config = launch.config
     kept = config.kept(launch.resolved.page_size)

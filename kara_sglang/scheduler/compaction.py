@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,8 +77,8 @@ class Compaction:
     recorder : QueryRecorder
         Without pages where the settings leave no memory for queries.
     kernels : Kernels
-    scales : list of float
-        Softmax scale per layer.
+    scales : callable
+        Gives the softmax scale of each layer (``scales.py``).
     rope_shift : RopeShift or None
         How queries are moved ahead; None where the settings do not ask for it.
     drafts : sequence of MHATokenToKVPool
@@ -91,7 +91,7 @@ class Compaction:
         config: KaraConfig,
         recorder: QueryRecorder,
         kernels: Kernels,
-        scales: list[float],
+        scales: Callable[[], list[float]],
         rope_shift: RopeShift | None,
         drafts: Sequence[MHATokenToKVPool] = (),
     ) -> None:
@@ -107,6 +107,7 @@ class Compaction:
         self.tracer = Tracer(scheduler, config) if config.trace is not None else None
         self._without_queries = selectors.build("keys", config)
         self._layers: LayerPool | None = None
+        self._buffers: tuple[list[torch.Tensor], ...] = ()  # SGLang's, of which these are views
 
     def warm_up(self, each: Iterable[Selector], kept: int) -> None:
         """Run passes over slots that nobody holds yet, and record nothing, so that no request waits for
@@ -288,15 +289,19 @@ class Compaction:
                 compact_alike(pool.k_buffer, pool.v_buffer, job.slots, kept)
 
     def _pool(self) -> LayerPool:
-        """The same object as long as SGLang's buffers are the same."""
+        """The same object as long as SGLang's buffers and the scales are the same."""
         pool = self.scheduler.token_to_kv_pool_allocator.get_kvcache()
-        known = self._layers
-        if known is None or known.keys is not pool.k_buffer or known.values is not pool.v_buffer:
+        buffers, scales, known = (pool.k_buffer, pool.v_buffer), self.scales(), self._layers
+        anew = [id(part) for part in buffers] != [id(part) for part in self._buffers]
+        if known is None or anew or known.scales != scales:
+            self._buffers = buffers
+            # 8-bit floats are kept as bytes (``KVCache.store_dtype``).
+            keys, values = ([part.view(pool.dtype) for part in parts] for parts in buffers)
             self._layers = known = LayerPool(
-                keys=pool.k_buffer,
-                values=pool.v_buffer,
+                keys=keys,
+                values=values,
                 rings=self.recorder.rings if self.recorder.num_pages else [],
-                scales=self.scales,
+                scales=scales,
                 rope_shift=self.rope_shift,
             )
         return known

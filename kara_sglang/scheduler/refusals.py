@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kara_sglang.compat import kv_cache
 from kara_sglang.radix_integration.compressed import CompressedRadixCache
 
 if TYPE_CHECKING:
@@ -90,8 +91,11 @@ def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
             f"{config.prefix_reuse} does not support"
         )
     pool = allocator.get_kvcache()
-    if pool.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        lines.append(f"the KV cache is kept in {pool.dtype}, --kv-compress supports 16 and 32 bits")
+    if pool.dtype not in (torch.float32, torch.float16, *kv_cache.NAMED.values()):
+        lines.append(
+            f"the KV cache is kept in {pool.dtype}, --kv-compress supports 32 and 16 bits, and of 8 "
+            "bits float8_e4m3fn and float8_e5m2"
+        )
     controller = scheduler.tree_cache.cache_controller
     if controller is not None and controller.load_fence_stream is not scheduler.forward_stream:
         lines.append(

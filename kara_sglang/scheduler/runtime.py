@@ -7,6 +7,7 @@ model's weights, row tables before graph capture, the coordinator with the sched
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kara_sglang import handshake, hooks, plugin
+from kara_sglang.compat import kv_cache
 from kara_sglang.compat.running_batch import drop_finished
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import Kernels
@@ -31,6 +33,7 @@ from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder, c
 from kara_sglang.scheduler.ring.served import Served
 from kara_sglang.scheduler.ring.size import Room
 from kara_sglang.scheduler.rotary import rope_shift_of
+from kara_sglang.scheduler.scales import softmax_scales
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -51,21 +54,18 @@ class Parts:
     config, kernels, recorder
     kernels_why
         Why these kernels, in words for people.
-    scales
-        Softmax scale per layer.
+    layers
+        The model's attention layers, in order; a draft model has others.
     rope_shift
         How queries are moved ahead; None where the settings do not ask for it.
-    layers
-        The model's attention layers, in their order; a draft model has others.
     """
 
     config: KaraConfig
     kernels: Kernels
     kernels_why: str
     recorder: QueryRecorder
-    scales: list[float]
-    rope_shift: RopeShift | None
     layers: list[RadixAttention]
+    rope_shift: RopeShift | None
 
 
 @dataclass(slots=True)
@@ -130,8 +130,7 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
             f"--kv-compress-query-mem-gb has no room for the queries of one request; this model and "
             f"window need at least {bytes_needed / 2**30:.4f} GiB"
         )
-    scales = [float(layer.scaling) for layer in layers]
-    runtime.parts = Parts(config, kernels, why, recorder, scales, rope_shift, layers)
+    runtime.parts = Parts(config, kernels, why, recorder, layers, rope_shift)
 
 
 def room_of(runner: ModelRunner, layers: list[RadixAttention]) -> Room:
@@ -143,12 +142,12 @@ def room_of(runner: ModelRunner, layers: list[RadixAttention]) -> Room:
     if free is None:
         return Room()
     resolved = resolving_view(runner.server_args)
-    itemsize = 1 if "fp8" in resolved.kv_cache_dtype else runner.dtype.itemsize
+    stored = kv_cache.dtype_of(resolved.kv_cache_dtype, runner.dtype, runner.model)
     numbers = sum(layer.tp_k_head_num * (layer.qk_head_dim + layer.v_head_dim) for layer in layers)
     slack = runner.pre_model_load_memory * 2**30 * (1 - resolved.mem_fraction_static)
     return Room(
         max(0, free - int(slack)),
-        slot_bytes=numbers * itemsize,
+        slot_bytes=numbers * stored.itemsize,
         most_slots=resolved.max_total_tokens,
         most_running=resolved.max_running_requests,
     )
@@ -257,6 +256,8 @@ def around_verify_coins(original: Callable[..., Any], *args: Any, **named: Any) 
 
 def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kwargs: Any) -> None:
     """AFTER ``Scheduler.__init__``: look at the real objects, then start."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
     parts = runtime.parts
     expected = (
         hooks.fitting(hooks.SCHEDULER_HOOKS) if parts is None else hooks.scheduler_hooks(parts.config)
@@ -271,14 +272,15 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
     if runtime.refused:
         return
     assert parts is not None
+    resolved = resolving_view(scheduler.server_args)
+    scales = functools.partial(
+        softmax_scales,
+        parts.layers,
+        scheduler.token_to_kv_pool_allocator.get_kvcache().dtype,
+        resolved.decode_attention_backend or resolved.attention_backend,
+    )
     compaction = Compaction(
-        scheduler,
-        parts.config,
-        parts.recorder,
-        parts.kernels,
-        parts.scales,
-        parts.rope_shift,
-        pools,
+        scheduler, parts.config, parts.recorder, parts.kernels, scales, parts.rope_shift, pools
     )
     coordinator = Coordinator(parts.config, compaction)
     coordinator.warm_up()

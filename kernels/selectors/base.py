@@ -69,9 +69,9 @@ class Selector:
             ``(num_queries, num_kv_heads, heads_per_group, head_dim)``; None where
             ``needs_queries`` is False.
         keys, values : torch.Tensor
-            ``(W, num_kv_heads, head_dim)``.
+            ``(W, num_kv_heads, head_dim)``, as stored; 8-bit floats as float32.
         scale : float
-            Softmax scale.
+            Softmax scale of these keys, a pool's ``k_scale`` included.
         seed : int
             Differs from request to request, window to window and layer to layer, and is the same in
             every run and on every tensor-parallel rank.

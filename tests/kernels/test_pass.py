@@ -110,8 +110,20 @@ def test_a_score_of_its_own_counts(identical, make, pool, name, units):
     check(identical, make, make.kernels(), pool, jobs_for(make, [(name, 16, units)]))
 
 
+@pytest.mark.parametrize("dtype", [FP8, torch.float8_e5m2], ids=str)
+def test_a_score_of_its_own_gets_numbers_that_torch_computes_with(identical, make, dtype):
+    """Not with 8-bit floats."""
+    pool = make.pool(1, layers=3, heads=2, dim=32, slots=512, dtype=dtype)
+    check(identical, make, make.kernels(), pool, jobs_for(make, [("norm", 16, 0)]))
+
+
 @pytest.mark.parametrize("name", REGISTRY)
-def test_every_selector(identical, make, pool, name):
+@pytest.mark.parametrize("dtype", [torch.float32, FP8, torch.float8_e5m2], ids=str)
+def test_every_selector(identical, make, name, dtype):
+    """8-bit floats are moved as they are, and what is kept is what torch keeps."""
+    pool = make.pool(
+        1, layers=3, heads=2, dim=32, slots=512, voices=20, tokens=WIDTH + DELAY, dtype=dtype
+    )
     kept = WIDTH if REGISTRY[name].keeps_all else 16
     before = make.copy(pool)
     units = GROUP if REGISTRY[name].needs_queries else 0

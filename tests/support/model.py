@@ -60,7 +60,7 @@ class Model:
         def buffers() -> list[torch.Tensor]:
             return [torch.zeros(num_slots, KV_HEADS, DIM) for _ in range(LAYERS)]
 
-        pool = SimpleNamespace(k_buffer=buffers(), v_buffer=buffers())
+        pool = SimpleNamespace(k_buffer=buffers(), v_buffer=buffers(), dtype=torch.float32)
         self.pool = pool
         self.allocator = PagedAllocator(setting.num_pages, self.page, pool, self.random)
         self.req_to_token = torch.zeros((ROWS, 2048), dtype=torch.int32)
@@ -100,9 +100,8 @@ class Model:
         )
         self.recorder.world = self
         self.recorder.allocate_tables(ROWS)
-        compaction = Compaction(
-            self.scheduler, config, self.recorder, WatchedKernels(self, setting.real), SCALES, TURN
-        )
+        watched = WatchedKernels(self, setting.real)
+        compaction = Compaction(self.scheduler, config, self.recorder, watched, lambda: SCALES, TURN)
         self.coordinator = Coordinator(config, compaction)
         self.batch = SimpleNamespace(
             reqs=[],

@@ -65,6 +65,39 @@ def test_operators_that_exist_are_left_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert hasattr(torch.ops.torchvision, "nms") and hasattr(torch.ops.torchvision, "qnms")
 
 
+def test_sglang_keeps_k_and_v_in_fp8() -> None:
+    """What refuses it is told that this is no CPU, and nobody else is."""
+    out = bare_python(
+        "import os, sys; sys.path += sys.argv[1:]; os.environ['SGLANG_USE_CPU_ENGINE'] = '1'\n"
+        "import kara_cpu_torchvision, kara_cpu_kv_cache\n"
+        "assert 'torch' not in sys.modules, 'heavy import at interpreter start'\n"
+        "import torch\n"
+        "from sglang.srt.platforms import current_platform as platform\n"
+        "from sglang.srt.mem_cache import kv_cache_configurator, kv_cache_dtype\n"
+        "print(*kv_cache_dtype.configure_kv_cache_dtype(server_args_kv_cache_dtype='fp8_e5m2',\n"
+        "    model=None, model_dtype=torch.float32, is_draft_worker=False, is_dflash=False,\n"
+        "    speculative_draft_attention_backend=''))\n"
+        "told = kv_cache_configurator.current_platform\n"
+        "print(platform.is_cpu(), told.is_cpu(), told.device_type == platform.device_type)",
+        SITE_PACKAGES,
+        install.SOURCE,
+    )
+    assert out.split() == ["None", "torch.float8_e5m2", "True", "False", "True"]
+
+
+def test_who_is_told_so_asks_about_fp8_only() -> None:
+    """An SGLang whose modules ask for anything else is found here."""
+    asked = []
+    for module in load("kara_cpu_kv_cache").MODULES:
+        lines = Path(importlib.util.find_spec(module).origin).read_text().splitlines()
+        asked += [
+            " ".join(lines[number - 1 : number + 1])
+            for number, line in enumerate(lines)
+            if "is_cpu()" in line
+        ]
+    assert len(asked) == 3 and all("e4m3" in place or "e5m2" in place for place in asked)
+
+
 def test_installed_helpers_are_found_and_removed_again(tmp_path: Path) -> None:
     find = (
         "import importlib.util, site, sys; site.addsitedir(sys.argv[1])\n"

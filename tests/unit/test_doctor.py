@@ -262,26 +262,36 @@ def test_a_cpu_gets_its_hint_and_the_environment_is_left_alone(capsys, monkeypat
 class Model:
     num_hidden_layers, num_attention_heads, head_dim = 36, 32, 128
     dtype = torch.bfloat16
+    quantization = None
 
     @staticmethod
     def get_total_num_kv_heads() -> int:
         return 8
 
 
-@pytest.mark.parametrize(("backend", "size"), [("full", 256), ("full", None), ("disabled", 256)])
-def test_the_largest_decode_graph_beside_the_memory_that_leads_past_it(backend, size):
+@pytest.mark.parametrize(
+    ("backend", "size", "stored"),
+    [
+        ("full", 256, "auto"),
+        ("full", 256, "fp8_e5m2"),
+        ("full", None, "auto"),
+        ("disabled", 256, "auto"),
+    ],
+)
+def test_the_largest_decode_graph_beside_the_memory_that_leads_past_it(backend, size, stored):
     from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 
     config = CudaGraphConfig(decode=PhaseConfig(backend=backend, max_bs=size))
-    resolved = SimpleNamespace(cuda_graph_config=config, page_size=16)
+    resolved = SimpleNamespace(cuda_graph_config=config, page_size=16, kv_cache_dtype=stored)
     finding = doctor._graphs(Model, KaraConfig(), resolved)
     assert finding.level == doctor.OK
     if backend == "disabled" or size is None:
         assert finding.text == "SGLang decodes without graphs here"
         return
-    # 147,456 bytes a token, 256 answers: 4,096 - 7 * 256 slots each, and 4,096.
+    # 147,456 bytes a token, in fp8 half as many; 256 answers: 4,096 - 7 * 256 slots each, and 4,096.
     assert "for up to 256 requests" in finding.text
-    assert "take 81.0 GiB of KV, 144.0 uncompressed" in finding.text
+    taken = "81.0 GiB of KV, 144.0" if stored == "auto" else "40.5 GiB of KV, 72.0"
+    assert f"take {taken} uncompressed" in finding.text
     assert "--cuda-graph-max-bs-decode" in finding.text
 
 

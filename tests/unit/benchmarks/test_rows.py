@@ -17,6 +17,7 @@ from kara_sglang.benchmarks.quality.engine import EngineFailed
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.rows import Part
 from kara_sglang.benchmarks.quality.script import (
+    Script,
     reference_path,
 )
 from kara_sglang.benchmarks.quality.tasks import PROMPT, SETTLE, Layout
@@ -175,6 +176,21 @@ def test_the_servers_are_few_and_the_reference_is_first():
     assert [len(members) for members in found] == [11, 2]
     assert found[0][0].name == REFERENCE_ROW
     assert {row.name for row in found[1]} == {"paper"}
+
+
+def test_each_type_of_the_kv_cache_has_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of its own, whose rows are measured against the reference in the model's dtype."""
+    monkeypatch.setattr(campaign, "query_memory", lambda *_: 1.0)
+    part = next(part for part in rows.full() if part.name == "kv")
+    script = Script("a", "a", [3] * 64, [3] * 192, [], 1)
+    stages = campaign.orders(part.rows, [script], tmp_path, "model", 1)
+    stored = [order.engine.get("kv_cache_dtype", "auto") for (order,) in stages]
+    assert stored == ["auto", "bf16", "fp8_e4m3", "fp8_e5m2"]
+    for (order,), dtype in zip(stages, stored, strict=True):
+        whole, half = (name for name, *_ in order.requests)
+        assert (whole, half) == (
+            ("full", "kara@0.5") if dtype == "auto" else (f"{dtype}@1", f"kara,-{dtype}@0.5")
+        )
 
 
 def test_orders_hold_what_is_missing(small_part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

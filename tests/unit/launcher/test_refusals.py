@@ -177,10 +177,23 @@ def test_flags_are_spelled_as_sglang_spells_them() -> None:
     assert named - known <= newer, named - known
 
 
-@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
-def test_fp8_kv_is_refused_or_scored_by_its_numbers(dtype: str, resolved: Resolved) -> None:
-    """SGLang keeps fp8 KV as uint8: the pass would take its bytes for attention keys."""
-    assert any("--kv-cache-dtype" in line for line in refusals.of_flags(resolved(kv_cache_dtype=dtype)))
+def test_every_type_of_the_kv_cache_is_decided(resolved: Resolved) -> None:
+    """The allowed ones are SGLang's and are read as SGLang reads them; its others are refused."""
+    import argparse
+
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    [action] = [one for one in parser._actions if "--kv-cache-dtype" in one.option_strings]
+    others = set(action.choices) - set(refusals.KV_CACHE_DTYPES)
+    assert others == {"mxfp8", "nvfp4", "fp4_mx_block16"}
+    assert len(action.choices) == len(refusals.KV_CACHE_DTYPES) + len(others)
+    for dtype in others:
+        [line] = refusals.of_flags(resolved(kv_cache_dtype=dtype))
+        assert line.startswith(f"--kv-cache-dtype {dtype} does not work") and "fp8_e4m3" in line
+    for dtype in refusals.KV_CACHE_DTYPES:
+        assert refusals.of_flags(resolved(kv_cache_dtype=dtype)) == []
 
 
 def test_every_attention_backend_is_decided(resolved: Resolved) -> None:

@@ -26,6 +26,7 @@ from kara_sglang.plan.load import Held, Load, compressed, uncompressed
 from kara_sglang.radix_integration.row import Geometry, RequestState
 from kara_sglang.scheduler import runtime
 
+KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 LOAD = ("--prompt", "1000", "--answer", "8000", "--running", "128")
 
 
@@ -49,7 +50,14 @@ def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("gib", [30, 45, 80, 141])
 @pytest.mark.parametrize(
-    "flags", [(), ("--tp-size", "4", "--page-size", "64"), ("--max-total-tokens", "5000")]
+    "flags",
+    [
+        (),
+        ("--tp-size", "4", "--page-size", "64"),
+        ("--max-total-tokens", "5000"),
+        ("--kv-cache-dtype", "fp8_e4m3"),
+        ("--kv-cache-dtype", "fp8_e5m2"),
+    ],
 )
 def test_the_pool_is_what_sglang_makes_of_the_same_memory(qwen, monkeypatch, gib, flags):
     """SGLang's own code sizes the pool from what is free before and after the weights."""
@@ -70,7 +78,7 @@ def test_the_pool_is_what_sglang_makes_of_the_same_memory(qwen, monkeypatch, gib
         "gpu_id": 0,
         "model_config": launch.model,
         "server_args": record_of(launch.resolved),
-        "kv_cache_dtype": torch.bfloat16,
+        "kv_cache_dtype": KV_DTYPES.get(launch.resolved.kv_cache_dtype, torch.bfloat16),
         "kv_cache_dtype_str": launch.resolved.kv_cache_dtype,
         "layer_info": SimpleNamespace(num_effective_layers=36, start_layer=0, end_layer=36),
         "spec_algorithm": SpeculativeAlgorithm.from_string(None),
@@ -172,12 +180,13 @@ def test_the_doctor_says_the_same_of_the_ring(qwen, capsys, monkeypatch, setting
     assert f"has room for {room}; windows of others are chosen without queries" in line
 
 
-def test_ring_and_scratch_are_those_that_the_pass_allocates(qwen, monkeypatch):
+@pytest.mark.parametrize("kv", [(), ("--kv-cache-dtype", "fp8_e5m2")])
+def test_ring_and_scratch_are_those_that_the_pass_allocates(qwen, monkeypatch, kv):
     """By the hook behind ``ModelRunner.load_model``, on a rank of two."""
     from sglang.srt.arg_groups.overrides import record_of
     from sglang.srt.layers.radix_attention import RadixAttention
 
-    flags = ["--kv-compress", "kara", "--kv-compress-window", "8192", "--tp-size", "2"]
+    flags = ["--kv-compress", "kara", "--kv-compress-window", "8192", "--tp-size", "2", *kv]
     launch = read(["--model-path", qwen, *flags], 80 * 1024)
     rank = memory.Rank.of(launch)
     asked = []
@@ -215,6 +224,10 @@ def test_ring_and_scratch_are_those_that_the_pass_allocates(qwen, monkeypatch):
     assert asked[0] == asked[1]
     ours = fresh.parts.recorder
     assert (ring.why, ring.num_pages, ring.page_bytes) == (ours.why, ours.num_pages, ours.page_bytes)
+    assert runtime.room_of(runner, layers).slot_bytes == rank.token_bytes
+    # A checkpoint may choose fp8, where no flag does.
+    runner.model.quant_config = SimpleNamespace(kv_cache_quant_algo="FP8")
+    assert runtime.room_of(runner, layers).slot_bytes == 36 * 4 * 2 * 128
 
 
 @given(

@@ -147,7 +147,7 @@ def test_other_classes_are_refused(scheduler: SimpleNamespace) -> None:
 
 
 def test_another_layout_or_dtype_is_refused(scheduler: SimpleNamespace) -> None:
-    """What flags could not tell: a pipeline stage, a layout with another order, 8-bit numbers."""
+    """What flags could not tell: a pipeline stage, a layout with another order, numbers of 4 bits."""
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     pool.start_layer = 3
     assert refusals.of_scheduler(scheduler, KaraConfig(window=128))
@@ -155,5 +155,11 @@ def test_another_layout_or_dtype_is_refused(scheduler: SimpleNamespace) -> None:
     pool.k_buffer[0] = pool.k_buffer[0][None]
     assert refusals.of_scheduler(scheduler, KaraConfig(window=128))
     pool.k_buffer[0] = pool.k_buffer[0][0]
-    pool.dtype = torch.float8_e4m3fn
-    assert refusals.of_scheduler(scheduler, KaraConfig(window=128))
+    assert refusals.of_scheduler(scheduler, KaraConfig(window=128)) == []
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float32):
+        pool.dtype = dtype
+        assert refusals.of_scheduler(scheduler, KaraConfig(window=128)) == []
+    for dtype in (torch.float4_e2m1fn_x2, torch.float8_e4m3fnuz, torch.uint8):
+        pool.dtype = dtype
+        [line] = refusals.of_scheduler(scheduler, KaraConfig(window=128))
+        assert str(dtype) in line and "\n" not in line

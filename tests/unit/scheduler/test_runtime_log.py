@@ -22,7 +22,7 @@ def said(budget: int) -> str:
     coordinator = SimpleNamespace(
         scheduler=scheduler, graphs=Graphs([1, 2, 160]), geometry=Geometry(16, 512, 64)
     )
-    return described(Parts(config, TorchKernels(), "a test", recorder, [1.0], None, []), coordinator)
+    return described(Parts(config, TorchKernels(), "a test", recorder, [], None), coordinator)
 
 
 def test_the_log_names_ring_and_decode_graphs() -> None:

@@ -50,9 +50,7 @@ def ring(budget: int) -> QueryRecorder:
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[runtime.Runtime]:
     """A server that has started and serves, with a recorder that nobody has asked for yet."""
     recorder = ring(1 << 20)
-    parts = runtime.Parts(
-        KaraConfig(), CountedKernels(), "a test", recorder, [0.5] * LAYERS, None, MODEL
-    )
+    parts = runtime.Parts(KaraConfig(), CountedKernels(), "a test", recorder, MODEL, None)
     running = runtime.Runtime(parts)
     monkeypatch.setattr(runtime, "runtime", running)
     return running

@@ -30,7 +30,7 @@ def coordinator_of(config: KaraConfig) -> Coordinator:
     """The real one, over as much of a scheduler as it looks at."""
     width = config.window
     buffers = [torch.zeros(2 * width, HEADS, DIM, dtype=torch.bfloat16) for _ in range(2 * LAYERS)]
-    pool = SimpleNamespace(k_buffer=buffers[:LAYERS], v_buffer=buffers[LAYERS:])
+    pool = SimpleNamespace(k_buffer=buffers[:LAYERS], v_buffer=buffers[LAYERS:], dtype=buffers[0].dtype)
     scheduler = SimpleNamespace(
         page_size=PAGE,
         metrics_collector_context=SimpleNamespace(current_scheduler_metrics_enabled=False),
@@ -48,7 +48,8 @@ def coordinator_of(config: KaraConfig) -> Coordinator:
     recorder.allocate_tables(8)
     still = RopeShift.of_layer(torch.ones(DIM // 2), torch.zeros(DIM // 2), DIM, halves=True)
     turn = RopeShift.of([still] * LAYERS)
-    return Coordinator(config, Compaction(scheduler, config, recorder, kernels, [0.125] * LAYERS, turn))
+    scales = [0.125] * LAYERS
+    return Coordinator(config, Compaction(scheduler, config, recorder, kernels, lambda: scales, turn))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_kernels_see_when_buffers_are_made_anew():
     assert coordinator.compaction._pool() is known
     buffers.v_buffer = [buffer.clone() for buffer in buffers.v_buffer]
     other = coordinator.compaction._pool()
-    assert other is not known and other.values is buffers.v_buffer
+    assert other is not known and other.values[0].data_ptr() == buffers.v_buffer[0].data_ptr()
     with caught():
         coordinator.warm_up()
     assert coordinator.kernels._tables.pool is other
