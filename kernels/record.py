@@ -280,7 +280,7 @@ def keep_accepted(
     old = torch.where(accepted < 0, places, first[:, None] + accepted)
     source = plan(Step(old.flatten(), rows, pages), trash)
     target = plan(Step(places.flatten(), rows, pages), trash)
-    for part in map(_movable, ring.parts):
+    for part in map(movable, ring.parts):
         part.index_copy_(1, target.flatten(), part.index_select(1, source.flatten()))
 
 
