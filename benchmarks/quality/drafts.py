@@ -1,6 +1,6 @@
 """How many tokens a step accepts from a draft model, with compression and without.
 
-    python -m kara_sglang.benchmarks.speculation --out speculation.json
+    python -m kara_sglang.benchmarks.quality.drafts --out drafts.json
 
 The model drafts for itself unless ``--draft`` names another one, so nearly all guesses are right while
 both remember the same, and what compression takes from the draft shows.
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         lines.append([name, f"{statistics.mean(steps):.2f}", change, str(windows)])
     print(grid(["row", "tokens per step", "change, %", "windows"], lines), end="")
     if options.out:
-        shown = command("kara_sglang.benchmarks.speculation", argv or sys.argv[1:])
+        shown = command("kara_sglang.benchmarks.quality.drafts", argv or sys.argv[1:])
         write_json(options.out, {"command": shown, "machine": machine(), "rows": found}, indent=1)
     return 0
 
