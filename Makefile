@@ -30,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 digest = $(shell cat $(1) 2>/dev/null | sha256sum | cut -c1-12)
 stamp = $(VENV)/stamps/$(1)-$(call digest,$(2))
 CPU_FILES := $(wildcard $(CPU)/requirements.txt $(CPU)/requirements-nodeps.txt $(CPU)/install.py \
-  $(CPU)/site/*.py $(CPU)/site/*/*.py)
+  $(CPU)/site/*.py $(CPU)/site/*/*.py $(CPU)/site/*.dist-info/*)
 
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU ')
 ENGINE := $(if $(GPU),$(VENV)/stamps/gpu-engine,$(call stamp,cpu-engine,$(CPU_FILES)))

@@ -219,9 +219,9 @@ class Step:
     Attributes
     ----------
     positions
-        Their logical positions, shape ``(batch,)``, int64.
+        The logical positions in whose places their queries go, shape ``(batch,)``, int64.
     rows
-        The requests' rows of ``req_to_token``, shape ``(batch,)``, int64.
+        The rows of ``req_to_token`` of their requests, shape ``(batch,)``, int64.
     pages
         Pages of each row's blocks, shape ``(num_rows, num_blocks, group)``, int32; block b is at
         ``b % num_blocks``. -1 where nobody records, and behind the only page of the mean.
@@ -230,6 +230,58 @@ class Step:
     positions: torch.Tensor
     rows: torch.Tensor
     pages: torch.Tensor
+
+    @classmethod
+    def of(cls, positions: torch.Tensor, rows: torch.Tensor, pages: torch.Tensor) -> Self:
+        """A step of these requests, which computes one token of each or as many drafts of each.
+
+        Drafts get places in their order, from the first one's position on: those of a tree that stand
+        at the same position must not share one (:func:`keep_accepted`). Whoever comes later writes over
+        those that were not accepted.
+
+        Parameters
+        ----------
+        positions : torch.Tensor
+            Logical positions, shape ``(batch * drafts,)``, int64, a request's beside each other.
+        rows : torch.Tensor
+            Shape ``(batch,)``, int64.
+        pages : torch.Tensor
+        """
+        drafts = positions.shape[0] // max(1, rows.shape[0])
+        if drafts > 1:
+            first = positions.view(-1, drafts)[:, :1]
+            positions = (first + torch.arange(drafts, device=first.device)).flatten()
+            rows = rows.repeat_interleave(drafts)
+        return cls(positions, rows, pages)
+
+
+def keep_accepted(
+    ring: Ring, first: torch.Tensor, rows: torch.Tensor, pages: torch.Tensor, accepted: torch.Tensor
+) -> None:
+    """Move the queries of accepted drafts to the places of their positions, in all layers.
+
+    Parameters
+    ----------
+    ring : Ring
+        Of all layers, written in place. The last entry is the trash.
+    first : torch.Tensor
+        Logical position of each request's first draft, shape ``(batch,)``, int64.
+    rows, pages : torch.Tensor
+        As in :class:`Step`.
+    accepted : torch.Tensor
+        Which of a request's drafts were accepted, in the order of their positions, shape
+        ``(batch, most)``, int64; the first one always is. Negative behind the last.
+    """
+    _, num_entries, _, _ = ring.queries.shape
+    trash = num_entries - 1
+    most = accepted.shape[1]
+    rows = rows.repeat_interleave(most)
+    places = first[:, None] + torch.arange(most, device=first.device)
+    old = torch.where(accepted < 0, places, first[:, None] + accepted)
+    source = plan(Step(old.flatten(), rows, pages), trash)
+    target = plan(Step(places.flatten(), rows, pages), trash)
+    for part in map(movable, ring.parts):
+        part.index_copy_(1, target.flatten(), part.index_select(1, source.flatten()))
 
 
 def plan(step: Step, trash: int) -> torch.Tensor:

@@ -194,7 +194,10 @@ class CompressedRadixCache(UnifiedRadixCache):
         seed = seed_of(sharing.settings, req.extra_key, req.cache_salt)
         tokens = memoryview(text)
         ids = physical_key(Text(seed, tokens), layout.windows)
-        slots = up_to if req.finished() else layout.slots(up_to)
+        slots = layout.slots(up_to)
+        if req.finished():
+            # A step that verifies drafts may have gone on behind the end of the answer.
+            slots = min(up_to, layout.slots(len(prompt) + len(req.output_ids_through_stop)))
         if self.debug_checks:
             layout.check(self.page_size)
             self._check_lengths(req, ids, slots, layout)

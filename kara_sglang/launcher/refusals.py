@@ -23,11 +23,20 @@ _ENTRIES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--grpc-mode", lambda c: c.grpc_mode or c.smg_grpc_mode),
 )
 
+SPECULATION = ("NGRAM", "EAGLE", "EAGLE3", "STANDALONE")
+"""Kinds of speculation whose verification is understood; SGLang calls MTP and NEXTN EAGLE."""
+
 # Group -> (flag or feature, does the resolved configuration use it?). Field names:
 # sglang/srt/arg_groups/fields.
 FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
     "Steps that write more than one token a request": (
-        ("--speculative-algorithm", lambda c: c.speculative_algorithm is not None),
+        (
+            f"--speculative-algorithm (other than {', '.join(SPECULATION)})",
+            lambda c: c.speculative_algorithm not in (None, *SPECULATION),
+        ),
+        ("--speculative-adaptive", lambda c: c.speculative_adaptive),
+        ("--enable-multi-layer-eagle", lambda c: c.enable_multi_layer_eagle),
+        ("--speculative-use-rejection-sampling", lambda c: c.speculative_use_rejection_sampling),
         ("--dllm-algorithm", lambda c: c.dllm_algorithm is not None),
     ),
     "Work split over servers and devices": (
@@ -90,11 +99,20 @@ _SHARING_FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--disable-radix-cache", lambda c: c.disable_radix_cache),
     # Rows that were driven off the device would not be found again: the host is not asked.
     ("--enable-hierarchical-cache", lambda c: c.enable_hierarchical_cache),
+    # The trees of the others have keys of two tokens each.
+    (
+        "--speculative-algorithm (other than NGRAM)",
+        lambda c: c.speculative_algorithm not in (None, "NGRAM"),
+    ),
     # The events would tell others about ids that are no tokens.
     ("--kv-events-config", lambda c: c.kv_events_config is not None),
 )
 
-ENVIRONMENT = ("SGLANG_RUST_SERVER", "SGLANG_USE_HND_KVCACHE")
+ENVIRONMENT = (
+    "SGLANG_ENABLE_OVERLAP_PLAN_STREAM",
+    "SGLANG_RUST_SERVER",
+    "SGLANG_USE_HND_KVCACHE",
+)
 
 KV_CACHE_DTYPES = (kv_cache.AUTO, *kv_cache.NAMED)
 """What K and V may be kept in. Other choices have a scale for every few numbers, which would have to

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from kara_sglang.config import KaraConfig
 from kara_sglang.radix_integration.row import Geometry, ceil_align
 from kara_sglang.scheduler import policy
-from kara_sglang.scheduler.forecast import reserve
+from kara_sglang.scheduler.forecast import Forecast
+from kara_sglang.scheduler.pace import PLAIN, Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +53,16 @@ def uncompressed(load: Load, page_size: int) -> Held:
     )
 
 
-def compressed(load: Load, config: KaraConfig, page_size: int) -> Held:
+def compressed(load: Load, config: KaraConfig, page_size: int, pace: Pace = PLAIN) -> Held:
     """With compression."""
     kept = config.kept_by(config.selector, page_size)
     decides = policy.build(config)
-    geometry = Geometry(page_size, config.window, config.delay + decides.wait)
+    forecast = Forecast(decides, Geometry(page_size, config.window, config.delay), pace)
     start = ceil_align(load.prompt, page_size)
-    grown = reserve(decides, geometry, load.answer, load.prompt, start, kept, load.running)
-    in_time = decides.in_time(load.running, config.window)
+    grown = forecast.reserve(load.answer, load.prompt, start, kept, load.running)
+    in_time = forecast.in_time(load.running)
     # Tokens of the answer when its first window is due; a request whose last one is on its way is left.
-    first = max(start + config.window + geometry.delay, decides.floor) - load.prompt
+    first = max(start + config.window + forecast.latest.delay, decides.floor) - load.prompt
     windows = max(0, (load.answer - 3 - first) // config.window + 1)
     freed = config.window - kept
     # Each window is missing from its compression to the end.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kara_sglang.plan.launch import Launch
+from kara_sglang.scheduler.pace import pace_of
 from kara_sglang.scheduler.reserved import largest_window, query_ring, shape_of
 from kara_sglang.scheduler.ring.size import Room
 
@@ -166,7 +167,7 @@ def ring_of(launch: Launch, rank: Rank, weights: int | None) -> QueryRecorder:
         most_slots=launch.resolved.max_total_tokens,
         most_running=launch.resolved.max_running_requests,
     )
-    return query_ring(shape_of(rank), launch.config, room)
+    return query_ring(shape_of(rank), launch.config, room, pace_of(launch.resolved))
 
 
 def scratch_bytes(launch: Launch, rank: Rank) -> int:

@@ -15,6 +15,7 @@ from kara_sglang.plan.launch import Launch
 from kara_sglang.plan.load import Held, Load, compressed, uncompressed
 from kara_sglang.plan.memory import Memory, Rank, divide, ring_of
 from kara_sglang.scheduler import graphs
+from kara_sglang.scheduler.pace import pace_of
 from kara_sglang.scheduler.ring.recorder import QueryRecorder, cheapest
 from kara_sglang.scheduler.ring.served import Served
 
@@ -90,7 +91,7 @@ class Plan:
             memory=memory,
             ring=ring,
             stock=stock,
-            held=compressed(load, launch.config, page),
+            held=compressed(load, launch.config, page, pace_of(launch.resolved)),
             untouched=untouched,
             projection=None,
         )

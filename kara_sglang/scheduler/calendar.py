@@ -1,7 +1,7 @@
 """Which requests to look at in which decode step, so that a step costs what happens in it.
 
-A step adds at most one token to a running request. So whoever has n tokens to go until something can
-happen need not be looked at before n steps from now, however many requests run.
+A step adds at most one token to a running request, or as many as it verifies. So whoever has n tokens
+to go until something can happen need not be looked at for a while, however many requests run.
 """
 
 from __future__ import annotations
@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING
 
 from kara_sglang.kernels.record import PAGE
 from kara_sglang.radix_integration.row import Geometry, RequestState
+from kara_sglang.scheduler.pace import Pace
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 
 class Calendar:
-    """Dates of the running requests of one scheduler, one each; counted in decode steps."""
+    """Dates of the running requests of one scheduler, one each; counted in decode steps.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    geometry : Geometry
+    pace : Pace
+    """
+
+    def __init__(self, geometry: Geometry, pace: Pace) -> None:
+        self.geometry = geometry
+        self.pace = pace
         self.step = 0
         self._dates: dict[int, dict[int, tuple[Req, RequestState]]] = {}  # by step, by order
 
@@ -30,13 +39,13 @@ class Calendar:
             state.look_at = 0
         return due
 
-    def make_date(self, req: Req, state: RequestState, geometry: Geometry, ready_at: int) -> None:
+    def make_date(self, req: Req, state: RequestState, ready_at: int) -> None:
         """Look again when a window is due, when one begins that wants a recorder, or when a recorder
         needs another page.
 
         Parameters
         ----------
-        req, state, geometry
+        req, state
         ready_at : int
             KV length from which on the request's next window may be taken. Who is that long needs no
             date for it: one is made when the window has been taken.
@@ -44,12 +53,19 @@ class Calendar:
         kv_len = req.kv.kv_committed_len
         dates = [ready_at - kv_len]
         if state.recorder is not None:
-            dates.append(PAGE - (kv_len + state.removed) % PAGE)
+            dates.append(PAGE - (kv_len + state.removed + self.pace.reach) % PAGE)
         elif state.selector.needs_queries:
-            dates.append(state.next_window(kv_len, geometry) or geometry.window)
-        dates = [steps for steps in dates if steps > 0]
+            asks_in = self.asks_in(req, state)
+            dates.append(asks_in if asks_in > 0 else asks_in + self.geometry.window)
+        dates = [tokens for tokens in dates if tokens > 0]
         if dates:
-            self.look_in(min(dates), req, state)
+            self.look_in(self.pace.steps(min(dates)), req, state)
+
+    def asks_in(self, req: Req, state: RequestState) -> int:
+        """Tokens to come before the request must ask for a recorder: a window begins with the next
+        step's queries, or might begin before those of the step behind it."""
+        start = req.kv.kv_committed_len + self.pace.unknown(state, self.step)
+        return state.next_window(start, self.geometry) - self.pace.tokens + 1
 
     def look_in(self, steps: int, req: Req, state: RequestState) -> None:
         """Make the request's date so many steps from now, instead of any that it has."""

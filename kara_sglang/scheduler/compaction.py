@@ -18,12 +18,13 @@ import torch
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
+from kara_sglang.kernels.compact import compact_alike
 from kara_sglang.kernels.record import any_pages
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.selectors import Selector
-from kara_sglang.kernels.transfer import to_device
 from kara_sglang.radix_integration import exact
 from kara_sglang.radix_integration.row import Geometry, RequestState, Voters
+from kara_sglang.scheduler.lengths import Lengths
 from kara_sglang.scheduler.ring.recorder import QueryRecorder
 from kara_sglang.scheduler.streams import forward_stream
 from kara_sglang.scheduler.tracer import Tracer
@@ -31,6 +32,7 @@ from kara_sglang.scheduler.tracer import Tracer
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class Compaction:
         Gives the softmax scale of each layer (``scales.py``).
     rope_shift : RopeShift or None
         How queries are moved ahead; None where the settings do not ask for it.
+    drafts : sequence of MHATokenToKVPool
+        Pools of draft models; a token has the same slot in all of them.
     """
 
     def __init__(
@@ -89,12 +93,15 @@ class Compaction:
         kernels: Kernels,
         scales: Callable[[], list[float]],
         rope_shift: RopeShift | None,
+        drafts: Sequence[MHATokenToKVPool] = (),
     ) -> None:
         self.scheduler = scheduler
         self.recorder = recorder
         self.kernels = kernels
         self.scales = scales
         self.rope_shift = rope_shift
+        self.drafts = drafts
+        self.lengths = Lengths(scheduler, recorder.pace)
         self.geometry = Geometry(scheduler.page_size, config.window, config.delay)
         self.debug_checks = config.debug_checks
         self.tracer = Tracer(scheduler, config) if config.trace is not None else None
@@ -142,7 +149,7 @@ class Compaction:
             for place, (req, state) in zip(places, due, strict=True)
         ]
         self._compress(due, taken)
-        freed = self._shorten(batch, taken)
+        freed = self._shorten(batch, due, taken)
         self._free(taken)
         without_queries = sum(
             state.selector.needs_queries and each.job.pages is None
@@ -173,18 +180,21 @@ class Compaction:
 
     def _check_lengths(self, batch: ScheduleBatch, place: int, req: Req, state: RequestState) -> None:
         committed, allocated = req.kv.kv_committed_len, req.kv.kv_allocated_len
-        in_batch = int(batch.seq_lens_cpu[place])
-        if not committed == allocated == in_batch:
+        agree = allocated >= committed if self.lengths.pace.speculates else allocated == committed
+        # A batch behind which a step is in flight gets its lengths from that step.
+        in_batch = committed if self.lengths.pace.behind else int(batch.seq_lens_cpu[place])
+        if not agree or in_batch != committed:
             raise RuntimeError(
                 f"kv-compress: request {req.rid} has committed {committed}, allocated {allocated}, "
                 f"in the batch {in_batch} KV slots; they must agree before a pass"
             )
         if self.debug_checks:
-            ahead = int(batch.orig_seq_lens[place]) - int(batch.seq_lens[place])
-            if ahead != state.removed or int(batch.seq_lens[place]) != in_batch:
+            gone = int(self.lengths.removed[req.kv.req_pool_idx])
+            held = committed if self.lengths.pace.behind else int(batch.seq_lens[place])
+            if gone != state.removed or held != committed:
                 raise RuntimeError(
-                    f"kv-compress: request {req.rid}: logical length is {ahead} ahead of its "
-                    f"{int(batch.seq_lens[place])} KV slots, {state.removed} were removed"
+                    f"kv-compress: request {req.rid}: on the device its row has {held} slots and lacks "
+                    f"{gone} tokens; it has {committed}, and {state.removed} were removed"
                 )
 
     def check_ranks_agree(self, due: Sequence[tuple[Req, RequestState]]) -> None:
@@ -207,7 +217,8 @@ class Compaction:
     def _splice(self, batch: ScheduleBatch, place: int, req: Req, state: RequestState) -> _Taken:
         """Cut the window's last W - R slots out of the row, and account for it in the state.
 
-        Only the page table moves: the tail behind the window keeps its K/V where it is.
+        Only the page table moves: the tail behind the window keeps its K/V where it is. What SGLang has
+        allocated for drafts belongs to the tail.
         """
         row = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         base, kept, end = state.base, state.kept, state.base + self.geometry.window
@@ -215,7 +226,7 @@ class Compaction:
         voters = self._voters(state)
         job = self._job(state, voters, slots)
 
-        tail = row[end : req.kv.kv_committed_len].clone()
+        tail = row[end : req.kv.kv_allocated_len].clone()
         row[base + kept : base + kept + tail.shape[0]] = tail
         if not state.shares and kept < self.geometry.window:
             exact.bar_insert(req, state)
@@ -259,13 +270,23 @@ class Compaction:
                     self.recorder.check.require(
                         each.req.rid, each.job.pages, each.job.query_start, each.job.query_count
                     )
-            kept = self.kernels.compress(self._pool(), jobs, positions=shown)
+            kept = self.kernels.compress(self._pool(), jobs, positions=shown or bool(self.drafts))
             if kept is None:
+                return
+            for job, chosen in zip(jobs, kept, strict=True):
+                self._compact_drafts(job, chosen)
+            if not shown:
                 return
             if self.debug_checks:
                 _check_kept(kept, jobs, self.geometry.page_size)
             if self.tracer is not None:
                 self.tracer.add([state for _, state in due], kept)
+
+    def _compact_drafts(self, job: WindowJob, kept: torch.Tensor) -> None:
+        """A draft model guesses what the target says, so it keeps what the target keeps."""
+        if job.kept < job.slots.shape[0]:
+            for pool in self.drafts:
+                compact_alike(pool.k_buffer, pool.v_buffer, job.slots, kept)
 
     def _pool(self) -> LayerPool:
         """The same object as long as SGLang's buffers and the scales are the same."""
@@ -287,17 +308,18 @@ class Compaction:
 
     # -- shorten, free -----------------------------------------------------------------------------
 
-    def _shorten(self, batch: ScheduleBatch, taken: Sequence[_Taken]) -> int:
+    def _shorten(
+        self,
+        batch: ScheduleBatch,
+        due: Sequence[tuple[Req, RequestState]],
+        taken: Sequence[_Taken],
+    ) -> int:
         """Bring the lengths of requests and batch up to date. Returns the slots that became free."""
-        freed = torch.zeros_like(batch.seq_lens_cpu)
         for each in taken:
             each.req.kv.kv_committed_len -= each.freed
             each.req.kv.kv_allocated_len -= each.freed
-            freed[each.place] = each.freed
-        # Rebound, never written in place: overlap scheduling keeps older batches in flight.
-        batch.seq_lens = batch.seq_lens - to_device(freed, batch.seq_lens.device)
-        batch.seq_lens_cpu = batch.seq_lens_cpu - freed
-        batch.seq_lens_sum = None
+        self.lengths.shorten(batch, {each.place: each.freed for each in taken})
+        self.lengths.lacks((req.kv.req_pool_idx, state.removed) for req, state in due)
         return sum(each.freed for each in taken)
 
     def _free(self, taken: Sequence[_Taken]) -> None:

@@ -6,7 +6,6 @@ that freed pages can spare a retraction.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 from kara_sglang.config import KaraConfig
@@ -21,7 +20,7 @@ from kara_sglang.radix_integration.row import (
 from kara_sglang.scheduler import policy
 from kara_sglang.scheduler.calendar import Calendar
 from kara_sglang.scheduler.compaction import Compaction
-from kara_sglang.scheduler.forecast import reserve
+from kara_sglang.scheduler.forecast import Forecast
 from kara_sglang.scheduler.graphs import Graphs
 from kara_sglang.scheduler.latch import LOOK_EVERY, Latch
 from kara_sglang.scheduler.metrics import Metrics, Totals, slots_held
@@ -53,15 +52,15 @@ class Coordinator:
         self.scheduler: Scheduler = compaction.scheduler
         scheduler = self.scheduler
         self.recorder = compaction.recorder
+        self.pace = compaction.recorder.pace
         self.kernels = compaction.kernels
         self.geometry = compaction.geometry
         self.policy = policy.build(config)
-        # What admission counts on: the last windows of all requests may wait for their passes.
-        self._latest = dataclasses.replace(self.geometry, delay=config.delay + self.policy.wait)
+        self.forecast = Forecast(self.policy, self.geometry, self.pace)
         self.terms_of = TermsOf(config, scheduler.page_size)
         self.handout = Handout(self.recorder, config.query_heads)
         self.latch = Latch()
-        self.calendar = Calendar()
+        self.calendar = Calendar(self.geometry, self.pace)
         self.graphs = Graphs(scheduler.tp_worker.get_decode_cuda_graph_bs())
         self.totals = Totals()
         self.newcomers = Newcomers(config, compaction, self.terms_of, self.totals)
@@ -102,7 +101,7 @@ class Coordinator:
         else:
             held = len(req.origin_input_ids) + len(req.output_ids)
             base = ceil_align(held, self.geometry.page_size)
-        return reserve(self.policy, self._latest, tokens, held, base, terms.kept, running)
+        return self.forecast.reserve(tokens, held, base, terms.kept, running)
 
     def forget(self, req: Req) -> None:
         """The request was retracted: its KV is gone and will be computed anew, uncompressed."""
@@ -121,6 +120,7 @@ class Coordinator:
             self.handout.leave(state)
             self.calendar.forget(state)
             self._ready.pop(state.order, None)
+        self.compaction.lengths.row_freed(req.kv.req_pool_idx)
         running = self.scheduler.running_batch.reqs
         if not any(other is not req and other.kv.holds_kv for other in running):
             self.export(leaving=req)  # the last one leaves; a pass or a log line exports otherwise
@@ -136,7 +136,8 @@ class Coordinator:
     def before_decode(self, batch: ScheduleBatch) -> None:
         """Compress what is due, then hand out recorders for windows that begin."""
         self.graphs.step(len(batch.reqs))
-        looked_at = self.calendar.next_step() + self.newcomers.start(batch)
+        looked_at = self.calendar.next_step()
+        looked_at += self.newcomers.start(batch, self.calendar.step)
         for req, state in looked_at:
             if req.kv.kv_committed_len >= self._ready_at(state):
                 self._ready[state.order] = req, state
@@ -153,7 +154,7 @@ class Coordinator:
         self.latch.step(batch, passed=bool(due))
         self._hand_out(due, looked_at)
         for req, state in looked_at + due:
-            self.calendar.make_date(req, state, self.geometry, self._ready_at(state))
+            self.calendar.make_date(req, state, self._ready_at(state))
 
     def _ready_at(self, state: RequestState) -> int:
         """KV length from which on the policy may take the request's next window."""
@@ -168,7 +169,7 @@ class Coordinator:
         if self._acting:
             ready = [one for one in self._ready.values() if _outlives_this_step(one[0])]
         candidates = [self._candidate(index, *one) for index, one in enumerate(ready)]
-        urgent = bool(ready) and short_of_slots(self.scheduler, batch)
+        urgent = bool(ready) and short_of_slots(self.scheduler, batch, self.pace)
         return [ready[index] for index in self.policy.due(candidates, urgent=urgent)]
 
     def _candidate(self, index: int, req: Req, state: RequestState) -> Candidate:
@@ -199,7 +200,7 @@ class Coordinator:
             kv_len = req.kv.kv_committed_len
             if not state.selector.needs_queries or state.recorder is not None:
                 continue
-            if state.next_window(kv_len, self.geometry) > 0:
+            if self.calendar.asks_in(req, state) > 0:
                 continue
             if self._falls_due(req, kv_len + self.geometry.window + self.geometry.delay):
                 asking.append((req, state))

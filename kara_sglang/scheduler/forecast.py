@@ -5,11 +5,13 @@ Over a window's W tokens a request grows by R slots, whoever chooses them.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from kara_sglang.radix_integration.row import Geometry
 
 if TYPE_CHECKING:
+    from kara_sglang.scheduler.pace import Pace
     from kara_sglang.scheduler.policy import Policy
 
 
@@ -37,33 +39,47 @@ def growth(geometry: Geometry, tokens: float, uncompressed: int, kept: int) -> f
     return max(0.0, min(max(at_the_end, before_last) - uncompressed, tokens))
 
 
-def reserve(
-    policy: Policy,
-    latest: Geometry,
-    tokens: float,
-    held: int,
-    base: int,
-    kept: int,
-    running: int,
-) -> float:
-    """KV slots that a request takes for ``tokens`` still to come, at most.
+class Forecast:
+    """What the requests of a server come to hold.
 
     Parameters
     ----------
     policy : Policy
+    geometry : Geometry
+    pace : Pace
+
+    Attributes
+    ----------
     latest : Geometry
-        With what a window may wait for its pass in the delay (``Policy.wait``).
-    tokens : float
-    held : int
-        KV slots that it holds.
-    base : int
-        KV index at which its next window starts.
-    kept : int
-        R of this request.
-    running : int
-        Requests that run at once.
+        With the tokens in the delay that a window may wait for its pass, and those that drafts take.
     """
-    grown = growth(latest, tokens, held - base, kept)
-    grown = max(grown, min(tokens, policy.floor - held))
-    # Where passes fall behind, what they leave is held as in stock SGLang.
-    return tokens - policy.in_time(running, latest.window) * (tokens - grown)
+
+    def __init__(self, policy: Policy, geometry: Geometry, pace: Pace) -> None:
+        self.policy = policy
+        wait = policy.wait * pace.tokens + pace.reserve
+        self.latest = dataclasses.replace(geometry, delay=geometry.delay + wait)
+        self._steps = pace.steps(geometry.window)
+
+    def in_time(self, running: int) -> float:
+        """Share of the windows of so many running requests that passes take as they fall due."""
+        return self.policy.in_time(running, self._steps)
+
+    def reserve(self, tokens: float, held: int, base: int, kept: int, running: int) -> float:
+        """KV slots that a request takes for ``tokens`` still to come, at most.
+
+        Parameters
+        ----------
+        tokens : float
+        held : int
+            KV slots that it holds.
+        base : int
+            KV index at which its next window starts.
+        kept : int
+            R of this request.
+        running : int
+            Requests that run at once.
+        """
+        grown = growth(self.latest, tokens, held - base, kept)
+        grown = max(grown, min(tokens, self.policy.floor - held))
+        # Where passes fall behind, what they leave is held as in stock SGLang.
+        return tokens - self.in_time(running) * (tokens - grown)

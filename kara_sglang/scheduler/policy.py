@@ -36,7 +36,7 @@ them. Half of what the recorder waits for at least."""
 
 
 def lag(config: KaraConfig) -> int:
-    """Tokens that a due window may have to wait for its pass: ``QueryRecorder.lag``."""
+    """Steps that a due window may have to wait for its pass: ``QueryRecorder.lag``."""
     return max(LAG, config.period + SPREAD)
 
 
@@ -76,8 +76,9 @@ class Policy(Protocol):
             Whether this step may run out of slots: who may be compressed now is not put off then.
         """
 
-    def in_time(self, running: int, window: int) -> float:
-        """Share of the windows of so many running requests that passes can take as they fall due."""
+    def in_time(self, running: int, steps: int) -> float:
+        """Share of the windows of so many running requests that passes can take as they fall due, where
+        each has one every so many steps."""
 
 
 class Periodic:
@@ -105,9 +106,9 @@ class Periodic:
         most = self.limit if urgent else min(self.limit, _share(candidates, self.period))
         return _first(candidates, most, self.rank)
 
-    def in_time(self, running: int, window: int) -> float:
+    def in_time(self, running: int, steps: int) -> float:
         # One window of a request in a pass, and so many requests.
-        return min(1.0, window / self.period * min(1.0, self.limit / running))
+        return min(1.0, steps / self.period * min(1.0, self.limit / running))
 
     @staticmethod
     def rank(candidate: Candidate) -> tuple[int, ...]:
@@ -134,7 +135,7 @@ class Threshold:
         long = [c for c in candidates if c.kv_len >= self.floor]
         return _first(long, len(long), lambda c: (c.index,))
 
-    def in_time(self, running: int, window: int) -> float:
+    def in_time(self, running: int, steps: int) -> float:
         return 1.0
 
 

@@ -47,6 +47,18 @@ def of_attention_layers(layers: list[Any]) -> list[str]:
     return [f"{line}, which --kv-compress does not support" for line in lines]
 
 
+def of_drafts(pools: list[Any]) -> list[str]:
+    """Refusals that the KV pools of draft models decide, one line each."""
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    return [
+        f"the draft model's KV pool is a {type(pool).__name__}, --kv-compress supports "
+        "MHATokenToKVPool; use another draft model, or serve without --kv-compress"
+        for pool in pools
+        if type(pool) is not MHATokenToKVPool
+    ]
+
+
 def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
     """Refusals that the real pool, allocator and host tier decide, one line each.
 

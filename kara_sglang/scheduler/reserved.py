@@ -13,6 +13,7 @@ from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import WindowShape
 from kara_sglang.kernels.record import PAGE
 from kara_sglang.scheduler import policy
+from kara_sglang.scheduler.pace import PLAIN, Pace
 from kara_sglang.scheduler.ring.demand import Demand
 from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder, cheapest
 from kara_sglang.scheduler.ring.size import Room, Size, ring_size
@@ -36,7 +37,9 @@ def shape_of(model: Any) -> AttentionShape:
     )
 
 
-def query_ring(shape: AttentionShape, config: KaraConfig, room: Room | None = None) -> QueryRecorder:
+def query_ring(
+    shape: AttentionShape, config: KaraConfig, room: Room | None = None, pace: Pace = PLAIN
+) -> QueryRecorder:
     """The recorder of a rank, with its ring on ``shape.device``, as large as ``ring/size.py`` says;
     without pages where the settings keep no queries.
 
@@ -46,10 +49,11 @@ def query_ring(shape: AttentionShape, config: KaraConfig, room: Room | None = No
     config : KaraConfig
     room : Room
         None: nobody says how much memory is free.
+    pace : Pace
     """
     lag = policy.lag(config)
     dtype = config.ring_dtype(shape.dtype) if config.keeps_queries else shape.dtype
-    page, demand = PAGE * shape.entry_bytes(dtype), Demand(0, config.window, config.delay)
+    page, demand = PAGE * shape.entry_bytes(dtype), Demand(0, config.window, config.delay, pace)
     heads = 1 if config.query_heads == "mean" else shape.group
     least = demand.most(cheapest(shape.group, config.query_heads)) * page
     size = Size(0, "no queries are kept")
@@ -64,6 +68,7 @@ def query_ring(shape: AttentionShape, config: KaraConfig, room: Room | None = No
         lag=lag,
         checked=config.debug_checks,
         why=size.why,
+        pace=pace,
     )
 
 

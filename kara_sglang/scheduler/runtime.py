@@ -27,6 +27,7 @@ from kara_sglang.radix_integration import prefill
 from kara_sglang.scheduler import refusals
 from kara_sglang.scheduler.compaction import Compaction
 from kara_sglang.scheduler.coordinator import Coordinator
+from kara_sglang.scheduler.pace import pace_of
 from kara_sglang.scheduler.reserved import largest_window, query_ring
 from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder, cheapest
 from kara_sglang.scheduler.ring.served import Served
@@ -54,7 +55,7 @@ class Parts:
     kernels_why
         Why these kernels, in words for people.
     layers
-        The model's attention layers, in order.
+        The model's attention layers, in order; a draft model has others.
     rope_shift
         How queries are moved ahead; None where the settings do not ask for it.
     """
@@ -73,6 +74,7 @@ class Runtime:
 
     parts: Parts | None = None
     coordinator: Coordinator | None = None
+    drafts: list[ModelRunner] = field(default_factory=list)  # of draft models
     row_freed: bool = False  # somebody may have finished since the last decode step
     refused: list[str] = field(default_factory=list)  # why this server must not start
 
@@ -82,6 +84,10 @@ runtime = Runtime()
 
 def after_load_model(_result: Any, runner: ModelRunner) -> None:
     """AFTER ``ModelRunner.load_model``: allocate ring and scratch before SGLang sizes the KV pool."""
+    if runner.is_draft_worker:
+        runtime.drafts.append(runner)
+        return
+    from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
     from sglang.srt.layers.radix_attention import RadixAttention
 
@@ -114,8 +120,9 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
             runtime.refused.append(str(error))
     # Given back and taken again with the KV pool (/release_memory_occupation): nobody runs then.
     room = room_of(runner, layers) if config.keeps_queries else Room()
+    pace = pace_of(resolving_view(runner.server_args))
     with runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
-        recorder = query_ring(shape, config, room)
+        recorder = query_ring(shape, config, room, pace)
     need = cheapest(shape.group, config.query_heads)
     if config.keeps_queries and not recorder.serves(need):
         bytes_needed = recorder.most_bytes(need)
@@ -160,6 +167,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 def before_cuda_graphs(runner: ModelRunner, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE ``ModelRunner.init_cuda_graphs``: captured graphs read the row tables."""
+    if runner.is_draft_worker:
+        return
     if runtime.parts is not None and runtime.parts.recorder.num_pages:
         runtime.parts.recorder.allocate_tables(runner.req_to_token_pool.req_to_token.shape[0])
 
@@ -175,12 +184,16 @@ def before_attention(
 ) -> None:
     """BEFORE ``RadixAttention.forward``: record a decode step's post-RoPE queries.
 
+    With speculation the step that verifies drafts records theirs. A draft model's queries are nobody's.
     Without a graph the step is skipped when nobody records. A graph is replayed for any batch, so there
     the tables decide, whenever it is captured: at start, or again with other weights. The steps that
     warm it up record as well, so that no kernel is first compiled in a capture.
     """
     parts = runtime.parts
-    if parts is None or not parts.recorder.num_pages or not forward_batch.forward_mode.is_decode():
+    if parts is None or not parts.recorder.num_pages:
+        return
+    mode = forward_batch.forward_mode
+    if not (mode.is_decode() or mode.is_target_verify()) or layer is not parts.layers[layer.layer_id]:
         return
     if parts.recorder.active or _capturing():
         parts.recorder.record(
@@ -202,21 +215,43 @@ def _capturing() -> bool:
 def after_init_forward_batch(
     result: ForwardBatch, _cls: Any, batch: ScheduleBatch, _runner: ModelRunner, **_kwargs: Any
 ) -> None:
-    """AFTER ``ForwardBatch.init_new``: RoPE positions follow the logical length.
-
-    In decode steps ``orig_seq_lens`` travels with the batch and the pass leaves it alone, so a later
-    pass cannot race the step that this belongs to.
-    """
-    if not batch.forward_mode.is_decode():
-        parts = runtime.parts
-        shares = parts is not None and parts.config.shares_prefixes
-        if shares and batch.forward_mode.is_extend():
-            prefill.shift_positions(result, batch)
+    """AFTER ``ForwardBatch.init_new``: RoPE positions follow the logical length, also of drafts."""
+    if runtime.coordinator is None:
         return
-    logical = batch.orig_seq_lens.to(torch.int64)
-    result.positions = (logical - 1).clamp_(min=0)
-    if result.mrope_positions is not None:
-        result.mrope_positions = result.mrope_positions + (logical - batch.seq_lens)[None]
+    mode = batch.forward_mode
+    if mode.is_decode() or mode.is_target_verify() or mode.is_draft_extend_v2():
+        runtime.coordinator.compaction.lengths.shift_positions(result)
+    elif mode.is_extend() and runtime.coordinator.config.shares_prefixes:
+        prefill.shift_positions(result, batch)
+
+
+def after_resolve_seq_lens(
+    _result: None, _map: Any, batch: ScheduleBatch, *_args: Any, **_kwargs: Any
+) -> None:
+    """AFTER ``FutureMap.resolve_seq_lens_cpu``: passes since the step in flight began have shortened
+    rows whose lengths that step has published."""
+    if runtime.coordinator is not None:
+        runtime.coordinator.compaction.lengths.correct(batch)
+
+
+def after_move_accepted(
+    _result: None, batch: ScheduleBatch, accept_index: torch.Tensor, *_args: Any, **_kwargs: Any
+) -> None:
+    """AFTER ``move_accept_tokens_to_target_kvcache``: queries move as K and V have; the worker still
+    has the lengths with which its step began."""
+    if runtime.coordinator is not None:
+        compaction = runtime.coordinator.compaction
+        first = compaction.lengths.logical(batch.seq_lens, batch.req_pool_indices)
+        compaction.recorder.keep_accepted(first, batch.req_pool_indices, accept_index)
+
+
+def around_verify_coins(original: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """AROUND ``eagle_utils._verify_coins``: with a seed a coin is drawn by the position that it is for,
+    and a length in slots would give one twice."""
+    if runtime.coordinator is not None:
+        lengths = runtime.coordinator.compaction.lengths
+        named["seq_lens"] = lengths.logical_of_step(named["seq_lens"])
+    return original(*args, **named)
 
 
 def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kwargs: Any) -> None:
@@ -230,8 +265,10 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
     runtime.refused += [
         f"hook {path} is not in place; this SGLang does not fit" for path in hooks.missing(expected)
     ]
+    pools = [runner.token_to_kv_pool for runner in runtime.drafts]
     if parts is not None:
         runtime.refused += refusals.of_scheduler(scheduler, parts.config)
+        runtime.refused += refusals.of_drafts(pools)
     if runtime.refused:
         return
     assert parts is not None
@@ -243,7 +280,7 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
         resolved.decode_attention_backend or resolved.attention_backend,
     )
     compaction = Compaction(
-        scheduler, parts.config, parts.recorder, parts.kernels, scales, parts.rope_shift
+        scheduler, parts.config, parts.recorder, parts.kernels, scales, parts.rope_shift, pools
     )
     coordinator = Coordinator(parts.config, compaction)
     coordinator.warm_up()

@@ -6,9 +6,13 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from kara_sglang.radix_integration.row import ceil_align
+
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
+
+    from kara_sglang.scheduler.pace import Pace
 
 
 def to_come(req: Req) -> int:
@@ -25,9 +29,10 @@ def idle_slots(scheduler: Scheduler) -> int:
     return free + scheduler.tree_cache.evictable_size()
 
 
-def short_of_slots(scheduler: Scheduler, running: ScheduleBatch) -> bool:
-    """Whether a decode step may need more slots than there are: a page for each request."""
-    return idle_slots(scheduler) < len(running.reqs) * scheduler.page_size
+def short_of_slots(scheduler: Scheduler, running: ScheduleBatch, pace: Pace) -> bool:
+    """Whether a decode step may need more slots than there are: whole pages for each request."""
+    most = ceil_align(pace.tokens, scheduler.page_size)
+    return idle_slots(scheduler) < len(running.reqs) * most
 
 
 def needed(scheduler: Scheduler, running: ScheduleBatch, share: float) -> bool:

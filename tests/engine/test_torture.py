@@ -15,6 +15,12 @@ from torture import Torture, assert_as_stock
 STOCKS_OWN = "AttributeError: 'GenerateReqInput' object has no attribute 'is_single'"
 
 
+NGRAM = (
+    *("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "4"),
+    *("--speculative-ngram-max-bfs-breadth", "1"),
+)
+
+
 def stays_boring(server: Server, stock: Server, weights: Path, seed: int, count: int) -> None:
     """Nobody's answer is wrong, and the server is idle, whole and healthy in the end."""
     print(f"TORTURE_SEED={seed} sends the same requests again")  # pytest shows it with a failure
@@ -56,10 +62,11 @@ def test_odd_requests_stay_boring(compressed: Server, stock: Server, tiny_model:
 @pytest.mark.slow
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("reuse", ["exact", "compressed"])
+@pytest.mark.parametrize("drafts", [(), NGRAM], ids=["plain", "drafts"])
 def test_many_odd_requests_stay_boring(
-    stock: Server, tiny_model: Path, logs: Path, reuse: str, page_size: int
+    stock: Server, tiny_model: Path, logs: Path, reuse: str, page_size: int, drafts: tuple[str, ...]
 ) -> None:
     seed = int(os.environ.get("TORTURE_SEED", random.randrange(10**6)))
     few_pages = ("--kv-compress-query-mem-gb", "0.0003")
-    with launch_small(tiny_model, logs, page_size, reuse, *few_pages) as server:
+    with launch_small(tiny_model, logs, page_size, reuse, *few_pages, *drafts) as server:
         stays_boring(server, stock, tiny_model, seed, count=400)

@@ -50,12 +50,20 @@ class RetainedCache:
         self.position += len(tokens)
         return torch.log_softmax(logits[0, -1].float(), dim=-1)
 
-    def prune_recent(self) -> None:
-        """Before a decode step: drop the oldest W - R tokens of a window that is due."""
+    def crop(self, tokens: int) -> None:
+        """Forget all but the first ``tokens``, of which no window may be in the way."""
+        slots = self.cache.get_seq_length() - (self.position - tokens)
+        self.cache.crop(slots)
+        self.position = tokens
+
+    def prune_recent(self, known: int | None = None) -> None:
+        """Before a decode step: drop the oldest W - R tokens of a window that is due, as far as
+        ``known`` says, in tokens; None: all that are there."""
         length = self.cache.get_seq_length()
+        known = length if known is None else length - (self.position - known)
         if self.base is None:
             self.base = -(-length // self.page_size) * self.page_size
-        if length < self.base + self.window + self.delay:
+        if known < self.base + self.window + self.delay:
             return
         dropped = slice(self.base, self.base + self.window - self.kept)
         stay = torch.ones(length, dtype=torch.bool)

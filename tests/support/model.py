@@ -92,11 +92,11 @@ class Model:
         shape = AttentionShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, DIM, torch.float32, device)
         dtype = config.ring_dtype(torch.float32)
         unit = LAYERS * KV_HEADS * {FP4: DIM // 2 + 4, FP8: DIM + 1}.get(dtype, 4 * DIM)
-        unit *= PAGE * Demand(0, config.window, config.delay).peak
+        unit *= PAGE * Demand(0, config.window, config.delay, setting.pace).peak
         budget = setting.units * unit if config.keeps_queries else 0
         checked = config.debug_checks and setting.real  # else no query is ever made
         self.recorder = WatchedRecorder(
-            shape, config.window, config.delay, budget, dtype, checked=checked
+            shape, config.window, config.delay, budget, dtype, checked=checked, pace=setting.pace
         )
         self.recorder.world = self
         self.recorder.allocate_tables(ROWS)
@@ -107,7 +107,6 @@ class Model:
             reqs=[],
             seq_lens=torch.empty(0, dtype=torch.int64),
             seq_lens_cpu=torch.empty(0, dtype=torch.int64),
-            orig_seq_lens=torch.empty(0, dtype=torch.int32),
             seq_lens_sum=None,
             req_to_token_pool=rows,
             batch_is_full=False,
@@ -139,7 +138,7 @@ class Model:
     def before_decode(self) -> None:
         batch = self.batch
         self.steps += 1
-        names = ("seq_lens", "seq_lens_cpu", "orig_seq_lens")
+        names = ("seq_lens", "seq_lens_cpu")
         before = [getattr(batch, name) for name in names]
         copies = [tensor.clone() for tensor in before]
         self.allocator.freed = []
@@ -163,10 +162,10 @@ class Model:
         for req in batch.reqs:
             recorder = req.state.recorder if req.state is not None else None
             if recorder is not None and recorder is not req.recorder:
-                assert recorder.since == len(req.token_at), "records from the next query on"
-                assert (len(req.token_at) - self.first_window(req)) % self.config.window == 0, (
-                    "a whole window"
-                )
+                pace, since = self.setting.pace, recorder.since
+                assert 0 <= since - len(req.token_at) <= pace.behind, "records from the next query on"
+                to_come = (self.first_window(req) - since) % self.config.window
+                assert to_come < pace.tokens, "a whole window"
         self.check_lengths()
         if taken and self.setting.real:
             self.check_contents()
@@ -293,7 +292,7 @@ class Model:
         batch = self.batch
         lengths = [len(req.slots) for req in batch.reqs]
         assert batch.seq_lens.tolist() == batch.seq_lens_cpu.tolist() == lengths
-        assert batch.orig_seq_lens.tolist() == [len(req.token_at) for req in batch.reqs]
+        assert self.positions(batch.seq_lens).tolist() == [len(req.token_at) for req in batch.reqs]
         for req, length in zip(batch.reqs, lengths, strict=True):
             kv, state = req.kv, req.state
             assert kv.kv_committed_len == kv.kv_allocated_len == length
@@ -350,14 +349,27 @@ class Model:
             named = torch.tensor(req.token_at)[start + positions]
             assert torch.equal(named, req.kept[..., kv_start : kv_start + kept])
 
+    def row_of(self, req: Request) -> list[int]:
+        """All slots in the request's row."""
+        return req.slots
+
+    def positions(self, slots: torch.Tensor) -> torch.Tensor:
+        """What the hook makes of ``ForwardBatch.positions`` of the running batch, whose requests have
+        the same number of tokens each."""
+        rows = torch.tensor([req.kv.req_pool_idx for req in self.batch.reqs], dtype=torch.int64)
+        step = SimpleNamespace(positions=slots, req_pool_indices=rows, mrope_positions=None)
+        self.coordinator.compaction.lengths.shift_positions(step)
+        return step.positions
+
     def check_pages(self) -> None:
         """Each page is free, the tree's, or one request's; rows are made of whole pages."""
         owners = [*self.allocator.free, *self.tree_pages]
         for req in self.batch.reqs:
-            own = req.slots[req.kv.cache_protected_len :]
+            row = self.row_of(req)
+            own = row[req.kv.cache_protected_len :]
             owners += [slot // self.page for slot in own[:: self.page]]
-            for first in range(0, len(req.slots), self.page):
-                part = req.slots[first : first + self.page]
+            for first in range(0, len(row), self.page):
+                part = row[first : first + self.page]
                 assert part[0] % self.page == 0 and part[-1] - part[0] == len(part) - 1
         assert sorted(owners) == list(range(1, self.setting.num_pages + 1))
         held = [req.state.recorder for req in self.batch.reqs if req.state is not None]

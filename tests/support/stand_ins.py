@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kara_sglang.config import KaraConfig
+from kara_sglang.config import SELECTORS, KaraConfig
 from kara_sglang.kernels.backend import LayerPool, TorchKernels, WindowJob
 from kara_sglang.kernels.record import Recorder
 from kara_sglang.kernels.rope_shift import RopeShift
+from kara_sglang.kernels.selectors import REGISTRY
 from kara_sglang.radix_integration.row import STATE, RequestState, Window
+from kara_sglang.scheduler.pace import PLAIN, Pace
 from kara_sglang.scheduler.ring.recorder import QueryRecorder
 
 if TYPE_CHECKING:
@@ -131,6 +133,7 @@ class Request:
         self.beam_group: Any = None
         self.multimodal_inputs: Any = None
         self.finished_reason: Finish | None = None
+        self.finished_len: int | None = None
         self.to_finish: Finish | None = None
         self.retraction_count = 0
         # --------------------------------------------------------------------------------------
@@ -148,6 +151,10 @@ class Request:
 
     def finished(self) -> bool:
         return self.finished_reason is not None
+
+    @property
+    def output_ids_through_stop(self) -> list[int]:
+        return self.output_ids[: self.finished_len]
 
     def next_output_finishes_by_length(self) -> bool:
         return len(self.output_ids) + 1 >= self.sampling_params.max_new_tokens
@@ -236,3 +243,49 @@ class Setting:
     steps: int = 120
     options: tuple[Any, ...] = (None,)
     trouble: float = 0.02  # chance per step of each kind of it
+    pace: Pace = PLAIN
+
+
+def random_setting(random: Random, real: bool) -> Setting:
+    """Any server: page sizes, windows, shares, delays, recorders that are late or never come."""
+    page = random.choice([1, 1, 1, 16, 16, 64] if not real else [1, 1, 1, 1, 16])
+    window = page * random.randint(1, {1: 24, 16: 4, 64: 2}[page])
+    selector = random.choice(SELECTORS)
+    config = KaraConfig(
+        selector=selector,
+        window=window,
+        retain=random.choice([0.01, 0.25, 0.5, 0.5, 0.7, 1.0]),
+        query_mem_gb=random.choice([None, 1.0]),
+        delay=random.choice([0, 0, 1, 5, 16, 40]),
+        score=random.choice(["sum", "sum_v", "l2", "l2_v", "l2_v4_k"]),
+        neighbours=random.choice([1, 3, 13]),
+        delay_votes=random.choice([False, True]),
+        chunk_budget=random.choice([0.0, 0.1, 0.5]),
+        chunk_quantile=random.choice([0.0, 0.5]),
+        last_queries=random.choice([1, 8]),
+        query_heads=random.choice(["auto", "all", "mean"]),
+        query_dtype=random.choice(["fp4", "fp8", "model"]),
+        policy=random.choice(["periodic", "periodic", "threshold", "pressure"]),
+        period=random.choice([1, 1, 3, 100]),
+        max_requests_per_pass=random.choice([1, 8]),
+        threshold=random.choice([0, 60, 120]),
+        min_pool_usage=random.choice([0.0, 0.2, 0.8]),
+        debug_checks=random.random() < 0.5,
+    )
+    options: list[Any] = [None]
+    if random.random() < 0.5:
+        names = [n for n in SELECTORS if config.keeps_queries or not REGISTRY[n].needs_queries]
+        options += [False, True, {}, {"retain": random.choice([0.1, 0.5, 1])}]
+        options += [{"selector": random.choice(names), "seed": random.randrange(9)}]
+    return Setting(
+        config=config,
+        page=page,
+        units=random.randint(0, 3 * GROUP),
+        overlap=random.random() < 0.5,
+        real=real,
+        num_pages=-(-random.choice([400, 600, 1500]) // page) + 8,
+        max_running=random.randint(1, 5),
+        steps=random.choice([40, 120] if page == 1 else [100, 200]),
+        options=tuple(options),
+        trouble=random.choice([0.0, 0.01, 0.05]),
+    )

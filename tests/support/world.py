@@ -126,7 +126,6 @@ class World(Model):
         batch.reqs = [*batch.reqs, req]
         batch.seq_lens = torch.cat([batch.seq_lens, length])
         batch.seq_lens_cpu = torch.cat([batch.seq_lens_cpu, length])
-        batch.orig_seq_lens = torch.cat([batch.orig_seq_lens, length.int()])
         return True
 
     def arrive(self) -> None:
@@ -151,9 +150,9 @@ class World(Model):
             assert req.skip_radix_cache_insert == req.never_inserts
         kept_by_tree = kv.cache_protected_len
         if checkpoint and not req.skip_radix_cache_insert:
-            kept_by_tree = len(req.slots) // self.page * self.page
+            kept_by_tree = self.owned(req) // self.page * self.page
             self.insert(req, kept_by_tree)
-        row = self.req_to_token[kv.req_pool_idx, : kv.kv_committed_len]
+        row = self.req_to_token[kv.req_pool_idx, : kv.kv_allocated_len]
         self.allocator.free_segment(row[kept_by_tree:], start_pos=kept_by_tree)
         if req.prefix is not None:
             req.prefix.users -= 1
@@ -171,7 +170,7 @@ class World(Model):
         keep = [i for i, req in enumerate(batch.reqs) if req not in gone]
         if len(keep) < len(batch.reqs):
             batch.reqs = [batch.reqs[i] for i in keep]
-            for name in ("seq_lens", "seq_lens_cpu", "orig_seq_lens"):
+            for name in ("seq_lens", "seq_lens_cpu"):
                 setattr(batch, name, getattr(batch, name)[keep])
 
     def retract(self, req: Request) -> None:
@@ -194,9 +193,8 @@ class World(Model):
             return
         batch.seq_lens = batch.seq_lens + 1
         batch.seq_lens_cpu = batch.seq_lens_cpu + 1
-        batch.orig_seq_lens = batch.orig_seq_lens + 1
         tokens = self.new_tokens(len(reqs))
-        positions = batch.orig_seq_lens.to(torch.int64) - 1
+        positions = self.positions(batch.seq_lens - 1)
         assert positions.tolist() == [len(req.token_at) for req in reqs], "RoPE positions"
         for req, token in zip(reqs, tokens, strict=True):
             self.extend(req, [token])
@@ -224,6 +222,14 @@ class World(Model):
                 gone.append(req)
         self.drop(gone)
 
+    def needed(self) -> int:
+        """Pages that the next step takes."""
+        return sum(len(req.slots) % self.page == 0 for req in self.batch.reqs)
+
+    def owned(self, req: Request) -> int:
+        """Slots of a row that hold what a client has got; SGLang's ``Req.owned_kv_len``."""
+        return req.kv.kv_committed_len
+
     def step(self) -> None:
         """One turn of the scheduler's loop."""
         trouble, batch = self.setting.trouble, self.batch
@@ -246,10 +252,8 @@ class World(Model):
         # With overlap, the step in flight may be a request's last: it takes no further one.
         in_flight = [req for req in self.in_flight if req in batch.reqs]
         self.drop([req for req in in_flight if req.next_output_finishes_by_length()])
-        needed = sum(len(req.slots) % self.page == 0 for req in batch.reqs)
-        while batch.reqs and (self.chance(trouble) or not self.make_room(needed)):
+        while batch.reqs and (self.chance(trouble) or not self.make_room(self.needed())):
             self.retract(batch.reqs[-1])
-            needed = sum(len(req.slots) % self.page == 0 for req in batch.reqs)
         launched = batch.reqs[:]
         self.decode(launched)
         self.process_results(self.in_flight if self.setting.overlap else launched)

@@ -7,25 +7,14 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from cpu_site import load
 
 from kara_sglang.cpu_engine import install
 
 SITE_PACKAGES = sysconfig.get_paths()["purelib"]
-
-
-def load(name: str) -> ModuleType:
-    """Import a module of ``site/`` from the checkout, whatever this environment has installed."""
-    path = install.SOURCE / f"{name}.py"
-    if not path.exists():
-        path = install.SOURCE / name / "__init__.py"
-    spec = importlib.util.spec_from_file_location(f"checkout_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def bare_python(code: str, *arguments: str | Path) -> str:
@@ -50,15 +39,6 @@ def test_page_table_rows_receive_their_slots(index_dtype: torch.dtype) -> None:
 
     assign(index(rows), table, index(starts), index(ends), slots, table.shape[1])
     assert torch.equal(table, expected.to(torch.int32))
-
-
-def test_the_other_functions_exist_and_say_that_they_do_nothing() -> None:
-    stand_in = load("sgl_kernel")
-    others = [name for name in stand_in.__all__ if name != "assign_req_to_token_pool_cpu"]
-    assert len(others) == 8
-    for name in others:
-        with pytest.raises(NotImplementedError, match=f"sgl_kernel.{name} .* speculative decoding"):
-            getattr(stand_in, name)(1, two=2)
 
 
 def test_no_operator_lures_sglang_away_from_the_native_torch_path() -> None:
@@ -122,15 +102,17 @@ def test_who_is_told_so_asks_about_fp8_only() -> None:
 def test_installed_helpers_are_found_and_removed_again(tmp_path: Path) -> None:
     find = (
         "import importlib.util, site, sys; site.addsitedir(sys.argv[1])\n"
+        "from importlib.metadata import entry_points\n"
         "spec = importlib.util.find_spec('sgl_kernel')\n"
-        "print(spec and spec.origin, 'kara_cpu_torchvision' in sys.modules)"
+        "plugins = entry_points(group='sglang.srt.plugins').names\n"
+        "print(spec and spec.origin, 'kara_cpu_torchvision' in sys.modules, *plugins)"
     )
     install.install(tmp_path)
     (tmp_path / install.NAME / "left_over.py").touch()
     install.install(tmp_path)
     assert not (tmp_path / install.NAME / "left_over.py").exists()
     origin = tmp_path / install.NAME / "sgl_kernel" / "__init__.py"
-    assert bare_python(find, tmp_path).split() == [str(origin), "True"]
+    assert bare_python(find, tmp_path).split() == [str(origin), "True", "kara_cpu_speculation"]
 
     install.remove(tmp_path)
     assert list(tmp_path.iterdir()) == []

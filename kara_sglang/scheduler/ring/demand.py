@@ -14,21 +14,27 @@ import math
 import numpy as np
 
 from kara_sglang.kernels.record import PAGE
+from kara_sglang.scheduler.pace import PLAIN, Pace
 
 
 class Demand:
     """Pages by decode step modulo W.
 
+    With speculation nobody knows how far a step carries a request, so each recorder is counted with the
+    most that it can hold, in all steps.
+
     Parameters
     ----------
     num_pages, window, delay : int
         Of the ring; tokens.
+    pace : Pace
     """
 
-    def __init__(self, num_pages: int, window: int, delay: int) -> None:
+    def __init__(self, num_pages: int, window: int, delay: int, pace: Pace = PLAIN) -> None:
         self.num_pages = num_pages
         self.window = window
         self.delay = delay
+        self.pace = pace
         self._totals = np.zeros(window, dtype=np.int64)
         self._pattern = functools.cache(self._new_pattern)
 
@@ -40,6 +46,8 @@ class Demand:
     @functools.cached_property
     def mean(self) -> float:
         """Pages of a recorder of the mean, over all steps and all places of a window in its pages."""
+        if self.pace.speculates:
+            return self.peak
         return float(np.mean([self._held(start) for start in range(PAGE)]))
 
     @property
@@ -69,6 +77,8 @@ class Demand:
         return np.roll(self._pattern(start % PAGE), step % self.window)
 
     def _new_pattern(self, start: int) -> np.ndarray:
+        if self.pace.speculates:
+            return np.full(self.window, self.peak)
         # Windows begin elsewhere in a page, each time, where W is not in whole pages.
         apart = math.gcd(self.window, PAGE)
         return np.max([self._held(other) for other in range(start % apart, PAGE, apart)], axis=0)
@@ -78,4 +88,5 @@ class Demand:
         token = np.arange(self.window)
         # Of windows before it whose passes are still to come.
         before = np.maximum(0, -(-(self.delay - token) // self.window))
-        return (start + token) // PAGE - (start - before * self.window) // PAGE + 1
+        newest = start + token + self.pace.reach
+        return newest // PAGE - (start - before * self.window) // PAGE + 1

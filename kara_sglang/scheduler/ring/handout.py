@@ -41,7 +41,7 @@ class Handout:
         self._in_vain: Counter[int] = Counter()  # requests by RequestState.in_vain, where that is not 0
 
     def ask(self, asking: Sequence[tuple[Req, RequestState]], step: int) -> None:
-        """Windows of these requests begin with the next query, in the decode step of this number.
+        """Windows of these requests begin with the queries of the decode step of this number.
 
         Pages belong to those first that asked in vain more often in a row, also when their windows
         begin later; the older request comes first on ties. With ``query_heads`` at ``auto`` each gets a
@@ -69,12 +69,13 @@ class Handout:
     def _start(self, req: Req, state: RequestState, heads: int, step: int, others: int) -> bool:
         """Give a request a recorder of so many heads, if that leaves pages for ``others`` to come."""
         recorder = self.recorder
-        # The step that is prepared next computes the query at this position.
-        since = req.kv.kv_committed_len + state.removed
+        # The step that is prepared next begins with the query at this position, or an earlier one.
+        unknown = self.recorder.pace.unknown(state, step)
+        since = req.kv.kv_committed_len + state.removed + unknown
         if not recorder.demand.fits(since, step, heads, self._pages_for(others)):
             return False
         state.recorder = recorder.acquire(req.kv.req_pool_idx, heads, since, step)
-        if recorder.extend(state.recorder, since):
+        if recorder.extend(state.recorder, self.front(req, state)):
             return True
         self._take(state)
         return False
@@ -90,8 +91,12 @@ class Handout:
         """A block may begin with the request's next query. Where no page is left its window does
         without queries, and the request asks again when the next one begins."""
         assert state.recorder is not None
-        if not self.recorder.extend(state.recorder, req.kv.kv_committed_len + state.removed):
+        if not self.recorder.extend(state.recorder, self.front(req, state)):
             self._take(state)
+
+    def front(self, req: Req, state: RequestState) -> int:
+        """The last logical position whose query the next step may compute."""
+        return req.kv.kv_committed_len + state.removed + self.recorder.pace.reach
 
     def pass_on(self, state: RequestState, *, useful: bool) -> None:
         """A window of the request was compressed: take the pages of its queries, and its recorder where

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from kara_sglang.kernels import record
 from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.record import PAGE, Recorder, Ring, Step, blocks_of, most_blocks
 from kara_sglang.kernels.transfer import to_device
 from kara_sglang.radix_integration.row import Voters
+from kara_sglang.scheduler.pace import PLAIN, Pace
 from kara_sglang.scheduler.ring.check import RingCheck
 from kara_sglang.scheduler.ring.demand import Demand
 
@@ -62,11 +64,12 @@ class QueryRecorder:
     dtype : torch.dtype
         Of what is stored: the model's, or ``FP8`` or ``FP4`` of ``kernels/record.py``.
     lag : int
-        Tokens that a due window may wait for its pass before its first queries are overwritten.
+        Steps that a due window may wait for its pass before its first queries are overwritten.
     checked : bool
         Whether to keep a :class:`RingCheck` beside the ring.
     why : str
         Why the budget is what it is, in words for people.
+    pace : Pace
     """
 
     def __init__(
@@ -79,8 +82,10 @@ class QueryRecorder:
         lag: int = LAG,
         checked: bool = False,
         why: str = "as set",
+        pace: Pace = PLAIN,
     ) -> None:
         self.shape = shape
+        self.pace = pace
         entry_bytes = shape.entry_bytes(dtype)
         self.page_bytes = PAGE * entry_bytes
         # Kernels reckon with 32 bits within a layer.
@@ -88,7 +93,7 @@ class QueryRecorder:
         wanted = budget_bytes // self.page_bytes
         self.num_pages = min(wanted, most)
         self.why = why if wanted <= most else f"{why}, but kernels reach no further"
-        self.num_blocks = most_blocks(window + delay + lag)
+        self.num_blocks = most_blocks(window + delay + lag * pace.tokens + pace.reserve)
         # Whole sixteens of entries, so that every layer's part is aligned like the first. The last one
         # takes what nobody keeps; kernels know it by its place.
         entries = self.num_pages * PAGE + 16
@@ -98,7 +103,7 @@ class QueryRecorder:
         )
         self.rings = [self.ring[layer] for layer in range(shape.num_layers)]
         self.check = RingCheck((shape.num_layers, entries), shape.device) if checked else None
-        self.demand = Demand(self.num_pages, window, delay)
+        self.demand = Demand(self.num_pages, window, delay, pace)
         self._free = list(range(self.num_pages - 1, -1, -1))
         self.active: dict[int, Recorder] = {}  # by row
         self._changed: dict[int, tuple[int, ...]] = {}  # pages by block of a row, counted through
@@ -162,17 +167,16 @@ class QueryRecorder:
         return recorder
 
     def extend(self, recorder: Recorder, position: int) -> bool:
-        """Give a recorder pages for the token at a logical position, unless it has some. Its oldest
+        """Give a recorder pages up to the token at a logical position, unless it has them. Its oldest
         ones go where the table has no more room. False: too few are free."""
-        block = position // PAGE
-        if block in recorder.pages:
-            return True
-        self.give_back(recorder, (block - self.num_blocks + 1) * PAGE)
-        if recorder.heads > len(self._free):
-            return False
-        recorder.pages[block] = pages = tuple(self._free.pop() for _ in range(recorder.heads))
-        self._new += pages
-        self._write(recorder.row, block, pages)
+        newest = max(recorder.pages, default=recorder.since // PAGE - 1)
+        for block in range(newest + 1, position // PAGE + 1):
+            self.give_back(recorder, (block - self.num_blocks + 1) * PAGE)
+            if recorder.heads > len(self._free):
+                return False
+            recorder.pages[block] = pages = tuple(self._free.pop() for _ in range(recorder.heads))
+            self._new += pages
+            self._write(recorder.row, block, pages)
         return True
 
     def give_back(self, recorder: Recorder, before: int) -> None:
@@ -229,6 +233,15 @@ class QueryRecorder:
     ) -> None:
         """Store one decode step's queries of one layer (called from the model's forward).
 
+        Parameters
+        ----------
+        kernels : Kernels
+        layer : int
+        queries : torch.Tensor
+            As for :func:`~kara_sglang.kernels.record.record`.
+        rows, positions : torch.Tensor
+            As for :meth:`Step.of`.
+
         Layers wait for each other, so that one call stores several: ``kernels.layers_at_once``. What
         waits is only referred to. That keeps its memory from being given to anybody else, also while a
         CUDA graph is captured, whose replays find it there again; and no model writes into a layer's
@@ -241,10 +254,26 @@ class QueryRecorder:
         if last or len(self._held) == kernels.layers_at_once:
             held, self._held = self._held, []
             layers = slice(layer + 1 - len(held), layer + 1)
-            step = Step(positions, rows, self.pages)
+            step = Step.of(positions, rows, self.pages)
             kernels.record(self.ring[layers], step, held)
             if self.check is not None:
                 self.check.record(layers, step)
+
+    def keep_accepted(self, first: torch.Tensor, rows: torch.Tensor, accepted: torch.Tensor) -> None:
+        """Move the queries of accepted drafts to their places, behind the step that verified them.
+        Those of a chain are there.
+
+        Parameters
+        ----------
+        first, rows : torch.Tensor
+            As for :func:`~kara_sglang.kernels.record.keep_accepted`.
+        accepted : torch.Tensor
+            Among all drafts of the step, shape ``(batch, most)``, int; negative behind the last.
+        """
+        if self.active and self.pace.branches:
+            before = self.pace.tokens * torch.arange(len(rows), device=rows.device)[:, None]
+            accepted = torch.where(accepted < 0, -1, accepted - before)
+            record.keep_accepted(self.ring, first, rows, self.pages, accepted)
 
     def warm_up(self, kernels: Kernels) -> None:
         """Record row 0, which SGLang gives to nobody, so that no decode step waits for a compiler."""

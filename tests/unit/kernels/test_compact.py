@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kara_sglang.kernels.compact import compact
+from kara_sglang.kernels.compact import compact, compact_alike
 
 DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -86,3 +86,34 @@ def test_a_view_of_a_larger_pool() -> None:
     assert torch.equal(storage[0], before[0])
     assert torch.equal(storage[1][[5, 3], 0], before[1][[3, 2], 0])
     assert torch.equal(storage[1][[5, 3], 1], before[1][[5, 9], 1])
+
+
+@pytest.mark.parametrize("layers,heads", [(3, 2), (1, 2), (1, 4), (2, 2), (6, 1)])
+def test_a_draft_model_keeps_what_its_target_keeps(layers: int, heads: int) -> None:
+    """One slot before, where it has the target's token. Head by head where it has the target's shape;
+    otherwise what most heads of the layer at the same depth keep, the last one's for a single layer.
+    Ties go to the earlier token."""
+    kept = torch.tensor(
+        [
+            [[0, 1, 7], [2, 3, 7]],  # 7 twice, then the earliest of the rest: 0, 1
+            [[1, 4, 5], [4, 5, 6]],  # 4 and 5 twice, then 1
+            [[0, 3, 6], [2, 3, 6]],  # 3 and 6 twice, then 0
+        ]
+    )
+    agreed = [[0, 1, 7], [1, 4, 5], [0, 3, 6]]
+    of_layer = {3: [0, 1, 2], 1: [2], 2: [1, 2], 6: [0, 0, 1, 1, 2, 2]}[layers]
+    slots = torch.tensor([9, 3, 4, 5, 0, 1, 8, 2])
+    pools = [
+        [random_bytes((10, heads, 4), torch.float16, 10 * side + i) for i in range(layers)]
+        for side in (0, 1)
+    ]
+    before = [[buffer.clone() for buffer in side] for side in pools]
+    compact_alike(*pools, slots, kept)
+    for side, old in zip(pools, before, strict=True):
+        for layer, (buffer, was) in enumerate(zip(side, old, strict=True)):
+            target = of_layer[layer]
+            same = (layers, heads) == (3, 2)
+            targets = kept[target].tolist() if same else [agreed[target]] * heads
+            # Of 8 slots; the last one has the token behind the window.
+            chosen = [sorted(token - 1 if token else 7 for token in head) for head in targets]
+            assert torch.equal(raw(buffer), naive(was, slots.tolist(), chosen))

@@ -31,6 +31,9 @@ def test_a_supported_server_is_not_refused(resolved: Resolved) -> None:
         {"enable_metrics": True, "skip_tokenizer_init": True, "stream_interval": 8},
         {"kv_cache_dtype": "bfloat16", "page_size": 1, "device": "cpu"},
         {"schedule_conservativeness": 0.3, "mem_fraction_static": 0.7},
+        {"speculative_algorithm": "NGRAM", "speculative_eagle_topk": 4},
+        {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 8},
+        {"speculative_algorithm": "STANDALONE", "disable_overlap_schedule": True},
         {"enable_hierarchical_cache": True},
         {"enable_hierarchical_cache": True, "hicache_write_policy": "write_back"}
         | {"hicache_mem_layout": "layer_first", "hicache_io_backend": "direct"},
@@ -40,8 +43,19 @@ def test_a_supported_server_is_not_refused(resolved: Resolved) -> None:
 
 # What a user would type, and how SGLang's resolved settings then look.
 REFUSED: list[tuple[str, dict[str, Any]]] = [
-    ("--speculative-algorithm", {"speculative_algorithm": "EAGLE"}),
-    ("--speculative-algorithm", {"speculative_algorithm": "NGRAM"}),
+    ("--speculative-algorithm", {"speculative_algorithm": "DFLASH"}),
+    ("--speculative-algorithm", {"speculative_algorithm": "DSPARK"}),
+    ("--speculative-algorithm", {"speculative_algorithm": "FROZEN_KV_MTP"}),
+    ("--speculative-algorithm", {"speculative_algorithm": "UNO"}),
+    ("--speculative-adaptive", {"speculative_algorithm": "EAGLE", "speculative_adaptive": True}),
+    (
+        "--enable-multi-layer-eagle",
+        {"speculative_algorithm": "EAGLE", "enable_multi_layer_eagle": True},
+    ),
+    (
+        "--speculative-use-rejection-sampling",
+        {"speculative_algorithm": "EAGLE", "speculative_use_rejection_sampling": True},
+    ),
     ("--disaggregation-mode", {"disaggregation_mode": "prefill"}),
     ("--disaggregation-mode", {"disaggregation_mode": "decode"}),
     ("--pp-size", {"pp_size": 2}),
@@ -115,6 +129,8 @@ def test_refused_flags(flag: str, changes: dict[str, Any], resolved: Resolved) -
         ("--disable-radix-cache", {"disable_radix_cache": True}),
         ("--kv-events-config", {"kv_events_config": "{}"}),
         ("--enable-hierarchical-cache", {"enable_hierarchical_cache": True}),
+        ("--speculative-algorithm (other than NGRAM)", {"speculative_algorithm": "EAGLE"}),
+        ("--speculative-algorithm (other than NGRAM)", {"speculative_algorithm": "STANDALONE"}),
     ],
 )
 def test_flags_refused_with_compressed_prefixes_only(
@@ -131,6 +147,12 @@ def test_flags_refused_with_compressed_prefixes_only(
     assert line == f"{flag} does not work with --kv-compress-prefix-reuse auto:64; remove one of them"
     # The launcher's own choice, on a record that is checked again.
     assert refusals.of_flags(resolved(radix_cache_backend=CACHE_BACKEND)) == []
+
+
+def test_ngram_goes_with_compressed_prefixes(resolved: Resolved) -> None:
+    """Its prefix tree has one id for a token, that of draft models two."""
+    ngram = resolved(speculative_algorithm="NGRAM", speculative_eagle_topk=4)
+    assert refusals.of_sharing(ngram, KaraConfig(prefix_reuse="compressed")) == []
 
 
 def test_every_entry_of_the_table_is_tried(resolved: Resolved) -> None:

@@ -10,13 +10,17 @@ from types import SimpleNamespace
 import pytest
 
 from kara_sglang.benchmarks import steps
+from kara_sglang.radix_integration.row import Geometry
 from kara_sglang.scheduler.calendar import Calendar
+from kara_sglang.scheduler.pace import PLAIN
+
+GEOMETRY = Geometry(page_size=16, window=64, delay=8)
 
 
 def test_everybody_is_seen_on_the_last_date_that_was_made() -> None:
     """Through dates that are put off, brought forward and dropped, against a dictionary."""
     random = Random(0)
-    calendar, dates = Calendar(), {}
+    calendar, dates = Calendar(GEOMETRY, PLAIN), {}
     states = [SimpleNamespace(order=n, look_at=0) for n in range(20)]
     seen = 0
     for step in range(1, 2000):
@@ -42,7 +46,7 @@ def test_everybody_is_seen_on_the_last_date_that_was_made() -> None:
 
 def test_a_date_lies_ahead() -> None:
     with pytest.raises(ValueError, match="0 steps from now"):
-        Calendar().look_in(0, None, SimpleNamespace(order=1, look_at=0))
+        Calendar(GEOMETRY, PLAIN).look_in(0, None, SimpleNamespace(order=1, look_at=0))
 
 
 def test_the_benchmark_of_steps_runs(tmp_path: Path) -> None:

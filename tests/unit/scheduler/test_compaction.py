@@ -26,7 +26,7 @@ def corrupt_device_length(world: World, req: Request) -> None:
 
 
 def corrupt_logical_length(world: World, req: Request) -> None:
-    world.batch.orig_seq_lens = world.batch.orig_seq_lens + 1
+    world.coordinator.compaction.lengths.removed[req.kv.req_pool_idx] += 1
 
 
 def corrupt_row(world: World, req: Request) -> None:
@@ -46,8 +46,8 @@ def corrupt_protected(world: World, req: Request) -> None:
     [
         (corrupt_committed, "committed 15, allocated 16, in the batch 15"),
         (corrupt_batch, "in the batch 14"),
-        (corrupt_device_length, "logical length is 1 ahead"),
-        (corrupt_logical_length, "logical length is 1 ahead of its 15 KV slots, 0 were removed"),
+        (corrupt_device_length, "its row has 14 slots and lacks 0 tokens; it has 15"),
+        (corrupt_logical_length, "lacks 1 tokens; it has 15, and 0 were removed"),
         (corrupt_row, "holds the same page twice"),
         (corrupt_generation, "the row of request 0 has a new owner"),
         (corrupt_protected, "the 9 tokens that the prefix tree owns"),

@@ -5,59 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
-from stand_ins import GROUP, Request, Setting
+from stand_ins import Request, Setting, random_setting
 from world import World, advance
 
-from kara_sglang.config import SELECTORS, KaraConfig
-from kara_sglang.kernels.selectors import REGISTRY
-
-
-def random_setting(random: Random, real: bool) -> Setting:
-    """Any server: page sizes, windows, shares, delays, recorders that are late or never come."""
-    page = random.choice([1, 1, 1, 16, 16, 64] if not real else [1, 1, 1, 1, 16])
-    window = page * random.randint(1, {1: 24, 16: 4, 64: 2}[page])
-    selector = random.choice(SELECTORS)
-    config = KaraConfig(
-        selector=selector,
-        window=window,
-        retain=random.choice([0.01, 0.25, 0.5, 0.5, 0.7, 1.0]),
-        query_mem_gb=random.choice([None, 1.0]),
-        delay=random.choice([0, 0, 1, 5, 16, 40]),
-        score=random.choice(["sum", "sum_v", "l2", "l2_v", "l2_v4_k"]),
-        neighbours=random.choice([1, 3, 13]),
-        delay_votes=random.choice([False, True]),
-        chunk_budget=random.choice([0.0, 0.1, 0.5]),
-        chunk_quantile=random.choice([0.0, 0.5]),
-        last_queries=random.choice([1, 8]),
-        query_heads=random.choice(["auto", "all", "mean"]),
-        query_dtype=random.choice(["fp4", "fp8", "model"]),
-        policy=random.choice(["periodic", "periodic", "threshold", "pressure"]),
-        period=random.choice([1, 1, 3, 100]),
-        max_requests_per_pass=random.choice([1, 8]),
-        threshold=random.choice([0, 60, 120]),
-        min_pool_usage=random.choice([0.0, 0.2, 0.8]),
-        debug_checks=random.random() < 0.5,
-    )
-    options: list[Any] = [None]
-    if random.random() < 0.5:
-        names = [n for n in SELECTORS if config.keeps_queries or not REGISTRY[n].needs_queries]
-        options += [False, True, {}, {"retain": random.choice([0.1, 0.5, 1])}]
-        options += [{"selector": random.choice(names), "seed": random.randrange(9)}]
-    return Setting(
-        config=config,
-        page=page,
-        units=random.randint(0, 3 * GROUP),
-        overlap=random.random() < 0.5,
-        real=real,
-        num_pages=-(-random.choice([400, 600, 1500]) // page) + 8,
-        max_running=random.randint(1, 5),
-        steps=random.choice([40, 120] if page == 1 else [100, 200]),
-        options=tuple(options),
-        trouble=random.choice([0.0, 0.01, 0.05]),
-    )
+from kara_sglang.config import KaraConfig
 
 
 def run_history(seed: int, real: bool, trace: Path | None = None) -> World:

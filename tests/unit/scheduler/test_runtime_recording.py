@@ -15,6 +15,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
+from sglang.srt.server_args import ServerArgs
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import TorchKernels
@@ -24,6 +25,8 @@ from kara_sglang.scheduler.ring.check import RingCheck
 from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
 
 LAYERS, GROUP, DIM = 3, 2, 4
+MODEL = [SimpleNamespace(layer_id=layer) for layer in range(LAYERS)]
+DRAFT = SimpleNamespace(layer_id=0)
 
 
 class CountedKernels(TorchKernels):
@@ -47,7 +50,7 @@ def ring(budget: int) -> QueryRecorder:
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[runtime.Runtime]:
     """A server that has started and serves, with a recorder that nobody has asked for yet."""
     recorder = ring(1 << 20)
-    parts = runtime.Parts(KaraConfig(), CountedKernels(), "a test", recorder, [], None)
+    parts = runtime.Parts(KaraConfig(), CountedKernels(), "a test", recorder, MODEL, None)
     running = runtime.Runtime(parts)
     monkeypatch.setattr(runtime, "runtime", running)
     return running
@@ -60,9 +63,9 @@ def decode(rows: list[int], positions: list[int], mode: ForwardMode = ForwardMod
         req_pool_indices=torch.tensor(rows),
         positions=torch.tensor(positions),
     )
-    for layer in range(LAYERS):
-        queries = torch.ones(len(rows), GROUP * DIM)
-        runtime.before_attention(SimpleNamespace(layer_id=layer), queries, None, None, batch)
+    for layer in [DRAFT, *MODEL]:
+        queries = torch.ones(len(positions), GROUP * DIM)
+        runtime.before_attention(layer, queries, None, None, batch)
 
 
 def test_a_graph_records_whenever_it_is_captured(started: runtime.Runtime) -> None:
@@ -132,6 +135,8 @@ def test_the_ring_goes_and_comes_with_the_kv_pool(monkeypatch: pytest.MonkeyPatc
         dtype=torch.float32,
         memory_saver_adapter=SimpleNamespace(region=region),
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(4, 8)),
+        server_args=ServerArgs(model_path="none"),
+        is_draft_worker=False,
     )
     runtime.after_load_model(None, runner)
     monkeypatch.setattr(torch, "full", full)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.server_args import ServerArgs
 
 from kara_sglang import plugin
 from kara_sglang.config import KaraConfig
@@ -43,6 +44,8 @@ def test_whatever_a_request_asks_for_fits(monkeypatch, query_mem_gb):
         device="cpu",
         dtype=torch.bfloat16,
         memory_saver_adapter=SimpleNamespace(region=lambda _tag: contextlib.nullcontext()),
+        server_args=ServerArgs(model_path="none"),
+        is_draft_worker=False,
     )
     runtime.after_load_model(None, runner)
     assert fresh.refused == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from kara_sglang.scheduler.pace import PLAIN
 from kara_sglang.scheduler.shortage import needed, short_of_slots
 
 
@@ -15,7 +16,7 @@ def test_a_step_may_need_a_page_for_each_request() -> None:
             token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda n=free: n),
             tree_cache=SimpleNamespace(evictable_size=lambda n=evictable: n),
         )
-        assert short_of_slots(scheduler, SimpleNamespace(reqs=[1, 2, 3])) is expected
+        assert short_of_slots(scheduler, SimpleNamespace(reqs=[1, 2, 3]), PLAIN) is expected
 
 
 def test_what_requests_need_is_summed_up_to_the_mark() -> None:

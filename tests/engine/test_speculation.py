@@ -1,0 +1,226 @@
+"""Compression with speculative decoding, on real servers: drafts of NGRAM and of draft models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from draft_models import make_eagle, make_target
+from exactness import PROMPTS, RetainedCache, assert_bit_exact, logprobs
+from server import PAGE_16, WINDOW, Server, launch, prompt
+
+from kara_sglang.trace import format as trace_file
+
+PAGE_1 = ("--page-size", "1", "--max-total-tokens", "8192", "--dtype", "float32")
+
+
+def ngram(drafts: int, breadth: int) -> tuple[str, ...]:
+    return (
+        *("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(drafts)),
+        *("--speculative-ngram-max-bfs-breadth", str(breadth)),
+    )
+
+
+def draft_model(algorithm: str) -> tuple[str, ...]:
+    return (
+        *("--speculative-algorithm", algorithm, "--speculative-num-steps", "3"),
+        *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"),
+    )
+
+
+NGRAM = {
+    "chain": (*PAGE_16, *ngram(4, 1), "--kv-compress-prefix-reuse", "compressed"),
+    "tree": (*PAGE_1, *ngram(8, 4)),
+}
+DRAFT_MODELS = {
+    "EAGLE": (*PAGE_16, *draft_model("EAGLE")),
+    "STANDALONE": (*PAGE_1, *draft_model("STANDALONE"), "--disable-overlap-schedule"),
+}
+KINDS = NGRAM | DRAFT_MODELS
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """A server that verifies so many drafts a step."""
+
+    server: Server
+    model: Path
+    traces: Path
+    page: int
+    count: int
+    behind: int  # steps whose results are not known when the next one begins
+
+
+@pytest.fixture(scope="module")
+def drafts(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Drafts]:
+    folder = tmp_path_factory.mktemp("speculation")
+    model, flags = tiny_model, KINDS[request.param]
+    if request.param in DRAFT_MODELS:
+        model = draft = make_target(folder / "target")
+        if request.param == "EAGLE":
+            draft = make_eagle(folder / "eagle", model)
+        flags += ("--speculative-draft-model-path", str(draft))
+    flags += ("--skip-tokenizer-init", "--stream-interval", "1", "--kv-compress", "kara", *WINDOW)
+    flags += ("--kv-compress-trace", str(folder / "traces"))
+    with launch(model, folder / "log", *flags) as server:
+        page = 16 if PAGE_16[1] in flags else 1
+        count = 8 if request.param == "tree" else 4
+        behind = 0 if "--disable-overlap-schedule" in flags else 1
+        yield Drafts(server, model, folder / "traces", page, count, behind)
+
+
+def each_of(kinds: dict[str, tuple[str, ...]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("drafts", kinds, indirect=True, scope="module")
+
+
+def greedy(model: Path, ids: list[int], tokens: int) -> list[int]:
+    """What transformers makes of a text."""
+    truth, answer = RetainedCache(model, window=10**6, kept=1, delay=0, page_size=1), []
+    chances = truth.feed(ids)
+    while len(answer) < tokens:
+        answer.append(int(chances.argmax()))
+        chances = truth.feed(answer[-1:])
+    return answer
+
+
+def step_by_step(server: Server, ids: list[int], turn: str) -> tuple[dict, list[int]]:
+    """An answer, the first one to ``ids`` or one more, and how many of its tokens there were behind the
+    prefill and each step.
+
+    Asked for again where the server has sent two steps in one part, as it does for a slow client.
+    """
+    for _ in range(8):
+        server.flush()
+        if turn == "again":
+            server.generate(ids, kv_compress=False)
+        parts = _streamed(server, ids)
+        counts = [part["meta_info"]["completion_tokens"] for part in parts]
+        if len(counts) == parts[-1]["meta_info"]["spec_verify_ct"] + 1:
+            return parts[-1], counts
+    raise AssertionError("the server never sent each step by itself")
+
+
+def _streamed(server: Server, ids: list[int]) -> list[dict]:
+    body = {
+        "input_ids": ids,
+        "stream": True,
+        "return_logprob": True,
+        "sampling_params": {
+            "max_new_tokens": 300,
+            "temperature": 0,
+            "ignore_eos": True,
+            "custom_params": {"kv_compress": {"selector": "recent"}},
+        },
+    }
+    with server.post("/generate", body, stream=True) as response:
+        lines = [line[6:] for line in response.iter_lines() if line.startswith(b"data: {")]
+    return [json.loads(line) for line in lines]
+
+
+@each_of(KINDS)
+def test_identity_and_opted_out_requests_get_what_stock_gives(drafts: Drafts) -> None:
+    """R = W changes no bit of an answer, and without compression the tokens are plain decoding's.
+    NGRAM knows nothing at first, then drafts the same answers again."""
+    server = drafts.server
+    plain = [greedy(drafts.model, ids, 300) for ids in PROMPTS]
+    answers = {}
+    for option in (False, {"selector": "identity"}):
+        server.flush()
+        answers[str(option)] = [server.generate(PROMPTS, kv_compress=option) for _ in range(2)]
+    opted_out, identity = answers.values()
+    for one, other in zip(identity, opted_out, strict=True):
+        assert [answer["output_ids"] for answer in other] == plain
+        assert_bit_exact(one, other)
+    for answer in identity[1]:
+        assert answer["meta_info"]["kv_compress"]["windows"] == 4
+        assert answer["meta_info"]["spec_accept_length"] > 2
+    server.assert_nothing_leaked()
+
+
+@pytest.mark.parametrize("turn", ["first", "again"])
+@each_of(KINDS)
+def test_every_token_follows_from_what_is_kept(drafts: Drafts, turn: str) -> None:
+    """Whatever a step accepts: each token, and its probability, is that of transformers with the same
+    retained K/V at true positions. A pass ahead of a step knows all results but the last one's."""
+    server, ids = drafts.server, prompt(37, 11)
+    answer, counts = step_by_step(server, ids, turn)
+    if turn == "again":
+        assert answer["meta_info"]["spec_accept_length"] > 1.2
+    truth = RetainedCache(drafts.model, window=64, kept=32, delay=16, page_size=drafts.page)
+    expected = truth.feed(ids)
+    for step, count in enumerate(counts):
+        if step:
+            truth.prune_recent(len(ids) + counts[max(0, step - 1 - drafts.behind)] - 1)
+        for place in range(counts[step - 1] if step else 0, count):
+            if place:
+                expected = truth.feed([answer["output_ids"][place - 1]])
+            check(expected, answer, place)
+    assert truth.windows == answer["meta_info"]["kv_compress"]["windows"] == 4
+
+    if turn == "first" and server.state()["settings"]["prefix_reuse"] == "compressed":
+        # The next turn continues on the compressed row.
+        ids = [*ids, *answer["output_ids"], *prompt(20, 13)]
+        answer = server.generate(ids, tokens=40, kv_compress={"selector": "recent"})
+        cached = answer["meta_info"]["cached_tokens"]
+        assert cached > 37 + 4 * 64
+        truth.crop(cached)
+        expected = truth.feed(ids[cached:])
+        for place, token in enumerate(answer["output_ids"]):
+            check(expected, answer, place)
+            expected = truth.feed([token])
+    server.assert_nothing_leaked()
+
+
+def check(expected: torch.Tensor, answer: dict, place: int) -> None:
+    """A token of a greedy answer, and its probability."""
+    assert expected.argmax() == answer["output_ids"][place], f"token {place}"
+    assert logprobs(answer)[place] == pytest.approx(expected.max().item(), abs=2e-4), f"token {place}"
+
+
+@each_of(NGRAM)
+def test_queries_of_accepted_drafts_vote(drafts: Drafts, kara: Server, traces: Path) -> None:
+    """Up to its first pass a request has plain decoding's tokens, and so its window keeps the same:
+    with the queries of drafts, many in a step, as with those of single tokens."""
+    ids, kept = prompt(64, 12), []
+    drafts.server.flush()
+    kara.flush()
+    # What the drafts are made of: the answer, and ways in which it does not go on.
+    plain = drafts.server.generate(ids, tokens=100, kv_compress=False)["output_ids"]
+    forks = [plain[at : at + 6] + prompt(4, 1000 + at) for at in range(0, 90, 5)]
+    drafts.server.generate(forks, tokens=1, kv_compress=False)
+    for server, folder in ((kara, traces), (drafts.server, drafts.traces)):
+        answer = server.generate(ids, tokens=90)
+        trace = trace_file.load(folder / trace_file.file_name(answer["meta_info"]["id"]))
+        assert trace.windows[0, 0] == 64
+        kept.append(trace.keeps()[0])
+    assert answer["meta_info"]["spec_accept_length"] > 1.5
+    assert answer["meta_info"]["kv_compress"]["without_queries"] == 0
+    assert np.mean(kept[0] == kept[1]) > 0.98
+
+
+@each_of(KINDS)
+def test_windows_that_begin_anywhere_have_all_their_queries(drafts: Drafts) -> None:
+    """Windows begin inside a step's drafts; every one of them is recorded from its first token on."""
+    drafts.server.flush()
+    for _ in range(2):
+        for answer in drafts.server.generate(PROMPTS):
+            report = answer["meta_info"]["kv_compress"]
+            assert (report["windows"], report["without_queries"]) == (4, 0)
+    drafts.server.assert_nothing_leaked()
+
+
+@each_of(DRAFT_MODELS)
+def test_a_draft_model_guesses_on_with_its_own_kv(drafts: Drafts) -> None:
+    """Its KV lies in slots of the same numbers, of which a pass moves nothing; guesses get worse at
+    most, and the tokens stay the target's (above)."""
+    drafts.server.flush()
+    for answer in drafts.server.generate(PROMPTS, kv_compress={"selector": "recent"}):
+        assert answer["meta_info"]["kv_compress"]["windows"] == 4
+        assert answer["meta_info"]["spec_accept_length"] > 1.5

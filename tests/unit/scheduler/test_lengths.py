@@ -1,0 +1,89 @@
+"""Lengths on the device: what rows lack, and what a step in flight has published."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kara_sglang.scheduler.lengths import Lengths
+from kara_sglang.scheduler.pace import PLAIN, Pace, pace_of
+
+
+def lengths(pace: Pace = PLAIN) -> Lengths:
+    rows = SimpleNamespace(req_to_token=torch.zeros(6, 32, dtype=torch.int32))
+    return Lengths(SimpleNamespace(req_to_token_pool=rows, enable_overlap=False), pace)
+
+
+def batch(rows: list[int], slots: list[int]) -> SimpleNamespace:
+    reqs = [SimpleNamespace(kv=SimpleNamespace(req_pool_idx=row)) for row in rows]
+    return SimpleNamespace(
+        reqs=reqs, seq_lens=torch.tensor(slots), seq_lens_cpu=torch.tensor(slots), seq_lens_sum=7
+    )
+
+
+def test_positions_of_every_draft_follow_the_logical_length() -> None:
+    """Rebound, so that a worker's own tensor stays as it is; images' positions as well."""
+    known = lengths()
+    known.lacks([(2, 32), (4, 0)])
+    own = torch.tensor([10, 11, 11, 50, 51, 52])
+    step = SimpleNamespace(
+        positions=own, req_pool_indices=torch.tensor([2, 4]), mrope_positions=own.expand(3, -1)
+    )
+    known.shift_positions(step)
+    assert step.positions.tolist() == [42, 43, 43, 50, 51, 52]
+    assert step.mrope_positions.tolist() == [step.positions.tolist()] * 3
+    assert own.tolist() == [10, 11, 11, 50, 51, 52]
+    assert known.logical_of_step(torch.tensor([10, 50])).tolist() == [42, 50]
+
+
+def test_a_freed_row_lacks_nothing() -> None:
+    """Whoever gets it next may be somebody whom nobody has looked at, such as a beam's member."""
+    known = lengths()
+    known.lacks([(2, 32), (3, 16)])
+    known.row_freed(2)
+    assert known.removed.tolist() == [0, 0, 0, 16, 0, 0]
+    known.row_freed(3)
+    assert known.gone(torch.tensor([2, 3])) is None
+
+
+def test_published_lengths_are_corrected_once() -> None:
+    """Passes since the step in flight began; two of them add up, and a row's next owner has none."""
+    known = lengths(Pace(4, behind=4))
+    running = batch([1, 2, 3], [100, 200, 300])
+    known.shorten(running, {0: 32, 2: 64})
+    known.shorten(running, {0: 32})
+    assert running.seq_lens.tolist() == running.seq_lens_cpu.tolist() == [36, 200, 236]
+    known.row_freed(3)
+    published = batch([3, 1, 2], [50, 103, 201])
+    known.correct(published)
+    assert published.seq_lens.tolist() == published.seq_lens_cpu.tolist() == [50, 39, 201]
+    assert published.seq_lens_sum == 290
+    known.correct(published)
+    assert published.seq_lens.tolist() == [50, 39, 201]
+
+
+def test_without_overlap_a_batch_keeps_its_own_lengths() -> None:
+    known = lengths(Pace(4))
+    running = batch([1], [100])
+    known.shorten(running, {0: 32})
+    known.correct(running)
+    assert running.seq_lens.tolist() == [68]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_pace_is_the_servers(overlap: bool) -> None:
+    flags = SimpleNamespace(
+        speculative_algorithm=None,
+        speculative_num_draft_tokens=None,
+        speculative_eagle_topk=None,
+        disable_overlap_schedule=not overlap,
+    )
+    assert pace_of(flags) == PLAIN
+    flags.speculative_algorithm, flags.speculative_num_draft_tokens = "NGRAM", 8
+    for width in (1, 4):
+        flags.speculative_eagle_topk = width
+        assert pace_of(flags) == Pace(8, 8 if overlap else 0, branches=width > 1)
+    assert PLAIN.reserve == PLAIN.reach == 0 and PLAIN.steps(5) == 5
+    assert [Pace(4).steps(tokens) for tokens in (1, 4, 5)] == [1, 1, 2]
