@@ -379,6 +379,7 @@ def test_where_there_is_no_plan_one_line_says_why(qwen, capsys, monkeypatch, fla
         ),
         ("--answer 300", "no window is compressed: answers of 300 tokens"),
         ("--answer 60000", "longer than the model's context of 40,960"),
+        ("--speculative-algorithm NGRAM", "drafts are not reckoned with"),
     ],
 )
 def test_warnings(qwen, capsys, flags, warning):
