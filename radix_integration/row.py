@@ -98,7 +98,6 @@ class RequestState:
     shares: bool = False  # its compressed row may enter the prefix tree
     insert_skipped: bool | None = None  # req.skip_radix_cache_insert before it was barred from the tree
     order: int = 0  # age: smaller came first
-    first_step: int = 0  # decode step in which it was made
     in_vain: int = 0  # windows in a row that began without a recorder though it wanted one
     voted: int = 0  # windows that its present recorder's queries have chosen
     look_at: int = 0  # decode step of its date in the calendar; 0: none

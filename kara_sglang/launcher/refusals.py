@@ -34,6 +34,14 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
             f"--speculative-algorithm (other than {', '.join(SPECULATION)})",
             lambda c: c.speculative_algorithm not in (None, *SPECULATION),
         ),
+        (
+            "--speculative-eagle-topk (above 1)",
+            lambda c: c.speculative_algorithm not in (None, "NGRAM") and c.speculative_eagle_topk > 1,
+        ),
+        (
+            "--speculative-num-draft-tokens (below 2)",
+            lambda c: c.speculative_algorithm is not None and c.speculative_num_draft_tokens < 2,
+        ),
         ("--speculative-adaptive", lambda c: c.speculative_adaptive),
         ("--enable-multi-layer-eagle", lambda c: c.enable_multi_layer_eagle),
         ("--speculative-use-rejection-sampling", lambda c: c.speculative_use_rejection_sampling),
@@ -146,7 +154,10 @@ def of_flags(resolved: Any) -> list[str]:
             f"--kv-cache-dtype {resolved.kv_cache_dtype} does not work with --kv-compress; use one of "
             + ", ".join(KV_CACHE_DTYPES)
         )
-    for flag in ("attention_backend", "decode_attention_backend"):
+    # Drafts are verified by the backend for prefills (layers/attention/hybrid_attn_backend.py).
+    verify = ("prefill_attention_backend", "speculative_draft_attention_backend")
+    speculates = resolved.speculative_algorithm is not None
+    for flag in ("attention_backend", "decode_attention_backend", *(verify if speculates else ())):
         backend = getattr(resolved, flag)
         if backend is not None and backend not in ATTENTION_BACKENDS:
             lines.append(

@@ -29,11 +29,14 @@ class Calendar:
         self.geometry = geometry
         self.pace = pace
         self.step = 0
+        self.unknown = 0
         self._dates: dict[int, dict[int, tuple[Req, RequestState]]] = {}  # by step, by order
 
-    def next_step(self) -> list[tuple[Req, RequestState]]:
-        """Go on by a step; returns those that have a date in it, and forgets the dates."""
+    def next_step(self, unknown: int = 0) -> list[tuple[Req, RequestState]]:
+        """Go on by a step, in which KV lengths may be short by ``unknown`` tokens; returns those that
+        have a date in it, and forgets the dates."""
         self.step += 1
+        self.unknown = unknown
         due = list(self._dates.pop(self.step, {}).values())
         for _, state in due:
             state.look_at = 0
@@ -64,7 +67,7 @@ class Calendar:
     def asks_in(self, req: Req, state: RequestState) -> int:
         """Tokens to come before the request must ask for a recorder: a window begins with the next
         step's queries, or might begin before those of the step behind it."""
-        start = req.kv.kv_committed_len + self.pace.unknown(state, self.step)
+        start = req.kv.kv_committed_len + self.unknown
         return state.next_window(start, self.geometry) - self.pace.tokens + 1
 
     def look_in(self, steps: int, req: Req, state: RequestState) -> None:

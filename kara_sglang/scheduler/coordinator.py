@@ -136,8 +136,8 @@ class Coordinator:
     def before_decode(self, batch: ScheduleBatch) -> None:
         """Compress what is due, then hand out recorders for windows that begin."""
         self.graphs.step(len(batch.reqs))
-        looked_at = self.calendar.next_step()
-        looked_at += self.newcomers.start(batch, self.calendar.step)
+        looked_at = self.calendar.next_step(self.compaction.lengths.unknown)
+        looked_at += self.newcomers.start(batch)
         for req, state in looked_at:
             if req.kv.kv_committed_len >= self._ready_at(state):
                 self._ready[state.order] = req, state
@@ -207,7 +207,7 @@ class Coordinator:
             else:
                 self.handout.withdraw(state)
         if asking:
-            self.handout.ask(asking, self.calendar.step)
+            self.handout.ask(asking, self.calendar.step, self.calendar.unknown)
         if self.recorder.stale:
             with forward_stream(self.scheduler):
                 self.recorder.flush()

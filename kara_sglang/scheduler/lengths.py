@@ -102,15 +102,23 @@ class Lengths:
 
     # -- what a step publishes ---------------------------------------------------------------------
 
+    @property
+    def unknown(self) -> int:
+        """By how many tokens KV lengths on the host may be short of what the next step begins with.
+        Behind a prefill nothing is unknown: the decode step before it has been processed."""
+        if not self.pace.behind:
+            return 0
+        last = self.scheduler.last_batch
+        return self.pace.behind if last is not None and last.forward_mode.is_decode() else 0
+
     def shorten(self, batch: ScheduleBatch, freed: dict[int, int]) -> None:
         """A pass has freed so many slots of these rows, by their places in the running batch."""
-        less = torch.zeros(len(batch.reqs), dtype=torch.int64)
+        if not self.pace.behind:
+            _subtract(batch, [freed.get(place, 0) for place in range(len(batch.reqs))])
+            return
         for place, slots in freed.items():
-            less[place] = slots
-            if slots and self.pace.behind:
-                row = batch.reqs[place].kv.req_pool_idx
-                self._ahead[row] = self._ahead.get(row, 0) + slots
-        _subtract(batch, less)
+            row = batch.reqs[place].kv.req_pool_idx
+            self._ahead[row] = self._ahead.get(row, 0) + slots
 
     def correct(self, batch: ScheduleBatch) -> None:
         """Take off a batch's lengths, just published by the step in flight, what passes have freed
@@ -118,17 +126,16 @@ class Lengths:
         (``managers/overlap_utils.py``)."""
         if not self._ahead:
             return
-        rows = [req.kv.req_pool_idx for req in batch.reqs]
-        less = [self._ahead.pop(row, 0) for row in rows]
+        less = [self._ahead.pop(req.kv.req_pool_idx, 0) for req in batch.reqs]
         if any(less):
-            _subtract(batch, torch.tensor(less))
-            if batch.seq_lens_cpu is not None:
-                batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
+            _subtract(batch, less)
 
 
-def _subtract(batch: ScheduleBatch, less: torch.Tensor) -> None:
+def _subtract(batch: ScheduleBatch, slots: list[int]) -> None:
     # Rebound, never written in place: overlap scheduling keeps older batches in flight.
+    less = torch.tensor(slots, dtype=torch.int64)
     batch.seq_lens = batch.seq_lens - to_device(less, batch.seq_lens.device)
+    batch.seq_lens_sum = None
     if batch.seq_lens_cpu is not None:
         batch.seq_lens_cpu = batch.seq_lens_cpu - less
-    batch.seq_lens_sum = None
+        batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())

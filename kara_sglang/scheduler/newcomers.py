@@ -41,20 +41,19 @@ class Newcomers:
         self.selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
         self._arrivals = 0
 
-    def start(self, batch: ScheduleBatch, step: int) -> list[tuple[Req, RequestState]]:
-        """Make the states of those that decode for the first time, in the step of this number; returns
-        those that are compressed.
+    def start(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
+        """Make the states of those that decode for the first time; returns those that are compressed.
 
         SGLang appends them to its batch (``ScheduleBatch.merge_batch``), and keeps the order when
         others leave.
         """
         new = list(itertools.takewhile(lambda req: not has_decoded(req), reversed(batch.reqs)))
-        started = [(req, self._start(req, step)) for req in reversed(new)]
+        started = [(req, self._start(req)) for req in reversed(new)]
         # The windows of a prefix: their positions went by the match as long as it was prefilled.
         self.compaction.lengths.lacks((req.kv.req_pool_idx, removed(req)) for req in new)
         return [(req, state) for req, state in started if state is not None]
 
-    def _start(self, req: Req, step: int) -> RequestState | None:
+    def _start(self, req: Req) -> RequestState | None:
         self._arrivals += 1
         terms = self.terms_of(req)
         state = None
@@ -71,7 +70,6 @@ class Newcomers:
                 base=exact.first_base(req.kv, self.compaction.geometry.page_size),
                 generation=self.compaction.generation(req),
                 order=self._arrivals,
-                first_step=step,
                 removed=sum(window.freed for window in windows),
                 windows=windows,
                 reused=len(windows),

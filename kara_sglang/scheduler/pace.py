@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from kara_sglang.radix_integration.row import RequestState
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +19,15 @@ class Pace:
         That a step computes, and at most adds; 1 without speculation.
     behind
         By how many a request's KV length on the host may be short of the one with which the next step
-        begins: with overlap scheduling it does not know yet what the step in flight accepts.
+        begins, while a step is in flight: with overlap scheduling the host does not know yet what that
+        accepts.
     branches
-        Whether drafts are trees, so that the accepted tokens may lie apart among those of a step.
+        Whether drafts can be trees, so that the accepted tokens may lie apart among those of a step.
     """
 
     tokens: int = 1
     behind: int = 0
     branches: bool = False
-
-    def unknown(self, state: RequestState, step: int) -> int:
-        """By how many tokens a request's KV length may be short in the step of this number: its first
-        one follows a prefill, whose length is known."""
-        return 0 if step == state.first_step else self.behind
 
     @property
     def reach(self) -> int:
@@ -73,4 +66,6 @@ def pace_of(resolved: Any) -> Pace:
         return PLAIN
     tokens = resolved.speculative_num_draft_tokens
     behind = 0 if resolved.disable_overlap_schedule else tokens
-    return Pace(tokens, behind, branches=resolved.speculative_eagle_topk > 1)
+    # NGRAM's drafts branch at the root even with a breadth of 1: a path for each suffix that it knows.
+    branches = resolved.speculative_algorithm == "NGRAM" or resolved.speculative_eagle_topk > 1
+    return Pace(tokens, behind, branches)

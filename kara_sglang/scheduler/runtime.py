@@ -67,6 +67,11 @@ class Parts:
     layers: list[RadixAttention]
     rope_shift: RopeShift | None
 
+    def has(self, layer: RadixAttention) -> bool:
+        """Whether a layer is the model's; one of a draft model may have any number."""
+        place = layer.layer_id
+        return place < len(self.layers) and self.layers[place] is layer
+
 
 @dataclass(slots=True)
 class Runtime:
@@ -193,7 +198,7 @@ def before_attention(
     if parts is None or not parts.recorder.num_pages:
         return
     mode = forward_batch.forward_mode
-    if not (mode.is_decode() or mode.is_target_verify()) or layer is not parts.layers[layer.layer_id]:
+    if not (mode.is_decode() or mode.is_target_verify()) or not parts.has(layer):
         return
     if parts.recorder.active or _capturing():
         parts.recorder.record(

@@ -31,7 +31,7 @@ def idle_slots(scheduler: Scheduler) -> int:
 
 def short_of_slots(scheduler: Scheduler, running: ScheduleBatch, pace: Pace) -> bool:
     """Whether a decode step may need more slots than there are: whole pages for each request."""
-    most = ceil_align(pace.tokens, scheduler.page_size)
+    most = ceil_align(max(1, pace.reserve), scheduler.page_size)
     return idle_slots(scheduler) < len(running.reqs) * most
 
 

@@ -7,6 +7,8 @@ what the step in flight publishes on the device (``managers/overlap_utils.py``).
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from stand_ins import LAYERS, Finish, Request, Setting
 from world import World
@@ -27,6 +29,9 @@ class DraftingWorld(World):
     def prefill(self, req: Request) -> bool:
         done = super().prefill(req)
         if done:
+            # Behind the step in flight; its results are processed while the prompt is computed.
+            self.process_results(self.in_flight)
+            self.in_flight = []
             self.spare[req.rid], self.accepted[req.rid] = [], []
             self.published[req.kv.req_pool_idx] = len(req.slots)
         return done
@@ -73,6 +78,11 @@ class DraftingWorld(World):
             path.insert(0, node)
             node = parents[node]
         return depths, path
+
+    def before_decode(self) -> None:
+        mode = SimpleNamespace(is_decode=lambda: True)
+        self.scheduler.last_batch = SimpleNamespace(forward_mode=mode) if self.in_flight else None
+        super().before_decode()
 
     def decode(self, reqs: list[Request]) -> None:
         batch, count = self.batch, self.setting.pace.tokens

@@ -163,7 +163,7 @@ class Model:
             recorder = req.state.recorder if req.state is not None else None
             if recorder is not None and recorder is not req.recorder:
                 pace, since = self.setting.pace, recorder.since
-                assert 0 <= since - len(req.token_at) <= pace.behind, "records from the next query on"
+                assert 0 <= since - len(req.token_at) < max(1, pace.behind), "from the next query on"
                 to_come = (self.first_window(req) - since) % self.config.window
                 assert to_come < pace.tokens, "a whole window"
         self.check_lengths()

@@ -37,17 +37,20 @@ class Handout:
     def __init__(self, recorder: QueryRecorder, heads: str) -> None:
         self.recorder = recorder
         self.heads = heads
+        self._unknown = 0  # of the step in which they ask
         self._least = cheapest(recorder.shape.group, heads)
         self._in_vain: Counter[int] = Counter()  # requests by RequestState.in_vain, where that is not 0
 
-    def ask(self, asking: Sequence[tuple[Req, RequestState]], step: int) -> None:
-        """Windows of these requests begin with the queries of the decode step of this number.
+    def ask(self, asking: Sequence[tuple[Req, RequestState]], step: int, unknown: int = 0) -> None:
+        """Windows of these requests begin with the queries of the decode step of this number, in which
+        their KV lengths may be short by ``unknown`` tokens.
 
         Pages belong to those first that asked in vain more often in a row, also when their windows
         begin later; the older request comes first on ties. With ``query_heads`` at ``auto`` each gets a
         recorder of the mean; what is then left, also when all have come who asked in vain, upgrades
         them to all heads, the first ones first.
         """
+        self._unknown = unknown
         line = sorted(asking, key=lambda one: (-one[1].in_vain, one[1].order))
         for _, state in line:
             self._count(state, -1)
@@ -70,8 +73,7 @@ class Handout:
         """Give a request a recorder of so many heads, if that leaves pages for ``others`` to come."""
         recorder = self.recorder
         # The step that is prepared next begins with the query at this position, or an earlier one.
-        unknown = self.recorder.pace.unknown(state, step)
-        since = req.kv.kv_committed_len + state.removed + unknown
+        since = req.kv.kv_committed_len + state.removed + self._unknown
         if not recorder.demand.fits(since, step, heads, self._pages_for(others)):
             return False
         state.recorder = recorder.acquire(req.kv.req_pool_idx, heads, since, step)

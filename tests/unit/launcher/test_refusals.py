@@ -16,6 +16,13 @@ from kara_sglang.launcher import refusals
 
 Resolved = Callable[..., SimpleNamespace]
 
+DRAFTS = {
+    "speculative_algorithm": "EAGLE",
+    "speculative_eagle_topk": 1,
+    "speculative_num_draft_tokens": 4,
+}
+"""As SGLang resolves a chain of drafts."""
+
 
 def test_a_supported_server_is_not_refused(resolved: Resolved) -> None:
     """SGLang's defaults, and what the design says must work beside compression."""
@@ -31,9 +38,10 @@ def test_a_supported_server_is_not_refused(resolved: Resolved) -> None:
         {"enable_metrics": True, "skip_tokenizer_init": True, "stream_interval": 8},
         {"kv_cache_dtype": "bfloat16", "page_size": 1, "device": "cpu"},
         {"schedule_conservativeness": 0.3, "mem_fraction_static": 0.7},
-        {"speculative_algorithm": "NGRAM", "speculative_eagle_topk": 4},
-        {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 8},
-        {"speculative_algorithm": "STANDALONE", "disable_overlap_schedule": True},
+        DRAFTS | {"speculative_algorithm": "NGRAM", "speculative_eagle_topk": 4},
+        {"prefill_attention_backend": "fa4"},
+        DRAFTS | {"speculative_algorithm": "EAGLE3"},
+        DRAFTS | {"speculative_algorithm": "STANDALONE", "disable_overlap_schedule": True},
         {"enable_hierarchical_cache": True},
         {"enable_hierarchical_cache": True, "hicache_write_policy": "write_back"}
         | {"hicache_mem_layout": "layer_first", "hicache_io_backend": "direct"},
@@ -43,18 +51,19 @@ def test_a_supported_server_is_not_refused(resolved: Resolved) -> None:
 
 # What a user would type, and how SGLang's resolved settings then look.
 REFUSED: list[tuple[str, dict[str, Any]]] = [
-    ("--speculative-algorithm", {"speculative_algorithm": "DFLASH"}),
-    ("--speculative-algorithm", {"speculative_algorithm": "DSPARK"}),
-    ("--speculative-algorithm", {"speculative_algorithm": "FROZEN_KV_MTP"}),
-    ("--speculative-algorithm", {"speculative_algorithm": "UNO"}),
-    ("--speculative-adaptive", {"speculative_algorithm": "EAGLE", "speculative_adaptive": True}),
+    ("--speculative-algorithm", DRAFTS | {"speculative_algorithm": "DFLASH"}),
+    ("--speculative-algorithm", DRAFTS | {"speculative_algorithm": "DSPARK"}),
+    ("--speculative-algorithm", DRAFTS | {"speculative_algorithm": "FROZEN_KV_MTP"}),
+    ("--speculative-algorithm", DRAFTS | {"speculative_algorithm": "UNO"}),
+    ("--speculative-eagle-topk", DRAFTS | {"speculative_eagle_topk": 4}),
+    ("--speculative-num-draft-tokens", DRAFTS | {"speculative_num_draft_tokens": 1}),
+    ("--speculative-adaptive", DRAFTS | {"speculative_adaptive": True}),
+    ("--enable-multi-layer-eagle", DRAFTS | {"enable_multi_layer_eagle": True}),
+    ("--speculative-use-rejection-sampling", DRAFTS | {"speculative_use_rejection_sampling": True}),
+    ("--prefill-attention-backend", DRAFTS | {"prefill_attention_backend": "trtllm_mha"}),
     (
-        "--enable-multi-layer-eagle",
-        {"speculative_algorithm": "EAGLE", "enable_multi_layer_eagle": True},
-    ),
-    (
-        "--speculative-use-rejection-sampling",
-        {"speculative_algorithm": "EAGLE", "speculative_use_rejection_sampling": True},
+        "--speculative-draft-attention-backend",
+        DRAFTS | {"speculative_draft_attention_backend": "trtllm_mha"},
     ),
     ("--disaggregation-mode", {"disaggregation_mode": "prefill"}),
     ("--disaggregation-mode", {"disaggregation_mode": "decode"}),
@@ -129,8 +138,11 @@ def test_refused_flags(flag: str, changes: dict[str, Any], resolved: Resolved) -
         ("--disable-radix-cache", {"disable_radix_cache": True}),
         ("--kv-events-config", {"kv_events_config": "{}"}),
         ("--enable-hierarchical-cache", {"enable_hierarchical_cache": True}),
-        ("--speculative-algorithm (other than NGRAM)", {"speculative_algorithm": "EAGLE"}),
-        ("--speculative-algorithm (other than NGRAM)", {"speculative_algorithm": "STANDALONE"}),
+        ("--speculative-algorithm (other than NGRAM)", DRAFTS),
+        (
+            "--speculative-algorithm (other than NGRAM)",
+            DRAFTS | {"speculative_algorithm": "STANDALONE"},
+        ),
     ],
 )
 def test_flags_refused_with_compressed_prefixes_only(
@@ -151,7 +163,7 @@ def test_flags_refused_with_compressed_prefixes_only(
 
 def test_ngram_goes_with_compressed_prefixes(resolved: Resolved) -> None:
     """Its prefix tree has one id for a token, that of draft models two."""
-    ngram = resolved(speculative_algorithm="NGRAM", speculative_eagle_topk=4)
+    ngram = resolved(**DRAFTS | {"speculative_algorithm": "NGRAM", "speculative_eagle_topk": 4})
     assert refusals.of_sharing(ngram, KaraConfig(prefix_reuse="compressed")) == []
 
 

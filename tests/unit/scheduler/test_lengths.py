@@ -13,7 +13,8 @@ from kara_sglang.scheduler.pace import PLAIN, Pace, pace_of
 
 def lengths(pace: Pace = PLAIN) -> Lengths:
     rows = SimpleNamespace(req_to_token=torch.zeros(6, 32, dtype=torch.int32))
-    return Lengths(SimpleNamespace(req_to_token_pool=rows, enable_overlap=False), pace)
+    scheduler = SimpleNamespace(req_to_token_pool=rows, enable_overlap=False, last_batch=None)
+    return Lengths(scheduler, pace)
 
 
 def batch(rows: list[int], slots: list[int]) -> SimpleNamespace:
@@ -54,7 +55,6 @@ def test_published_lengths_are_corrected_once() -> None:
     running = batch([1, 2, 3], [100, 200, 300])
     known.shorten(running, {0: 32, 2: 64})
     known.shorten(running, {0: 32})
-    assert running.seq_lens.tolist() == running.seq_lens_cpu.tolist() == [36, 200, 236]
     known.row_freed(3)
     published = batch([3, 1, 2], [50, 103, 201])
     known.correct(published)
@@ -69,7 +69,19 @@ def test_without_overlap_a_batch_keeps_its_own_lengths() -> None:
     running = batch([1], [100])
     known.shorten(running, {0: 32})
     known.correct(running)
-    assert running.seq_lens.tolist() == [68]
+    assert running.seq_lens.tolist() == running.seq_lens_cpu.tolist() == [68]
+    assert running.seq_lens_sum == 68
+
+
+def test_lengths_are_unknown_behind_a_step_of_drafts_only() -> None:
+    """Behind a prefill the results of the decode step before it are there."""
+    known, plain = lengths(Pace(4, behind=4)), lengths()
+    assert known.unknown == 0
+    for decodes in (True, False):
+        mode = SimpleNamespace(is_decode=lambda decodes=decodes: decodes)
+        known.scheduler.last_batch = plain.scheduler.last_batch = SimpleNamespace(forward_mode=mode)
+        assert known.unknown == (4 if decodes else 0)
+        assert plain.unknown == 0
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -82,8 +94,9 @@ def test_the_pace_is_the_servers(overlap: bool) -> None:
     )
     assert pace_of(flags) == PLAIN
     flags.speculative_algorithm, flags.speculative_num_draft_tokens = "NGRAM", 8
-    for width in (1, 4):
-        flags.speculative_eagle_topk = width
-        assert pace_of(flags) == Pace(8, 8 if overlap else 0, branches=width > 1)
+    flags.speculative_eagle_topk = 1
+    for algorithm, branches in (("NGRAM", True), ("EAGLE", False), ("STANDALONE", False)):
+        flags.speculative_algorithm = algorithm
+        assert pace_of(flags) == Pace(8, 8 if overlap else 0, branches)
     assert PLAIN.reserve == PLAIN.reach == 0 and PLAIN.steps(5) == 5
     assert [Pace(4).steps(tokens) for tokens in (1, 4, 5)] == [1, 1, 2]
