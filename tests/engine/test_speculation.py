@@ -34,8 +34,8 @@ def draft_model(algorithm: str) -> tuple[str, ...]:
 
 
 NGRAM = {
-    "chain": (*PAGE_16, *ngram(4, 1), "--kv-compress-prefix-reuse", "compressed"),
-    "tree": (*PAGE_1, *ngram(8, 4)),
+    "narrow": (*PAGE_16, *ngram(4, 1), "--kv-compress-prefix-reuse", "compressed"),
+    "wide": (*PAGE_1, *ngram(8, 4)),
 }
 DRAFT_MODELS = {
     "EAGLE": (*PAGE_16, *draft_model("EAGLE")),
@@ -72,7 +72,7 @@ def drafts(
     flags += ("--kv-compress-trace", str(folder / "traces"))
     with launch(model, folder / "log", *flags) as server:
         page = 16 if PAGE_16[1] in flags else 1
-        count = 8 if request.param == "tree" else 4
+        count = 8 if request.param == "wide" else 4
         behind = 0 if "--disable-overlap-schedule" in flags else 1
         yield Drafts(server, model, eagle, folder / "traces", page, count, behind)
 

@@ -169,6 +169,7 @@ NOT_RUN = {
     "make test-triton": "by hand",
     "kara_sglang.benchmarks.quality": "by hand",
     "kara_sglang.benchmarks.quality.coder_model": "by hand",
+    "kara_sglang.benchmarks.quality.drafts": "by hand",
     "kara_sglang.benchmarks.quality.report": "by hand",
     "kara_sglang.benchmarks.research.search": "by hand",
     "kara_sglang.benchmarks.reuse": "by hand",
