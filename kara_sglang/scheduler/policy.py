@@ -216,6 +216,17 @@ def build(config: KaraConfig) -> Policy:
     return Periodic(config.period, config.max_requests_per_pass)
 
 
+def begins(config: KaraConfig) -> str:
+    """When a server compresses, in words for people: the beginning of a sentence."""
+    if config.policy == "pressure":
+        mark = f"{config.min_pool_usage * 100:g} % of the KV pool"
+        return f"compression begins when running and waiting requests need {mark}"
+    text = f"compression begins when an answer is longer than {config.window + config.delay} tokens"
+    if config.policy == "threshold" and config.threshold:
+        text += f" and its request holds {config.threshold} KV slots"
+    return text
+
+
 def _first(
     candidates: Sequence[Candidate], limit: int, rank: Callable[[Candidate], tuple[int, ...]]
 ) -> list[int]:

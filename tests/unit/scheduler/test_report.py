@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from world import advance, one_request
 
 from kara_sglang.launcher import requests
 from kara_sglang.options import KEY
@@ -31,6 +32,14 @@ def test_nothing_is_sent_unless_a_request_ends() -> None:
     running, ended, other = fields[KEY]
     assert running is None and other is None
     assert ended["logical_length"] == 7
+
+
+def test_one_sentence_says_whether_compression_has_begun() -> None:
+    world, _ = one_request(selector="keys", policy="pressure", min_pool_usage=0.01)
+    begins = "compression begins when running and waiting requests need 1 % of the KV pool"
+    assert report.told(world.coordinator) == f"{begins}; it has not yet"
+    advance(world, 30)
+    assert report.told(world.coordinator) == f"{begins}; it has, 3 windows so far"
 
 
 def test_the_launcher_puts_the_report_of_an_ended_request_into_its_answer() -> None:
