@@ -66,7 +66,7 @@ def test_debug_checks_notice(corrupt: Callable[[World, Request], None], message:
 @pytest.mark.parametrize("first,second", [(21, 22), (16, 17), (20, 36)])
 def test_debug_checks_notice_torn_pages(first: int, second: int) -> None:
     """With pages of 16 a row is made of whole ones, in order."""
-    config = KaraConfig(selector="recent", window=32, delay=2, debug_checks=True)
+    config = KaraConfig(selector="recent", window=32, delay=2, debug_checks=True, policy="periodic")
     world = World(Setting(config, page=16, trouble=0.0), seed=0)
     req = Request(0, list(range(16)), 10_000, None)
     assert world.prefill(req)
@@ -148,7 +148,14 @@ def test_several_windows_of_a_request_in_one_pass(selector: str, tmp_path: Path)
     """As if they had gone one after another: the model checks rows, lengths, K, V and the trace; of two
     requests, so that what each gives back is told apart."""
     config = KaraConfig(
-        selector, window=8, delay=2, period=50, debug_checks=True, trace=str(tmp_path), query_mem_gb=1.0
+        selector,
+        window=8,
+        delay=2,
+        policy="periodic",
+        period=50,
+        debug_checks=True,
+        trace=str(tmp_path),
+        query_mem_gb=1.0,
     )
     world = World(Setting(config, trouble=0.0, num_pages=2000), seed=0)
     first, second = Request(0, [1, 2, 3, 4, 5], 93, None), Request(1, [1, 2, 3], 200, {"retain": 0.25})
