@@ -97,3 +97,22 @@ def test_memory_near_the_mark_does_not_switch_it_on_and_off() -> None:
     assert sum(served.taken) > 100
     begins = sum(now > before for before, now in itertools.pairwise(served.acting))
     assert 1 <= begins <= 12
+
+
+def test_a_reserve_knows_that_windows_left_whole_will_go() -> None:
+    """A request that holds 400 whole tokens when memory becomes short never holds more, though 200 are
+    still to come; admission is told so at once."""
+    config = KaraConfig(selector="keys", window=8, delay=2, policy="pressure")
+    world = World(Setting(config, trouble=0.0, num_pages=2000), seed=0)
+    req = Request(0, [1, 2, 3], 600, None)
+    assert world.prefill(req)
+    answer(world, 400)
+    assert req.windows == []
+    world.queue.append(Request(1, [1, 2, 4], 2000, None))
+    held = len(req.slots)
+    assert world.coordinator.is_compressing(world.batch)
+    assert world.coordinator.reserve(req, 600 - len(req.output_ids), running=1) == 0
+    for _ in range(198):
+        answer(world, 1)
+        assert len(req.slots) <= held
+    assert len(req.slots) < 330
