@@ -212,7 +212,7 @@ class KaraConfig:
     )
     max_requests_per_pass: int = setting(
         8,
-        "requests",
+        "windows",
         "Most windows in one pass, for `periodic` and `pressure`. Bounds how long a decode step is "
         "held up.",
     )
