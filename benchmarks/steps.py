@@ -44,7 +44,8 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
 
 def running(number: int, settings: dict[str, Any], recorded: float) -> tuple[Coordinator, Any]:
     """A coordinator, and a batch of so many requests with their prompts computed."""
-    config = KaraConfig(query_heads="mean", **({"query_mem_gb": 1} | settings))
+    usual: dict[str, Any] = {"query_mem_gb": 1, "policy": "periodic"}
+    config = KaraConfig(query_heads="mean", **(usual | settings))
     rows = SimpleNamespace(
         req_to_token=torch.zeros((number + 1, 1), dtype=torch.int32),
         req_generation=torch.zeros(number + 1, dtype=torch.int64),

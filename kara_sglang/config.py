@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "delay": 0,
         "query_heads": "all",
         "query_dtype": "model",
+        "policy": "periodic",
     },
 }
 
@@ -201,14 +202,17 @@ class KaraConfig:
         "bytes) or `model` (the model's dtype, twice the bytes).",
     )
     policy: Literal["periodic", "threshold", "pressure", "punctual"] = setting(
-        "periodic", "name", "Which window is compressed when.", more="See [below](#policies)."
+        "pressure",
+        "name",
+        "Which window is compressed when; with `pressure` none while memory suffices.",
+        more="See [below](#policies).",
     )
     period: int = setting(
         1, "decode steps", "From one pass to the next, for `periodic` and `pressure`."
     )
     max_requests_per_pass: int = setting(
         8,
-        "requests",
+        "windows",
         "Most windows in one pass, for `periodic` and `pressure`. Bounds how long a decode step is "
         "held up.",
     )

@@ -25,7 +25,7 @@ from kara_sglang.compat.source import Source
 from kara_sglang.config import KaraConfig
 from kara_sglang.launcher import refusals
 from kara_sglang.radix_integration.row import Geometry
-from kara_sglang.scheduler import graphs
+from kara_sglang.scheduler import graphs, policy
 from kara_sglang.scheduler.ring.recorder import cheapest
 from kara_sglang.scheduler.ring.served import Served
 
@@ -146,6 +146,7 @@ def check_settings(plan: Plan) -> Iterator[Finding]:
         f"{source}: {config.selector}, window {config.window}, retain {config.retain:g}, "
         f"delay {config.delay}, query memory {_query_memory(config)}",
     )
+    yield Finding(OK, "policy", f"{config.policy}: {policy.begins(config)}")
 
 
 def _query_memory(config: KaraConfig) -> str:

@@ -36,8 +36,11 @@ CPU_OPTIONS = {
 }
 # Threads that spin while they wait slow each other down many times over once the cores are shared.
 CPU_ENVIRONMENT = {cpu_engine.SWITCH: "1", "OMP_WAIT_POLICY": "passive"}
-# Small enough for one chat answer of the embedded model to show several compressed windows.
-EMBEDDED_WINDOW = "128"
+# One chat answer of the embedded model shows several compressed windows, though memory suffices.
+EMBEDDED_OPTIONS = {
+    "--kv-compress-window": "128",
+    "--kv-compress-config": '{"policy": "periodic"}',
+}
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -92,7 +95,7 @@ def build_command(
     extra : list[str]
         The user's own options, appended as they are; each of them displaces our default for it.
     embedded : bool
-        Whether the model is the embedded one, whose window is kept small.
+        Whether the model is the embedded one, whose answers are compressed in any case.
     cpu : bool
         Whether the server runs on the CPU engine.
 
@@ -109,7 +112,7 @@ def build_command(
         defaults["--kv-compress"] = "kara"
     # A configuration may hold a window of its own; a server without compression has no use for one.
     if embedded and "--kv-compress-config" not in given and not _switched_off(extra):
-        defaults["--kv-compress-window"] = EMBEDDED_WINDOW
+        defaults |= EMBEDDED_OPTIONS
     options = [word for name, value in defaults.items() if name not in given for word in (name, value)]
     return [sys.executable, "-m", "sglang.launch_server", *options, *extra]
 

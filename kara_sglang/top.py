@@ -37,6 +37,8 @@ class Sample:
         On a monotonic clock.
     settings
         Of the plugin.
+    compression
+        When it begins and whether it has.
     sums
         The plain numbers of ``internal_states[i].kv_compress``.
     skipped
@@ -51,6 +53,7 @@ class Sample:
 
     seconds: float
     settings: dict[str, Any]
+    compression: str
     sums: Counter[str]
     skipped: Counter[str]
     schedulers: int
@@ -78,6 +81,7 @@ class Sample:
         return cls(
             seconds=seconds,
             settings=ours[0]["settings"],
+            compression=max(ours, key=lambda state: state["windows"])["compression"],
             sums=sums,
             skipped=skipped,
             schedulers=len(ours),
@@ -123,6 +127,7 @@ def frame(url: str, sample: Sample, before: Sample | None) -> list[str]:
         f"{settings['selector']}: {settings['kept']} of {settings['window']} tokens kept, "
         f"delay {settings['delay']}, policy {settings['policy']}, "
         f"prefix reuse {settings['prefix_reuse']}",
+        sample.compression,
         "",
         f"{'requests':<12}{sums['running_requests']:,} running{_graphs(sample)}, "
         f"{sums['waiting_requests']:,} waiting, {sample.throughput:,.0f} output tokens/s",

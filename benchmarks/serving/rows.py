@@ -28,7 +28,7 @@ class Row:
     retain
         R / W.
     settings
-        Further keys of ``--kv-compress-config``.
+        Further keys of ``--kv-compress-config``; the policy is the paper's unless they name another.
     flags
         Flags of the engine's own.
     plugin
@@ -48,7 +48,7 @@ class Row:
         """The plugin's flags of this row, for a window of so many tokens."""
         if self.selector is None:
             return []
-        settings = {"delay": delay} | self.settings
+        settings = {"delay": delay, "policy": "periodic"} | self.settings
         return [
             *("--kv-compress", self.selector),
             *("--kv-compress-window", str(window)),

@@ -120,10 +120,10 @@ class Plan:
                 "compresses as above when memory is short"
             )
         elif without == running:
-            lines.append(
-                f"all {running} requests that run fit without compression, so it gains little here; "
-                """--kv-compress-config '{"policy": "pressure"}' compresses only when memory is short"""
-            )
+            line = f"all {running} requests that run fit without compression, so it gains little here"
+            if config.policy != "pressure":
+                line += "; the policy `pressure` compresses only when memory is short"
+            lines.append(line)
         if self.launch.resolved.speculative_algorithm is not None:
             lines.append(
                 "drafts are not reckoned with: the gain is that of steps with one token, and fewer "

@@ -23,7 +23,7 @@ from kara_sglang.kernels.record import any_pages
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.selectors import Selector
 from kara_sglang.radix_integration import exact
-from kara_sglang.radix_integration.row import Geometry, RequestState, Voters
+from kara_sglang.radix_integration.row import Geometry, RequestState, Voters, Window
 from kara_sglang.scheduler.lengths import Lengths
 from kara_sglang.scheduler.ring.recorder import QueryRecorder
 from kara_sglang.scheduler.streams import forward_stream
@@ -61,9 +61,9 @@ class _Taken:
 
     place: int  # of its request in the batch
     req: Req
+    state: RequestState
+    window: Window
     job: WindowJob
-    kv_start: int  # KV index of its first slot
-    freed: int  # slots
 
 
 class Compaction:
@@ -135,7 +135,8 @@ class Compaction:
                     self.kernels.compress(self._pool(), [job])
 
     def run(self, batch: ScheduleBatch, due: Sequence[tuple[Req, RequestState]]) -> Pass:
-        """Compress the next window of each of these requests, which run in ``batch``.
+        """Compress the next windows of these requests, which run in ``batch``: one for each time that a
+        request is named.
 
         Raises
         ------
@@ -144,18 +145,15 @@ class Compaction:
         """
         started = time.perf_counter()
         places = self._check(batch, due)
-        taken = [
-            self._splice(batch, place, req, state)
-            for place, (req, state) in zip(places, due, strict=True)
-        ]
-        self._compress(due, taken)
-        freed = self._shorten(batch, due, taken)
+        taken = [self._splice(batch, places[id(req)], req, state) for req, state in due]
+        self._compress(taken)
+        self._shorten(batch, taken)
         self._free(taken)
         without_queries = sum(
-            state.selector.needs_queries and each.job.pages is None
-            for (_, state), each in zip(due, taken, strict=True)
+            each.state.selector.needs_queries and each.job.pages is None for each in taken
         )
-        return Pass(len(due), without_queries, freed, time.perf_counter() - started)
+        freed = sum(each.window.freed for each in taken)
+        return Pass(len(taken), without_queries, freed, time.perf_counter() - started)
 
     # -- check -------------------------------------------------------------------------------------
 
@@ -163,20 +161,17 @@ class Compaction:
         """Of the request's row; a new owner has another one."""
         return int(self.scheduler.req_to_token_pool.req_generation[req.kv.req_pool_idx])
 
-    def _check(self, batch: ScheduleBatch, due: Sequence[tuple[Req, RequestState]]) -> list[int]:
-        """Where these requests are in the batch."""
+    def _check(self, batch: ScheduleBatch, due: Sequence[tuple[Req, RequestState]]) -> dict[int, int]:
+        """Where the requests of the batch are in it, by ``id``."""
         places = {id(req): place for place, req in enumerate(batch.reqs)}
-        found = []
         for req, state in due:
             place = places.get(id(req))
             if place is None:
                 raise RuntimeError(f"kv-compress: request {req.rid} is no longer in the running batch")
             if self.generation(req) != state.generation:
                 raise RuntimeError(f"kv-compress: the row of request {req.rid} has a new owner")
-            state.check(self.geometry, req.kv.kv_committed_len, req.kv.cache_protected_len)
             self._check_lengths(batch, place, req, state)
-            found.append(place)
-        return found
+        return places
 
     def _check_lengths(self, batch: ScheduleBatch, place: int, req: Req, state: RequestState) -> None:
         committed, allocated = req.kv.kv_committed_len, req.kv.kv_allocated_len
@@ -215,11 +210,13 @@ class Compaction:
     # -- splice ------------------------------------------------------------------------------------
 
     def _splice(self, batch: ScheduleBatch, place: int, req: Req, state: RequestState) -> _Taken:
-        """Cut the window's last W - R slots out of the row, and account for it in the state.
+        """Cut the next window's last W - R slots out of the row, and account for it in the state and in
+        the request's lengths.
 
         Only the page table moves: the tail behind the window keeps its K/V where it is. What SGLang has
         allocated for drafts belongs to the tail.
         """
+        state.check(self.geometry, req.kv.kv_committed_len, req.kv.cache_protected_len)
         row = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         base, kept, end = state.base, state.kept, state.base + self.geometry.window
         slots = row[base:end].clone()  # a slice of the row is a view
@@ -232,7 +229,9 @@ class Compaction:
             exact.bar_insert(req, state)
         window = state.commit(self.geometry, _mark(state, voters, job.seed))
         state.voted += job.pages is not None
-        return _Taken(place, req, job, base, window.freed)
+        req.kv.kv_committed_len -= window.freed
+        req.kv.kv_allocated_len -= window.freed
+        return _Taken(place, req, state, window, job)
 
     def _voters(self, state: RequestState) -> Voters:
         """Whose queries choose the request's next window."""
@@ -259,7 +258,7 @@ class Compaction:
 
     # -- compress ----------------------------------------------------------------------------------
 
-    def _compress(self, due: Sequence[tuple[Req, RequestState]], taken: Sequence[_Taken]) -> None:
+    def _compress(self, taken: Sequence[_Taken]) -> None:
         """Score, select and compact on the device."""
         jobs = [each.job for each in taken]
         shown = self.debug_checks or self.tracer is not None
@@ -280,7 +279,7 @@ class Compaction:
             if self.debug_checks:
                 _check_kept(kept, jobs, self.geometry.page_size)
             if self.tracer is not None:
-                self.tracer.add([state for _, state in due], kept)
+                self.tracer.add([(each.state, each.window) for each in taken], kept)
 
     def _compact_drafts(self, job: WindowJob, kept: torch.Tensor) -> None:
         """A draft model guesses what the target says, so it keeps what the target keeps."""
@@ -308,19 +307,13 @@ class Compaction:
 
     # -- shorten, free -----------------------------------------------------------------------------
 
-    def _shorten(
-        self,
-        batch: ScheduleBatch,
-        due: Sequence[tuple[Req, RequestState]],
-        taken: Sequence[_Taken],
-    ) -> int:
-        """Bring the lengths of requests and batch up to date. Returns the slots that became free."""
+    def _shorten(self, batch: ScheduleBatch, taken: Sequence[_Taken]) -> None:
+        """Bring the batch's lengths and the rows' positions up to date."""
+        freed: dict[int, int] = {}
         for each in taken:
-            each.req.kv.kv_committed_len -= each.freed
-            each.req.kv.kv_allocated_len -= each.freed
-        self.lengths.shorten(batch, {each.place: each.freed for each in taken})
-        self.lengths.lacks((req.kv.req_pool_idx, state.removed) for req, state in due)
-        return sum(each.freed for each in taken)
+            freed[each.place] = freed.get(each.place, 0) + each.window.freed
+        self.lengths.shorten(batch, freed)
+        self.lengths.lacks((each.req.kv.req_pool_idx, each.state.removed) for each in taken)
 
     def _free(self, taken: Sequence[_Taken]) -> None:
         """Give whole pages back."""
@@ -329,7 +322,7 @@ class Compaction:
         for each in taken:
             kept = each.job.kept
             # free_segment, because plain free() of the paged allocator synchronises.
-            allocator.free_segment(each.job.slots[kept:], start_pos=each.kv_start + kept)
+            allocator.free_segment(each.job.slots[kept:], start_pos=each.window.kv_start + kept)
         allocator.free_group_end()
 
 

@@ -150,7 +150,7 @@ class Coordinator:
             self._sizes = None
             for req, state in due:
                 if req.kv.kv_committed_len < self._ready_at(state):
-                    del self._ready[state.order]
+                    self._ready.pop(state.order, None)
         self.latch.step(batch, passed=bool(due))
         self._hand_out(due, looked_at)
         for req, state in looked_at + due:
@@ -181,6 +181,7 @@ class Coordinator:
             overdue=kv_len - state.due_at(self.geometry),
             uncompressed=state.uncompressed(kv_len),
             gain=self.geometry.window - state.kept,
+            width=self.geometry.window,
         )
 
     def _hand_out(

@@ -7,6 +7,8 @@ none of them a clock, so that ranks agree without talking to each other.
 
 from __future__ import annotations
 
+import dataclasses
+import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,19 +22,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A request as a policy sees it; lengths in tokens."""
+    """A request with its next window, as a policy sees it; lengths in tokens."""
 
     index: int  # position among the candidates
     order: int  # age: smaller came first
     kv_len: int  # KV slots that it holds
     overdue: int  # beyond the length at which its next window can be compressed; negative: not due
     uncompressed: int  # from its next window's start on
-    gain: int  # slots that its next window gives back
+    gain: int  # slots that a window gives back
+    width: int  # W
+
+    @property
+    def windows(self) -> int:
+        """How many of its windows are due."""
+        return max(0, 1 + self.overdue // self.width)
+
+    def behind(self) -> Candidate:
+        """The request once this window has been taken."""
+        return dataclasses.replace(
+            self,
+            kv_len=self.kv_len - self.gain,
+            overdue=self.overdue - self.width,
+            uncompressed=self.uncompressed - self.width,
+        )
 
 
 SPREAD = 32
 """Steps over which windows that fall due together are spread, so that no step is held up by all of
 them. Half of what the recorder waits for at least."""
+
+
+ENOUGH = 0.9
+"""Once ``pressure`` acts, the share of its mark below which it stops: a need that stays near the mark
+must not switch it on and off with each window."""
 
 
 def lag(config: KaraConfig) -> int:
@@ -65,7 +87,8 @@ class Policy(Protocol):
         """
 
     def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
-        """Indices of the candidates to compress in this step, ascending.
+        """Indices of the candidates to compress in this step, ascending; one as often as windows of it
+        are to be taken.
 
         Parameters
         ----------
@@ -82,10 +105,11 @@ class Policy(Protocol):
 
 
 class Periodic:
-    """The paper's policy (section 4.3): one global step counter, a fixed period, at most n requests.
+    """The paper's policy (section 4.3): one global step counter, a fixed period, at most n windows.
 
     The cost of compression is bounded whatever the number of running requests. Those that have waited
-    longest go first, the older on ties. No more go in one step than must, unless slots run out.
+    longest go first, the older on ties. No more go in one step than must, unless slots run out. Where
+    windows of a request have piled up, it gives several at once.
     """
 
     floor = 0
@@ -103,12 +127,20 @@ class Periodic:
         self.step += 1
         if self.step % self.period:
             return []
-        most = self.limit if urgent else min(self.limit, _share(candidates, self.period))
+        most = self.limit if urgent else min(self.limit, self._share(candidates))
         return _first(candidates, most, self.rank)
 
+    def _share(self, candidates: Sequence[Candidate]) -> int:
+        """How many must go now for all to have gone when the first has waited :data:`SPREAD` steps."""
+        left = SPREAD - self.waited(candidates)
+        return math.ceil(sum(c.windows for c in candidates) / max(1, left // self.period))
+
+    def waited(self, candidates: Sequence[Candidate]) -> int:
+        """Steps that a window has waited for its pass, at most."""
+        return max((c.overdue for c in candidates), default=0)
+
     def in_time(self, running: int, steps: int) -> float:
-        # One window of a request in a pass, and so many requests.
-        return min(1.0, steps / self.period * min(1.0, self.limit / running))
+        return min(1.0, steps / self.period * self.limit / running)
 
     @staticmethod
     def rank(candidate: Candidate) -> tuple[int, ...]:
@@ -132,8 +164,7 @@ class Threshold:
         return True
 
     def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
-        long = [c for c in candidates if c.kv_len >= self.floor]
-        return _first(long, len(long), lambda c: (c.index,))
+        return sorted(c.index for c in candidates if c.windows and c.kv_len >= self.floor)
 
     def in_time(self, running: int, steps: int) -> float:
         return 1.0
@@ -143,15 +174,31 @@ class Pressure(Periodic):
     """Nothing while all that run and wait fit the pool uncompressed; else those that free most.
 
     At low load no answer is touched at all. What is held now would say too little: a pool is full of
-    reserves, and requests wait, long before it is full of tokens.
+    reserves, and requests wait, long before it is full of tokens. Windows that were left whole until
+    then are due all together, and are spread like others from that step on.
+
+    Attributes
+    ----------
+    acting
+        What :meth:`acts` said last.
     """
 
     def __init__(self, period: int, limit: int, min_usage: float) -> None:
         super().__init__(period, limit)
         self.min_usage = min_usage
+        self.acting = False
+        self._steps = 0  # in which it had candidates, without a gap
 
     def acts(self, needed: Callable[[float], bool]) -> bool:
-        return needed(self.min_usage)
+        self.acting = needed(self.min_usage * (ENOUGH if self.acting else 1))
+        return self.acting
+
+    def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
+        self._steps = self._steps + 1 if candidates else 0
+        return super().due(candidates, urgent)
+
+    def waited(self, candidates: Sequence[Candidate]) -> int:
+        return min(super().waited(candidates), self._steps)
 
     @staticmethod
     def rank(candidate: Candidate) -> tuple[int, ...]:
@@ -169,16 +216,30 @@ def build(config: KaraConfig) -> Policy:
     return Periodic(config.period, config.max_requests_per_pass)
 
 
-def _share(candidates: Sequence[Candidate], period: int) -> int:
-    """How many must go now for all to have gone when the first has waited :data:`SPREAD` steps."""
-    waited = [c.overdue for c in candidates if c.overdue >= 0]
-    if not waited:
-        return 0
-    return math.ceil(len(waited) / max(1, (SPREAD - max(waited)) // period))
+def begins(config: KaraConfig) -> str:
+    """When a server compresses, in words for people: the beginning of a sentence."""
+    if config.policy == "pressure":
+        mark = f"{config.min_pool_usage * 100:g} % of the KV pool"
+        return f"compression begins when running and waiting requests need {mark}"
+    text = f"compression begins when an answer is longer than {config.window + config.delay} tokens"
+    if config.policy == "threshold" and config.threshold:
+        text += f" and its request holds {config.threshold} KV slots"
+    return text
 
 
 def _first(
     candidates: Sequence[Candidate], limit: int, rank: Callable[[Candidate], tuple[int, ...]]
 ) -> list[int]:
-    ready = sorted((c for c in candidates if c.overdue >= 0), key=rank)
-    return sorted(c.index for c in ready[:limit])
+    """The windows that come first, at most so many; a request's own in their order."""
+    line = [(rank(c), c.index, c) for c in candidates if c.windows]
+    heapq.heapify(line)
+    chosen: list[int] = []
+    while line and len(chosen) < limit:
+        _, index, taken = line[0]
+        chosen.append(index)
+        following = taken.behind()
+        if following.windows:
+            heapq.heapreplace(line, (rank(following), index, following))
+        else:
+            heapq.heappop(line)
+    return sorted(chosen)

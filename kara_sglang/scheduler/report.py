@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kara_sglang.options import KEY
 from kara_sglang.radix_integration.prefix import prefix_of, removed
 from kara_sglang.radix_integration.row import state_of
+from kara_sglang.scheduler import policy
 from kara_sglang.scheduler.coordinator import Coordinator
 from kara_sglang.scheduler.metrics import slots_held
 from kara_sglang.scheduler.ring.served import Served
@@ -103,6 +104,13 @@ def internal_state(result: Any, *_args: Any) -> Any:
     return result
 
 
+def told(coordinator: Coordinator) -> str:
+    """When compression begins and whether it has, in one sentence: counts of 0 do not say it."""
+    windows = coordinator.totals.windows
+    has = f"it has, {windows:,} windows so far" if windows else "it has not yet"
+    return f"{policy.begins(coordinator.config)}; {has}"
+
+
 def snapshot(coordinator: Coordinator) -> dict[str, Any]:
     """Settings and totals as a plain object."""
     totals, recorder = coordinator.totals, coordinator.recorder
@@ -112,6 +120,7 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
     return {
         "settings": dataclasses.asdict(coordinator.config)
         | {"kept": coordinator.config.kept(coordinator.geometry.page_size)},
+        "compression": told(coordinator),
         "kernels": coordinator.kernels.name,
         "passes": totals.passes,
         "windows": totals.windows,

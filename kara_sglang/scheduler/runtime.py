@@ -24,7 +24,7 @@ from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.dispatch import pick
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.radix_integration import prefill
-from kara_sglang.scheduler import refusals
+from kara_sglang.scheduler import policy, refusals
 from kara_sglang.scheduler.compaction import Compaction
 from kara_sglang.scheduler.coordinator import Coordinator
 from kara_sglang.scheduler.pace import pace_of
@@ -294,7 +294,8 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
 
 
 def described(parts: Parts, coordinator: Coordinator) -> str:
-    """What runs, and how many requests ring and decode graphs are for, in words for the log."""
+    """What runs, how many requests ring and decode graphs are for, and when compression begins, in
+    words for the log."""
     config, recorder, scheduler = parts.config, parts.recorder, coordinator.scheduler
     kept = config.kept(scheduler.page_size)
     ring = "no query ring"
@@ -306,7 +307,7 @@ def described(parts: Parts, coordinator: Coordinator) -> str:
     )
     return (
         f"{config.selector}, window {config.window}, kept {kept}, delay {config.delay} tokens, "
-        f"{parts.kernels.name} kernels ({parts.kernels_why}), {ring}, {graphs}"
+        f"{parts.kernels.name} kernels ({parts.kernels_why}), {ring}, {graphs}; {policy.begins(config)}"
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kara_sglang.config import KaraConfig
-from kara_sglang.radix_integration.row import VOTERS, RequestState, TracedWindow
+from kara_sglang.radix_integration.row import VOTERS, RequestState, TracedWindow, Window
 from kara_sglang.trace.format import About, Trace, folder_of, save
 
 if TYPE_CHECKING:
@@ -44,18 +44,17 @@ class Tracer:
         first = self.tp_rank * self.num_kv_heads // self.tp_size
         self.heads = list(range(first, first + pool.k_buffer[0].shape[1]))
 
-    def add(self, states: Sequence[RequestState], kept: Sequence[torch.Tensor]) -> None:
+    def add(self, taken: Sequence[tuple[RequestState, Window]], kept: Sequence[torch.Tensor]) -> None:
         """Note the windows that a pass has just compressed; runs on its stream and does not wait.
 
         Parameters
         ----------
-        states : sequence of RequestState
-            Of the requests; the window is each one's last.
+        taken : sequence of (RequestState, Window)
+            The windows, each with its request's state.
         kept : sequence of torch.Tensor
             The positions that were kept, each ``(num_layers, num_kv_heads, R)``, integer.
         """
-        for state, chosen in zip(states, kept, strict=True):
-            window = state.windows[-1]
+        for (state, window), chosen in zip(taken, kept, strict=True):
             bits = bit_sets(chosen, window.width).to("cpu", non_blocking=True)
             arrived = None
             if chosen.is_cuda:

@@ -200,7 +200,7 @@ def small_pool(tiny_model: Path, logs: Path) -> Iterator[Server]:
         *("--dtype", "bfloat16", "--kv-compress", "kara"),
         # Room for about four recorders, so that they keep the mean, are passed on, and run out.
         *("--kv-compress-window", "128", "--kv-compress-query-mem-gb", "0.0004"),
-        *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
+        *("--kv-compress-config", '{"delay": 16, "policy": "periodic", "debug_checks": true}'),
     )
     # With ignore_eos stock reserves every future token and never retracts; clip the reserve.
     env = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
@@ -254,7 +254,7 @@ def small_ring(tiny_model: Path, logs: Path) -> Iterator[Server]:
     flags = (
         *("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", "--kv-compress-window", "64"),
         *("--kv-compress-query-mem-gb", "0.0003"),
-        *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
+        *("--kv-compress-config", '{"delay": 16, "policy": "periodic", "debug_checks": true}'),
     )
     with launch(tiny_model, logs / "small_ring.log", *flags) as server:
         yield server

@@ -28,7 +28,7 @@ CPU_FLAGS = (
 PAGE_16 = ("--page-size", "16", "--max-total-tokens", "8192", "--dtype", "float32")
 WINDOW = (
     *("--kv-compress-window", "64", "--kv-compress-query-mem-gb", "0.05"),
-    *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
+    *("--kv-compress-config", '{"delay": 16, "policy": "periodic", "debug_checks": true}'),
 )
 # What odd requests may ask for (torture.py).
 ODD = ("--enable-return-hidden-states", "--enable-custom-logit-processor")
@@ -186,7 +186,7 @@ def launch_small(
         *("--max-total-tokens", "1536", "--chunked-prefill-size", "128"),
         *("--kv-compress", "kara", "--kv-compress-window", "32", "--kv-compress-query-mem-gb", "0.05"),
         *("--kv-compress-prefix-reuse", reuse),
-        *("--kv-compress-config", '{"delay": 8, "debug_checks": true}'),
+        *("--kv-compress-config", '{"delay": 8, "policy": "periodic", "debug_checks": true}'),
         *(*ODD, "--enable-priority-scheduling", *more),
     )
     # Requests are admitted as if they wrote 16 tokens, so that some must be retracted.

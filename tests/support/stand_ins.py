@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from model import Model
 
 LAYERS, KV_HEADS, DIM, GROUP = 2, 2, 4, 2
-ROWS = 8
+ROWS = 16
 SCALES = [0.4, 0.6]
 TURN = RopeShift.of(
     [

@@ -59,6 +59,7 @@ def main(model: str, traces: str) -> None:
         "kara",
         window=64,
         delay=16,
+        policy="periodic",
         query_mem_gb=0.05,
         prefix_reuse="compressed",
         debug_checks=True,

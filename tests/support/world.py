@@ -287,7 +287,7 @@ class World(Model):
 
 def one_request(**config: Any) -> tuple[World, Request]:
     """A server with one running request of 5 prompt tokens that never ends by itself."""
-    settings = {"window": 8, "delay": 2, "retain": 0.5} | config
+    settings = {"window": 8, "delay": 2, "retain": 0.5, "policy": "periodic"} | config
     world = World(Setting(KaraConfig(**settings), trouble=0.0, num_pages=2000), seed=0)
     req = Request(0, [1, 2, 3, 4, 5], 10_000, None)
     assert world.prefill(req)

@@ -36,7 +36,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "granularity": "head",
         "query_heads": "auto",
         "query_dtype": "fp8",
-        "policy": "periodic",
+        "policy": "pressure",
         "period": 1,
         "max_requests_per_pass": 8,
         "threshold": 0,
@@ -60,7 +60,7 @@ def test_every_field_is_a_flag_or_a_key() -> None:
 
 
 def test_the_paper_preset_and_what_goes_over_it() -> None:
-    """The paper's plain sum of all heads without delay; single settings win over a preset."""
+    """The paper's plain sum of all heads without delay, always; single settings win over a preset."""
     paper = KaraConfig.from_settings({"preset": "paper"})
     changed = {
         "score": "sum",
@@ -70,6 +70,7 @@ def test_the_paper_preset_and_what_goes_over_it() -> None:
         "delay": 0,
         "query_heads": "all",
         "query_dtype": "model",
+        "policy": "periodic",
     }
     assert dataclasses.asdict(paper) == dataclasses.asdict(KaraConfig()) | changed
     assert paper.chunk_budget > 0

@@ -178,6 +178,7 @@ def test_settings_come_from_the_environment_variable(capsys, monkeypatch, only):
     monkeypatch.setenv(ENV, '{"selector": "recent", "window": 256}')
     code, lines = run(capsys)
     assert code == 0 and "recent, window 256" in lines[2]
+    assert lines[3].startswith("ok   policy      ") and "compression begins when " in lines[3]
     monkeypatch.setenv(ENV, '{"window": "wide"}')
     code, lines = run(capsys)
     assert code == 1 and "--kv-compress-window" in lines[-1] and ENV in lines[-1]

@@ -36,6 +36,7 @@ def test_cpu_command_for_the_embedded_model() -> None:
         "--port": "30001",
         "--kv-compress": "kara",
         "--kv-compress-window": "128",
+        "--kv-compress-config": '{"policy": "periodic"}',  # a chat shows something on an idle server
         **serve.CPU_OPTIONS,
     }
 
@@ -61,6 +62,7 @@ def test_a_users_option_displaces_the_default(flag: str) -> None:
 def test_no_window_where_it_would_be_wrong(extra: list[str]) -> None:
     command = serve.build_command("folder", 1, extra, embedded=True, cpu=False)
     assert "--kv-compress-window" not in command
+    assert command.count("--kv-compress-config") == extra.count("--kv-compress-config")
 
 
 def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +140,8 @@ def test_the_curl_line_can_be_pasted() -> None:
     words = shlex.split(serve.curl_line(1234))
     assert words[0] == "curl" and "http://127.0.0.1:1234/v1/chat/completions" in words
     body = json.loads(words[words.index("-d") + 1])
-    assert body["return_meta_info"] is True and body["max_tokens"] >= 4 * int(serve.EMBEDDED_WINDOW)
+    window = int(serve.EMBEDDED_OPTIONS["--kv-compress-window"])
+    assert body["return_meta_info"] is True and body["max_tokens"] >= 4 * window
 
 
 class _Health(http.server.BaseHTTPRequestHandler):

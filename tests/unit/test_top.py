@@ -18,6 +18,7 @@ KARA = {
         **{"selector": "kara", "window": 512, "kept": 256, "delay": 64},
         **{"policy": "periodic", "prefix_reuse": "exact"},
     },
+    "compression": "compression begins when a test says so; it has, 30 windows so far",
     "kernels": "triton",
     "passes": 10,
     "windows": 30,
@@ -51,6 +52,7 @@ def line(lines: list[str], label: str) -> str:
 def test_what_a_frame_says() -> None:
     lines = frame("http://there", Sample.of(info(KARA), 5.0), None)
     assert "kara: 256 of 512 tokens kept, delay 64, policy periodic, prefix reuse exact" in lines
+    assert lines[2] == KARA["compression"]
     requests = line(lines, "requests")
     assert "40 running, decode graphs up to 32 (larger batches run without one: slower)" in requests
     assert "5 waiting, 100 output tokens/s" in requests
@@ -74,9 +76,10 @@ def test_rates_are_over_the_time_between_two_looks() -> None:
 
 
 def test_schedulers_are_added_up() -> None:
-    both = Sample.of(info(KARA, KARA | {"skipped": {"opt_out": 1, "beam": 4}}), 0.0)
+    other = KARA | {"windows": 0, "compression": "it has not", "skipped": {"opt_out": 1, "beam": 4}}
+    both = Sample.of(info(other, KARA), 0.0)
     lines = frame("u", both, None)
-    assert "2 schedulers" in lines[0]
+    assert "2 schedulers" in lines[0] and lines[2] == KARA["compression"], "one of them has begun"
     # Graphs are per scheduler: 40 on each are too many, 20 are not.
     assert "80 running, decode graphs up to 32 (larger" in line(lines, "requests")
     assert "201 output tokens/s" in line(lines, "requests")

@@ -76,6 +76,8 @@ def test_the_view_on_the_page_is_a_frame() -> None:
             **{"selector": "kara", "kept": 32, "window": 64, "delay": 16},
             **{"policy": "periodic", "prefix_reuse": "exact"},
         },
+        "compression": "compression begins when an answer is longer than 80 tokens; "
+        "it has, 6 windows so far",
         **{"running_requests": 4, "waiting_requests": 0, "largest_decode_graph": 0},
         **{"pool_tokens": 8192, "pool_tokens_free": 7000, "pool_tokens_evictable": 616},
         **{"running_held_tokens": 536, "running_logical_tokens": 728},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from stand_ins import KV_HEADS, LAYERS, Finish, Request, Setting
-from world import World, advance, one_request, votes
+from world import World, advance, answer, one_request, votes
 
-from kara_sglang.config import KaraConfig
+from kara_sglang.config import SELECTORS, KaraConfig
 from kara_sglang.kernels.record import PAGE
 
 
@@ -65,7 +66,7 @@ def test_debug_checks_notice(corrupt: Callable[[World, Request], None], message:
 @pytest.mark.parametrize("first,second", [(21, 22), (16, 17), (20, 36)])
 def test_debug_checks_notice_torn_pages(first: int, second: int) -> None:
     """With pages of 16 a row is made of whole ones, in order."""
-    config = KaraConfig(selector="recent", window=32, delay=2, debug_checks=True)
+    config = KaraConfig(selector="recent", window=32, delay=2, debug_checks=True, policy="periodic")
     world = World(Setting(config, page=16, trouble=0.0), seed=0)
     req = Request(0, list(range(16)), 10_000, None)
     assert world.prefill(req)
@@ -140,6 +141,31 @@ def test_debug_checks_notice_a_bad_selection(kept: list[int]) -> None:
     world.coordinator.kernels.compress = lambda pool, jobs, positions: [bad]
     with pytest.raises(RuntimeError, match="selection must be 4 strictly ascending positions"):
         world.coordinator.before_decode(world.batch)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_several_windows_of_a_request_in_one_pass(selector: str, tmp_path: Path) -> None:
+    """As if they had gone one after another: the model checks rows, lengths, K, V and the trace; of two
+    requests, so that what each gives back is told apart."""
+    config = KaraConfig(
+        selector,
+        window=8,
+        delay=2,
+        policy="periodic",
+        period=50,
+        debug_checks=True,
+        trace=str(tmp_path),
+        query_mem_gb=1.0,
+    )
+    world = World(Setting(config, trouble=0.0, num_pages=2000), seed=0)
+    first, second = Request(0, [1, 2, 3, 4, 5], 93, None), Request(1, [1, 2, 3], 200, {"retain": 0.25})
+    assert world.prefill(first) and world.prefill(second)
+    answer(world, 49)
+    assert world.windows == 0
+    answer(world, 1)
+    assert world.most_of_one >= 3 and len(first.windows) + len(second.windows) == 8
+    answer(world, 50)
+    assert first.finished() and world.traces == 1
 
 
 @pytest.mark.parametrize("heads", ["all", "mean"])

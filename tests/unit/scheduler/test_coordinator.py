@@ -53,7 +53,7 @@ def test_a_request_about_to_finish_is_left_alone(attribute: str) -> None:
 
 def test_a_window_that_began_without_a_recorder_is_chosen_without_queries() -> None:
     """The window in progress does not wait for one; the next one votes."""
-    config = KaraConfig(window=8, delay=2, retain=0.5, query_heads="all")
+    config = KaraConfig(window=8, delay=2, retain=0.5, query_heads="all", policy="periodic")
     world = World(Setting(config, units=GROUP, trouble=0.0, num_pages=2000), seed=0)
     first = Request(0, [1, 2, 3, 4, 5], 10_000, None)
     second = Request(1, [1, 2, 3], 10_000, None)
@@ -74,7 +74,7 @@ def test_without_a_ring_unit_windows_are_those_of_keys(selector: str) -> None:
     """The same tokens in the same places at the same time as for a request that asks for `keys`."""
     rows = []
     for options in (None, {"selector": "keys"}):
-        config = KaraConfig(selector=selector, window=8, delay=2)
+        config = KaraConfig(selector=selector, window=8, delay=2, policy="periodic")
         world = World(Setting(config, units=0, trouble=0.0), seed=0)
         req = Request(0, [1, 2, 3], 10_000, options)
         assert world.prefill(req)
@@ -147,7 +147,7 @@ def test_ranks_that_disagree_about_whether_raise(mine: bool, monkeypatch: pytest
 @pytest.mark.parametrize("units", [1, GROUP])
 def test_warming_up_leaves_no_trace(selector: str, units: int) -> None:
     """A pass over slots that nobody holds, also where the ring has room for a recorder of the mean."""
-    config = KaraConfig(selector=selector, window=32, delay=2)
+    config = KaraConfig(selector=selector, window=32, delay=2, policy="periodic")
     world = World(Setting(config, page=16, units=units, trouble=0.0), seed=0)
     world.coordinator.warm_up()
     assert world.coordinator.totals == Totals()
@@ -218,7 +218,7 @@ class Watched(list):
 @pytest.mark.parametrize("number", [2, 7])
 def test_a_step_without_a_date_looks_at_one_request(number: int) -> None:
     """The newest, to see whether it is new; however many run."""
-    config = KaraConfig(window=500, delay=5, query_heads="mean")
+    config = KaraConfig(window=500, delay=5, query_heads="mean", policy="periodic")
     world = World(Setting(config, units=7, trouble=0.0, num_pages=20_000, real=False), seed=0)
     for i in range(number):
         assert world.prefill(Request(i, [1, 2, i], 1000, None))

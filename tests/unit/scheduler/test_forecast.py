@@ -20,6 +20,7 @@ def lone_servers(draw: st.DrawFn) -> Setting:
     up."""
     page = draw(st.sampled_from([1, 4, 16]))
     config = KaraConfig(
+        policy="periodic",
         selector=draw(st.sampled_from(SELECTORS)),
         window=page * draw(st.integers(1, 8)),
         retain=draw(st.sampled_from([0.01, 0.25, 0.5, 1.0])),
@@ -88,7 +89,13 @@ def test_where_passes_fall_behind_less_is_promised() -> None:
     """Six requests want a pass in each step and a third, and get one in four: what is reserved covers
     what they come to hold together, also for those that ask for a tiny share."""
     config = KaraConfig(
-        selector="keys", window=8, delay=2, retain=0.25, period=4, max_requests_per_pass=1
+        policy="periodic",
+        selector="keys",
+        window=8,
+        delay=2,
+        retain=0.25,
+        period=4,
+        max_requests_per_pass=1,
     )
     for options in (None, {"retain": 0.01}):
         setting = Setting(config, trouble=0.0, num_pages=9000, real=False, max_running=6)

@@ -12,11 +12,20 @@ from hypothesis import strategies as st
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.scheduler import policy
-from kara_sglang.scheduler.policy import SPREAD, Candidate, Periodic, Policy, Pressure, Threshold
+from kara_sglang.scheduler.policy import (
+    ENOUGH,
+    SPREAD,
+    Candidate,
+    Periodic,
+    Policy,
+    Pressure,
+    Threshold,
+)
 
 
 def candidate(index: int, **changes: int) -> Candidate:
-    fields = {"order": index, "kv_len": 100, "overdue": 0, "uncompressed": 50, "gain": 8}
+    """With one window that is due, unless ``width`` says otherwise."""
+    fields = {"order": index, "kv_len": 100, "overdue": 0, "uncompressed": 50, "gain": 8, "width": 1000}
     return Candidate(index=index, **(fields | changes))
 
 
@@ -49,7 +58,7 @@ POLICIES: list[Callable[[], Policy]] = [
 @settings(max_examples=200)
 @given(batches(), st.sampled_from(POLICIES))
 def test_only_due_requests_ascending_and_deterministic(batch, make) -> None:
-    """Ranks decide alike: the same batch gives the same list, none of it twice, all of it due."""
+    """Ranks decide alike: the same batch gives the same list, all of it due."""
     chosen = make().due(batch)
     assert chosen == make().due(list(batch))
     assert chosen == sorted(set(chosen))
@@ -113,8 +122,9 @@ def test_threshold_takes_whoever_is_long_enough(batch, threshold) -> None:
 @given(batches(), st.integers(1, 13))
 def test_pressure_takes_what_frees_most(batch, limit) -> None:
     """The largest gains, then the longest, then the oldest."""
-    batch = late(batch)
-    chosen = Pressure(1, limit, 0.5).due(batch)
+    batch, one = late(batch), Pressure(1, limit, 0.5)
+    for _ in range(SPREAD):
+        chosen = one.due(batch)
     ready = [c for c in batch if c.overdue >= 0]
     assert len(chosen) == min(limit, len(ready))
     left = [c for c in ready if c.index not in chosen]
@@ -124,6 +134,61 @@ def test_pressure_takes_what_frees_most(batch, limit) -> None:
 
     for taken in (batch[index] for index in chosen):
         assert all(rank(taken) > rank(c) for c in left)
+
+
+@pytest.mark.parametrize("rank", [Periodic.rank, Pressure.rank])
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(-20, 90), st.sampled_from([0, 4, 8])), max_size=9), st.data())
+def test_windows_that_have_piled_up_are_taken_in_their_order(rank, rows, data) -> None:
+    """Of all windows that are due the first ones, several of one request among them: as if each window
+    stood in the line for itself."""
+    batch = [
+        candidate(i, overdue=overdue, uncompressed=overdue + 10, gain=gain, width=16)
+        for i, (overdue, gain) in enumerate(rows)
+    ]
+    limit = data.draw(st.integers(1, 40))
+    line = []
+    for one in batch:
+        while one.overdue >= 0:
+            line.append((rank(one), one.index))
+            one = one.behind()
+    expected = sorted(index for _, index in sorted(line)[:limit])
+    assert policy._first(batch, limit, rank) == expected
+    for one in batch:
+        assert one.windows == sum(index == one.index for _, index in line)
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+@pytest.mark.parametrize("requests", [1, 3, 40])
+def test_windows_left_whole_are_spread_from_the_step_on_in_which_pressure_acts(
+    requests: int, urgent: bool
+) -> None:
+    """Ten of each request: no step is held up by more than its share, nor by more than the limit, and
+    all are gone when they could be; at once where slots run out."""
+    limit, old = 8, 10
+    one = Pressure(1, limit, 0.8)
+    one.due([])
+    piled = [16 * old - 1] * requests
+    steps = []
+    while any(held >= 0 for held in piled):
+        batch = [candidate(i, overdue=held, width=16) for i, held in enumerate(piled)]
+        chosen = one.due(batch, urgent=urgent)
+        for index in chosen:
+            piled[index] -= 16
+        steps.append(len(chosen))
+    assert sum(steps) == requests * old
+    if urgent:
+        assert max(steps[:-1], default=limit) == limit
+    else:
+        assert max(steps) == min(limit, -(-requests * old // SPREAD))
+        assert len(steps) <= SPREAD + -(-requests * old // limit)
+
+
+def test_pressure_goes_on_until_there_is_enough() -> None:
+    """A need that stays near the mark does not switch it on and off."""
+    one = Pressure(1, 8, 0.8)
+    said = [one.acts(lambda share, n=need: n >= share) for need in (0.79, 0.8, 0.79, 0.73, 0.71, 0.79)]
+    assert said == [False, True, True, True, False, False] and 0.71 < 0.8 * ENOUGH < 0.73
 
 
 @pytest.mark.parametrize("make", [lambda p: Periodic(p, 8), lambda p: Pressure(p, 8, 0.0)])
@@ -212,7 +277,7 @@ def test_windows_in_time_are_those_that_passes_can_take(
         taken = 0
         for _ in range(steps):
             batch = [
-                candidate(i, overdue=held - window, uncompressed=held)
+                candidate(i, overdue=held - window, uncompressed=held, width=window)
                 for i, held in enumerate(uncompressed)
             ]
             for index in one.due([c for c in batch if c.overdue >= 0]):

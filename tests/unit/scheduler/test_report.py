@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from world import advance, one_request
 
 from kara_sglang.launcher import requests
 from kara_sglang.options import KEY
@@ -40,6 +41,14 @@ def test_nothing_is_sent_unless_a_request_ends() -> None:
     # A step that verifies drafts may have gone on behind the end of the answer.
     [ended] = info(True, said=[4, 5])[KEY]
     assert (ended["logical_length"], ended["kv_slots_held"]) == (5, 5)
+
+
+def test_one_sentence_says_whether_compression_has_begun() -> None:
+    world, _ = one_request(selector="keys", policy="pressure", min_pool_usage=0.01)
+    begins = "compression begins when running and waiting requests need 1 % of the KV pool"
+    assert report.told(world.coordinator) == f"{begins}; it has not yet"
+    advance(world, 30)
+    assert report.told(world.coordinator) == f"{begins}; it has, 3 windows so far"
 
 
 def test_the_launcher_puts_the_report_of_an_ended_request_into_its_answer() -> None:

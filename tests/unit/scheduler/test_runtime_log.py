@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -14,8 +15,8 @@ from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
 from kara_sglang.scheduler.runtime import Parts, described
 
 
-def said(budget: int) -> str:
-    config = KaraConfig()
+def said(budget: int, **settings: Any) -> str:
+    config = KaraConfig(**settings)
     shape = AttentionShape(2, 4, 2, 64, torch.bfloat16, torch.device("meta"))
     recorder = QueryRecorder(shape, 512, 64, budget, torch.bfloat16)
     scheduler = SimpleNamespace(page_size=16, max_total_num_tokens=10**6, max_running_requests=500)
@@ -31,3 +32,15 @@ def test_the_log_names_ring_and_decode_graphs() -> None:
     assert "query ring 0.06 GiB (as set) for " in text and "requests with all query heads" in text
     assert "decode graphs for up to 160 of 500 requests" in text and FLAG in text
     assert "no query ring" in said(0)
+
+
+def test_the_log_says_when_compression_begins() -> None:
+    """So that nobody takes an idle server, of which all counts are 0, for a broken one."""
+    begins = "; compression begins when "
+    assert said(0, policy="periodic").endswith(f"{begins}an answer is longer than 576 tokens")
+    threshold = said(0, policy="threshold", threshold=900)
+    assert threshold.endswith(
+        f"{begins}an answer is longer than 576 tokens and its request holds 900 KV slots"
+    )
+    pressure = said(0, policy="pressure", min_pool_usage=0.75)
+    assert pressure.endswith(f"{begins}running and waiting requests need 75 % of the KV pool")

@@ -25,7 +25,10 @@ def test_the_answers_to_one_prompt_have_seeds_of_their_own() -> None:
     """With ``n`` above 1: the same ones in every run, also after a retraction, whichever others run."""
     runs = []
     for others in (0, 2):
-        world = World(Setting(KaraConfig(selector="random", window=8, delay=2), trouble=0.0), seed=0)
+        world = World(
+            Setting(KaraConfig(selector="random", window=8, delay=2, policy="periodic"), trouble=0.0),
+            seed=0,
+        )
         seeds: list[list[int]] = []
         for options in (None, {"seed": 5}):
             copies = [Request(rid, [1, 2, 3], 100, options) for rid in range(3)]

@@ -20,7 +20,7 @@ def voted_share(requests: list[Request]) -> list[float]:
 def test_recorders_go_round(heads: str, units: int, running: int, together: bool) -> None:
     """With room for one recorder, each of two or three requests votes on as many windows as the
     others, also where their windows begin in the same steps; and all windows are compressed."""
-    config = KaraConfig(window=8, delay=2, query_heads=heads)
+    config = KaraConfig(window=8, delay=2, query_heads=heads, policy="periodic")
     world = World(Setting(config, units=units, trouble=0.0, num_pages=4000), seed=0)
     requests = [Request(i, [1, 2, 3, i], 10_000, None) for i in range(running)]
     for req in requests:
@@ -36,7 +36,7 @@ def test_recorders_go_round(heads: str, units: int, running: int, together: bool
 
 def test_pages_are_kept_for_those_that_asked_in_vain_longest() -> None:
     """Windows that begin in nearly the same steps: the first in each row does not win every time."""
-    config = KaraConfig(window=64, delay=16)
+    config = KaraConfig(window=64, delay=16, policy="periodic")
     world = World(Setting(config, page=16, units=2, trouble=0.0, num_pages=2000, real=False), seed=0)
     requests = [Request(i, list(range(20 + 3 * i)), 10_000, None) for i in range(7)]
     for req in requests:
@@ -48,7 +48,7 @@ def test_pages_are_kept_for_those_that_asked_in_vain_longest() -> None:
 
 def test_one_recorder_less_than_requests_costs_little_more_than_its_windows() -> None:
     """Only as many recorders change hands as requests have asked in vain."""
-    config = KaraConfig(window=32, delay=2, query_heads="mean")
+    config = KaraConfig(window=32, delay=2, query_heads="mean", policy="periodic")
     world = World(Setting(config, units=4, trouble=0.0, num_pages=9000, real=False), seed=0)
     requests = [Request(i, [1, 2, 3, i], 10_000, None) for i in range(5)]
     for req in requests:
@@ -61,7 +61,7 @@ def test_one_recorder_less_than_requests_costs_little_more_than_its_windows() ->
 
 def test_who_records_all_heads_gives_way_first() -> None:
     """Some windows after the ring is full, everybody has a recorder of the mean."""
-    config = KaraConfig(window=8, delay=2, query_heads="auto")
+    config = KaraConfig(window=8, delay=2, query_heads="auto", policy="periodic")
     world = World(Setting(config, units=2 * GROUP, trouble=0.0, num_pages=2000, real=False), seed=0)
     requests = [Request(i, [1, 2, 3, i], 10_000, None) for i in range(2 * GROUP)]
     for req in requests:
@@ -77,7 +77,7 @@ def test_who_records_all_heads_gives_way_first() -> None:
 
 def test_nobody_gives_way_while_there_is_room() -> None:
     """Recorders stay with their requests, and every window is voted on."""
-    config = KaraConfig(window=8, delay=2, query_heads="all")
+    config = KaraConfig(window=8, delay=2, query_heads="all", policy="periodic")
     world = World(Setting(config, units=3 * GROUP, trouble=0.0, num_pages=2000, real=False), seed=0)
     requests = [Request(i, [1, 2, 3, i], 10_000, None) for i in range(3)]
     for req in requests:
@@ -91,7 +91,7 @@ def test_nobody_gives_way_while_there_is_room() -> None:
 
 def test_who_needs_no_queries_takes_no_recorder() -> None:
     """On a server that records: others find the whole ring, and its own windows come all the same."""
-    config = KaraConfig(window=8, delay=2, query_heads="all")
+    config = KaraConfig(window=8, delay=2, query_heads="all", policy="periodic")
     world = World(Setting(config, units=GROUP, trouble=0.0, num_pages=2000), seed=0)
     keys = Request(0, [1, 2, 3], 10_000, {"selector": "keys"})
     kara = Request(1, [1, 2, 4], 10_000, None)
