@@ -36,7 +36,7 @@ def accepted(options: argparse.Namespace, rows: dict[str, Any]) -> dict[str, lis
 
     import kara_sglang
 
-    kara_sglang.configure("kara", window=options.window, delay=32)
+    kara_sglang.configure("kara", window=options.window, delay=32, policy="periodic")
     engine = sglang.Engine(
         model_path=str(options.model),
         speculative_algorithm="STANDALONE",
