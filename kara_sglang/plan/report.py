@@ -124,6 +124,11 @@ class Plan:
                 f"all {running} requests that run fit without compression, so it gains little here; "
                 """--kv-compress-config '{"policy": "pressure"}' compresses only when memory is short"""
             )
+        if self.launch.resolved.speculative_algorithm is not None:
+            lines.append(
+                "drafts are not reckoned with: the gain is that of steps with one token, and fewer "
+                "requests fit beside the weights and the KV of a draft model"
+            )
         if self.launch.captured and running > self.asked_graph:
             lines.append(
                 f"{running} requests run, and by itself SGLang captures decode graphs up to "

@@ -39,13 +39,16 @@ def request_report(req: Req) -> dict[str, Any] | None:
     own_removed = sum(window.freed for window in windows)
     prefix = prefix_of(req)
     covered = sum(window.width for window in windows)
-    held = req.kv.kv_committed_len
+    gone = removed(req)
+    # A step that verifies drafts may have gone on behind the end of the answer.
+    said = len(req.origin_input_ids) + len(req.output_ids_through_stop)
+    logical = min(req.kv.kv_committed_len + gone, said)
     return {
         "windows": len(windows),
         "without_queries": state.without_queries() if state is not None else 0,
         "tokens_removed": own_removed,
-        "kv_slots_held": held,
-        "logical_length": held + removed(req),
+        "kv_slots_held": logical - gone,
+        "logical_length": logical,
         "retained": 1.0 - own_removed / covered if covered else 1.0,
         "reused_tokens": prefix.reused_tokens if prefix is not None else 0,
         "reused_slots": prefix.reused_slots if prefix is not None else 0,

@@ -106,7 +106,8 @@ class Tracer:
             num_kv_heads=self.num_kv_heads,
         )
         prompt, output = (
-            np.array(list(ids), dtype=np.int64) for ids in (req.origin_input_ids, req.output_ids)
+            np.array(list(ids), dtype=np.int64)
+            for ids in (req.origin_input_ids, req.output_ids_through_stop)
         )
         bits = np.stack([traced.bits.numpy() for traced in state.traced])
         return Trace(about, prompt, output, np.array(rows, dtype=np.int64), bits)

@@ -22,7 +22,6 @@ class DraftingWorld(World):
         self.published: dict[int, int] = {}  # KV lengths by row, on the device
         self.spare: dict[str, list[int]] = {}
         self.accepted: dict[str, list[int]] = {}  # by steps whose results are to come
-        self.finished_len: dict[str, int] = {}
         self.most_at_once = 0
 
     def prefill(self, req: Request) -> bool:
@@ -48,7 +47,7 @@ class DraftingWorld(World):
         return sum(max(0, count) for count in slots) // self.page
 
     def owned(self, req: Request) -> int:
-        through_stop = len(req.origin_input_ids) + self.finished_len.get(req.rid, len(req.output_ids))
+        through_stop = len(req.origin_input_ids) + len(req.output_ids_through_stop)
         return min(req.kv.kv_committed_len, through_stop)
 
     def allocate(self, req: Request) -> None:
@@ -132,12 +131,12 @@ class DraftingWorld(World):
             before = len(req.output_ids)
             req.output_ids += [self.random.randrange(9) for _ in range(count)]
             if len(req.output_ids) >= most:
-                req.finished_reason, self.finished_len[req.rid] = Finish("length"), most
+                req.finished_reason, req.finished_len = Finish("length"), most
             elif req.to_finish is not None:
                 req.finished_reason, req.to_finish = req.to_finish, None
             elif self.chance(self.setting.trouble / 2):
                 req.finished_reason = Finish("stop")
-                self.finished_len[req.rid] = before + self.random.randint(1, count)
+                req.finished_len = before + self.random.randint(1, count)
             if req.finished():
                 self.release(req, checkpoint=True)
                 gone.append(req)

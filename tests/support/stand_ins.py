@@ -133,6 +133,7 @@ class Request:
         self.beam_group: Any = None
         self.multimodal_inputs: Any = None
         self.finished_reason: Finish | None = None
+        self.finished_len: int | None = None
         self.to_finish: Finish | None = None
         self.retraction_count = 0
         # --------------------------------------------------------------------------------------
@@ -150,6 +151,10 @@ class Request:
 
     def finished(self) -> bool:
         return self.finished_reason is not None
+
+    @property
+    def output_ids_through_stop(self) -> list[int]:
+        return self.output_ids[: self.finished_len]
 
     def next_output_finishes_by_length(self) -> bool:
         return len(self.output_ids) + 1 >= self.sampling_params.max_new_tokens

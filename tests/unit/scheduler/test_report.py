@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +15,15 @@ from kara_sglang.scheduler import report
 STREAMER = report.output_streamer_class(lambda _scheduler: SchedulerOutputStreamer, None)
 
 
-def info(*finished: bool) -> dict[str, list]:
+def info(*finished: bool, said: Sequence[int] = (4, 5, 6, 7, 8)) -> dict[str, list]:
     """The plugin's part of a batch whose requests have ended or not."""
     reqs: list[Any] = [
-        SimpleNamespace(finished=lambda end=end: end, kv=SimpleNamespace(kv_committed_len=7))
+        SimpleNamespace(
+            finished=lambda end=end: end,
+            kv=SimpleNamespace(kv_committed_len=7),
+            origin_input_ids=[1, 2, 3],
+            output_ids_through_stop=said,
+        )
         for end in finished
     ]
     return STREAMER.build_additional_customized_info(object.__new__(STREAMER), reqs)
@@ -30,7 +36,10 @@ def test_nothing_is_sent_unless_a_request_ends() -> None:
     assert list(fields) == [KEY]
     running, ended, other = fields[KEY]
     assert running is None and other is None
-    assert ended["logical_length"] == 7
+    assert (ended["logical_length"], ended["kv_slots_held"]) == (7, 7)
+    # A step that verifies drafts may have gone on behind the end of the answer.
+    [ended] = info(True, said=[4, 5])[KEY]
+    assert (ended["logical_length"], ended["kv_slots_held"]) == (5, 5)
 
 
 def test_the_launcher_puts_the_report_of_an_ended_request_into_its_answer() -> None:

@@ -74,7 +74,7 @@ def test_a_full_disk_is_an_error_in_the_log(tmp_path: Path, caplog: pytest.LogCa
         finished_reason=SimpleNamespace(to_json=lambda: {"type": "stop"}),
         retraction_count=0,
         origin_input_ids=[1, 2],
-        output_ids=list(range(10)),
+        output_ids_through_stop=list(range(10)),
     )
     with caplog.at_level(logging.ERROR):
         tracer.end(req, state)
