@@ -15,8 +15,10 @@ def test_a_newer_flag_is_none_where_sglang_lacks_it(name: str) -> None:
     assert getattr(Flags(SimpleNamespace(**{name: True})), name) is True
 
 
-def test_any_other_flag_must_be_there() -> None:
-    flags = Flags(SimpleNamespace(tp_size=2))
-    assert flags.tp_size == 2
-    with pytest.raises(AttributeError, match="pp_size"):
-        _ = flags.pp_size
+def test_flags_that_sglang_does_not_have_yet() -> None:
+    """Nobody can have set them. Any other that is absent is an error."""
+    flags = Flags(SimpleNamespace(pp_size=2, enable_nvidia_megakernel=True))
+    assert flags.pp_size == 2 and flags.enable_nvidia_megakernel is True
+    assert flags.enable_amd_monokernel is None
+    with pytest.raises(AttributeError):
+        flags.dcp_size  # noqa: B018

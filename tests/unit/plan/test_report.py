@@ -96,6 +96,7 @@ def test_the_doctor_says_the_same_of_the_ring(qwen, capsys, monkeypatch, setting
         ),
         ("--answer 300", "no window is compressed: answers of 300 tokens"),
         ("--answer 60000", "longer than the model's context of 40,960"),
+        ("--speculative-algorithm NGRAM", "drafts are not reckoned with"),
     ],
 )
 def test_warnings(qwen, capsys, flags, warning):
