@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from kara_sglang.scheduler.lengths import Lengths
-from kara_sglang.scheduler.pace import PLAIN, Pace, pace_of
+from kara_sglang.scheduler.pace import PLAIN, Pace
 
 
 def lengths(pace: Pace = PLAIN) -> Lengths:
@@ -70,20 +69,3 @@ def test_without_overlap_a_batch_keeps_its_own_lengths() -> None:
     known.shorten(running, {0: 32})
     known.correct(running)
     assert running.seq_lens.tolist() == [68]
-
-
-@pytest.mark.parametrize("overlap", [True, False])
-def test_the_pace_is_the_servers(overlap: bool) -> None:
-    flags = SimpleNamespace(
-        speculative_algorithm=None,
-        speculative_num_draft_tokens=None,
-        speculative_eagle_topk=None,
-        disable_overlap_schedule=not overlap,
-    )
-    assert pace_of(flags) == PLAIN
-    flags.speculative_algorithm, flags.speculative_num_draft_tokens = "NGRAM", 8
-    for width in (1, 4):
-        flags.speculative_eagle_topk = width
-        assert pace_of(flags) == Pace(8, 8 if overlap else 0, branches=width > 1)
-    assert PLAIN.reserve == PLAIN.reach == 0 and PLAIN.steps(5) == 5
-    assert [Pace(4).steps(tokens) for tokens in (1, 4, 5)] == [1, 1, 2]
