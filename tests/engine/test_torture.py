@@ -49,6 +49,9 @@ def stays_boring(server: Server, stock: Server, weights: Path, seed: int, count:
     }
     torture.exact.append((fresh, server.generate(prompt(60, seed), tokens=60, kv_compress=False)))
     torture.look()
+    if server.speculates:
+        # With NGRAM SGLang's own steps leave it out (``speculative/eagle_utils.py``, ``eagle_sample``).
+        torture.exact = [one for one in torture.exact if "custom_logit_processor" not in one[0]]
     compared = assert_as_stock(stock, torture.exact)
     print(f"{compared} tokens of {len(torture.exact)} answers are stock's")
     assert compared > 5 * count
@@ -69,4 +72,5 @@ def test_many_odd_requests_stay_boring(
     seed = int(os.environ.get("TORTURE_SEED", random.randrange(10**6)))
     few_pages = ("--kv-compress-query-mem-gb", "0.0003")
     with launch_small(tiny_model, logs, page_size, reuse, *few_pages, *drafts) as server:
+        server.speculates = bool(drafts)
         stays_boring(server, stock, tiny_model, seed, count=400)

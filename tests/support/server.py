@@ -60,6 +60,8 @@ def free_port() -> int:
 class Server:
     """A running server."""
 
+    speculates = False
+
     def __init__(self, process: subprocess.Popen, port: int, log: Path) -> None:
         self.process = process
         self.url = f"http://127.0.0.1:{port}"
