@@ -11,8 +11,10 @@ MODEL ?=
 ARGS ?=
 # For test-sglang and test-triton: the version; and what runs on SGLang's where ARGS does not say otherwise.
 VERSION ?=
-CORE := tests/unit/test_hooks.py tests/unit/compat tests/unit/launcher/test_refusals.py \
-  tests/unit/plan/test_plan.py tests/unit/scheduler/test_fp8_kv.py tests/unit/scheduler/test_refusals.py \
+CORE := $(addprefix tests/unit/test_,$(addsuffix .py,handshake hooks plugin)) tests/unit/compat \
+  tests/unit/launcher/test_refusals.py \
+  $(addprefix tests/unit/plan/test_,$(addsuffix .py,command gain launch load memory report)) \
+  tests/unit/scheduler/test_fp8_kv.py tests/unit/scheduler/test_refusals.py \
   tests/engine/test_exactness.py tests/engine/test_memory.py \
   tests/engine/test_prefix_cache.py tests/engine/test_compressed_prefix.py \
   tests/engine/test_forced_decoding.py tests/engine/test_serving.py tests/engine/test_data_parallel.py \

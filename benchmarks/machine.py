@@ -25,6 +25,16 @@ def kind() -> str:
     return f"{cores} {platform.machine()} CPU machine, no GPU"
 
 
+def origin(module: str, arguments: list[str]) -> dict[str, Any]:
+    """The first entries of a result: the command that gave it, and the machine."""
+    return {"command": command(module, arguments), "machine": machine()}
+
+
+def heading(result: dict[str, Any]) -> str:
+    """The same, above the tables of a result that begins with :func:`origin`."""
+    return f"`{result['command']}` on a {result['machine']['kind']}\n\n"
+
+
 def command(module: str, arguments: list[str]) -> str:
     """The command line that gives a result, without where its files lay on this machine."""
     words = ["python", "-m", module]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from kara_sglang.benchmarks import command_line
-from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.machine import origin
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.config import KaraConfig
@@ -139,8 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     shown_rows = ([row["case"], *(f"{value:.1f}" for value in row["us"])] for row in rows)
     print(grid(["us per step", *map(str, options.requests)], shown_rows), end="")
     if options.out:
-        shown = command("kara_sglang.benchmarks.steps", argv or sys.argv[1:])
-        write_json(options.out, {"command": shown, "machine": machine(), "rows": rows}, indent=1)
+        about = origin("kara_sglang.benchmarks.steps", argv or sys.argv[1:])
+        write_json(options.out, about | {"rows": rows}, indent=1)
     return 0
 
 

@@ -29,7 +29,7 @@ import requests
 
 from kara_sglang import cpu_engine
 from kara_sglang.benchmarks import command_line
-from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.machine import origin
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.serving.peers import start
 from kara_sglang.benchmarks.serving.peers.sglang import SGLang
@@ -263,8 +263,7 @@ def main() -> int:
     options = parser.parse_args()
     end_on_sigterm()
     report: dict[str, Any] = {
-        "command": command(MODULE, sys.argv[1:]),
-        "machine": machine(),
+        **origin(MODULE, sys.argv[1:]),
         "model": Path(options.model).name,
         "backends": {},
     }

@@ -40,7 +40,7 @@ from kara_sglang import cpu_engine
 from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.gpu.dummy import CONFIGS, kv_bytes, write_config
 from kara_sglang.benchmarks.gpu.profiled import profile
-from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.machine import origin
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.serving.peers import PEERS, start
@@ -403,8 +403,7 @@ def main(arguments: list[str]) -> int:
     smaller = pool - -(-ring // (kv_bytes(options.model) * page)) * page
     counts = {"scarce": 3 * options.fit, "ample": smaller // longest}
     report: dict[str, Any] = {
-        "command": command(MODULE, arguments),
-        "machine": machine(),
+        **origin(MODULE, arguments),
         "pool": {"stock": pool, "compressed": smaller, "ring_bytes": ring},
         "clients": counts,
         "summary": [],

@@ -17,7 +17,7 @@ from typing import Any
 
 from kara_sglang import cpu_engine, embedded_model
 from kara_sglang.benchmarks import command_line
-from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.machine import origin
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality.engine import engine_arguments
@@ -109,8 +109,8 @@ def main(argv: list[str] | None = None) -> int:
         lines.append([name, f"{statistics.mean(steps):.2f}", change, str(windows)])
     print(grid(["row", "tokens per step", "change, %", "windows"], lines), end="")
     if options.out:
-        shown = command("kara_sglang.benchmarks.quality.drafts", argv or sys.argv[1:])
-        write_json(options.out, {"command": shown, "machine": machine(), "rows": found}, indent=1)
+        about = origin("kara_sglang.benchmarks.quality.drafts", argv or sys.argv[1:])
+        write_json(options.out, about | {"rows": found}, indent=1)
     return 0
 
 

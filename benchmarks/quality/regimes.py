@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from kara_sglang import __version__, cpu_engine
 from kara_sglang.benchmarks import command_line
-from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.machine import origin
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import campaign
@@ -412,8 +412,7 @@ def main(arguments: list[str]) -> int:
         print(f"regimes: {error}", file=sys.stderr)
         return 1
     meta = {
-        "command": command(MODULE, arguments),
-        "machine": machine(),
+        **origin(MODULE, arguments),
         "model": Path(model).name,
         "dtype": dtype or "model",
         "kara_sglang": __version__,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kara_sglang import cpu_engine
 from kara_sglang.benchmarks import command_line
-from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.machine import heading, origin
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.reuse.measure import Sizes, measure
 from kara_sglang.benchmarks.reuse.report import draw, markdown
@@ -57,10 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     end_on_sigterm()
     found = measure(setup, sizes, folder)
     forks = found["forks"]
-    shown = command("kara_sglang.benchmarks.reuse", argv or sys.argv[1:])
     answer = {
-        "command": shown,
-        "machine": machine(),
+        **origin("kara_sglang.benchmarks.reuse", argv or sys.argv[1:]),
         "model": options.model,
         "sizes": dataclasses.asdict(sizes),
         "forks_ratio": forks["compressed"]["peak_running"] / forks[STOCK]["peak_running"],
@@ -71,7 +69,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.out, answer, indent=1)
-        head = f"`{shown}` on a {answer['machine']['kind']}\n\n"
-        options.out.with_suffix(".md").write_text(head + text)
+        options.out.with_suffix(".md").write_text(heading(answer) + text)
         draw(found, sizes, options.out.with_suffix(".png"))
     return 0

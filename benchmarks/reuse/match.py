@@ -31,7 +31,7 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from kara_sglang.benchmarks import command_line
-from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.machine import origin
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.radix_integration.compressed import CompressedRadixCache
 from kara_sglang.radix_integration.keys import Text, physical_key, seed_of
@@ -197,8 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{one['case']:<15}{figures}      {one['found']}, {one['why']}", flush=True)
     if arguments.out is not None:
         about = {
-            "command": command("kara_sglang.benchmarks.reuse.match", argv or sys.argv[1:]),
-            "machine": machine(),
+            **origin("kara_sglang.benchmarks.reuse.match", argv or sys.argv[1:]),
             "text": TEXT,
             "window": WINDOW,
         }

@@ -17,7 +17,7 @@ from typing import Any
 import sglang as sgl
 
 from kara_sglang.benchmarks import command_line
-from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.machine import origin
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.frontend.backend import EndpointError, KaraEndpoint, gen
@@ -130,10 +130,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(markdown(found))
     if options.out:
-        shown = command("kara_sglang.benchmarks.reuse.modes", sys.argv[1:] if argv is None else argv)
+        about = origin("kara_sglang.benchmarks.reuse.modes", sys.argv[1:] if argv is None else argv)
         turns = [{"text": subject} | dataclasses.asdict(one) for subject, one in found]
-        answer = {"command": shown, "machine": machine(), "settings": endpoint.settings, "turns": turns}
-        write_json(options.out, answer, indent=1)
+        write_json(options.out, about | {"settings": endpoint.settings, "turns": turns}, indent=1)
     return 0
 
 

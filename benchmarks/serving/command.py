@@ -17,7 +17,7 @@ from typing import Any
 
 from kara_sglang import cpu_engine
 from kara_sglang.benchmarks import command_line
-from kara_sglang.benchmarks.machine import command, machine
+from kara_sglang.benchmarks.machine import heading, origin
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.serving import scenarios
 from kara_sglang.benchmarks.serving.rows import rows
@@ -136,8 +136,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # The quick run's six are of the tiny model; starting all of them together saves a start's wait.
     resident = options.resident or ((6 if options.quick else 4) if cpu else 1)
-    shown = command("kara_sglang.benchmarks.serving", argv or sys.argv[1:])
-    return execute(cells, options, setup, scale, resident, folder, not_run, shown)
+    about = origin("kara_sglang.benchmarks.serving", argv or sys.argv[1:])
+    return execute(cells, options, setup, scale, resident, folder, not_run, about)
 
 
 def execute(
@@ -148,7 +148,7 @@ def execute(
     resident: int,
     folder: Path,
     not_run: dict[str, str],
-    shown: str,
+    about: dict[str, Any],
 ) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -196,8 +196,7 @@ def execute(
     keys = {cell.key for cell in cells}
     results = [r for r in journal.results if r["key"] in keys]
     answer = {
-        "command": shown,
-        "machine": machine(),
+        **about,
         **settings,
         **headline(results),
         "not_run": not_run,
@@ -209,7 +208,6 @@ def execute(
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.out, answer, indent=1)
-        head = f"`{shown}` on a {answer['machine']['kind']}\n\n"
-        options.out.with_suffix(".md").write_text(head + tables)
+        options.out.with_suffix(".md").write_text(heading(about) + tables)
         draw(results, options.out.with_suffix(""))
     return 1 if failed else 0

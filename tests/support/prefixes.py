@@ -72,6 +72,11 @@ class Request:
         return max(0, input_len - 1)
 
     @property
+    def output_ids_through_stop(self) -> array[int]:
+        """All that it has written: nothing stops it here but its end."""
+        return self.full_untruncated_fill_ids[len(self.origin_input_ids) :]
+
+    @property
     def tokens(self) -> tuple[int, ...]:
         return tuple(self.full_untruncated_fill_ids)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+import types
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +19,7 @@ from hypothesis import settings
 
 from kara_sglang import plugin
 from kara_sglang.compat.flags import NEWER_FLAGS
+from kara_sglang.hooks import Hook
 
 if not torch.cuda.is_available():
     # Read when SGLang is imported for the first time.
@@ -97,3 +101,35 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """SGLang's registry, empty for one test."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
+    monkeypatch.setattr(HookRegistry, "_patched", set())
+    yield HookRegistry
+
+
+@pytest.fixture
+def targets(monkeypatch: pytest.MonkeyPatch) -> tuple[Hook, ...]:
+    """Hooks on a module that stands in for one of SGLang's: methods of every kind and a function."""
+
+    class Thing:
+        def method(self) -> None: ...
+
+        @classmethod
+        def make(cls) -> None: ...
+
+        @staticmethod
+        def free() -> None: ...
+
+    module = types.ModuleType("sglang.srt.kara_stand_in")
+    module.Thing, module.function = Thing, lambda: None
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return tuple(
+        Hook(f"kara_stand_in.{name}", "after", (), "launcher.flags:check_server_args", "for a test")
+        for name in ("Thing.method", "Thing.make", "Thing.free", "function")
+    )

@@ -140,13 +140,13 @@ def test_a_row_that_cannot_run_says_how_to_have_it(
     pytest.importorskip("datasets", reason="pip install 'kara-sglang[benchmarks]'")
     planned = {}
 
-    def execute(cells, options, setup, scale, resident, folder, not_run, command) -> int:
-        planned.update(cells=[cell.key for cell in cells], not_run=not_run, command=command)
+    def execute(cells, options, setup, scale, resident, folder, not_run, about) -> int:
+        planned.update(cells=[cell.key for cell in cells], not_run=not_run, about=about)
         return 0
 
     monkeypatch.setattr(program, "execute", execute)
     words = ["--scenarios", "scarce/equal work", "--rows", "vllm", "--dir", str(tmp_path)]
     assert program.main([*words, "--model", "somewhere"]) == 0
     assert planned["cells"] == ["scarce/equal work/stock"] and list(planned["not_run"]) == ["vllm"]
-    assert "'scarce/equal work'" in planned["command"]
+    assert "'scarce/equal work'" in planned["about"]["command"]
     assert "vllm/bin/pip install vllm" in capsys.readouterr().err

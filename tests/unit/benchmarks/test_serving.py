@@ -333,3 +333,18 @@ def test_a_results_command_says_nothing_of_this_machines_folders() -> None:
     assert machine.command("m", arguments) == (
         "python -m m --server-args '--lora ada --tp 2' --url http://h:1/v1"
     )
+
+
+RESULTS = Path(machine.__file__).parent / "results" / "serving"
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2", "plugin-off", "reuse", "steps", "match", "modes"])
+def test_results_begin_with_their_command_and_machine(name: str) -> None:
+    """Those that are committed as those that will be."""
+    committed = json.loads((RESULTS / f"{name}.json").read_text())
+    origin = machine.origin("m", ["--quick"])
+    assert list(origin) == list(committed)[:2]
+    assert origin["command"] == "python -m m --quick"
+    assert list(origin["machine"]) == list(committed["machine"])
+    if (tables := RESULTS / f"{name}.md").exists():
+        assert tables.read_text().startswith(machine.heading(committed))

@@ -20,7 +20,7 @@ from places import ROOT
 from sglang_uses import Ours, Reader, Use, collect
 
 from kara_sglang.compat import surface
-from kara_sglang.compat.flags import NEWER_FLAGS, Flags
+from kara_sglang.compat.flags import NEWER_FLAGS
 from kara_sglang.compat.source import Source
 from kara_sglang.compat.surface import SURFACE, Used, bare, signature
 
@@ -334,12 +334,3 @@ def test_fields_of_server_args_come_from_their_classes() -> None:
     source = Source("1.0", texts.get)
     assert problems(source, "server_args.ServerArgs", "page_size") == []
     assert problems(source, "server_args.ServerArgs", "window") != []
-
-
-def test_flags_that_sglang_does_not_have_yet() -> None:
-    """Nobody can have set them. Any other that is absent is an error."""
-    flags = Flags(types.SimpleNamespace(pp_size=2, enable_nvidia_megakernel=True))
-    assert flags.pp_size == 2 and flags.enable_nvidia_megakernel is True
-    assert flags.enable_amd_monokernel is None
-    with pytest.raises(AttributeError):
-        flags.dcp_size  # noqa: B018

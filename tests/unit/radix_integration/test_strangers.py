@@ -13,7 +13,7 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.common import match_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from kara_sglang.radix_integration.keys import FIRST_ID, Text, first_stranger, physical_key, seed_of
+from kara_sglang.radix_integration.keys import FIRST_ID, Text, physical_key, seed_of
 from kara_sglang.radix_integration.row import Window, ceil_align
 
 SEED = seed_of(b"half", None, None)
@@ -118,11 +118,3 @@ def test_images_are_no_strangers() -> None:
 
 def params_of(req: Request) -> MatchPrefixParams:
     return MatchPrefixParams(key=RadixKey(req.full_untruncated_fill_ids), req=req)
-
-
-@pytest.mark.parametrize(
-    "ids,index",
-    [([], None), ([0, VOCAB - 1], None), ([0, VOCAB], 1), ([-1, -1], 0), ([3, 2**62, -4], 1)],
-)
-def test_the_first_stranger(ids: list[int], index: int | None) -> None:
-    assert first_stranger(array("q", ids), VOCAB) == index

@@ -136,7 +136,7 @@ RUN_BY = {
     "python -": ("unit/repository/test_docs.py", "exec(program"),
     "kara_sglang.doctor": ("unit/test_doctor.py", "doctor.main("),
     "kara_sglang.plan": ("unit/plan/test_deployment.py", "plan.main("),
-    "kara_sglang.compat": ("unit/compat/test_compat.py", "command.main("),
+    "kara_sglang.compat": ("unit/compat/test_command.py", "command.main("),
     "kara_sglang.frontend": ("engine/test_frontend.py", '"kara_sglang.frontend", "solve"'),
     "kara_sglang.top": ("engine/test_watching.py", '"kara_sglang.top"'),
     "kara_sglang.trace": ("engine/test_serving.py", '"kara_sglang.trace", "show"'),

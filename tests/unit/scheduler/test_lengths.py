@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from kara_sglang.scheduler.lengths import Lengths
-from kara_sglang.scheduler.pace import PLAIN, Pace, pace_of
+from kara_sglang.scheduler.pace import PLAIN, Pace
 
 
 def lengths(pace: Pace = PLAIN) -> Lengths:
@@ -82,21 +81,3 @@ def test_lengths_are_unknown_behind_a_step_of_drafts_only() -> None:
         known.scheduler.last_batch = plain.scheduler.last_batch = SimpleNamespace(forward_mode=mode)
         assert known.unknown == (4 if decodes else 0)
         assert plain.unknown == 0
-
-
-@pytest.mark.parametrize("overlap", [True, False])
-def test_the_pace_is_the_servers(overlap: bool) -> None:
-    flags = SimpleNamespace(
-        speculative_algorithm=None,
-        speculative_num_draft_tokens=None,
-        speculative_eagle_topk=None,
-        disable_overlap_schedule=not overlap,
-    )
-    assert pace_of(flags) == PLAIN
-    flags.speculative_algorithm, flags.speculative_num_draft_tokens = "NGRAM", 8
-    flags.speculative_eagle_topk = 1
-    for algorithm, branches in (("NGRAM", True), ("EAGLE", False), ("STANDALONE", False)):
-        flags.speculative_algorithm = algorithm
-        assert pace_of(flags) == Pace(8, 8 if overlap else 0, branches)
-    assert PLAIN.reserve == PLAIN.reach == 0 and PLAIN.steps(5) == 5
-    assert [Pace(4).steps(tokens) for tokens in (1, 4, 5)] == [1, 1, 2]

@@ -1,4 +1,4 @@
-"""When the hook in front of attention stores a step's queries, and the guard for when it did not."""
+"""When the hook in front of attention stores a step's queries."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from sglang.srt.server_args import ServerArgs
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import TorchKernels
-from kara_sglang.kernels.record import PAGE, Ring, Step
+from kara_sglang.kernels.record import Ring, Step
 from kara_sglang.scheduler import runtime
-from kara_sglang.scheduler.ring.check import RingCheck
 from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
 
 LAYERS, GROUP, DIM = 3, 2, 4
+
 MODEL = [SimpleNamespace(layer_id=layer) for layer in range(LAYERS)]
+
 DRAFT = SimpleNamespace(layer_id=0)
 
 
@@ -149,27 +150,3 @@ def test_sglang_captures_decode_graphs_in_its_capture_mode() -> None:
     """All of them: what captures again makes a new runner of this class."""
     source = inspect.getsource(DecodeCudaGraphRunner.__init__)
     assert "with model_capture_mode():\n                self.capture()" in source
-
-
-def test_the_check_knows_what_was_written_for_whom() -> None:
-    """Each layer by itself; the mean's only page; places written again a page later; a new owner."""
-    check = RingCheck((2, 3 * PAGE + 1), torch.device("cpu"))
-    pages = torch.tensor([[-1, -1], [0, 1], [2, -1]], dtype=torch.int32)[:, None]
-    rows = torch.tensor([0, 1, 2])
-
-    def step(position: int) -> Step:
-        return Step(torch.tensor([99, position, position + 100]), rows, pages)
-
-    for position in range(70, 78):
-        check.record(slice(0, 2), step(position))
-    check.require("a", ((0,), (1,)), 70, 8)
-    check.require("b", ((2,),), 170, 8)
-    with pytest.raises(RuntimeError, match="position 69 in layer 0, it holds none of this request's"):
-        check.require("a", ((0,), (1,)), 69, 8)
-    check.record(slice(1, 2), step(70 + PAGE))
-    with pytest.raises(RuntimeError, match=r"request b: .* position 170 in layer 1, .* position 234"):
-        check.require("b", ((2,),), 170, 8)
-    check.forget((1,))
-    check.require("a", ((0,),), 71, 7)
-    with pytest.raises(RuntimeError, match="position 71 in layer 0, it holds none of this request's"):
-        check.require("a", ((0,), (1,)), 71, 7)

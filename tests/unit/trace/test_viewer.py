@@ -6,42 +6,13 @@ import base64
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import numpy as np
-import pytest
-from traces import HEADS, LAYERS, WIDTH, assert_same, cut, marks, some_trace, split
+from traces import HEADS, LAYERS, WIDTH, cut, marks, some_trace, split
 
 from kara_sglang.radix_integration.row import VOTERS
-from kara_sglang.trace import tokens, viewer
-from kara_sglang.trace.format import TraceError
+from kara_sglang.trace import viewer
 from kara_sglang.trace.pair import pair
-
-TEXT = "def f(x):\n    return x < 1 && '&amp;' </script> {{title}} 日本語 🙂!"
-
-
-def test_pieces_are_the_text(byte_tokenizer: Path) -> None:
-    """Together they are the text; a character of several tokens stands with its last one."""
-    tokenizer = tokens.load_tokenizer(str(byte_tokenizer))
-    ids = [*TEXT.encode(), 256]
-    parts = tokens.pieces(tokenizer, ids)
-    assert len(parts) == len(ids) and "".join(parts) == TEXT + "<|end|>"
-    sun = TEXT.encode().index("日".encode())
-    assert parts[sun : sun + 3] == ["", "", "日"]
-
-
-def test_bytes_that_are_no_text_end(byte_tokenizer: Path) -> None:
-    """Neither a run of broken bytes nor a character that is cut off swallows what is around it."""
-    tokenizer = tokens.load_tokenizer(str(byte_tokenizer))
-    ids = [*b"ab", *[0x80] * 50, *b"cd", *"日".encode()[:2]]
-    text = "".join(tokens.pieces(tokenizer, ids))
-    assert text.startswith("ab") and "cd" in text and text.endswith("\N{REPLACEMENT CHARACTER}")
-
-
-def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the tokenizer of .* cannot be loaded") as caught:
-        tokens.load_tokenizer(str(tmp_path / "absent"))
-    assert "\n" not in str(caught.value)
 
 
 def test_the_page_marks_the_mean() -> None:
@@ -116,62 +87,6 @@ def test_the_page_says_what_is_missing() -> None:
     assert "retracted" not in html
     again = viewer.render(some_trace(retractions=3), ["x"] * 65)
     assert "3 times; what was compressed before is forgotten" in again
-
-
-def test_a_pair_of_one_text_is_compared_to_its_end() -> None:
-    left, right = some_trace(), some_trace(seed=1, selector="recent")
-    both = pair(left, right)
-    assert (both.end, both.note, both.whole) == (65, "", (left, right))
-    for common, whole in zip(both.common, both.whole, strict=True):
-        assert_same(common, whole)
-
-
-@pytest.mark.parametrize(
-    ("parts_at", "windows", "end"), [(64, 2, 64), (52, 2, 52), (51, 1, 32), (33, 1, 32), (30, 1, 30)]
-)
-def test_a_pair_is_compared_up_to_where_its_texts_part(parts_at: int, windows: int, end: int) -> None:
-    """Behind it the page has no text; a window that is not common to both in full is left out."""
-    both = pair(some_trace(), cut(some_trace(seed=1), parts_at))
-    assert both.end == end
-    for common, whole in zip(both.common, both.whole, strict=True):
-        assert len(common.prompt_ids) + len(common.output_ids) == parts_at
-        assert np.array_equal(common.windows, whole.windows[:windows])
-        assert np.array_equal(common.bits, whole.bits[:windows])
-    assert f"up to token {parts_at}, where they part" in both.note
-    assert ("not compared" in both.note) == (end < parts_at)
-    html = viewer.render_pair(both, [f"[{i}]" for i in range(parts_at)])
-    assert both.note in html
-    for side in (0, 1):
-        sections = re.findall(rf"<section class=\S+ data-side={side}>.*?</section>", html, re.DOTALL)
-        shown = re.findall(r"\[(\d+)\]", "".join(sections))
-        assert shown == [str(i) for i in range(parts_at)]
-        assert ("not compared" in sections[-1]) == (end < parts_at)
-
-
-def test_a_pair_of_which_one_text_goes_on() -> None:
-    left, right = some_trace(), some_trace(output=70)
-    assert "up to token 65, where the left one ends" in pair(left, right).note
-    assert "up to token 65, where the right one ends" in pair(right, left).note
-
-
-def test_a_window_of_the_other_side_may_end_the_comparison() -> None:
-    """Windows at other places: nothing is compared from where any cut window begins."""
-    left, other = some_trace(), some_trace(seed=1)
-    right = dataclasses.replace(other, windows=other.windows + np.array([3, 0, 0, 0, 0]))
-    both = pair(left, cut(right, 53))
-    # The text parts in the right side's second window, which began inside the left side's.
-    assert both.end == 32 and [len(trace.windows) for trace in both.common] == [1, 1]
-
-
-def test_pairs_that_cannot_be_compared() -> None:
-    trace = some_trace()
-    fewer_layers = dataclasses.replace(trace, bits=trace.bits[:, 1:])
-    for other in (fewer_layers, split(trace, [[0], [1]])[0]):
-        with pytest.raises(TraceError, match="--with compares requests of one model"):
-            pair(trace, other)
-    for parts_at in (5, 27):
-        with pytest.raises(TraceError, match=f"part at token {parts_at}, before both have compressed"):
-            pair(trace, cut(trace, parts_at))
 
 
 def test_the_rows_of_a_pair_begin_where_both_sides_do() -> None:

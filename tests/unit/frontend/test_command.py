@@ -1,9 +1,8 @@
-"""``python -m kara_sglang.frontend``: one line for what cannot be done, and the records it prints."""
+"""``python -m kara_sglang.frontend``: one line for what cannot be done."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import pytest
 
 from kara_sglang.frontend import answers, programs
 from kara_sglang.frontend.command import NUMBERS, PROGRAM_NAMES, _print_report, main
-from kara_sglang.frontend.records import Ledger, Step
+from kara_sglang.frontend.records import Ledger
 
 SERVER_INFO = {
     "skip_tokenizer_init": False,
@@ -144,61 +143,6 @@ def test_programs_and_their_numbers_are_those_of_the_library() -> None:
     assert tuple(programs.PROGRAMS) == PROGRAM_NAMES
     for name, program in NUMBERS.items():
         assert name in programs.PROGRAMS[program].__kwdefaults__
-
-
-def meta_info(**report: int) -> dict:
-    info = {
-        "prompt_tokens": 100,
-        "completion_tokens": 51,
-        "cached_tokens": 96,
-        "finish_reason": {"type": "length"},
-    }
-    return info | ({"kv_compress": report} if report else {})
-
-
-def step(**report: int) -> Step:
-    ids = {"prompt_ids": (1, 2), "output_ids": (3,)}
-    return Step.of("gen", "plan", "s", meta_info(**report), seconds=2.0, **ids)
-
-
-def test_a_step_of_each_kind_of_server() -> None:
-    stock = step()
-    assert (stock.slots_held, stock.logical_length, stock.windows) == (150, 150, 0)
-    exact = step(windows=1, tokens_removed=32, kv_slots_held=118, logical_length=150)
-    assert (exact.slots_held, exact.logical_length, exact.reused_tokens) == (118, 150, 0)
-    compressed = step(reused_tokens=64, reused_slots=32, kv_slots_held=118, logical_length=150)
-    assert (compressed.reused_tokens, compressed.reused_slots) == (64, 32)
-    assert "prompt_ids" not in compressed.numbers()
-    assert json.loads(json.dumps(compressed.numbers()))["name"] == "plan"
-
-
-def test_the_ledger_sums_up() -> None:
-    ledger = Ledger()
-    with ledger.request("plan"):
-        assert [name for name, _ in ledger.running] == ["plan"]
-    ledger.add(step())
-    ledger.add(step(windows=1, tokens_removed=32, kv_slots_held=118, logical_length=150))
-    totals = ledger.totals
-    assert ledger.running == []
-    assert (totals.steps, totals.prefilled_tokens, totals.output_tokens) == (2, 8, 102)
-    assert (totals.slots_held, totals.logical_length, totals.seconds) == (268, 300, 4.0)
-
-
-def test_the_table_shows_what_was_reused() -> None:
-    pytest.importorskip("rich")
-    from rich.console import Console
-
-    from kara_sglang.frontend.report import steps_table, summary
-
-    ledger = Ledger()
-    ledger.add(step())
-    ledger.add(step(reused_tokens=64, reused_slots=32, kv_slots_held=118, logical_length=150))
-    console = Console(width=120, file=io.StringIO())
-    console.print(steps_table(ledger.steps))
-    lines = console.file.getvalue().splitlines()
-    assert lines[1].split() == ["1", "plan", "100", "96", "51", "0", "150", "150", "2.0"]
-    assert "96 (64 in 32 slots)" in lines[2]
-    assert "268 with compression, 300 without (89%)" in summary(ledger, 4.0)
 
 
 def test_votes_say_when_mathematics_is_missing(monkeypatch, capsys) -> None:
