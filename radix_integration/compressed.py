@@ -42,7 +42,14 @@ from kara_sglang.radix_integration.index import LayoutIndex
 from kara_sglang.radix_integration.keys import Text, first_stranger, physical_key, seed_of
 from kara_sglang.radix_integration.layout import Layout
 from kara_sglang.radix_integration.padding import padding_values
-from kara_sglang.radix_integration.prefix import PREFIX, Prefix, Sharing, layout_of, prefix_of, removed
+from kara_sglang.radix_integration.prefix import (
+    PREFIX,
+    Prefix,
+    Sharing,
+    layout_of,
+    prefix_of,
+    removed_of,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -222,11 +229,11 @@ class CompressedRadixCache(UnifiedRadixCache):
 
     def prefix_device_indices(self, req: Req) -> torch.Tensor:
         """KV indices of the request's matched prefix, shape ``(prefix_len - removed,)``, int64."""
-        gone = removed(req)
-        if not gone:
+        removed = removed_of(req)
+        if not removed:
             return super().prefix_device_indices(req)
         path = self.path_device_indices(req.last_node)
-        slots = req.prefix_len - gone
+        slots = req.prefix_len - removed
         if len(path) < slots:
             raise RuntimeError(
                 f"kv-compress: request {req.rid} matched {slots} slots, the path holds {len(path)}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kara_sglang.kernels.transfer import to_device
-from kara_sglang.radix_integration.prefix import prefix_of, removed
+from kara_sglang.radix_integration.prefix import prefix_of, removed_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 def before_alloc_for_extend(batch: ScheduleBatch) -> None:
     """BEFORE ``allocation.alloc_for_extend``: the batch's lengths become those of its rows."""
-    gone = _removed(batch)
-    if gone is None:
+    removed = _removed_of(batch)
+    if removed is None:
         return
     for req in batch.reqs:
         _count_reuse(req)
     batch.prefix_lens = [
-        length - less for length, less in zip(batch.prefix_lens, gone.tolist(), strict=True)
+        length - less for length, less in zip(batch.prefix_lens, removed.tolist(), strict=True)
     ]
     # Rebound, never written in place, like everywhere.
-    batch.seq_lens_cpu = batch.seq_lens_cpu - gone
-    batch.seq_lens = batch.seq_lens - to_device(gone, batch.seq_lens.device)
+    batch.seq_lens_cpu = batch.seq_lens_cpu - removed
+    batch.seq_lens = batch.seq_lens - to_device(removed, batch.seq_lens.device)
 
 
 def after_prepare_for_extend(_result: None, batch: ScheduleBatch) -> None:
     """AFTER ``ScheduleBatch.prepare_for_extend``, which sums up the lengths that it began with."""
-    if _removed(batch) is not None:
+    if _removed_of(batch) is not None:
         batch.seq_lens_sum = None  # SGLang sums up anew
 
 
@@ -51,29 +51,29 @@ def around_prefix_kv_indices(
 
     A first chunk's comes from the tree (``CompressedRadixCache.prefix_device_indices``).
     """
-    gone = removed(req)
-    if not gone or not req.kv.holds_kv:
+    removed = removed_of(req)
+    if not removed or not req.kv.holds_kv:
         return original(batch, req)
     row = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
-    return row[: req.prefix_len - gone].to(torch.int64)
+    return row[: req.prefix_len - removed].to(torch.int64)
 
 
 def shift_positions(result: ForwardBatch, batch: ScheduleBatch) -> None:
     """Give the tokens of a prefill their true positions."""
-    gone = _removed(batch)
-    if gone is None:
+    removed = _removed_of(batch)
+    if removed is None:
         return
-    offsets = torch.repeat_interleave(gone, torch.tensor(batch.extend_lens))
+    offsets = torch.repeat_interleave(removed, torch.tensor(batch.extend_lens))
     offsets = to_device(offsets, result.positions.device)
     result.positions = result.positions + offsets
     if result.mrope_positions is not None:
         result.mrope_positions = result.mrope_positions + offsets[None]
 
 
-def _removed(batch: ScheduleBatch) -> torch.Tensor | None:
+def _removed_of(batch: ScheduleBatch) -> torch.Tensor | None:
     """Tokens that each row lacks, int64 on the host; None where none lacks any."""
-    gone: list[Any] = [removed(req) for req in batch.reqs]
-    return torch.tensor(gone, dtype=torch.int64) if any(gone) else None
+    removed: list[Any] = [removed_of(req) for req in batch.reqs]
+    return torch.tensor(removed, dtype=torch.int64) if any(removed) else None
 
 
 def _count_reuse(req: Req) -> None:
@@ -83,4 +83,4 @@ def _count_reuse(req: Req) -> None:
         return
     first = prefix.windows[0]
     prefix.reused_tokens = req.prefix_len - first.logical_start
-    prefix.reused_slots = req.prefix_len - removed(req) - first.kv_start
+    prefix.reused_slots = req.prefix_len - removed_of(req) - first.kv_start

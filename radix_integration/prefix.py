@@ -57,7 +57,7 @@ def layout_of(req: Req) -> Layout:
     return Layout(prefix.windows if prefix is not None else ())
 
 
-def removed(req: Req) -> int:
+def removed_of(req: Req) -> int:
     """Logical length minus KV length of the request's row."""
     state = state_of(req)
     return state.removed if state is not None else layout_of(req).removed

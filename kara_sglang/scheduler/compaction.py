@@ -184,12 +184,12 @@ class Compaction:
                 f"in the batch {in_batch} KV slots; they must agree before a pass"
             )
         if self.debug_checks:
-            gone = int(self.lengths.removed[req.kv.req_pool_idx])
+            lacks = int(self.lengths.removed[req.kv.req_pool_idx])
             held = committed if self.lengths.pace.behind else int(batch.seq_lens[place])
-            if gone != state.removed or held != committed:
+            if lacks != state.removed or held != committed:
                 raise RuntimeError(
                     f"kv-compress: request {req.rid}: on the device its row has {held} slots and lacks "
-                    f"{gone} tokens; it has {committed}, and {state.removed} were removed"
+                    f"{lacks} tokens; it has {committed}, and {state.removed} were removed"
                 )
 
     def check_ranks_agree(self, due: Sequence[tuple[Req, RequestState]]) -> None:

@@ -51,10 +51,10 @@ class Lengths:
 
     def lacks(self, changes: Iterable[tuple[int, int]]) -> None:
         """Rows, and how many tokens each lacks from the next step on."""
-        new = {row: gone for row, gone in changes if self._known.get(row, 0) != gone}
+        new = {row: removed for row, removed in changes if self._known.get(row, 0) != removed}
         if not new:
             return
-        self._known = {row: gone for row, gone in (self._known | new).items() if gone}
+        self._known = {row: removed for row, removed in (self._known | new).items() if removed}
         pairs = torch.tensor(list(new.items()), dtype=torch.int64)
         with forward_stream(self.scheduler):
             pairs = to_device(pairs, self.removed.device)
@@ -65,7 +65,7 @@ class Lengths:
         self._ahead.pop(row, None)
         self.lacks([(row, 0)])
 
-    def gone(self, rows: torch.Tensor) -> torch.Tensor | None:
+    def removed_of(self, rows: torch.Tensor) -> torch.Tensor | None:
         """Tokens that these rows lack; None where no row lacks any.
 
         Parameters
@@ -82,16 +82,16 @@ class Lengths:
 
     def logical(self, slots: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Lengths in slots of these rows, shape ``(batch,)``, in tokens."""
-        gone = self.gone(rows)
-        return slots if gone is None else slots + gone
+        removed = self.removed_of(rows)
+        return slots if removed is None else slots + removed
 
     def shift_positions(self, step: ForwardBatch) -> None:
         """Give the tokens of a step their true positions; each request has as many of them."""
-        self._of_step = gone = self.gone(step.req_pool_indices)
-        if gone is None or not len(gone):
+        self._of_step = removed = self.removed_of(step.req_pool_indices)
+        if removed is None or not len(removed):
             return
         # Rebound, never written in place: workers keep the tensor for later steps.
-        offsets = gone.repeat_interleave(step.positions.shape[0] // len(gone))
+        offsets = removed.repeat_interleave(step.positions.shape[0] // len(removed))
         step.positions = step.positions + offsets
         if step.mrope_positions is not None:
             step.mrope_positions = step.mrope_positions + offsets[None]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kara_sglang.radix_integration.prefix import removed
+from kara_sglang.radix_integration.prefix import removed_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -46,12 +46,12 @@ class Totals:
 
 def slots_held(running: Iterable[Req]) -> tuple[int, int]:
     """KV slots that these requests hold, and their logical length in tokens."""
-    physical = gone = 0
+    physical = removed = 0
     for req in running:
         if req.kv.holds_kv:
             physical += req.kv.kv_committed_len
-            gone += removed(req)
-    return physical, physical + gone
+            removed += removed_of(req)
+    return physical, physical + removed
 
 
 class Metrics:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.radix_integration import exact
-from kara_sglang.radix_integration.prefix import prefix_of, removed
+from kara_sglang.radix_integration.prefix import prefix_of, removed_of
 from kara_sglang.radix_integration.row import RequestState, has_decoded, keep_state
 from kara_sglang.scheduler.compaction import Compaction
 from kara_sglang.scheduler.metrics import Totals
@@ -50,7 +50,7 @@ class Newcomers:
         new = list(itertools.takewhile(lambda req: not has_decoded(req), reversed(batch.reqs)))
         started = [(req, self._start(req)) for req in reversed(new)]
         # The windows of a prefix: their positions went by the match as long as it was prefilled.
-        self.compaction.lengths.lacks((req.kv.req_pool_idx, removed(req)) for req in new)
+        self.compaction.lengths.lacks((req.kv.req_pool_idx, removed_of(req)) for req in new)
         return [(req, state) for req, state in started if state is not None]
 
     def _start(self, req: Req) -> RequestState | None:

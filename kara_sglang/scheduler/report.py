@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kara_sglang.options import KEY
-from kara_sglang.radix_integration.prefix import prefix_of, removed
+from kara_sglang.radix_integration.prefix import prefix_of, removed_of
 from kara_sglang.radix_integration.row import state_of
 from kara_sglang.scheduler import policy
 from kara_sglang.scheduler.coordinator import Coordinator
@@ -40,15 +40,15 @@ def request_report(req: Req) -> dict[str, Any] | None:
     own_removed = sum(window.freed for window in windows)
     prefix = prefix_of(req)
     covered = sum(window.width for window in windows)
-    gone = removed(req)
+    removed = removed_of(req)
     # A step that verifies drafts may have gone on behind the end of the answer.
     said = len(req.origin_input_ids) + len(req.output_ids_through_stop)
-    logical = min(req.kv.kv_committed_len + gone, said)
+    logical = min(req.kv.kv_committed_len + removed, said)
     return {
         "windows": len(windows),
         "without_queries": state.without_queries() if state is not None else 0,
         "tokens_removed": own_removed,
-        "kv_slots_held": logical - gone,
+        "kv_slots_held": logical - removed,
         "logical_length": logical,
         "retained": 1.0 - own_removed / covered if covered else 1.0,
         "reused_tokens": prefix.reused_tokens if prefix is not None else 0,

@@ -305,7 +305,7 @@ def test_a_window_without_queries_is_refused(make, pool):
         make.kernels().compress(pool, jobs_for(make, [("kara", 16, 0)]))
 
 
-def test_scores_that_are_no_numbers_do_not_leave_the_window(make, pool):
+def test_nan_does_not_leave_the_window(make, pool):
     """A model that computes NaN spoils its own answers and nobody else's."""
     jobs = jobs_for(make, [("kara", 16, GROUP)])
     pool.keys[0][jobs[0].slots[:7].long()] = float("nan")

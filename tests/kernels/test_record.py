@@ -156,7 +156,7 @@ def test_every_query_of_four_bits_is_the_nearest_number(dim):
                 assert (np.signbit(stored) == np.signbit(part)).all()
 
 
-def test_what_is_no_number_becomes_the_largest_of_four_bits(identical):
+def test_nan_and_infinity_become_the_largest_of_four_bits(identical):
     queries = torch.tensor([[torch.inf, 1, torch.nan, -torch.inf, 1e30, -3e4, 0, 2.0] * 8])
     ours, theirs = (poisoned_ring(PAGE + 1, 1, 64, reference.FP4) for _ in range(2))
     record(ours, step_to(torch.tensor([[0]])), [queries])

@@ -109,7 +109,7 @@ def test_windows_of_thousands(width, kept, chunks):
 
 
 @pytest.mark.parametrize("chunks", [OFF, WIDE], ids=repr)
-def test_scores_that_are_no_numbers_are_still_an_order(chunks):
+def test_scores_with_nan_are_still_an_order(chunks):
     """A broken model must not break the pool: R positions, ascending, the reference's."""
     inf, nan = float("inf"), float("nan")
     scores = torch.rand(2, 64)

@@ -154,7 +154,7 @@ def test_only_the_windows_own_slots_are_read(make):
 
 
 @pytest.mark.parametrize("part", ["keys", "values"])
-def test_what_is_no_number_stays_none(make, part):
+def test_nan_stays_nan(make, part):
     """As in torch: a key spoils the mean and so its head's window, a value its neighbours."""
     pool = make.pool(9, heads=2, dim=32)
     slots = make.windows(1, 48, slots=256, seed=2)

@@ -45,7 +45,7 @@ def test_a_freed_row_lacks_nothing() -> None:
     known.row_freed(2)
     assert known.removed.tolist() == [0, 0, 0, 16, 0, 0]
     known.row_freed(3)
-    assert known.gone(torch.tensor([2, 3])) is None
+    assert known.removed_of(torch.tensor([2, 3])) is None
 
 
 def test_published_lengths_are_corrected_once() -> None:
