@@ -48,7 +48,8 @@ def test_histories_with_kv(block: int) -> None:
 @pytest.mark.parametrize("tokens", [2, 5, 16])
 def test_every_window_has_its_queries(tokens: int, overlap: bool) -> None:
     """However far a step goes, the request has asked for a recorder before a window begins in it."""
-    config = KaraConfig(window=48, delay=16, query_heads="mean", debug_checks=True)
+    settings = {"policy": "periodic", "query_heads": "mean", "debug_checks": True}
+    config = KaraConfig(window=48, delay=16, **settings)
     pace = Pace(tokens, tokens if overlap else 0, branches=True)
     setting = Setting(config, page=16, units=12, overlap=overlap, steps=300, trouble=0.0, pace=pace)
     world = DraftingWorld(setting, seed=tokens)

@@ -49,7 +49,9 @@ def pool_of(dtype: torch.dtype) -> MHATokenToKVPool:
 def compaction_of(pool: MHATokenToKVPool, model: list[Checkpoint], backend: str) -> Compaction:
     """The real one, over as much of a scheduler as it looks at before a pass."""
     scheduler = SimpleNamespace(
-        page_size=16, token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool)
+        page_size=16,
+        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(2, WIDTH, dtype=torch.int32)),
     )
     shape = AttentionShape(LAYERS, HEADS, HEADS, DIM, torch.float32, torch.device("cpu"))
     recorder = QueryRecorder(shape, WIDTH, 0, 0, torch.float32)
