@@ -87,7 +87,7 @@ class Coordinator:
 
     def is_compressing(self, running: ScheduleBatch) -> bool:
         """Whether the policy compresses anybody as things stand."""
-        return self.policy.acts(lambda share: needed(self.scheduler, running, share))
+        return self.policy.is_compressing(lambda share: needed(self.scheduler, running, share))
 
     def reserve(self, req: Req, tokens: float, running: int) -> float:
         """KV slots that a running or waiting request takes for ``tokens`` still to come, at most, where

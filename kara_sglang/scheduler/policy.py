@@ -76,7 +76,7 @@ class Policy(Protocol):
     floor: int
     wait: int
 
-    def acts(self, needed: Callable[[float], bool]) -> bool:
+    def is_compressing(self, needed: Callable[[float], bool]) -> bool:
         """Whether anybody is compressed as things stand; if not, admission must not count on it.
 
         Parameters
@@ -120,7 +120,7 @@ class Periodic:
         self.wait = period - 1
         self.step = 0
 
-    def acts(self, needed: Callable[[float], bool]) -> bool:
+    def is_compressing(self, needed: Callable[[float], bool]) -> bool:
         return True
 
     def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
@@ -160,7 +160,7 @@ class Threshold:
     def __init__(self, threshold: int) -> None:
         self.floor = threshold
 
-    def acts(self, needed: Callable[[float], bool]) -> bool:
+    def is_compressing(self, needed: Callable[[float], bool]) -> bool:
         return True
 
     def due(self, candidates: Sequence[Candidate], urgent: bool = False) -> list[int]:
@@ -180,7 +180,7 @@ class Pressure(Periodic):
     Attributes
     ----------
     acting
-        What :meth:`acts` said last.
+        What :meth:`is_compressing` said last.
     """
 
     def __init__(self, period: int, limit: int, min_usage: float) -> None:
@@ -189,7 +189,7 @@ class Pressure(Periodic):
         self.acting = False
         self._steps = 0  # in which it had candidates, without a gap
 
-    def acts(self, needed: Callable[[float], bool]) -> bool:
+    def is_compressing(self, needed: Callable[[float], bool]) -> bool:
         self.acting = needed(self.min_usage * (ENOUGH if self.acting else 1))
         return self.acting
 

@@ -187,7 +187,10 @@ def test_windows_left_whole_are_spread_from_the_step_on_in_which_pressure_acts(
 def test_pressure_goes_on_until_there_is_enough() -> None:
     """A need that stays near the mark does not switch it on and off."""
     one = Pressure(1, 8, 0.8)
-    said = [one.acts(lambda share, n=need: n >= share) for need in (0.79, 0.8, 0.79, 0.73, 0.71, 0.79)]
+    said = [
+        one.is_compressing(lambda share, n=need: n >= share)
+        for need in (0.79, 0.8, 0.79, 0.73, 0.71, 0.79)
+    ]
     assert said == [False, True, True, True, False, False] and 0.71 < 0.8 * ENOUGH < 0.73
 
 
@@ -294,10 +297,13 @@ def test_only_pressure_asks_what_is_needed() -> None:
     """Below its mark nothing is compressed; the others always act, whatever it would cost to ask."""
     for needed in (True, False):
         asked: list[float] = []
-        assert Pressure(1, 8, 0.8).acts(lambda share, n=needed, a=asked: a.append(share) or n) is needed
+        assert (
+            Pressure(1, 8, 0.8).is_compressing(lambda share, n=needed, a=asked: a.append(share) or n)
+            is needed
+        )
         assert asked == [0.8]
 
     def never(_share: float) -> bool:
         raise AssertionError("asked")
 
-    assert Periodic(1, 8).acts(never) and Threshold(0).acts(never)
+    assert Periodic(1, 8).is_compressing(never) and Threshold(0).is_compressing(never)
