@@ -50,8 +50,8 @@ def stays_boring(server: Server, stock: Server, weights: Path, seed: int, count:
     torture.exact.append((fresh, server.generate(prompt(60, seed), tokens=60, kv_compress=False)))
     torture.look()
     if server.speculates:
-        # With NGRAM SGLang's own steps leave the first out (``eagle_sample``), and of the second give the
-        # first drafts', whichever were accepted (``batch_result_processor.py``).
+        # With NGRAM SGLang's own steps leave the first out (``eagle_sample``), and of the second give
+        # the first drafts', whichever were accepted (``batch_result_processor.py``).
         stocks_own = {"custom_logit_processor", "return_hidden_states"}
         torture.exact = [one for one in torture.exact if not stocks_own & one[0].keys()]
     compared = assert_as_stock(stock, torture.exact)
