@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kara_sglang.kernels.record import PAGE
 from kara_sglang.radix_integration.row import Geometry, RequestState
-from kara_sglang.scheduler.pace import Pace
+from kara_sglang.scheduler.lengths import Lengths
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -22,21 +22,18 @@ class Calendar:
     Parameters
     ----------
     geometry : Geometry
-    pace : Pace
+    lengths : Lengths
     """
 
-    def __init__(self, geometry: Geometry, pace: Pace) -> None:
+    def __init__(self, geometry: Geometry, lengths: Lengths) -> None:
         self.geometry = geometry
-        self.pace = pace
+        self.lengths = lengths
         self.step = 0
-        self.unknown = 0
         self._dates: dict[int, dict[int, tuple[Req, RequestState]]] = {}  # by step, by order
 
-    def next_step(self, unknown: int = 0) -> list[tuple[Req, RequestState]]:
-        """Go on by a step, in which KV lengths may be short by ``unknown`` tokens; returns those that
-        have a date in it, and forgets the dates."""
+    def next_step(self) -> list[tuple[Req, RequestState]]:
+        """Go on by a step; returns those that have a date in it, and forgets the dates."""
         self.step += 1
-        self.unknown = unknown
         due = list(self._dates.pop(self.step, {}).values())
         for _, state in due:
             state.look_at = 0
@@ -53,22 +50,21 @@ class Calendar:
             KV length from which on the request's next window may be taken. Who is that long needs no
             date for it: one is made when the window has been taken.
         """
-        kv_len = req.kv.kv_committed_len
-        dates = [ready_at - kv_len]
+        dates = [ready_at - req.kv.kv_committed_len]
         if state.recorder is not None:
-            dates.append(PAGE - (kv_len + state.removed + self.pace.reach) % PAGE)
+            dates.append(PAGE - self.lengths.reaches(req, state) % PAGE)
         elif state.selector.needs_queries:
             asks_in = self.asks_in(req, state)
             dates.append(asks_in if asks_in > 0 else asks_in + self.geometry.window)
         dates = [tokens for tokens in dates if tokens > 0]
         if dates:
-            self.look_in(self.pace.steps(min(dates)), req, state)
+            self.look_in(self.lengths.pace.steps(min(dates)), req, state)
 
     def asks_in(self, req: Req, state: RequestState) -> int:
         """Tokens to come before the request must ask for a recorder: a window begins with the next
         step's queries, or might begin before those of the step behind it."""
-        start = req.kv.kv_committed_len + self.unknown
-        return state.next_window(start, self.geometry) - self.pace.tokens + 1
+        start = self.lengths.begins_at(req, state) - state.removed
+        return state.next_window(start, self.geometry) - self.lengths.pace.tokens + 1
 
     def look_in(self, steps: int, req: Req, state: RequestState) -> None:
         """Make the request's date so many steps from now, instead of any that it has."""

@@ -58,9 +58,9 @@ class Coordinator:
         self.policy = policy.build(config)
         self.forecast = Forecast(self.policy, self.geometry, self.pace)
         self.terms_of = TermsOf(config, scheduler.page_size)
-        self.handout = Handout(self.recorder, config.query_heads)
+        self.handout = Handout(self.recorder, config.query_heads, compaction.lengths)
         self.latch = Latch()
-        self.calendar = Calendar(self.geometry, self.pace)
+        self.calendar = Calendar(self.geometry, compaction.lengths)
         self.graphs = Graphs(scheduler.tp_worker.get_decode_cuda_graph_bs())
         self.totals = Totals()
         self.newcomers = Newcomers(config, compaction, self.terms_of, self.totals)
@@ -136,8 +136,7 @@ class Coordinator:
     def before_decode(self, batch: ScheduleBatch) -> None:
         """Compress what is due, then hand out recorders for windows that begin."""
         self.graphs.step(len(batch.reqs))
-        looked_at = self.calendar.next_step(self.compaction.lengths.unknown)
-        looked_at += self.newcomers.start(batch)
+        looked_at = self.calendar.next_step() + self.newcomers.start(batch)
         for req, state in looked_at:
             if req.kv.kv_committed_len >= self._ready_at(state):
                 self._ready[state.order] = req, state
@@ -208,7 +207,7 @@ class Coordinator:
             else:
                 self.handout.withdraw(state)
         if asking:
-            self.handout.ask(asking, self.calendar.step, self.calendar.unknown)
+            self.handout.ask(asking, self.calendar.step)
         if self.recorder.stale:
             with forward_stream(self.scheduler):
                 self.recorder.flush()

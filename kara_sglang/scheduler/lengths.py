@@ -18,9 +18,11 @@ from kara_sglang.scheduler.streams import forward_stream
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from kara_sglang.radix_integration.row import RequestState
 
 
 class Lengths:
@@ -110,6 +112,14 @@ class Lengths:
             return 0
         last = self.scheduler.last_batch
         return self.pace.behind if last is not None and last.forward_mode.is_decode() else 0
+
+    def begins_at(self, req: Req, state: RequestState) -> int:
+        """The logical position with which the request's next step begins, at most."""
+        return req.kv.kv_committed_len + state.removed + self.unknown
+
+    def reaches(self, req: Req, state: RequestState) -> int:
+        """The last logical position that the request's next step may compute."""
+        return req.kv.kv_committed_len + state.removed + self.pace.reach
 
     def shorten(self, batch: ScheduleBatch, freed: dict[int, int]) -> None:
         """A pass has freed so many slots of these rows, by their places in the running batch."""

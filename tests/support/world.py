@@ -5,7 +5,7 @@ SGLang is replaced by a few lines that do what its scheduler does, in its order;
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from model import Model
@@ -283,6 +283,20 @@ class World(Model):
         totals = self.coordinator.totals
         counted = (totals.windows, totals.without_queries, totals.slots_freed)
         assert counted == (self.windows, self.without_queries, self.tokens_freed)
+
+
+Kind = TypeVar("Kind", bound=World)
+
+
+def lived(kind: type[Kind], setting: Setting, seed: int) -> Kind:
+    """A history from its beginning to its end; what goes wrong in it says which it was."""
+    world = kind(setting, seed)
+    try:
+        world.run()
+    except Exception as error:
+        error.add_note(f"history {seed}, {'with' if setting.real else 'without'} K/V: {setting}")
+        raise
+    return world
 
 
 def one_request(**config: Any) -> tuple[World, Request]:

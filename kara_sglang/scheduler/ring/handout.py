@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kara_sglang.radix_integration.row import RequestState
+from kara_sglang.scheduler.lengths import Lengths
 from kara_sglang.scheduler.ring.recorder import QueryRecorder, cheapest
 
 if TYPE_CHECKING:
@@ -32,25 +33,24 @@ class Handout:
     recorder : QueryRecorder
     heads : str
         The setting ``query_heads``.
+    lengths : Lengths
     """
 
-    def __init__(self, recorder: QueryRecorder, heads: str) -> None:
+    def __init__(self, recorder: QueryRecorder, heads: str, lengths: Lengths) -> None:
         self.recorder = recorder
+        self.lengths = lengths
         self.heads = heads
-        self._unknown = 0  # of the step in which they ask
         self._least = cheapest(recorder.shape.group, heads)
         self._in_vain: Counter[int] = Counter()  # requests by RequestState.in_vain, where that is not 0
 
-    def ask(self, asking: Sequence[tuple[Req, RequestState]], step: int, unknown: int = 0) -> None:
-        """Windows of these requests begin with the queries of the decode step of this number, in which
-        their KV lengths may be short by ``unknown`` tokens.
+    def ask(self, asking: Sequence[tuple[Req, RequestState]], step: int) -> None:
+        """Windows of these requests begin with the queries of the decode step of this number.
 
         Pages belong to those first that asked in vain more often in a row, also when their windows
         begin later; the older request comes first on ties. With ``query_heads`` at ``auto`` each gets a
         recorder of the mean; what is then left, also when all have come who asked in vain, upgrades
         them to all heads, the first ones first.
         """
-        self._unknown = unknown
         line = sorted(asking, key=lambda one: (-one[1].in_vain, one[1].order))
         for _, state in line:
             self._count(state, -1)
@@ -72,12 +72,11 @@ class Handout:
     def _start(self, req: Req, state: RequestState, heads: int, step: int, others: int) -> bool:
         """Give a request a recorder of so many heads, if that leaves pages for ``others`` to come."""
         recorder = self.recorder
-        # The step that is prepared next begins with the query at this position, or an earlier one.
-        since = req.kv.kv_committed_len + state.removed + self._unknown
+        since = self.lengths.begins_at(req, state)
         if not recorder.demand.fits(since, step, heads, self._pages_for(others)):
             return False
         state.recorder = recorder.acquire(req.kv.req_pool_idx, heads, since, step)
-        if recorder.extend(state.recorder, self.front(req, state)):
+        if recorder.extend(state.recorder, self.lengths.reaches(req, state)):
             return True
         self._take(state)
         return False
@@ -93,12 +92,8 @@ class Handout:
         """A block may begin with the request's next query. Where no page is left its window does
         without queries, and the request asks again when the next one begins."""
         assert state.recorder is not None
-        if not self.recorder.extend(state.recorder, self.front(req, state)):
+        if not self.recorder.extend(state.recorder, self.lengths.reaches(req, state)):
             self._take(state)
-
-    def front(self, req: Req, state: RequestState) -> int:
-        """The last logical position whose query the next step may compute."""
-        return req.kv.kv_committed_len + state.removed + self.recorder.pace.reach
 
     def pass_on(self, state: RequestState, *, useful: bool) -> None:
         """A window of the request was compressed: take the pages of its queries, and its recorder where

@@ -15,12 +15,13 @@ from kara_sglang.scheduler.calendar import Calendar
 from kara_sglang.scheduler.pace import PLAIN
 
 GEOMETRY = Geometry(page_size=16, window=64, delay=8)
+LENGTHS = SimpleNamespace(pace=PLAIN)
 
 
 def test_everybody_is_seen_on_the_last_date_that_was_made() -> None:
     """Through dates that are put off, brought forward and dropped, against a dictionary."""
     random = Random(0)
-    calendar, dates = Calendar(GEOMETRY, PLAIN), {}
+    calendar, dates = Calendar(GEOMETRY, LENGTHS), {}
     states = [SimpleNamespace(order=n, look_at=0) for n in range(20)]
     seen = 0
     for step in range(1, 2000):
@@ -46,7 +47,7 @@ def test_everybody_is_seen_on_the_last_date_that_was_made() -> None:
 
 def test_a_date_lies_ahead() -> None:
     with pytest.raises(ValueError, match="0 steps from now"):
-        Calendar(GEOMETRY, PLAIN).look_in(0, None, SimpleNamespace(order=1, look_at=0))
+        Calendar(GEOMETRY, LENGTHS).look_in(0, None, SimpleNamespace(order=1, look_at=0))
 
 
 def test_the_benchmark_of_steps_runs(tmp_path: Path) -> None:

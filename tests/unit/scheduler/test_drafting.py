@@ -8,6 +8,7 @@ from random import Random
 import pytest
 from drafting import DraftingWorld
 from stand_ins import Setting, random_setting
+from world import lived
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.scheduler.pace import Pace
@@ -23,14 +24,7 @@ def drafting_setting(random: Random, real: bool) -> Setting:
 
 
 def run_history(seed: int, real: bool) -> DraftingWorld:
-    setting = drafting_setting(Random(seed), real)
-    world = DraftingWorld(setting, seed)
-    try:
-        world.run()
-    except Exception as error:
-        error.add_note(f"history {seed}, {'with' if real else 'without'} K/V: {setting}")
-        raise
-    return world
+    return lived(DraftingWorld, drafting_setting(Random(seed), real), seed)
 
 
 @pytest.mark.parametrize("block", range(2))

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 from stand_ins import Request, Setting, random_setting
-from world import World, advance
+from world import World, advance, lived
 
 from kara_sglang.config import KaraConfig
 
@@ -18,13 +18,7 @@ def run_history(seed: int, real: bool, trace: Path | None = None) -> World:
     if trace is not None:
         config = dataclasses.replace(setting.config, trace=str(trace))
         setting = dataclasses.replace(setting, config=config)
-    world = World(setting, seed)
-    try:
-        world.run()
-    except Exception as error:
-        error.add_note(f"history {seed}, {'with' if real else 'without'} K/V: {setting}")
-        raise
-    return world
+    return lived(World, setting, seed)
 
 
 @pytest.mark.parametrize("block", range(3))
