@@ -39,18 +39,9 @@ class Variant:
         Weight of the delay's queries against the window's own.
     newest
         Newest tokens of the window that are kept whatever their score.
-    layer
-        One index set for all KV heads of a layer.
-    apart
-        A query does not vote for keys closer than so many tokens.
-    pool
-        The score is averaged over so many neighbours, an odd number (SnapKV's pooling).
     near, share
         The score is blended with those of so many neighbours, an odd number, as
         :func:`kara_sglang.kernels.score.blend_neighbours` does.
-    drop
-        Instead of the probability's power times V's: the squared change of the attention's output
-        when the key is dropped, ``(p / (1 - p))^2 |v - o|^2``.
     novel
         The score is multiplied by the distance of the key's direction from that of the window's mean
         key, ``1 - cos``, to this power.
@@ -59,13 +50,6 @@ class Variant:
     votes
         What the queries say is taken to this power, before the other factors; with 0 they say nothing,
         as in ``keys``.
-    since
-        Queries of the window's first so many tokens do not vote, as if they had not been recorded.
-    unlike
-        The score is multiplied by the distance of V's direction from that of the window's mean V, to
-        this power.
-    key
-        The score is multiplied by the norm of K to this power.
     """
 
     power: float = 2.0
@@ -73,18 +57,11 @@ class Variant:
     chunks: float = 0.1
     later: float = 1.0
     newest: int = 0
-    layer: int = 0
-    apart: int = 0
-    pool: int = 1
-    drop: int = 0
     novel: float = 0.0
     ahead: int = 0
     near: int = 1
     share: float = NEIGHBOURS_SHARE
     votes: float = 1.0
-    since: int = 0
-    unlike: float = 0.0
-    key: float = 0.0
 
     @property
     def name(self) -> str:
@@ -137,61 +114,29 @@ class VariantSelector(Selector):
         width, num_kv_heads, _ = keys.shape
         scores = torch.ones((num_kv_heads, width), device=keys.device)
         for head in range(num_kv_heads if rule.votes else 0):  # one at a time bounds their memory
-            said = _votes(
-                queries[:, head].float(), keys[:, head].float(), values[:, head].float(), scale, rule
-            )
+            said = _votes(queries[:, head].float(), keys[:, head].float(), scale, rule)
             scores[head] = said**rule.votes
-        if rule.value and not rule.drop:
+        if rule.value:
             scores *= values.float().norm(dim=-1).T ** rule.value
         if rule.novel:
             scores *= key_distances(keys) ** rule.novel
-        if rule.unlike:
-            scores *= key_distances(values) ** rule.unlike
-        if rule.key:
-            scores *= keys.float().norm(dim=-1).T ** rule.key
-        if rule.pool > 1:
-            scores = torch.nn.functional.avg_pool1d(
-                scores[None], rule.pool, 1, rule.pool // 2, count_include_pad=False
-            )[0]
         if rule.near > 1:
             scores = blend_neighbours(scores, rule.near, rule.share)
-        if rule.layer:
-            share = scores / scores.sum(dim=-1, keepdim=True)
-            scores = share.sum(dim=0).expand_as(scores).clone()
         if rule.newest:
             scores[:, width - rule.newest :] = float("inf")
         return scores
 
 
-def _votes(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, rule: Variant
-) -> torch.Tensor:
+def _votes(queries: torch.Tensor, keys: torch.Tensor, scale: float, rule: Variant) -> torch.Tensor:
     """What each key of one head collects, ``(W,)``.
 
-    ``queries`` has shape ``(num_queries, group, head_dim)``, ``keys`` and ``values`` ``(W, head_dim)``.
+    ``queries`` has shape ``(num_queries, group, head_dim)``, ``keys`` ``(W, head_dim)``.
     """
-    own = torch.arange(rule.since, queries.shape[0], device=keys.device)
-    logits = torch.einsum("qgd,kd->gqk", queries[rule.since :], keys)
+    logits = torch.einsum("qgd,kd->gqk", queries, keys)
     logits *= scale
-    if rule.apart:
-        places = torch.arange(keys.shape[0], device=keys.device)
-        near = (own[:, None] - places).abs() < rule.apart
-        logits.masked_fill_(near, float("-inf"))
-    votes = torch.softmax(logits, dim=-1).nan_to_num_(0.0)
-    votes = _change(votes, values) if rule.drop else votes**rule.power
-    votes[:, own >= keys.shape[0]] *= rule.later
+    votes = torch.softmax(logits, dim=-1) ** rule.power
+    votes[:, keys.shape[0] :] *= rule.later
     return votes.sum(dim=(0, 1))
-
-
-def _change(probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Squared change of each output when a key is dropped and the others are renormalised.
-
-    ``probabilities`` has shape ``(group, queries, keys)``, ``values`` ``(keys, head_dim)``.
-    """
-    outputs = probabilities @ values
-    apart = values.square().sum(-1) - 2 * outputs @ values.T + outputs.square().sum(-1, keepdim=True)
-    odds = probabilities / (1 - probabilities).clamp_min(1e-6)
-    return odds.square() * apart.clamp_min(0)
 
 
 def register(names: list[str]) -> None:

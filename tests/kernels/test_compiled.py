@@ -26,6 +26,7 @@ from kara_sglang.benchmarks.gpu.compiled import (
     SELECT,
     WEIGHTS,
     Compiled,
+    Launch,
     cases,
     issued,
     launches,
@@ -60,6 +61,36 @@ def test_a_pass_of_qwen3_8b(architecture):
     for result in results:
         check(result)
         assert_wide(result)
+
+
+def scalars(launch: Launch) -> dict[str, int]:
+    """Numbers that the kernel is given when it runs, not when it is compiled."""
+    names = [param.name for param in launch.kernel.params if not param.is_constexpr]
+    found = {name: launch.arguments[name] for name in names}
+    return {name: value for name, value in found.items() if isinstance(value, int)}
+
+
+def read(result: Compiled) -> set[int]:
+    """Which of its parameters the code reads at all."""
+    return set(map(int, re.findall(r"ld\.param\.\w+\s[^;]*_param_(\d+)\]", result.ptx)))
+
+
+@pytest.mark.parametrize("experiment", [{"causal": True}, {"ahead": False}, {"chunks": True}], ids=str)
+def test_experiments_cost_the_default_pass_no_branch(experiment):
+    """Settings that exist for experiments are constants of the compiler: what a kernel is told when it
+    runs is the same with and without them, but for three numbers of Token2Chunk, which the default's
+    code does not read."""
+    chunks = {"extra", "best", "chunk_width"}
+    usual, other = (
+        launches(SHAPES["Qwen3-8B"], 90, **{"chunks": False} | more) for more in ({}, experiment)
+    )
+    assert [one.kernel for one in usual] == [two.kernel for two in other]
+    for one, two in zip(map(scalars, usual), map(scalars, other), strict=True):
+        assert {name for name in one if one[name] != two[name]} <= chunks
+    (select,) = of(SELECT, usual)
+    names = [param.name for param in select.kernel.params if not param.is_constexpr]
+    unread = {name for place, name in enumerate(names) if place not in read(select.compile(90))}
+    assert unread == chunks
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
