@@ -209,8 +209,8 @@ class Eagle3(Standalone):
     def __init__(self, target: Path, draft: Path) -> None:
         super().__init__(target, draft)
         tensors = load_file(draft / "model.safetensors")
-        self.fc, self.head = tensors["fc.weight"], torch.nn.Linear(0, 0, bias=False)
-        self.first = SPECIAL
+        self.fc, self.first = tensors["fc.weight"], SPECIAL
+        self.head = torch.nn.Linear(1, 1, bias=False)
         del self.draft.model.layers[:-1]
         (layer,) = self.draft.model.layers
         layer.self_attn.layer_idx = 0
