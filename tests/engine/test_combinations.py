@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import adapter
-import host_tier
+import plugins
 import pytest
 import torch
 from exactness import PROMPTS, RetainedCache, assert_bit_exact, assert_same_choices
@@ -41,9 +40,9 @@ class Many:
 def many(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Many]:
     folder = tmp_path_factory.mktemp("combinations")
     more = adapter.make(folder / "more", tiny_model, folder / "merged")
-    path = os.pathsep.join(filter(None, [host_tier.install(folder), os.environ.get("PYTHONPATH")]))
     flags = (*MANY, "--enable-lora", "--lora-paths", f"more={more}")
-    with launch(tiny_model, folder / "log", *flags, env={"PYTHONPATH": path}) as server:
+    env = plugins.install(folder, "host_tier", "adapter")
+    with launch(tiny_model, folder / "log", *flags, env=env) as server:
         yield Many(server, folder / "merged")
 
 

@@ -1,9 +1,13 @@
-"""A small LoRA adapter, and a model that it was merged into."""
+"""A small LoRA adapter, and a model that it was merged into.
+
+As a plugin: SGLang's LoRA copies from pinned memory, which no machine without a GPU has.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -40,3 +44,22 @@ def make(folder: Path, model_path: Path, merged: Path) -> Path:
     }
     (folder / "adapter_config.json").write_text(json.dumps(about))
     return folder
+
+
+class Unpinned:
+    """``torch``, but for memory that would be pinned."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if name not in ("arange", "empty", "tensor", "zeros"):
+            return found
+        return lambda *args, pin_memory=False, **named: found(*args, **named)
+
+
+def load() -> None:
+    """What SGLang calls in each process."""
+    from sglang.srt.lora import layers
+    from sglang.srt.lora.backend import torch_backend
+
+    layers.torch = torch_backend.torch = Unpinned()
+    torch.Tensor.pin_memory = lambda tensor: tensor
