@@ -82,6 +82,7 @@ def kept_alike(kept: torch.Tensor, layers: int, heads: int, width: int) -> torch
         Shape ``(layers, heads, R)``, int64, strictly ascending along R.
     """
     if kept.shape[:2] != (layers, heads):
-        followed = [-(-(layer + 1) * len(kept) // layers) - 1 for layer in range(layers)]
-        kept = most_kept(kept, width)[followed, None].expand(-1, heads, -1)
+        agreed = most_kept(kept, width)
+        followed = [agreed[-(-(layer + 1) * len(kept) // layers) - 1] for layer in range(layers)]
+        kept = torch.stack(followed)[:, None].expand(-1, heads, -1)
     return ((kept - 1) % width).sort(dim=-1).values

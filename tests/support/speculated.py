@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
 import torch
 from exactness import RetainedCache, logprobs
 from server import Server
@@ -68,6 +67,6 @@ def assert_follows(
 
 def check(expected: torch.Tensor, answer: dict, place: int, close: float = 2e-4) -> None:
     """A token of a greedy answer, the likeliest one up to a tie, and its probability."""
-    chance = expected[answer["output_ids"][place]].item()
+    chance, said = expected[answer["output_ids"][place]].item(), logprobs(answer)[place]
     assert chance > expected.max().item() - close, f"token {place}"
-    assert logprobs(answer)[place] == pytest.approx(chance, abs=close), f"token {place}"
+    assert abs(said - chance) < close, f"token {place}: {said}, not {chance}"
