@@ -37,6 +37,7 @@ CHAINS = {
 }
 DRAFT_MODELS = CHAINS | {"EAGLE": (*PAGE_1, *draft_model("EAGLE", topk=4, drafts=8))}
 KINDS = NGRAM | DRAFT_MODELS
+SLOW = ("MTP",)  # to SGLang an MTP head is EAGLE; EAGLE3 has the same worker
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ def drafts(
 
 
 def each_of(kinds: dict[str, tuple[str, ...]]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("drafts", kinds, indirect=True, scope="module")
+    marks = {kind: (pytest.mark.slow,) if kind in SLOW else () for kind in kinds}
+    params = [pytest.param(kind, marks=marks[kind]) for kind in kinds]
+    return pytest.mark.parametrize("drafts", params, indirect=True, scope="module")
 
 
 def greedy(model: Path, ids: list[int], tokens: int) -> list[int]:
