@@ -146,6 +146,25 @@ class Kernels(Protocol):
             Where asked for: per job the kept positions, shape ``(num_layers, num_kv_heads, R)``, int64.
         """
 
+    def move(
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        slots: torch.Tensor,
+        kept: torch.Tensor,
+    ) -> None:
+        """Move what is kept of one window to its first R slots, in all layers of any pool.
+
+        Parameters
+        ----------
+        keys, values : sequence of torch.Tensor
+            One per layer, shape ``(num_slots, num_kv_heads, head_dim)``, any dtype. Written in place.
+        slots : torch.Tensor
+            The window's, in token order, shape ``(W,)``, int32, no slot twice.
+        kept : torch.Tensor
+            Positions, shape ``(num_layers, num_kv_heads, R)``, int64, strictly ascending along R.
+        """
+
 
 class TorchKernels:
     """The reference: plain torch, one window and one layer at a time."""
@@ -171,6 +190,17 @@ class TorchKernels:
             if positions:
                 found.append(torch.stack(kept))
         return found if positions else None
+
+    def move(
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        slots: torch.Tensor,
+        kept: torch.Tensor,
+    ) -> None:
+        for key, value, of_layer in zip(keys, values, kept, strict=True):
+            compact(key, slots, of_layer)
+            compact(value, slots, of_layer)
 
     def _compress_layer(self, pool: LayerPool, job: WindowJob, layer: int) -> torch.Tensor:
         slots = job.slots.long()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from kara_sglang.kernels.movable import movable
@@ -38,34 +36,30 @@ def compact(buffer: torch.Tensor, slots: torch.Tensor, kept: torch.Tensor) -> No
 
 
 def most_kept(kept: torch.Tensor, width: int) -> torch.Tensor:
-    """What most heads of a layer keep of a window.
+    """What most heads of each layer keep of a window.
 
     Parameters
     ----------
     kept : torch.Tensor
-        Positions, shape ``(num_kv_heads, R)``, int64, in [0, W).
+        Positions, shape ``(num_layers, num_kv_heads, R)``, int64, in [0, W).
     width : int
         W.
 
     Returns
     -------
     torch.Tensor
-        Shape ``(R,)``, int64, strictly ascending; ties go to the earlier token. Nothing comes back from
-        the device.
+        Shape ``(num_layers, R)``, int64, strictly ascending; ties go to the earlier token. Nothing
+        comes back from the device.
     """
-    every = kept.flatten()
-    counts = torch.zeros(width, dtype=torch.int32, device=kept.device)
-    counts.scatter_add_(0, every, torch.ones_like(every, dtype=torch.int32))
-    return counts.argsort(descending=True, stable=True)[: kept.shape[-1]].sort().values
+    every = kept.flatten(1)
+    counts = torch.zeros((len(kept), width), dtype=torch.int32, device=kept.device)
+    counts.scatter_add_(1, every, torch.ones_like(every, dtype=torch.int32))
+    ranked = counts.argsort(dim=-1, descending=True, stable=True)
+    return ranked[:, : kept.shape[-1]].sort(dim=-1).values
 
 
-def compact_alike(
-    keys: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
-    slots: torch.Tensor,
-    kept: torch.Tensor,
-) -> None:
-    """Let a draft model keep what its target keeps.
+def kept_alike(kept: torch.Tensor, layers: int, heads: int, width: int) -> torch.Tensor:
+    """What a draft model keeps of a window so as to keep what its target keeps.
 
     In a slot it has the token behind the one that the target has there
     (``speculative/eagle_worker_common.py``), so it keeps the slot before; the window's first token lies
@@ -75,20 +69,20 @@ def compact_alike(
 
     Parameters
     ----------
-    keys, values : sequence of torch.Tensor
-        One tensor for each layer of the draft, as for :func:`compact`. Written in place.
-    slots : torch.Tensor
-        As for :func:`compact`.
     kept : torch.Tensor
         The target's positions, shape ``(num_layers, num_kv_heads, R)``, int64.
+    layers, heads : int
+        Of the draft.
+    width : int
+        W.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape ``(layers, heads, R)``, int64, strictly ascending along R.
     """
-    layers, heads, _ = kept.shape
-    width = slots.shape[0]
-    same = (layers, heads) == (len(keys), keys[0].shape[1])
-    for layer, buffers in enumerate(zip(keys, values, strict=True)):
-        chosen = kept[-(-(layer + 1) * layers // len(keys)) - 1]
-        if not same:
-            chosen = most_kept(chosen, width).expand(keys[0].shape[1], -1)
-        chosen = ((chosen - 1) % width).sort(dim=-1).values
-        for buffer in buffers:
-            compact(buffer, slots, chosen)
+    if kept.shape[:2] != (layers, heads):
+        agreed = most_kept(kept, width)
+        followed = [agreed[-(-(layer + 1) * len(kept) // layers) - 1] for layer in range(layers)]
+        kept = torch.stack(followed)[:, None].expand(-1, heads, -1)
+    return ((kept - 1) % width).sort(dim=-1).values

@@ -143,6 +143,7 @@ _FLAGS = (
     "speculative_draft_attention_backend",
     "speculative_eagle_topk",
     "speculative_num_draft_tokens",
+    "speculative_num_steps",
     "speculative_use_rejection_sampling",
     "strip_thinking_cache",
     "tokenizer_path",

@@ -35,8 +35,12 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
             lambda c: c.speculative_algorithm not in (None, *SPECULATION),
         ),
         (
-            "--speculative-eagle-topk (above 1)",
-            lambda c: c.speculative_algorithm not in (None, "NGRAM") and c.speculative_eagle_topk > 1,
+            "--speculative-eagle-topk (above 1 with --page-size above 1)",
+            lambda c: (
+                c.speculative_algorithm not in (None, "NGRAM")
+                and c.speculative_eagle_topk > 1
+                and c.page_size > 1
+            ),
         ),
         (
             "--speculative-num-draft-tokens (below 2)",

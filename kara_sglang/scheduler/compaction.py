@@ -18,7 +18,7 @@ import torch
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
-from kara_sglang.kernels.compact import compact_alike
+from kara_sglang.kernels.compact import kept_alike
 from kara_sglang.kernels.record import any_pages
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.selectors import Selector
@@ -132,7 +132,9 @@ class Compaction:
                 )
                 with forward_stream(self.scheduler):
                     _keep_until_read(job)
-                    self.kernels.compress(self._pool(), [job])
+                    drafts = bool(self.drafts)
+                    for chosen in self.kernels.compress(self._pool(), [job], positions=drafts) or ():
+                        self._compact_drafts(job, chosen)
 
     def run(self, batch: ScheduleBatch, due: Sequence[tuple[Req, RequestState]]) -> Pass:
         """Compress the next windows of these requests, which run in ``batch``: one for each time that a
@@ -283,9 +285,13 @@ class Compaction:
 
     def _compact_drafts(self, job: WindowJob, kept: torch.Tensor) -> None:
         """A draft model guesses what the target says, so it keeps what the target keeps."""
-        if job.kept < job.slots.shape[0]:
-            for pool in self.drafts:
-                compact_alike(pool.k_buffer, pool.v_buffer, job.slots, kept)
+        width = job.slots.shape[0]
+        if job.kept == width:
+            return
+        for pool in self.drafts:
+            heads = pool.k_buffer[0].shape[1]
+            alike = kept_alike(kept, len(pool.k_buffer), heads, width)
+            self.kernels.move(pool.k_buffer, pool.v_buffer, job.slots, alike)
 
     def _pool(self) -> LayerPool:
         """The same object as long as SGLang's buffers and the scales are the same."""

@@ -23,11 +23,14 @@ class Pace:
         accepts.
     branches
         Whether drafts can be trees, so that the accepted tokens may lie apart among those of a step.
+    drafted
+        That a draft model writes in a step: all branches of a tree, of which ``tokens`` are verified.
     """
 
     tokens: int = 1
     behind: int = 0
     branches: bool = False
+    drafted: int = 0
 
     @property
     def reach(self) -> int:
@@ -38,7 +41,7 @@ class Pace:
     @property
     def reserve(self) -> int:
         """Slots beyond its KV length that a request may hold (``mem_cache/allocation_sizing.py``)."""
-        return 2 * self.tokens if self.speculates else 0
+        return 2 * max(self.tokens, self.drafted) if self.speculates else 0
 
     @property
     def speculates(self) -> bool:
@@ -66,6 +69,7 @@ def pace_of(resolved: Any) -> Pace:
         return PLAIN
     tokens = resolved.speculative_num_draft_tokens
     behind = 0 if resolved.disable_overlap_schedule else tokens
+    topk = resolved.speculative_eagle_topk
     # NGRAM's drafts branch at the root even with a breadth of 1: a path for each suffix that it knows.
-    branches = resolved.speculative_algorithm == "NGRAM" or resolved.speculative_eagle_topk > 1
-    return Pace(tokens, behind, branches)
+    branches = resolved.speculative_algorithm == "NGRAM" or topk > 1
+    return Pace(tokens, behind, branches, resolved.speculative_num_steps * topk)

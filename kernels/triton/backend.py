@@ -119,6 +119,17 @@ class TritonKernels:
                     found |= zip(part, plan.kept.long().unbind(1), strict=True)
         return [found[index] for index in range(len(jobs))] if positions else None
 
+    def move(
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        slots: torch.Tensor,
+        kept: torch.Tensor,
+    ) -> None:
+        tables = PoolTables.of(LayerPool(list(keys), list(values), [], [1.0] * len(keys)))
+        for launch in compact(tables, slots[None], kept[:, None].int().contiguous()):
+            launch()
+
     def _run(self, plan: Plan, settings: Settings, jobs: list[WindowJob]) -> None:
         """Compress windows with equal settings, so many as the plan is for."""
         tables, selector = self._tables, settings.selector

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import host_tier
+import plugins
 import pytest
 import requests
 from exactness import assert_bit_exact, assert_same_choices
@@ -37,8 +36,8 @@ def start(
         *("--enable-hierarchical-cache", "--hicache-ratio", "3", "--hicache-write-policy", policy),
         *(*WAYS[policy], *more),
     )
-    path = os.pathsep.join(filter(None, [host_tier.install(folder), os.environ.get("PYTHONPATH")]))
-    return launch(tiny_model, logs / f"hicache_{policy}.log", *flags, env={"PYTHONPATH": path})
+    env = plugins.install(folder, "host_tier")
+    return launch(tiny_model, logs / f"hicache_{policy}.log", *flags, env=env)
 
 
 @pytest.fixture(scope="module", params=["write_through", "write_back"])

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import draft_models
 import numpy as np
 import pytest
-import torch
-from draft_models import Expected, make_eagle, make_target
-from exactness import PROMPTS, RetainedCache, assert_bit_exact, logprobs
+from exactness import PROMPTS, RetainedCache, assert_bit_exact
 from server import PAGE_16, WINDOW, Server, launch, prompt
+from speculated import assert_follows, check, ngram, step_by_step
+from voted import kept_of
 
 from kara_sglang.trace import format as trace_file
 
 PAGE_1 = ("--page-size", "1", "--max-total-tokens", "8192", "--dtype", "float32")
 
 
-def ngram(drafts: int, breadth: int) -> tuple[str, ...]:
-    return (
-        *("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(drafts)),
-        *("--speculative-ngram-max-bfs-breadth", str(breadth)),
-    )
-
-
-def draft_model(algorithm: str) -> tuple[str, ...]:
+def draft_model(algorithm: str, topk: int = 1, drafts: int = 4) -> tuple[str, ...]:
     return (
         *("--speculative-algorithm", algorithm, "--speculative-num-steps", "3"),
-        *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"),
+        *("--speculative-eagle-topk", str(topk), "--speculative-num-draft-tokens", str(drafts)),
     )
 
 
@@ -37,20 +30,24 @@ NGRAM = {
     "narrow": (*PAGE_16, *ngram(4, 1), "--kv-compress-prefix-reuse", "compressed"),
     "wide": (*PAGE_1, *ngram(8, 4)),
 }
-DRAFT_MODELS = {
-    "EAGLE": (*PAGE_16, *draft_model("EAGLE")),
+CHAINS = {
+    "EAGLE3": (*PAGE_16, *draft_model("EAGLE3")),
+    "MTP": (*PAGE_16, *draft_model("NEXTN")),
     "STANDALONE": (*PAGE_1, *draft_model("STANDALONE"), "--disable-overlap-schedule"),
 }
+DRAFT_MODELS = CHAINS | {"EAGLE": (*PAGE_1, *draft_model("EAGLE", topk=4, drafts=8))}
 KINDS = NGRAM | DRAFT_MODELS
+SLOW = ("MTP",)  # to SGLang an MTP head is EAGLE; EAGLE3 has the same worker
 
 
 @dataclass(frozen=True)
 class Drafts:
     """A server that verifies so many drafts a step."""
 
+    kind: str
     server: Server
     model: Path
-    eagle: Path | None  # the draft model, where it is not the model itself
+    draft: Path | None
     traces: Path
     page: int
     count: int
@@ -62,23 +59,23 @@ def drafts(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Drafts]:
     folder = tmp_path_factory.mktemp("speculation")
-    model, eagle, flags = tiny_model, None, KINDS[request.param]
-    if request.param in DRAFT_MODELS:
-        model = make_target(folder / "target")
-        if request.param == "EAGLE":
-            eagle = make_eagle(folder / "eagle", model)
-        flags += ("--speculative-draft-model-path", str(eagle or model))
+    kind, model, draft, flags = request.param, tiny_model, None, KINDS[request.param]
+    if kind in DRAFT_MODELS:
+        model, draft = draft_models.make(kind, folder)
+        flags += ("--speculative-draft-model-path", str(draft))
     flags += ("--skip-tokenizer-init", "--stream-interval", "1", "--kv-compress", "kara", *WINDOW)
     flags += ("--kv-compress-trace", str(folder / "traces"))
     with launch(model, folder / "log", *flags) as server:
         page = 16 if PAGE_16[1] in flags else 1
-        count = 8 if request.param == "wide" else 4
+        count = 8 if kind in ("wide", "EAGLE") else 4
         behind = 0 if "--disable-overlap-schedule" in flags else 1
-        yield Drafts(server, model, eagle, folder / "traces", page, count, behind)
+        yield Drafts(kind, server, model, draft, folder / "traces", page, count, behind)
 
 
 def each_of(kinds: dict[str, tuple[str, ...]]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("drafts", kinds, indirect=True, scope="module")
+    marks = {kind: (pytest.mark.slow,) if kind in SLOW else () for kind in kinds}
+    params = [pytest.param(kind, marks=marks[kind]) for kind in kinds]
+    return pytest.mark.parametrize("drafts", params, indirect=True, scope="module")
 
 
 def greedy(model: Path, ids: list[int], tokens: int) -> list[int]:
@@ -89,40 +86,6 @@ def greedy(model: Path, ids: list[int], tokens: int) -> list[int]:
         answer.append(int(chances.argmax()))
         chances = truth.feed(answer[-1:])
     return answer
-
-
-def step_by_step(server: Server, ids: list[int], turn: str) -> tuple[dict, list[int]]:
-    """An answer, the first one to ``ids`` or one more, and how many of its tokens there were behind the
-    prefill and each step.
-
-    Asked for again where the server has sent two steps in one part, as it does for a slow client.
-    """
-    for _ in range(8):
-        server.flush()
-        if turn == "again":
-            server.generate(ids, kv_compress=False)
-        parts = _streamed(server, ids)
-        counts = [part["meta_info"]["completion_tokens"] for part in parts]
-        if len(counts) == parts[-1]["meta_info"]["spec_verify_ct"] + 1:
-            return parts[-1], counts
-    raise AssertionError("the server never sent each step by itself")
-
-
-def _streamed(server: Server, ids: list[int]) -> list[dict]:
-    body = {
-        "input_ids": ids,
-        "stream": True,
-        "return_logprob": True,
-        "sampling_params": {
-            "max_new_tokens": 300,
-            "temperature": 0,
-            "ignore_eos": True,
-            "custom_params": {"kv_compress": {"selector": "recent"}},
-        },
-    }
-    with server.post("/generate", body, stream=True) as response:
-        lines = [line[6:] for line in response.iter_lines() if line.startswith(b"data: {")]
-    return [json.loads(line) for line in lines]
 
 
 @each_of(KINDS)
@@ -148,21 +111,13 @@ def test_identity_and_opted_out_requests_get_what_stock_gives(drafts: Drafts) ->
 @pytest.mark.parametrize("turn", ["first", "again"])
 @each_of(KINDS)
 def test_every_token_follows_from_what_is_kept(drafts: Drafts, turn: str) -> None:
-    """Whatever a step accepts: each token, and its probability, is that of transformers with the same
-    retained K/V at true positions. A pass ahead of a step knows all results but the last one's."""
+    """Whatever a step accepts, and on the compressed row that the next turn continues."""
     server, ids = drafts.server, prompt(37, 11)
-    answer, counts = step_by_step(server, ids, turn)
+    answer, counts = step_by_step(server, ids, again=turn == "again")
     if turn == "again":
         assert answer["meta_info"]["spec_accept_length"] > 1.2
     truth = RetainedCache(drafts.model, window=64, kept=32, delay=16, page_size=drafts.page)
-    expected = truth.feed(ids)
-    for step, count in enumerate(counts):
-        if step:
-            truth.prune_recent(len(ids) + counts[max(0, step - 1 - drafts.behind)] - 1)
-        for place in range(counts[step - 1] if step else 0, count):
-            if place:
-                expected = truth.feed([answer["output_ids"][place - 1]])
-            check(expected, answer, place)
+    assert_follows(truth, ids, answer, counts, drafts.behind)
     assert truth.windows == answer["meta_info"]["kv_compress"]["windows"] == 4
 
     if turn == "first" and server.state()["settings"]["prefix_reuse"] == "compressed":
@@ -179,30 +134,24 @@ def test_every_token_follows_from_what_is_kept(drafts: Drafts, turn: str) -> Non
     server.assert_nothing_leaked()
 
 
-def check(expected: torch.Tensor, answer: dict, place: int) -> None:
-    """A token of a greedy answer, and its probability."""
-    assert expected.argmax() == answer["output_ids"][place], f"token {place}"
-    assert logprobs(answer)[place] == pytest.approx(expected.max().item(), abs=2e-4), f"token {place}"
-
-
-@each_of(NGRAM)
+@each_of(KINDS)
 def test_queries_of_accepted_drafts_vote(drafts: Drafts) -> None:
-    """Up to its first pass a request has the same tokens whatever is drafted, and so its window keeps
-    the same: with the queries of drafts, many in a step, as with those of single tokens."""
-    server, ids, kept = drafts.server, prompt(64, 12), []
+    """Up to its first pass a text is the model's own, so its window keeps what transformers' queries
+    vote for, wherever among a step's drafts a token was accepted."""
+    server, ids = drafts.server, prompt(64, 12)
     server.flush()
-    for many in (False, True):
-        answer = server.generate(ids, tokens=90)
-        assert answer["meta_info"]["kv_compress"]["without_queries"] == 0
-        assert (answer["meta_info"]["spec_accept_length"] > 1.4) == many
-        trace = trace_file.load(drafts.traces / trace_file.file_name(answer["meta_info"]["id"]))
-        assert trace.windows[0, 0] == 64
-        kept.append(trace.keeps()[0])
+    if drafts.kind in NGRAM:
         # What drafts are made of: the answer, and ways in which it does not go on.
         plain = server.generate(ids, tokens=100, kv_compress=False)["output_ids"]
         forks = [plain[at : at + 6] + prompt(4, 1000 + at) for at in range(0, 90, 5)]
         server.generate(forks, tokens=1, kv_compress=False)
-    assert np.mean(kept[0] == kept[1]) > 0.98
+    answer = server.generate(ids, tokens=90)
+    assert answer["meta_info"]["kv_compress"]["without_queries"] == 0
+    assert answer["meta_info"]["spec_accept_length"] > 1.4
+    trace = trace_file.load(drafts.traces / trace_file.file_name(answer["meta_info"]["id"]))
+    assert trace.windows[0, 0] == 64
+    expected = kept_of(drafts.model, [*ids, *answer["output_ids"]], start=64, window=64, delay=16)
+    assert np.mean(trace.keeps()[0] == expected.numpy()) > 0.98
 
 
 @each_of(KINDS)
@@ -216,14 +165,14 @@ def test_windows_that_begin_anywhere_have_all_their_queries(drafts: Drafts) -> N
     drafts.server.assert_nothing_leaked()
 
 
-@each_of(DRAFT_MODELS)
+@each_of(CHAINS)
 def test_a_step_accepts_what_the_draft_model_must_guess(drafts: Drafts) -> None:
     """Of requests that opt out, as many in each step as transformers says."""
     answers = drafts.server.generate(PROMPTS, tokens=120, kv_compress=False)
-    expected = Expected(drafts.model, drafts.eagle)
+    expected = draft_models.DRAFTS[drafts.kind](drafts.model, drafts.draft)
     for ids, answer in zip(PROMPTS, answers, strict=True):
-        text = expected.text(ids, 120 + drafts.count)
-        accepted = expected.accepted(text, len(ids), 120, drafts.count - 1)
+        text = draft_models.text_of(expected, ids, 120 + drafts.count)
+        accepted = draft_models.accepted(expected, text, len(ids), 120, drafts.count - 1)
         histogram = [accepted.count(number) for number in range(drafts.count)]
         assert answer["meta_info"]["spec_correct_drafts_histogram"] == histogram
         assert sum(accepted) > 20

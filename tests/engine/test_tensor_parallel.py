@@ -12,14 +12,25 @@ from server import Server, run
 
 from kara_sglang.trace.format import file_name, load, merge
 
+NGRAM = {
+    "speculative_algorithm": "NGRAM",
+    "speculative_num_draft_tokens": 4,
+    "speculative_ngram_max_bfs_breadth": 1,
+}
 
-def test_engine_with_two_ranks(stock: Server, tiny_model: Path, logs: Path, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(
+    "drafts", [{}, pytest.param(NGRAM, marks=pytest.mark.slow)], ids=["plain", "drafts"]
+)
+def test_engine_with_two_ranks(
+    stock: Server, tiny_model: Path, logs: Path, tmp_path: Path, drafts: dict[str, object]
+) -> None:
     """Identity and opted-out requests give stock's tokens. With `debug_checks` the ranks compare which
     windows they took at each pass, and SGLang's checker compares each match and insertion of the prefix
     cache; a difference ends the engine."""
     log = logs / "tp2.log"
     program = ROOT / "tests" / "support" / "tp2_engine.py"
-    arguments = (str(program), str(tiny_model), str(tmp_path))
+    arguments = (str(program), str(tiny_model), str(tmp_path), json.dumps(drafts))
     env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
     with run(arguments, log, env) as process:
         process.wait(timeout=400)
@@ -35,6 +46,7 @@ def test_engine_with_two_ranks(stock: Server, tiny_model: Path, logs: Path, tmp_
     expected = stock.generate(PROMPTS)
     for index in (1, 3):
         assert result["answers"][index]["output_ids"] == expected[index]["output_ids"]
+        assert ("spec_accept_length" in result["answers"][index]["meta_info"]) == bool(drafts)
     assert all(len(answer["output_ids"]) == 300 for answer in result["answers"])
     # 5 + 299 tokens: four windows of 64 from 16 on, then whole pages.
     reused = result["follow_up"]["meta_info"]

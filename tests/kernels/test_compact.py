@@ -8,9 +8,10 @@ import triton.language as tl
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kara_sglang.kernels.backend import LayerPool
+from kara_sglang.kernels.backend import LayerPool, TorchKernels
 from kara_sglang.kernels.compact import compact as reference
 from kara_sglang.kernels.triton import compact as module
+from kara_sglang.kernels.triton.backend import TritonKernels
 from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.pool import PoolTables
 
@@ -205,3 +206,16 @@ def test_any_ascending_set(identical, make, drawn, other, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_BLOCK_BYTES", block * 8 * 2)
         check(identical, make, pool, slots, torch.tensor([[sets]]))
+
+
+@pytest.mark.parametrize("value_dim", [32, 20])
+def test_one_windows_choice_is_moved_in_any_pool(identical, make, value_dim):
+    """As the reference moves it, in one launch for all layers; the pool is no part of the pass."""
+    pool = make.pool(3, layers=3, dim=32, value_dim=value_dim, dtype=torch.bfloat16)
+    expected = make.copy(pool)
+    slots = make.windows(1, 100, slots=256, seed=4)[0]
+    kept = choose((3, 2), 100, 40)
+    TritonKernels().move(pool.keys, pool.values, slots, kept)
+    TorchKernels().move(expected.keys, expected.values, slots, kept)
+    for ours, theirs in zip(pool.keys + pool.values, expected.keys + expected.values, strict=True):
+        assert identical(ours, theirs)

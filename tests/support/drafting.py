@@ -41,7 +41,7 @@ class DraftingWorld(World):
 
     def reserved(self, req: Request) -> int:
         """Slots that the row must have before the next step (``page_aligned_decode_alloc_lens``)."""
-        wanted = req.kv.kv_committed_len + 2 * self.setting.pace.tokens
+        wanted = req.kv.kv_committed_len + self.setting.pace.reserve
         return max(req.kv.kv_allocated_len, ceil_align(wanted, self.page))
 
     def needed(self) -> int:

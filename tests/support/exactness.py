@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,13 +33,26 @@ def assert_same_choices(answer: dict, reference: dict, close: float = 1e-3) -> N
 
 
 class RetainedCache:
-    """The plain truth: transformers with a cache that holds exactly the retained K/V."""
+    """The plain truth: transformers with a cache that holds exactly the retained K/V, as ``stored``."""
 
-    def __init__(self, model_path, window: int, kept: int, delay: int, page_size: int) -> None:
+    def __init__(
+        self,
+        model_path: Path,
+        window: int,
+        kept: int,
+        delay: int,
+        page_size: int,
+        stored: torch.dtype = torch.float32,
+    ) -> None:
         from transformers import AutoModelForCausalLM, DynamicCache
 
+        class Stored(DynamicCache):
+            def update(self, keys, values, *args, **named):
+                keys, values = (part.to(stored).to(part.dtype) for part in (keys, values))
+                return super().update(keys, values, *args, **named)
+
         self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-        self.cache = DynamicCache()
+        self.cache = Stored()
         self.window, self.kept, self.delay, self.page_size = window, kept, delay, page_size
         self.position = 0
         self.base: int | None = None

@@ -11,22 +11,12 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 SECONDS = 0.05
 """From a copy's start until SGLang hears that it is done."""
-
-
-def install(folder: Path) -> str:
-    """Make the plugin known to Pythons with ``folder`` on their path; the value of ``PYTHONPATH``."""
-    about = folder / "host_tier-0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: host-tier\nVersion: 0\n")
-    (about / "entry_points.txt").write_text("[sglang.srt.plugins]\nhost_tier = host_tier:load\n")
-    return f"{folder}:{Path(__file__).parent}"
 
 
 class Late:

@@ -50,7 +50,8 @@ def forge(engine: Any, prompt: list[int]) -> dict[str, Any]:
     return {"refusal": refusal, "cached": cached, "stories": [[first, honest], [again, attacked]]}
 
 
-def main(model: str, traces: str) -> None:
+def main(model: str, traces: str, more: str) -> None:
+    """``more`` are further arguments of the engine, in JSON."""
     import sglang
 
     import kara_sglang
@@ -76,6 +77,7 @@ def main(model: str, traces: str) -> None:
         page_size=16,
         max_total_tokens=4096,
         dtype="float32",
+        **json.loads(more),
     )
     prompts = [prompt(length, seed) for seed, length in enumerate((5, 37, 64, 100))]
     greedy = {"max_new_tokens": 300, "temperature": 0, "ignore_eos": True}

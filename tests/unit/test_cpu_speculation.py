@@ -263,7 +263,8 @@ def test_a_node_attends_to_the_text_and_its_ancestors() -> None:
     q = torch.randn(2, n, heads, dim, generator=generator)
     rows = torch.randperm(40, generator=generator)[:30].view(2, 15).to(torch.int32)
     seen = torch.stack([mask_of(parents) for parents in forest])
-    out = plugin.verify(q, keys, values, rows, torch.tensor(lengths), seen, 0.3).view(2, n, heads, dim)
+    out = plugin.tree_attention(q, keys, values, rows, torch.tensor(lengths), seen, 0.3)
+    out = out.view(2, n, heads, dim)
     for b, parents in enumerate(forest):
         for node in range(n):
             columns = [*range(lengths[b]), *(lengths[b] + k for k in path(parents, node))]
@@ -273,6 +274,12 @@ def test_a_node_attends_to_the_text_and_its_ancestors() -> None:
                 weights = torch.softmax(keys[slots, kv_head] @ q[b, node, head] * 0.3, dim=0)
                 expected = weights @ values[slots, kv_head]
                 torch.testing.assert_close(out[b, node, head], expected)
+
+
+def test_a_draft_models_branch_sees_what_it_wrote() -> None:
+    expected = [[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0]]
+    assert plugin.branches(2, 3, 2).int().tolist() == expected
+    assert plugin.branches(1, 3, 1).int().tolist() == [[1, 0, 0]]
 
 
 @pytest.mark.parametrize(("target", "handler", "kind"), plugin.HOOKS)

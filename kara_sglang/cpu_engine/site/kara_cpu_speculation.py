@@ -43,18 +43,26 @@ def forward_extend(
     if save_kv_cache:
         pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
     n = forward_batch.spec_info.draft_token_num
-    return verify(
-        q.view(-1, n, layer.tp_q_head_num, layer.qk_head_dim),
+    seen = forward_batch.spec_info.custom_mask.view(-1, n, n)
+    return _of_layer(backend, q, layer, forward_batch, seen)
+
+
+def _of_layer(
+    backend: Any, q: torch.Tensor, layer: Any, forward_batch: Any, seen: torch.Tensor
+) -> torch.Tensor:
+    pool = backend.token_to_kv_pool
+    return tree_attention(
+        q.view(-1, seen.shape[1], layer.tp_q_head_num, layer.qk_head_dim),
         pool.get_key_buffer(layer.layer_id),
         pool.get_value_buffer(layer.layer_id),
         backend.req_to_token_pool.req_to_token[forward_batch.req_pool_indices],
         forward_batch.seq_lens,
-        forward_batch.spec_info.custom_mask.view(-1, n, n),
+        seen,
         layer.scaling,
     )
 
 
-def verify(
+def tree_attention(
     q: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -63,7 +71,7 @@ def verify(
     seen: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of draft trees: a node sees all tokens before its tree, its ancestors and itself.
+    """Attention of draft trees: a node sees all tokens before its tree, and some of those behind.
 
     Parameters
     ----------
@@ -72,22 +80,22 @@ def verify(
     keys, values : torch.Tensor
         One layer of the KV pool, ``[slots, KV heads, head_dim]``.
     rows : torch.Tensor
-        The batch's rows of the page table, ``[batch_size, columns]``; the nodes' slots stand behind
-        those of the tokens before them.
+        The batch's rows of the page table, ``[batch_size, columns]``; the tree's slots stand behind
+        those of the tokens before it.
     lengths : torch.Tensor
         Tokens before each tree, ``[batch_size]``.
     seen : torch.Tensor
-        Whether node i sees node j, ``[batch_size, n, n]`` bool.
+        Whether node i sees the j-th slot of its tree, ``[batch_size, n, slots of a tree]`` bool.
 
     Returns
     -------
     torch.Tensor
         ``[batch_size * n, query heads * head_dim]``, in q's dtype.
     """
-    n = q.shape[1]
+    n, behind = seen.shape[1:]
     outputs = []
     for query, row, length, tree in zip(q, rows, lengths.tolist(), seen, strict=True):
-        slots = row[: length + n].long()
+        slots = row[: length + behind].long()
         key, value = (pool[slots].to(query.dtype).transpose(0, 1)[None] for pool in (keys, values))
         mask = torch.cat((tree.new_ones(n, length), tree), dim=1)
         output = scaled_dot_product_attention(
@@ -95,6 +103,22 @@ def verify(
         )
         outputs.append(output[0].transpose(0, 1).reshape(n, -1))
     return torch.cat(outputs)
+
+
+def branches(topk: int, steps: int, written: int) -> torch.Tensor:
+    """What the newest tokens of a draft model's branches see of the slots behind the text.
+
+    A branch has ``steps`` slots, and sees the ``written`` first of them and none of another branch's,
+    whose child it may be: so it is in SGLang's own backends (``generate_draft_decode_kv_indices``).
+
+    Returns
+    -------
+    torch.Tensor
+        ``[topk, topk * steps]`` bool.
+    """
+    seen = torch.zeros(topk, topk, steps, dtype=torch.bool)
+    seen[range(topk), range(topk), :written] = True
+    return seen.flatten(1)
 
 
 def with_torch_native(
@@ -110,29 +134,32 @@ def with_torch_native(
     """
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-    class Step(TorchNativeAttnBackend):
-        """Decoding in one step of the draft: as many more tokens as there were steps."""
+    topk, steps = factory.topk, factory.speculative_num_steps
 
-        ahead = 0
+    class Step(TorchNativeAttnBackend):
+        """Decoding in one step of the draft, the first ``written - 1`` of whose tokens are there."""
+
+        written = 0
 
         def forward_decode(
             self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
         ) -> torch.Tensor:
-            lengths = forward_batch.seq_lens
-            forward_batch.seq_lens = lengths + self.ahead
-            try:
-                return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
-            finally:
-                forward_batch.seq_lens = lengths
+            from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+            if save_kv_cache:
+                where = KVWriteLoc(forward_batch.out_cache_loc, None)
+                self.token_to_kv_pool.set_kv_buffer(layer, where, k, v)
+            seen = branches(topk, steps, self.written).expand(len(forward_batch.seq_lens), -1, -1)
+            return _of_layer(self, q, layer, forward_batch, seen)
 
     class Steps:
         """The backends of all steps; SGLang's ``*MultiStepDraftBackend``."""
 
         def __init__(self) -> None:
             self.attn_backends = []
-            for ahead in range(1, factory.speculative_num_steps):
+            for written in range(1, steps):
                 step = Step(factory.draft_model_runner)
-                step.ahead = ahead
+                step.written = written
                 self.attn_backends.append(step)
 
         def init_forward_metadata(self, forward_batch: Any) -> None:
@@ -140,11 +167,6 @@ def with_torch_native(
                 backend.init_forward_metadata(forward_batch)
 
     def decode() -> tuple[str, Any]:
-        if factory.topk != 1:
-            raise ValueError(
-                "a draft model's tree is not supported by torch_native attention; "
-                "use --speculative-eagle-topk 1"
-            )
         return "torch_native", Steps()
 
     def extend() -> tuple[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kara_sglang.kernels.compact import compact, compact_alike
+from kara_sglang.kernels.compact import compact, kept_alike
 
 DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -102,18 +102,9 @@ def test_a_draft_model_keeps_what_its_target_keeps(layers: int, heads: int) -> N
     )
     agreed = [[0, 1, 7], [1, 4, 5], [0, 3, 6]]
     of_layer = {3: [0, 1, 2], 1: [2], 2: [1, 2], 6: [0, 0, 1, 1, 2, 2]}[layers]
-    slots = torch.tensor([9, 3, 4, 5, 0, 1, 8, 2])
-    pools = [
-        [random_bytes((10, heads, 4), torch.float16, 10 * side + i) for i in range(layers)]
-        for side in (0, 1)
-    ]
-    before = [[buffer.clone() for buffer in side] for side in pools]
-    compact_alike(*pools, slots, kept)
-    for side, old in zip(pools, before, strict=True):
-        for layer, (buffer, was) in enumerate(zip(side, old, strict=True)):
-            target = of_layer[layer]
-            same = (layers, heads) == (3, 2)
-            targets = kept[target].tolist() if same else [agreed[target]] * heads
-            # Of 8 slots; the last one has the token behind the window.
-            chosen = [sorted(token - 1 if token else 7 for token in head) for head in targets]
-            assert torch.equal(raw(buffer), naive(was, slots.tolist(), chosen))
+    alike = kept_alike(kept, layers, heads, width=8).tolist()
+    for layer, target in enumerate(of_layer):
+        same = (layers, heads) == (3, 2)
+        targets = kept[target].tolist() if same else [agreed[target]] * heads
+        # Of 8 slots; the last one has the token behind the window.
+        assert alike[layer] == [sorted(token - 1 if token else 7 for token in head) for head in targets]

@@ -41,6 +41,7 @@ def test_a_supported_server_is_not_refused(resolved: Resolved) -> None:
         DRAFTS | {"speculative_algorithm": "NGRAM", "speculative_eagle_topk": 4},
         {"prefill_attention_backend": "fa4"},
         DRAFTS | {"speculative_algorithm": "EAGLE3"},
+        DRAFTS | {"speculative_eagle_topk": 4, "page_size": 1},
         DRAFTS | {"speculative_algorithm": "STANDALONE", "disable_overlap_schedule": True},
         {"enable_hierarchical_cache": True},
         {"enable_hierarchical_cache": True, "hicache_write_policy": "write_back"}
@@ -55,7 +56,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("--speculative-algorithm", DRAFTS | {"speculative_algorithm": "DSPARK"}),
     ("--speculative-algorithm", DRAFTS | {"speculative_algorithm": "FROZEN_KV_MTP"}),
     ("--speculative-algorithm", DRAFTS | {"speculative_algorithm": "UNO"}),
-    ("--speculative-eagle-topk", DRAFTS | {"speculative_eagle_topk": 4}),
+    ("--speculative-eagle-topk", DRAFTS | {"speculative_eagle_topk": 4, "page_size": 16}),
     ("--speculative-num-draft-tokens", DRAFTS | {"speculative_num_draft_tokens": 1}),
     ("--speculative-adaptive", DRAFTS | {"speculative_adaptive": True}),
     ("--enable-multi-layer-eagle", DRAFTS | {"enable_multi_layer_eagle": True}),

@@ -7,7 +7,10 @@ import io
 import json
 import pkgutil
 import re
+from collections.abc import Callable, Iterator
+from itertools import groupby, pairwise, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import render
@@ -114,6 +117,81 @@ def test_the_example_of_the_ring_prints_what_it_says():
     with contextlib.redirect_stdout(printed):
         exec(program[1], {})
     assert printed.getvalue() == output
+
+
+BESIDE = {
+    "--kv-cache-dtype": "fp8 KV",
+    "--lora-backend": "LoRA",
+    "--chunked-prefill-size": "chunked prefill",
+    "--enable-priority-scheduling": "priorities",
+    "--enable-hierarchical-cache": "HiCache",
+    "--tp-size": "tensor parallelism",
+}
+"""Flags, and the words for them in the table of what runs together with drafts."""
+
+
+def with_drafts(flags: tuple[str, ...], file: str, slow: bool = False) -> tuple[str, ...]:
+    """A server of a test as a row of that table."""
+    given = {flag: value for flag, value in pairwise((*flags, "")) if flag.startswith("--")}
+    name, count = given["--speculative-algorithm"], given["--speculative-num-draft-tokens"]
+    breadth = "ngram-max-bfs-breadth" if name == "NGRAM" else "eagle-topk"
+    return (
+        f"{name} {count} / {given['--speculative-' + breadth]}",
+        given["--page-size"],
+        "off" if "--disable-overlap-schedule" in given else "on",
+        given.get("--kv-compress-prefix-reuse", "exact"),
+        ", ".join(word for flag, word in BESIDE.items() if flag in given),
+        f"`{file}`" + (", slow" if slow else ""),
+    )
+
+
+def test_the_combinations_with_drafts_are_those_of_the_tests(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "engine")
+    import server
+    import test_combinations
+    import test_speculation
+    import test_tensor_parallel
+    import test_torture
+
+    expected = [
+        with_drafts(flags, "test_speculation", kind in test_speculation.SLOW)
+        for kind, flags in test_speculation.KINDS.items()
+    ]
+    expected.append(with_drafts(test_combinations.MANY, "test_combinations"))
+
+    engine = (ROOT / "tests" / "support" / "tp2_engine.py").read_text()
+    told = ("--page-size", "16", "--kv-compress-prefix-reuse", "compressed", "--tp-size", "2")
+    assert all(words in engine for words in ("page_size=16", 'prefix_reuse="compressed"', "tp_size=2"))
+    for (drafts,) in parameters(test_tensor_parallel.test_engine_with_two_ranks, "drafts"):
+        if drafts.values[0]:
+            flags = [word for name, value in drafts.values[0].items() for word in (name, str(value))]
+            flags[::2] = ["--" + name.replace("_", "-") for name in flags[::2]]
+            expected.append(with_drafts((*flags, *told), "test_tensor_parallel", bool(drafts.marks)))
+
+    monkeypatch.setattr(server, "launch", lambda _model, _log, *flags, env: flags)
+    many = test_torture.test_many_odd_requests_stay_boring
+    for page, reuse, drafts in parameters(many, "page_size", "reuse", "drafts"):
+        if drafts.values[0]:
+            flags = server.launch_small(ROOT, ROOT, page.values[0], reuse.values[0], *drafts.values[0])
+            slow = any(mark.name == "slow" for mark in many.pytestmark)
+            expected.append(with_drafts(flags, "test_torture", slow))
+    assert [tuple(row) for row in table(USAGE, "<!-- drafts -->")] == list(joined(expected))
+
+
+def joined(rows: list[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """Rows that differ in page size and prefix reuse only, as one: all pairs of these are run."""
+    for (name, overlap, beside, file), same in groupby(rows, lambda row: (row[0], row[2], *row[4:])):
+        pairs = [(row[1], row[3]) for row in same]
+        pages, reuses = (list(dict.fromkeys(column)) for column in zip(*pairs, strict=True))
+        assert pairs == list(product(pages, reuses))
+        yield (name, ", ".join(pages), overlap, ", ".join(reuses), beside, file)
+
+
+def parameters(test: Callable[..., None], *names: str) -> Iterator[tuple[Any, ...]]:
+    """The combinations of a test's parameters, each as ``pytest.param`` makes it."""
+    marks = {mark.args[0]: mark.args[1] for mark in test.pytestmark if mark.name == "parametrize"}
+    params = [[one if hasattr(one, "marks") else pytest.param(one) for one in marks[n]] for n in names]
+    return product(*params)
 
 
 def test_the_throughput_tables_are_the_committed_results():
