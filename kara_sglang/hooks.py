@@ -214,10 +214,10 @@ SCHEDULER_HOOKS = (
         "a pass is made by a registry once the scheduler is built",
     ),
     Hook(
-        "managers.scheduler.Scheduler.update_running_batch",
+        "managers.schedule_batch.ScheduleBatch.check_decode_mem",
         "before",
-        ("self", "batch"),
-        "scheduler.runtime:before_update_running_batch",
+        ("self", "selected_indices"),
+        "scheduler.runtime:before_check_decode_mem",
         "the compaction pass, ahead of the memory check",
         "the scheduler calls registered passes ahead of its memory check",
     ),

@@ -172,7 +172,7 @@ SURFACE = (
         "arg_groups.overrides",
         ("declare_resolution(server_args, source, **fields)", "resolving_view(server_args)"),
     ),
-    Used("model_executor.cuda_graph_config.CudaGraphConfig", ("decode",)),
+    Used("model_executor.cuda_graph_config.CudaGraphConfig", ("decode", "prefill")),
     Used("model_executor.cuda_graph_config.PhaseConfig", ("backend", "max_bs")),
     Used("model_executor.cuda_graph_config.Backend", ("DISABLED",)),
     Used("environ", ("envs",)),

@@ -56,7 +56,10 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ("--elastic-ep-backend", lambda c: c.elastic_ep_backend is not None),
     ),
     "Batches that prefill and decode at once, or are cut in two": (
-        ("--enable-mixed-chunk", lambda c: c.enable_mixed_chunk),
+        (
+            "--enable-mixed-chunk (with --speculative-algorithm)",
+            lambda c: c.enable_mixed_chunk and c.speculative_algorithm is not None,
+        ),
         ("--enable-two-batch-overlap", lambda c: c.enable_two_batch_overlap),
         ("--enable-single-batch-overlap", lambda c: c.enable_single_batch_overlap),
         ("--enable-pdmux", lambda c: c.enable_pdmux),
@@ -142,6 +145,7 @@ def of_flags(resolved: Any) -> list[str]:
         ``resolving_view(server_args)``.
     """
     from sglang.srt.environ import envs
+    from sglang.srt.model_executor.cuda_graph_config import Backend
 
     lines = _used(tuple(chain.from_iterable(FLAGS.values())), resolved)
     lines += [
@@ -149,6 +153,12 @@ def of_flags(resolved: Any) -> list[str]:
         for name in ENVIRONMENT
         if getattr(envs, name).get()
     ]
+    if resolved.enable_mixed_chunk and resolved.cuda_graph_config.prefill.backend != Backend.DISABLED:
+        # Attention is called from within SGLang, so that nothing sees the queries of those that decode.
+        lines.append(
+            "--enable-mixed-chunk does not work with --kv-compress and CUDA graphs for prefills; use "
+            "--disable-prefill-cuda-graph"
+        )
     if resolved.kv_cache_dtype not in KV_CACHE_DTYPES:
         lines.append(
             f"--kv-cache-dtype {resolved.kv_cache_dtype} does not work with --kv-compress; use one of "

@@ -87,7 +87,7 @@ def decode_usage_msg_parts(parts: list[str], _stats: Any) -> list[str]:
         return parts
     coordinator.export()
     totals = coordinator.totals
-    held, logical = slots_held(coordinator.scheduler.running_batch.reqs)
+    held, logical = slots_held(coordinator.running)
     share = held / logical if logical else 1.0
     return [
         *parts,
@@ -116,7 +116,7 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
     totals, recorder = coordinator.totals, coordinator.recorder
     ring = Served.of(recorder, coordinator.config.query_heads)
     scheduler = coordinator.scheduler
-    held, logical = slots_held(scheduler.running_batch.reqs)
+    held, logical = slots_held(coordinator.running)
     return {
         "settings": dataclasses.asdict(coordinator.config)
         | {"kept": coordinator.config.kept(coordinator.geometry.page_size)},
@@ -133,7 +133,7 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
         "recorder_pages_free": recorder.free_pages,
         "recorder_room": {"bytes": ring.bytes, "all_heads": ring.all_heads, "mean": ring.mean},
         "largest_decode_graph": coordinator.graphs.largest,
-        "running_requests": len(scheduler.running_batch.reqs),
+        "running_requests": len(coordinator.running),
         "waiting_requests": len(scheduler.waiting_queue),
         "running_held_tokens": held,
         "running_logical_tokens": logical,

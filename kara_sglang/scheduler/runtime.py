@@ -18,7 +18,6 @@ import torch
 
 from kara_sglang import handshake, hooks, plugin
 from kara_sglang.compat import kv_cache
-from kara_sglang.compat.running_batch import drop_finished
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.dispatch import pick
@@ -34,6 +33,7 @@ from kara_sglang.scheduler.ring.served import Served
 from kara_sglang.scheduler.ring.size import Room
 from kara_sglang.scheduler.rotary import rope_shift_of
 from kara_sglang.scheduler.scales import softmax_scales
+from kara_sglang.scheduler.tails import Tails
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -80,7 +80,7 @@ class Runtime:
     parts: Parts | None = None
     coordinator: Coordinator | None = None
     drafts: list[ModelRunner] = field(default_factory=list)  # of draft models
-    row_freed: bool = False  # somebody may have finished since the last decode step
+    tails: Tails | None = None  # of the newest step, where that prefills
     refused: list[str] = field(default_factory=list)  # why this server must not start
 
 
@@ -190,24 +190,24 @@ def before_attention(
     """BEFORE ``RadixAttention.forward``: record a decode step's post-RoPE queries.
 
     With speculation the step that verifies drafts records theirs. A draft model's queries are nobody's.
-    Without a graph the step is skipped when nobody records. A graph is replayed for any batch, so there
+    A step that prefills records those of its tails. Without a graph the step is skipped when nobody records. A graph is replayed for any batch, so there
     the tables decide, whenever it is captured: at start, or again with other weights. The steps that
     warm it up record as well, so that no kernel is first compiled in a capture.
     """
     parts = runtime.parts
     if parts is None or not parts.recorder.num_pages:
         return
-    mode = forward_batch.forward_mode
-    if not (mode.is_decode() or mode.is_target_verify()) or not parts.has(layer):
+    if not parts.has(layer) or not (parts.recorder.active or _capturing()):
         return
-    if parts.recorder.active or _capturing():
-        parts.recorder.record(
-            parts.kernels,
-            layer.layer_id,
-            q,
-            forward_batch.req_pool_indices,
-            forward_batch.positions,
-        )
+    mode = forward_batch.forward_mode
+    if mode.is_decode() or mode.is_target_verify():
+        rows, positions = forward_batch.req_pool_indices, forward_batch.positions
+    elif mode.is_extend() and runtime.tails is not None:
+        tails = runtime.tails
+        q, rows, positions = tails.queries(q), tails.rows, tails.positions
+    else:
+        return
+    parts.recorder.record(parts.kernels, layer.layer_id, q, rows, positions)
 
 
 def _capturing() -> bool:
@@ -224,10 +224,12 @@ def after_init_forward_batch(
     if runtime.coordinator is None:
         return
     mode = batch.forward_mode
+    runtime.tails = None
     if mode.is_decode() or mode.is_target_verify() or mode.is_draft_extend_v2():
         runtime.coordinator.compaction.lengths.shift_positions(result)
-    elif mode.is_extend() and runtime.coordinator.config.shares_prefixes:
+    elif mode.is_extend():
         prefill.shift_positions(result, batch)
+        runtime.tails = Tails.of(result, batch)
 
 
 def after_resolve_seq_lens(
@@ -320,14 +322,11 @@ def after_get_init_info(result: dict[str, Any], _scheduler: Scheduler) -> None:
     handshake.tell(result, handshake.ready_word() if ready else "; ".join(runtime.refused))
 
 
-def before_update_running_batch(_scheduler: Scheduler, batch: ScheduleBatch) -> None:
-    """BEFORE ``Scheduler.update_running_batch``: the pass, ahead of the memory check."""
-    if runtime.coordinator is None:
-        return
-    if runtime.row_freed:  # a look at every request costs more than the rest of a step without a pass
-        drop_finished(batch)
-        runtime.row_freed = False
-    if batch.reqs:
+def before_check_decode_mem(batch: ScheduleBatch, selected_indices: list[int] | None = None) -> None:
+    """BEFORE ``ScheduleBatch.check_decode_mem``: the pass, ahead of the memory check of a step in which
+    the running requests decode, alone or beside a prefill. A retraction, which checks for those that
+    would stay, comes behind it."""
+    if runtime.coordinator is not None and selected_indices is None:
         runtime.coordinator.before_decode(batch)
 
 
@@ -347,5 +346,4 @@ def attach_storage(_attach: Callable[..., Any], _scheduler: Scheduler, _request:
 def before_free_row(_pool: Any, req: Req) -> None:
     """BEFORE ``ReqToTokenPool.free``: the row, and with it the recorder, is about to be reused."""
     if runtime.coordinator is not None:
-        runtime.row_freed = True
         runtime.coordinator.row_freed(req)
