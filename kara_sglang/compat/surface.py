@@ -269,12 +269,13 @@ SURFACE = (
     ),
     Used(
         "model_executor.forward_batch_info.ForwardMode",
-        ("is_decode()", "is_draft_extend_v2()", "is_extend()", "is_target_verify()"),
+        ("is_decode()", "is_draft_extend_v2()", "is_extend()", "is_mixed()", "is_target_verify()"),
     ),
     # -- the scheduler -----------------------------------------------------------------------------
     Used(
         _SCHEDULER,
         (
+            "attn_tp_group",
             "device_module",
             "enable_overlap",
             "forward_stream",
@@ -291,13 +292,12 @@ SURFACE = (
             "running_batch",
             "server_args",
             "token_to_kv_pool_allocator",
-            "tp_cpu_group",
-            "tp_size",
             "tp_worker",
             "tree_cache",
             "waiting_queue",
         ),
     ),
+    Used("distributed.parallel_state.GroupCoordinator", ("cpu_group", "rank_in_group", "world_size")),
     Used("managers.tp_worker.TpModelWorker", ("get_decode_cuda_graph_bs()",)),
     Used(
         "observability.metrics_collector.SchedulerMetricsCollectorContext",
@@ -380,8 +380,8 @@ SURFACE = (
         "managers.schedule_batch.ScheduleBatch",
         (
             "batch_is_full",
-            "batch_size()",
-            "filter_batch()",
+            "decoding_reqs",
+            "extend_lens",
             "forward_mode",
             "req_pool_indices",
             "req_to_token_pool",
@@ -391,7 +391,7 @@ SURFACE = (
             "seq_lens_sum",
         ),
     ),
-    Used("managers.schedule_batch.ScheduleBatch", ("extend_lens", "prefix_lens"), sharing=True),
+    Used("managers.schedule_batch.ScheduleBatch", ("prefix_lens",), sharing=True),
     Used(
         "sampling.sampling_params.SamplingParams",
         ("custom_params", "ignore_eos", "max_new_tokens", "n"),

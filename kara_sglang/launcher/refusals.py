@@ -50,7 +50,6 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
     "Work split over servers and devices": (
         ("--disaggregation-mode", lambda c: c.disaggregation_mode != "null"),
         ("--pp-size", lambda c: c.pp_size > 1),
-        ("--enable-dp-attention", lambda c: c.enable_dp_attention or c.attn_dp_size > 1),
         ("--attn-cp-size", lambda c: c.attn_cp_size > 1),
         ("--dcp-size", lambda c: c.dcp_size > 1),
         ("--elastic-ep-backend", lambda c: c.elastic_ep_backend is not None),
@@ -153,12 +152,18 @@ def of_flags(resolved: Any) -> list[str]:
         for name in ENVIRONMENT
         if getattr(envs, name).get()
     ]
-    if resolved.enable_mixed_chunk and resolved.cuda_graph_config.prefill.backend != Backend.DISABLED:
-        # Attention is called from within SGLang, so that nothing sees the queries of those that decode.
-        lines.append(
-            "--enable-mixed-chunk does not work with --kv-compress and CUDA graphs for prefills; use "
-            "--disable-prefill-cuda-graph"
+    if resolved.cuda_graph_config.prefill.backend != Backend.DISABLED:
+        # Requests may decode in a step that prefills others, and a replay shows nobody their queries.
+        beside = (
+            ("--enable-mixed-chunk", resolved.enable_mixed_chunk),
+            ("--attn-dp-size", resolved.attn_dp_size > 1),
         )
+        lines += [
+            f"{flag} does not work with --kv-compress and CUDA graphs for prefills; use "
+            "--disable-prefill-cuda-graph"
+            for flag, used in beside
+            if used
+        ]
     if resolved.kv_cache_dtype not in KV_CACHE_DTYPES:
         lines.append(
             f"--kv-cache-dtype {resolved.kv_cache_dtype} does not work with --kv-compress; use one of "

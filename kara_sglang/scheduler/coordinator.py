@@ -87,7 +87,7 @@ class Coordinator:
 
     @property
     def running(self) -> list[Req]:
-        """Requests that decode. Those that decode beside a prefill are in no running batch meanwhile."""
+        """Requests that decode. SGLang's running batch is empty while they do so beside a prefill."""
         last = self.scheduler.last_batch
         mixed = last.decoding_reqs if last is not None and last.forward_mode.is_mixed() else None
         return self.scheduler.running_batch.reqs or mixed or []

@@ -149,12 +149,13 @@ def room_of(runner: ModelRunner, layers: list[RadixAttention]) -> Room:
     resolved = resolving_view(runner.server_args)
     stored = kv_cache.dtype_of(resolved.kv_cache_dtype, runner.dtype, runner.model)
     numbers = sum(layer.tp_k_head_num * (layer.qk_head_dim + layer.v_head_dim) for layer in layers)
+    most = resolved.max_running_requests
     slack = runner.pre_model_load_memory * 2**30 * (1 - resolved.mem_fraction_static)
     return Room(
         max(0, free - int(slack)),
         slot_bytes=numbers * stored.itemsize,
         most_slots=resolved.max_total_tokens,
-        most_running=resolved.max_running_requests,
+        most_running=most and max(1, most // resolved.attn_dp_size),
     )
 
 
@@ -190,7 +191,9 @@ def before_attention(
     """BEFORE ``RadixAttention.forward``: record a decode step's post-RoPE queries.
 
     With speculation the step that verifies drafts records theirs. A draft model's queries are nobody's.
-    A step that prefills records those of its tails. Without a graph the step is skipped when nobody records. A graph is replayed for any batch, so there
+    A step that prefills records those of its tails.
+
+    Without a graph the step is skipped when nobody records. A graph is replayed for any batch, so there
     the tables decide, whenever it is captured: at start, or again with other weights. The steps that
     warm it up record as well, so that no kernel is first compiled in a capture.
     """

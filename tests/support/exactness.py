@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,18 @@ def assert_same_choices(answer: dict, reference: dict, close: float = 1e-3) -> N
     same = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
     end = None if same is None else same + 1
     assert logprobs(answer)[:end] == pytest.approx(logprobs(reference)[:end], abs=close)
+
+
+def assert_likeliest(model: Path, prompt: list[int], answer: list[int], kept: int) -> int:
+    """Each token of a greedy answer is one that transformers finds as likely as any other, with the
+    K/V that `recent` retains of windows of 64 (delay 16, pages of 16). Returns how many it passed."""
+    truth = RetainedCache(model, window=64, kept=kept, delay=16, page_size=16)
+    expected = truth.feed(prompt)
+    for step, token in enumerate(answer):
+        assert expected[token] > expected.max() - 1e-3, f"step {step}, {truth.windows} windows in"
+        truth.prune_recent()
+        expected = truth.feed([token])
+    return truth.windows
 
 
 class RetainedCache:

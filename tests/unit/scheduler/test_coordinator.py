@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,11 +114,12 @@ def test_ranks_that_disagree_about_whether_raise(mine: bool, monkeypatch: pytest
     step, so neither waits for the other, and nothing has been done to a row yet."""
     worlds = [one_request(debug_checks=True)[0] for _ in range(2)]
     for world in worlds:
-        world.scheduler.tp_size, world.scheduler.tp_cpu_group = 2, "ranks"
+        world.scheduler.attn_tp_group = SimpleNamespace(world_size=2, cpu_group="ranks")
     world = worlds[0]
     asked: list[torch.Tensor] = []
 
-    def agreeing(bounds: torch.Tensor, **_: Any) -> None:
+    def agreeing(bounds: torch.Tensor, *, group: object, **_: Any) -> None:
+        assert group == "ranks"
         asked.append(bounds.clone())
 
     monkeypatch.setattr(torch.distributed, "all_reduce", agreeing)
