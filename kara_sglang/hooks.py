@@ -214,6 +214,14 @@ SCHEDULER_HOOKS = (
         "a pass is made by a registry once the scheduler is built",
     ),
     Hook(
+        "managers.scheduler.Scheduler.init_req_max_new_tokens",
+        "before",
+        ("self", "req"),
+        "scheduler.runtime:before_init_req_max_new_tokens",
+        "ends a request whose options nobody has checked: several tokenizer workers load no plugins",
+        "tokenizer workers load plugins",
+    ),
+    Hook(
         "managers.schedule_batch.ScheduleBatch.check_decode_mem",
         "before",
         ("self", "selected_indices"),
@@ -235,6 +243,14 @@ SCHEDULER_HOOKS = (
         ("self", "req"),
         "scheduler.runtime:before_free_row",
         "takes the request's recorder back",
+        "passes are told when a row is given back",
+    ),
+    Hook(
+        "disaggregation.decode.DecodeReqToTokenPool.free",
+        "before",
+        ("self", "req"),
+        "scheduler.runtime:before_free_row",
+        "the same on a decode server, whose rows are in a pool of another class",
         "passes are told when a row is given back",
     ),
     Hook(

@@ -99,11 +99,13 @@ _FLAGS = (
     "device",
     "disable_overlap_schedule",
     "disable_radix_cache",
+    "disaggregation_decode_enable_offload_kvcache",
+    "disaggregation_decode_enable_radix_cache",
+    "disaggregation_decode_retraction_backup",
     "disaggregation_mode",
     "dllm_algorithm",
     "elastic_ep_backend",
     "enable_deterministic_inference",
-    "enable_dp_attention",
     "enable_flexkv",
     "enable_hierarchical_cache",
     "enable_hisparse",
@@ -111,6 +113,7 @@ _FLAGS = (
     "enable_mixed_chunk",
     "enable_multi_layer_eagle",
     "enable_page_major_kv_layout",
+    "enable_pd_role_switch",
     "enable_pdmux",
     "enable_return_indexer_topk",
     "enable_return_routed_experts",
@@ -348,6 +351,7 @@ SURFACE = (
             "retraction_count",
             "rid",
             "sampling_params",
+            "set_finish_with_abort(error_msg)",
             "skip_radix_cache_insert",
             "to_finish",
         ),
@@ -399,6 +403,7 @@ SURFACE = (
     # -- memory ------------------------------------------------------------------------------------
     Used("mem_cache.memory_pool.MHATokenToKVPool", ("dtype", "k_buffer", "start_layer", "v_buffer")),
     Used("mem_cache.memory_pool.ReqToTokenPool", ("req_generation", "req_to_token")),
+    Used("disaggregation.decode", ("DecodeReqToTokenPool",)),
     *(
         Used(
             f"mem_cache.allocator.{allocator}",

@@ -48,7 +48,19 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ("--dllm-algorithm", lambda c: c.dllm_algorithm is not None),
     ),
     "Work split over servers and devices": (
-        ("--disaggregation-mode", lambda c: c.disaggregation_mode != "null"),
+        (
+            "--disaggregation-decode-enable-radix-cache",
+            lambda c: c.disaggregation_decode_enable_radix_cache,
+        ),
+        (
+            "--disaggregation-decode-enable-offload-kvcache",
+            lambda c: c.disaggregation_decode_enable_offload_kvcache,
+        ),
+        (
+            "--disaggregation-mode decode (with --speculative-algorithm)",
+            lambda c: c.disaggregation_mode == "decode" and c.speculative_algorithm is not None,
+        ),
+        ("--enable-pd-role-switch", lambda c: c.enable_pd_role_switch),
         ("--pp-size", lambda c: c.pp_size > 1),
         ("--attn-cp-size", lambda c: c.attn_cp_size > 1),
         ("--dcp-size", lambda c: c.dcp_size > 1),
@@ -97,7 +109,6 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ("--enable-return-indexer-topk", lambda c: c.enable_return_indexer_topk),
     ),
     "Other processes, and results that must repeat to the bit": (
-        ("--tokenizer-worker-num", lambda c: c.tokenizer_worker_num > 1),
         *_ENTRIES,
         ("--grpc-port", lambda c: c.grpc_port is not None),
         ("--enable-deterministic-inference", lambda c: c.enable_deterministic_inference),
@@ -106,7 +117,12 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
 
 # What sharing compressed prefixes does not go with, beyond that.
 _SHARING_FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
-    ("--disable-radix-cache", lambda c: c.disable_radix_cache),
+    ("--disaggregation-mode decode", lambda c: c.disaggregation_mode == "decode"),
+    # A decode server has none by itself.
+    (
+        "--disable-radix-cache",
+        lambda c: c.disable_radix_cache and c.disaggregation_mode != "decode",
+    ),
     # Rows that were driven off the device would not be found again: the host is not asked.
     ("--enable-hierarchical-cache", lambda c: c.enable_hierarchical_cache),
     # The trees of the others have keys of two tokens each.
@@ -114,6 +130,8 @@ _SHARING_FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
         "--speculative-algorithm (other than NGRAM)",
         lambda c: c.speculative_algorithm not in (None, "NGRAM"),
     ),
+    # Nobody would see to it that prompts hold no ids of windows.
+    ("--tokenizer-worker-num", lambda c: c.tokenizer_worker_num > 1),
     # The events would tell others about ids that are no tokens.
     ("--kv-events-config", lambda c: c.kv_events_config is not None),
 )
@@ -152,6 +170,16 @@ def of_flags(resolved: Any) -> list[str]:
         for name in ENVIRONMENT
         if getattr(envs, name).get()
     ]
+    if (
+        resolved.disaggregation_mode == "decode"
+        and resolved.disaggregation_decode_retraction_backup != "none"
+    ):
+        # A backup copies as many slots as the request has tokens.
+        lines.append(
+            "--disaggregation-mode decode keeps no compressed KV of a retracted request with "
+            "--kv-compress; use --disaggregation-decode-retraction-backup none, with which SGLang ends "
+            "it with status 503"
+        )
     if resolved.cuda_graph_config.prefill.backend != Backend.DISABLED:
         # Requests may decode in a step that prefills others, and a replay shows nobody their queries.
         beside = (

@@ -68,7 +68,8 @@ def output_streamer_class(original: Callable[..., type], scheduler: Any) -> type
             fields = base.build_additional_customized_info(self, reqs)
             reports = [request_report(req) for req in reqs]
             if any(report is not None for report in reports):  # else nobody ends with this batch
-                fields[KEY] = reports
+                # Lists, as SGLang adds them up where no hook of ours is (several tokenizer workers).
+                fields[KEY] = [[] if report is None else [report] for report in reports]
             return fields
 
         def should_build_additional_customized_info(self) -> bool:

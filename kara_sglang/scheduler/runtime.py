@@ -325,6 +325,15 @@ def after_get_init_info(result: dict[str, Any], _scheduler: Scheduler) -> None:
     handshake.tell(result, handshake.ready_word() if ready else "; ".join(runtime.refused))
 
 
+def before_init_req_max_new_tokens(_scheduler: Scheduler, req: Req) -> None:
+    """BEFORE ``Scheduler.init_req_max_new_tokens``, where every request passes ahead of the queue."""
+    if runtime.coordinator is None or req.to_finish is not None:
+        return
+    problem = runtime.coordinator.terms_of.problem(req)
+    if problem is not None:
+        req.set_finish_with_abort(problem)
+
+
 def before_check_decode_mem(batch: ScheduleBatch, selected_indices: list[int] | None = None) -> None:
     """BEFORE ``ScheduleBatch.check_decode_mem``: the pass, ahead of the memory check of a step in which
     the running requests decode, alone or beside a prefill. A retraction, which checks for those that
@@ -347,6 +356,7 @@ def attach_storage(_attach: Callable[..., Any], _scheduler: Scheduler, _request:
 
 
 def before_free_row(_pool: Any, req: Req) -> None:
-    """BEFORE ``ReqToTokenPool.free``: the row, and with it the recorder, is about to be reused."""
+    """BEFORE ``ReqToTokenPool.free`` and ``DecodeReqToTokenPool.free``: the row, and with it the
+    recorder, is about to be reused."""
     if runtime.coordinator is not None:
         runtime.coordinator.row_freed(req)

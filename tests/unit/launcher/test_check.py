@@ -58,6 +58,17 @@ def test_a_supported_server_passes(checked: Any) -> None:
     assert plugin.launched() is None
 
 
+def test_a_prefill_server_runs_without_compression_and_says_so(
+    checked: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does anything else of the settings matter to it."""
+    plugin.activate(KaraConfig())
+    checked(cli_record=True, disaggregation_mode="prefill", page_size=100)
+    assert plugin.active() is None and plugin.launched() is None
+    [said] = caplog.records
+    assert "does nothing here; the decode server compresses" in said.getMessage()
+
+
 def test_the_folder_for_traces_is_made(checked: Any, tmp_path: Path) -> None:
     """Before any process is started; a server without compression leaves the disk alone."""
     folder = tmp_path / "deep" / "traces"

@@ -24,6 +24,9 @@ DRAFTS = {
 }
 """As SGLang resolves a chain of drafts."""
 
+DECODE = {"disaggregation_mode": "decode", "disaggregation_decode_retraction_backup": "none"}
+"""A decode server that keeps nothing of whom it retracts."""
+
 EAGER_PREFILLS = CudaGraphConfig(prefill=PhaseConfig(Backend.DISABLED))
 """What --disable-prefill-cuda-graph makes of SGLang's defaults."""
 
@@ -47,6 +50,9 @@ def test_a_supported_server_is_not_refused(resolved: Resolved) -> None:
         DRAFTS | {"speculative_algorithm": "EAGLE3"},
         DRAFTS | {"speculative_algorithm": "STANDALONE", "disable_overlap_schedule": True},
         {"enable_mixed_chunk": True, "cuda_graph_config": EAGER_PREFILLS},
+        {"tokenizer_worker_num": 4},
+        DECODE,
+        DECODE | {"disable_radix_cache": True},
         {"tp_size": 4, "attn_dp_size": 2, "cuda_graph_config": EAGER_PREFILLS},
         {"enable_hierarchical_cache": True},
         {"enable_hierarchical_cache": True, "hicache_write_policy": "write_back"}
@@ -71,8 +77,16 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
         "--speculative-draft-attention-backend",
         DRAFTS | {"speculative_draft_attention_backend": "trtllm_mha"},
     ),
-    ("--disaggregation-mode", {"disaggregation_mode": "prefill"}),
-    ("--disaggregation-mode", {"disaggregation_mode": "decode"}),
+    ("--disaggregation-mode", DRAFTS | DECODE),
+    (
+        "--disaggregation-decode-enable-radix-cache",
+        DECODE | {"disaggregation_decode_enable_radix_cache": True},
+    ),
+    (
+        "--disaggregation-decode-enable-offload-kvcache",
+        DECODE | {"disaggregation_decode_enable_offload_kvcache": True},
+    ),
+    ("--enable-pd-role-switch", DECODE | {"enable_pd_role_switch": True}),
     ("--pp-size", {"pp_size": 2}),
     ("--attn-cp-size", {"attn_cp_size": 2}),
     ("--dcp-size", {"dcp_size": 2}),
@@ -110,7 +124,6 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("--kv-canary", {"kv_canary": "log"}),
     ("--kv-canary", {"kv_canary": "raise"}),
     ("--enable-deterministic-inference", {"enable_deterministic_inference": True}),
-    ("--tokenizer-worker-num", {"tokenizer_worker_num": 2}),
     ("--use-ray", {"use_ray": True}),
     ("--grpc-mode", {"grpc_mode": True}),
     ("--grpc-mode", {"smg_grpc_mode": True}),
@@ -139,6 +152,17 @@ def test_refused_flags(flag: str, changes: dict[str, Any], resolved: Resolved) -
     assert "\n" not in lines[0] and ("remove one of them" in lines[0] or "use one of" in lines[0])
 
 
+@pytest.mark.parametrize("backup", [None, "cpu_tensor", "host_pool"])
+def test_a_decode_server_keeps_nothing_of_whom_it_retracts(
+    backup: str | None, resolved: Resolved
+) -> None:
+    """SGLang would copy slots by the logical length."""
+    changes = DECODE | {"disaggregation_decode_retraction_backup": backup}
+    [line] = refusals.of_flags(resolved(**changes))
+    assert "use --disaggregation-decode-retraction-backup none" in line
+    assert refusals.of_flags(resolved(**changes | {"disaggregation_mode": "null"})) == []
+
+
 @pytest.mark.parametrize("backend", [Backend.BREAKABLE, Backend.FULL])
 def test_prefills_that_others_decode_beside_run_without_graphs(
     backend: str, resolved: Resolved
@@ -158,6 +182,8 @@ def test_prefills_that_others_decode_beside_run_without_graphs(
     "flag,changes",
     [
         ("--disable-radix-cache", {"disable_radix_cache": True}),
+        ("--tokenizer-worker-num", {"tokenizer_worker_num": 2}),
+        ("--disaggregation-mode decode", DECODE | {"disable_radix_cache": True}),
         ("--kv-events-config", {"kv_events_config": "{}"}),
         ("--enable-hierarchical-cache", {"enable_hierarchical_cache": True}),
         ("--speculative-algorithm (other than NGRAM)", DRAFTS),
