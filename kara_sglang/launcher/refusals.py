@@ -29,7 +29,7 @@ SPECULATION = ("NGRAM", "EAGLE", "EAGLE3", "STANDALONE")
 # Group -> (flag or feature, does the resolved configuration use it?). Field names:
 # sglang/srt/arg_groups/fields.
 FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
-    "Steps that write more than one token a request": (
+    "Speculation": (
         (
             f"--speculative-algorithm (other than {', '.join(SPECULATION)})",
             lambda c: c.speculative_algorithm not in (None, *SPECULATION),
@@ -47,7 +47,7 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ("--speculative-use-rejection-sampling", lambda c: c.speculative_use_rejection_sampling),
         ("--dllm-algorithm", lambda c: c.dllm_algorithm is not None),
     ),
-    "Work split over servers and devices": (
+    "Parallelism": (
         (
             "--disaggregation-decode-enable-radix-cache",
             lambda c: c.disaggregation_decode_enable_radix_cache,
@@ -66,7 +66,7 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ("--dcp-size", lambda c: c.dcp_size > 1),
         ("--elastic-ep-backend", lambda c: c.elastic_ep_backend is not None),
     ),
-    "Batches that prefill and decode at once, or are cut in two": (
+    "Batches cut in two or mixed": (
         (
             "--enable-mixed-chunk (with --speculative-algorithm)",
             lambda c: c.enable_mixed_chunk and c.speculative_algorithm is not None,
@@ -75,7 +75,7 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ("--enable-single-batch-overlap", lambda c: c.enable_single_batch_overlap),
         ("--enable-pdmux", lambda c: c.enable_pdmux),
     ),
-    "Model steps that do not call the attention layers from Python": (
+    "Compiled model steps": (
         ("--enable-torch-compile", lambda c: c.enable_torch_compile),
         ("--enable-nvidia-megakernel", lambda c: c.enable_nvidia_megakernel),
         ("--enable-amd-monokernel", lambda c: c.enable_amd_monokernel),
@@ -104,11 +104,11 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ("--kv-canary", lambda c: c.kv_canary not in (None, "none")),
         ("--device (other than cuda and cpu)", lambda c: c.device not in (None, "cuda", "cpu")),
     ),
-    "What reads a finished request's row by its logical length": (
+    "Returns for each token": (
         ("--enable-return-routed-experts", lambda c: c.enable_return_routed_experts),
         ("--enable-return-indexer-topk", lambda c: c.enable_return_indexer_topk),
     ),
-    "Other processes, and results that must repeat to the bit": (
+    "Other": (
         *_ENTRIES,
         ("--grpc-port", lambda c: c.grpc_port is not None),
         ("--enable-deterministic-inference", lambda c: c.enable_deterministic_inference),
