@@ -280,6 +280,7 @@ SURFACE = (
         (
             "attn_tp_group",
             "device_module",
+            "disagg_decode_prealloc_queue",
             "enable_overlap",
             "forward_stream",
             "forward_stream_ctx",
@@ -404,6 +405,8 @@ SURFACE = (
     Used("mem_cache.memory_pool.MHATokenToKVPool", ("dtype", "k_buffer", "start_layer", "v_buffer")),
     Used("mem_cache.memory_pool.ReqToTokenPool", ("req_generation", "req_to_token")),
     Used("disaggregation.decode", ("DecodeReqToTokenPool",)),
+    Used("disaggregation.decode.DecodePreallocQueue", ("queue",)),
+    Used("disaggregation.decode.DecodeRequest", ("req",)),
     *(
         Used(
             f"mem_cache.allocator.{allocator}",

@@ -48,7 +48,8 @@ class Newcomers:
         others leave. Behind a step that prefilled them beside the others they come first.
         """
         last = list(itertools.takewhile(_is_new, reversed(batch.reqs)))
-        first = itertools.takewhile(_is_new, batch.reqs[: len(batch.reqs) - len(last)])
+        others = itertools.islice(batch.reqs, len(batch.reqs) - len(last))
+        first = itertools.takewhile(_is_new, others)
         new = [*first, *reversed(last)]
         started = [(req, self._start(req)) for req in new]
         # The windows of a prefix: their positions went by the match as long as it was prefilled.

@@ -84,6 +84,7 @@ class Model:
             tp_worker=SimpleNamespace(get_decode_cuda_graph_bs=lambda: []),
             max_total_num_tokens=setting.num_pages * self.page,
             waiting_queue=self.queue,
+            disagg_decode_prealloc_queue=None,
             new_token_ratio_tracker=SimpleNamespace(current=0.5),
             get_num_allocatable_reqs=lambda running, running_batch: len(self.free_rows),
             server_args=SimpleNamespace(model_path="a-model", tokenizer_path=None),

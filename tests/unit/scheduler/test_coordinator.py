@@ -218,8 +218,8 @@ class Watched(list):
 
 
 @pytest.mark.parametrize("number", [2, 7])
-def test_a_step_without_a_date_looks_at_one_request(number: int) -> None:
-    """The newest, to see whether it is new; however many run."""
+def test_a_step_without_a_date_looks_at_two_requests(number: int) -> None:
+    """The first and the last, to see whether they are new; however many run."""
     config = KaraConfig(window=500, delay=5, query_heads="mean", policy="periodic")
     world = World(Setting(config, units=7, trouble=0.0, num_pages=20_000, real=False), seed=0)
     for i in range(number):
@@ -229,7 +229,7 @@ def test_a_step_without_a_date_looks_at_one_request(number: int) -> None:
     for _ in range(20):
         Watched.looks = 0
         world.coordinator.before_decode(world.batch)
-        assert Watched.looks == 1
+        assert Watched.looks == 2
 
 
 def test_more_requests_than_the_largest_graph_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
