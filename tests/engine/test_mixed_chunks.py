@@ -10,6 +10,7 @@ from server import PAGE_16, WINDOW, launch
 FLAGS = (
     *("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", *WINDOW, "--enable-mixed-chunk"),
     *("--chunked-prefill-size", "64", "--decode-log-interval", "1"),
+    *("--kv-compress-prefix-reuse", "compressed"),
 )
 
 

@@ -197,6 +197,19 @@ def test_a_step_costs_what_happens_in_it(policy: str, units: int) -> None:
     assert taken == 0 if policy == "pressure" else 7 * 11 <= taken <= windows
 
 
+def test_who_decodes_beside_a_prefill_runs() -> None:
+    """SGLang takes them out of its running batch until that step is over."""
+    world, req = one_request(selector="recent")
+    coordinator, scheduler = world.coordinator, world.scheduler
+    assert coordinator.running == [req]
+    mode = SimpleNamespace(is_mixed=lambda: True)
+    scheduler.last_batch = SimpleNamespace(forward_mode=mode, decoding_reqs=[req])
+    scheduler.running_batch = SimpleNamespace(reqs=[])
+    assert coordinator.running == [req]
+    mode.is_mixed = lambda: False
+    assert coordinator.running == []
+
+
 class Watched(list):
     """Counts who is looked at."""
 
