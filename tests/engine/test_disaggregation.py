@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 from exactness import PROMPTS, assert_likeliest
-from server import WINDOW, Server, free_port, in_parallel, launch, prompt
+from server import PUNCTUAL, WINDOW, Server, free_port, in_parallel, launch, prompt
 
 COMMON = (
     *("--skip-tokenizer-init", "--page-size", "16", "--max-total-tokens", "2048"),
-    *("--dtype", "float32", "--max-running-requests", "16", "--kv-compress", "kara", *WINDOW),
-    *("--skip-server-warmup", "--disaggregation-transfer-backend"),
+    *("--dtype", "float32", "--max-running-requests", "16"),
+    *("--kv-compress", "kara", *WINDOW, *PUNCTUAL, "--skip-server-warmup"),
+    "--disaggregation-transfer-backend",
 )
 DECODE = (
     *("--disaggregation-mode", "decode", "--disaggregation-decode-retraction-backup", "none"),

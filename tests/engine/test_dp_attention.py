@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import requests
 from mixing import answers_beside_prefills, assert_exact
-from server import PAGE_16, WINDOW, launch
+from server import PAGE_16, PUNCTUAL, WINDOW, launch
 
 from kara_sglang.benchmarks.tiny_model import make_tiny_llama
 
 FLAGS = (
-    *("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", *WINDOW),
+    *("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", *WINDOW, *PUNCTUAL),
     *("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"),
 )
 

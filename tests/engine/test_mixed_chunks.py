@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from mixing import TOKENS, answers_beside_prefills, assert_exact
-from server import PAGE_16, WINDOW, launch
+from server import PAGE_16, PUNCTUAL, WINDOW, launch
 
 FLAGS = (
-    *("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", *WINDOW, "--enable-mixed-chunk"),
-    *("--chunked-prefill-size", "64", "--decode-log-interval", "1"),
+    *("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", *WINDOW, *PUNCTUAL),
+    *("--enable-mixed-chunk", "--chunked-prefill-size", "64", "--decode-log-interval", "1"),
     *("--kv-compress-prefix-reuse", "compressed"),
 )
 

@@ -17,7 +17,9 @@ def test_options_are_checked_where_requests_are_run(tiny_model: Path, logs: Path
     """A bad one is a client's error and hurts nobody beside it; reports come as lists."""
     options = [{"selector": "recent"}, {"retain": 7}, False, {"selector": "no such"}]
 
-    with launch(tiny_model, logs / "workers.log", *FLAGS) as server:
+    # A worker that does not say so soon enough that it is there is started anew.
+    env = {"SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "240"}
+    with launch(tiny_model, logs / "workers.log", *FLAGS, env=env) as server:
 
         def ask(ids: list[int], option: object) -> tuple[int, dict]:
             sampling = {"max_new_tokens": 200, "temperature": 0, "ignore_eos": True}
