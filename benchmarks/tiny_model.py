@@ -16,16 +16,19 @@ VOCAB = 512
 EOS = 2
 
 
-def make_tiny_llama(folder: Path, *, layers: int = 4, seed: int = 0, head_dim: int = 32) -> Path:
-    """Write a random Llama (8 query / 4 KV heads) to ``folder``; returns it.
+def make_tiny_llama(
+    folder: Path, *, layers: int = 4, seed: int = 0, head_dim: int = 32, family: str = "Llama"
+) -> Path:
+    """Write a random Llama (8 query / 4 KV heads) to ``folder``, or a model of another family of
+    transformers; returns it.
 
     Weights are scaled so that attention is neither uniform nor one-hot, and greedy decoding does not
     fall into a loop at once.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     settings: dict[str, Any] = {"rope_theta": 10000.0}
-    config = LlamaConfig(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=VOCAB,
         hidden_size=128,
         intermediate_size=256,
@@ -40,7 +43,7 @@ def make_tiny_llama(folder: Path, *, layers: int = 4, seed: int = 0, head_dim: i
         eos_token_id=EOS,
     )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).float()
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:

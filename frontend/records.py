@@ -38,6 +38,8 @@ class Step:
         # The last output token's KV is never computed.
         whole = prompt + max(output - 1, 0)
         report = meta_info.get("kv_compress") or {}
+        if isinstance(report, list):  # of a server with several tokenizer workers
+            [report] = report
         return cls(
             kind=kind,
             name=name,

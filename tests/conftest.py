@@ -17,9 +17,10 @@ NO_SKIPS = "KARA_TESTS_NO_SKIPS"
 """Environment variable, set by .ci/run: a test that is skipped, for want of a tool say, fails."""
 
 OWN_SERVERS = (
-    *("test_auto_prefix", "test_combinations", "test_data_parallel", "test_forced_decoding"),
-    "test_fp8_kv",
-    *("test_gpu_kit_rehearsal", "test_refusal", "test_serving_benchmark", "test_speculation"),
+    *("test_auto_prefix", "test_combinations", "test_data_parallel", "test_disaggregation"),
+    *("test_dp_attention", "test_forced_decoding", "test_fp8_kv", "test_gpu_kit_rehearsal"),
+    *("test_mixed_chunks", "test_refusal", "test_serving_benchmark", "test_speculation"),
+    "test_tokenizer_workers",
 )
 """Files of engine tests that use none of the servers of ``engine/conftest.py``."""
 

@@ -10,7 +10,7 @@
     Both tables against a wheel that is not installed.
 ``kv_cache.py``
     In what type K and V are kept, before SGLang's pool is there to say so.
-``flags.py``, ``running_batch.py``
-    One module for each seam that is not the same in all tested versions, beside ``handshake.py`` and
+``flags.py``
+    A seam that is not the same in all tested versions, beside ``handshake.py`` and
     ``radix_integration/padding.py``. What SGLang has decides, not its number.
 """

@@ -19,6 +19,8 @@ from kara_sglang.config import CONFIG_KEYS, NONE, PRESETS, SELECTORS, KaraConfig
 from kara_sglang.launcher import refusals
 from kara_sglang.trace.format import prepare_folder
 
+logger = logging.getLogger(__name__)
+
 _FROM_CLI = "_kv_compress_from_cli"
 """Mark on a ``ServerArgs`` record: errors end the process with one line instead of an exception."""
 
@@ -147,6 +149,13 @@ def check_server_args(_result: None, record: Any) -> None:
         if config is None:
             return
         resolved = resolving_view(record)
+        if resolved.disaggregation_mode == "prefill":
+            logger.warning(
+                "kv-compress: a prefill server (--disaggregation-mode prefill) writes no answers, so "
+                "--kv-compress does nothing here; the decode server compresses."
+            )
+            plugin.activate(None)
+            return
         checks: tuple[Callable[[], list[str]], ...] = (
             lambda: versions.of_version(config),
             plugin.hook_launcher,

@@ -29,7 +29,7 @@ SPECULATION = ("NGRAM", "EAGLE", "EAGLE3", "STANDALONE")
 # Group -> (flag or feature, does the resolved configuration use it?). Field names:
 # sglang/srt/arg_groups/fields.
 FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
-    "Steps that write more than one token a request": (
+    "Speculation": (
         (
             f"--speculative-algorithm (other than {', '.join(SPECULATION)})",
             lambda c: c.speculative_algorithm not in (None, *SPECULATION),
@@ -51,21 +51,35 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ("--speculative-use-rejection-sampling", lambda c: c.speculative_use_rejection_sampling),
         ("--dllm-algorithm", lambda c: c.dllm_algorithm is not None),
     ),
-    "Work split over servers and devices": (
-        ("--disaggregation-mode", lambda c: c.disaggregation_mode != "null"),
+    "Parallelism": (
+        (
+            "--disaggregation-decode-enable-radix-cache",
+            lambda c: c.disaggregation_decode_enable_radix_cache,
+        ),
+        (
+            "--disaggregation-decode-enable-offload-kvcache",
+            lambda c: c.disaggregation_decode_enable_offload_kvcache,
+        ),
+        (
+            "--disaggregation-mode decode (with --speculative-algorithm)",
+            lambda c: c.disaggregation_mode == "decode" and c.speculative_algorithm is not None,
+        ),
+        ("--enable-pd-role-switch", lambda c: c.enable_pd_role_switch),
         ("--pp-size", lambda c: c.pp_size > 1),
-        ("--enable-dp-attention", lambda c: c.enable_dp_attention or c.attn_dp_size > 1),
         ("--attn-cp-size", lambda c: c.attn_cp_size > 1),
         ("--dcp-size", lambda c: c.dcp_size > 1),
         ("--elastic-ep-backend", lambda c: c.elastic_ep_backend is not None),
     ),
-    "Batches that prefill and decode at once, or are cut in two": (
-        ("--enable-mixed-chunk", lambda c: c.enable_mixed_chunk),
+    "Batches cut in two or mixed": (
+        (
+            "--enable-mixed-chunk (with --speculative-algorithm)",
+            lambda c: c.enable_mixed_chunk and c.speculative_algorithm is not None,
+        ),
         ("--enable-two-batch-overlap", lambda c: c.enable_two_batch_overlap),
         ("--enable-single-batch-overlap", lambda c: c.enable_single_batch_overlap),
         ("--enable-pdmux", lambda c: c.enable_pdmux),
     ),
-    "Model steps that do not call the attention layers from Python": (
+    "Compiled model steps": (
         ("--enable-torch-compile", lambda c: c.enable_torch_compile),
         ("--enable-nvidia-megakernel", lambda c: c.enable_nvidia_megakernel),
         ("--enable-amd-monokernel", lambda c: c.enable_amd_monokernel),
@@ -94,12 +108,11 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ("--kv-canary", lambda c: c.kv_canary not in (None, "none")),
         ("--device (other than cuda and cpu)", lambda c: c.device not in (None, "cuda", "cpu")),
     ),
-    "What reads a finished request's row by its logical length": (
+    "Returns for each token": (
         ("--enable-return-routed-experts", lambda c: c.enable_return_routed_experts),
         ("--enable-return-indexer-topk", lambda c: c.enable_return_indexer_topk),
     ),
-    "Other processes, and results that must repeat to the bit": (
-        ("--tokenizer-worker-num", lambda c: c.tokenizer_worker_num > 1),
+    "Other": (
         *_ENTRIES,
         ("--grpc-port", lambda c: c.grpc_port is not None),
         ("--enable-deterministic-inference", lambda c: c.enable_deterministic_inference),
@@ -108,7 +121,12 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
 
 # What sharing compressed prefixes does not go with, beyond that.
 _SHARING_FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
-    ("--disable-radix-cache", lambda c: c.disable_radix_cache),
+    ("--disaggregation-mode decode", lambda c: c.disaggregation_mode == "decode"),
+    # A decode server has none by itself.
+    (
+        "--disable-radix-cache",
+        lambda c: c.disable_radix_cache and c.disaggregation_mode != "decode",
+    ),
     # Rows that were driven off the device would not be found again: the host is not asked.
     ("--enable-hierarchical-cache", lambda c: c.enable_hierarchical_cache),
     # The trees of the others have keys of two tokens each.
@@ -116,6 +134,8 @@ _SHARING_FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
         "--speculative-algorithm (other than NGRAM)",
         lambda c: c.speculative_algorithm not in (None, "NGRAM"),
     ),
+    # Nobody would see to it that prompts hold no ids of windows.
+    ("--tokenizer-worker-num", lambda c: c.tokenizer_worker_num > 1),
     # The events would tell others about ids that are no tokens.
     ("--kv-events-config", lambda c: c.kv_events_config is not None),
 )
@@ -146,6 +166,7 @@ def of_flags(resolved: Any) -> list[str]:
         ``resolving_view(server_args)``.
     """
     from sglang.srt.environ import envs
+    from sglang.srt.model_executor.cuda_graph_config import Backend
 
     lines = _used(tuple(chain.from_iterable(FLAGS.values())), resolved)
     lines += [
@@ -153,6 +174,28 @@ def of_flags(resolved: Any) -> list[str]:
         for name in ENVIRONMENT
         if getattr(envs, name).get()
     ]
+    if (
+        resolved.disaggregation_mode == "decode"
+        and resolved.disaggregation_decode_retraction_backup != "none"
+    ):
+        # A backup copies as many slots as the request has tokens.
+        lines.append(
+            "--disaggregation-mode decode keeps no compressed KV of a retracted request with "
+            "--kv-compress; use --disaggregation-decode-retraction-backup none, with which SGLang ends "
+            "it with status 503"
+        )
+    if resolved.cuda_graph_config.prefill.backend != Backend.DISABLED:
+        # Requests may decode in a step that prefills others, and a replay shows nobody their queries.
+        beside = (
+            ("--enable-mixed-chunk", resolved.enable_mixed_chunk),
+            ("--attn-dp-size", resolved.attn_dp_size > 1),
+        )
+        lines += [
+            f"{flag} does not work with --kv-compress and CUDA graphs for prefills; use "
+            "--disable-prefill-cuda-graph"
+            for flag, used in beside
+            if used
+        ]
     if resolved.kv_cache_dtype not in KV_CACHE_DTYPES:
         lines.append(
             f"--kv-cache-dtype {resolved.kv_cache_dtype} does not work with --kv-compress; use one of "

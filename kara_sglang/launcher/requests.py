@@ -75,10 +75,10 @@ def update_request_meta_info(
 ) -> None:
     """AROUND ``TokenizerManager.update_request_meta_info``.
 
-    SGLang would extend a list with our object's keys; ours is set whole, and only when there is one.
+    SGLang makes a list of what comes; ours is set as it is, and only when there is one.
     """
     others = {key: values for key, values in customized_info.items() if key != KEY}
     original(manager, meta_info, state, others, index, finish_reason)
-    report = customized_info.get(KEY)
-    if report is not None and report[index] is not None:
-        meta_info[KEY] = report[index]
+    reports = customized_info.get(KEY)
+    if reports is not None and reports[index]:
+        [meta_info[KEY]] = reports[index]

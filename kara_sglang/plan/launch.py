@@ -119,6 +119,13 @@ def read(words: list[str], gpu_memory: float | None) -> Launch:
     )
     if refused:
         raise ValueError("; ".join(refused))
+    if resolved.disaggregation_mode == "prefill":
+        raise ValueError("a prefill server compresses nothing; plan its decode server")
+    if resolved.attn_dp_size > 1:
+        raise ValueError(
+            "a plan does not divide a model for --attn-dp-size; plan one of its ranks, with its share "
+            "of --tp-size and of the requests"
+        )
     config.check_page_size(resolved.page_size)
     config.check_context(model.context_len, resolved.page_size)
     return Launch(words, resolved, model, config, gpu_memory)

@@ -195,17 +195,16 @@ class Compaction:
                 )
 
     def check_ranks_agree(self, due: Sequence[tuple[Req, RequestState]]) -> None:
-        """All tensor-parallel ranks are about to take the same windows of the same requests. Every rank
-        asks in every step: one that asked only where something is due would wait for the others."""
-        scheduler = self.scheduler
-        if scheduler.tp_size == 1:
+        """All ranks that share these requests are about to take the same windows of them. Every rank
+        asks in every step: one that asked only where something is due would wait for the others. With
+        DP attention other ranks have other requests."""
+        ranks = self.scheduler.attn_tp_group
+        if ranks.world_size == 1:
             return
         taken = [(req.rid, state.base) for req, state in due]
         mine = zlib.crc32(repr(taken).encode())
         bounds = torch.tensor([mine, -mine])
-        torch.distributed.all_reduce(
-            bounds, op=torch.distributed.ReduceOp.MAX, group=scheduler.tp_cpu_group
-        )
+        torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX, group=ranks.cpu_group)
         if bounds.tolist() != [mine, -mine]:
             raise RuntimeError(f"kv-compress: tensor-parallel ranks disagree; this one takes {taken}")
 

@@ -85,6 +85,13 @@ class Coordinator:
 
     # -- requests ----------------------------------------------------------------------------------
 
+    @property
+    def running(self) -> list[Req]:
+        """Requests that decode. SGLang's running batch is empty while they do so beside a prefill."""
+        last = self.scheduler.last_batch
+        mixed = last.decoding_reqs if last is not None and last.forward_mode.is_mixed() else None
+        return self.scheduler.running_batch.reqs or mixed or []
+
     def is_compressing(self, running: ScheduleBatch) -> bool:
         """Whether the policy compresses anybody as things stand."""
         return self.policy.is_compressing(lambda share: needed(self.scheduler, running, share))
@@ -121,14 +128,13 @@ class Coordinator:
             self.calendar.forget(state)
             self._ready.pop(state.order, None)
         self.compaction.lengths.row_freed(req.kv.req_pool_idx)
-        running = self.scheduler.running_batch.reqs
-        if not any(other is not req and other.kv.holds_kv for other in running):
+        if not any(other is not req and other.kv.holds_kv for other in self.running):
             self.export(leaving=req)  # the last one leaves; a pass or a log line exports otherwise
 
     def export(self, leaving: Req | None = None) -> None:
         """Bring the Prometheus metrics up to date, where they are on."""
         if self.metrics is not None:
-            running = [req for req in self.scheduler.running_batch.reqs if req is not leaving]
+            running = [req for req in self.running if req is not leaving]
             self.metrics.update(self.totals, self.recorder.in_use, *slots_held(running))
 
     # -- one decode step ---------------------------------------------------------------------------

@@ -45,10 +45,13 @@ class Newcomers:
         """Make the states of those that decode for the first time; returns those that are compressed.
 
         SGLang appends them to its batch (``ScheduleBatch.merge_batch``), and keeps the order when
-        others leave.
+        others leave. Behind a step that prefilled them beside the others they come first.
         """
-        new = list(itertools.takewhile(lambda req: not has_decoded(req), reversed(batch.reqs)))
-        started = [(req, self._start(req)) for req in reversed(new)]
+        last = list(itertools.takewhile(_is_new, reversed(batch.reqs)))
+        others = itertools.islice(batch.reqs, len(batch.reqs) - len(last))
+        first = itertools.takewhile(_is_new, others)
+        new = [*first, *reversed(last)]
+        started = [(req, self._start(req)) for req in new]
         # The windows of a prefix: their positions went by the match as long as it was prefilled.
         self.compaction.lengths.lacks((req.kv.req_pool_idx, removed_of(req)) for req in new)
         return [(req, state) for req, state in started if state is not None]
@@ -79,3 +82,7 @@ class Newcomers:
             self.totals.skip(terms.skipped)
         keep_state(req, state)
         return state
+
+
+def _is_new(req: Req) -> bool:
+    return not has_decoded(req)

@@ -68,6 +68,7 @@ def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
     for the forward stream, on which the pass runs (``load_fence_stream`` in
     ``managers/cache_controller.py``, set by ``managers/scheduler.py``).
     """
+    from sglang.srt.disaggregation.decode import DecodeReqToTokenPool
     from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
     from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
@@ -76,7 +77,7 @@ def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
     expected = (
         ("KV pool", allocator.get_kvcache(), (MHATokenToKVPool,)),
         ("KV allocator", allocator, (TokenToKVPoolAllocator, PagedTokenToKVPoolAllocator)),
-        ("request pool", scheduler.req_to_token_pool, (ReqToTokenPool,)),
+        ("request pool", scheduler.req_to_token_pool, (ReqToTokenPool, DecodeReqToTokenPool)),
     )
     lines = [
         f"SGLang chose the {what} {type(thing).__name__}, --kv-compress supports "

@@ -68,7 +68,8 @@ def output_streamer_class(original: Callable[..., type], scheduler: Any) -> type
             fields = base.build_additional_customized_info(self, reqs)
             reports = [request_report(req) for req in reqs]
             if any(report is not None for report in reports):  # else nobody ends with this batch
-                fields[KEY] = reports
+                # Lists, as SGLang adds them up where no hook of ours is (several tokenizer workers).
+                fields[KEY] = [[] if report is None else [report] for report in reports]
             return fields
 
         def should_build_additional_customized_info(self) -> bool:
@@ -87,7 +88,7 @@ def decode_usage_msg_parts(parts: list[str], _stats: Any) -> list[str]:
         return parts
     coordinator.export()
     totals = coordinator.totals
-    held, logical = slots_held(coordinator.scheduler.running_batch.reqs)
+    held, logical = slots_held(coordinator.running)
     share = held / logical if logical else 1.0
     return [
         *parts,
@@ -116,7 +117,7 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
     totals, recorder = coordinator.totals, coordinator.recorder
     ring = Served.of(recorder, coordinator.config.query_heads)
     scheduler = coordinator.scheduler
-    held, logical = slots_held(scheduler.running_batch.reqs)
+    held, logical = slots_held(coordinator.running)
     return {
         "settings": dataclasses.asdict(coordinator.config)
         | {"kept": coordinator.config.kept(coordinator.geometry.page_size)},
@@ -133,7 +134,7 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
         "recorder_pages_free": recorder.free_pages,
         "recorder_room": {"bytes": ring.bytes, "all_heads": ring.all_heads, "mean": ring.mean},
         "largest_decode_graph": coordinator.graphs.largest,
-        "running_requests": len(scheduler.running_batch.reqs),
+        "running_requests": len(coordinator.running),
         "waiting_requests": len(scheduler.waiting_queue),
         "running_held_tokens": held,
         "running_logical_tokens": logical,

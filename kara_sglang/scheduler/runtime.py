@@ -18,7 +18,6 @@ import torch
 
 from kara_sglang import handshake, hooks, plugin
 from kara_sglang.compat import kv_cache
-from kara_sglang.compat.running_batch import drop_finished
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.dispatch import pick
@@ -34,6 +33,7 @@ from kara_sglang.scheduler.ring.served import Served
 from kara_sglang.scheduler.ring.size import Room
 from kara_sglang.scheduler.rotary import rope_shift_of
 from kara_sglang.scheduler.scales import softmax_scales
+from kara_sglang.scheduler.tails import Tails
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -80,7 +80,7 @@ class Runtime:
     parts: Parts | None = None
     coordinator: Coordinator | None = None
     drafts: list[ModelRunner] = field(default_factory=list)  # of draft models
-    row_freed: bool = False  # somebody may have finished since the last decode step
+    tails: Tails | None = None  # of the newest step, where that prefills
     refused: list[str] = field(default_factory=list)  # why this server must not start
 
 
@@ -149,12 +149,13 @@ def room_of(runner: ModelRunner, layers: list[RadixAttention]) -> Room:
     resolved = resolving_view(runner.server_args)
     stored = kv_cache.dtype_of(resolved.kv_cache_dtype, runner.dtype, runner.model)
     numbers = sum(layer.tp_k_head_num * (layer.qk_head_dim + layer.v_head_dim) for layer in layers)
+    most = resolved.max_running_requests
     slack = runner.pre_model_load_memory * 2**30 * (1 - resolved.mem_fraction_static)
     return Room(
         max(0, free - int(slack)),
         slot_bytes=numbers * stored.itemsize,
         most_slots=resolved.max_total_tokens,
-        most_running=resolved.max_running_requests,
+        most_running=most and max(1, most // resolved.attn_dp_size),
     )
 
 
@@ -190,6 +191,8 @@ def before_attention(
     """BEFORE ``RadixAttention.forward``: record a decode step's post-RoPE queries.
 
     With speculation the step that verifies drafts records theirs. A draft model's queries are nobody's.
+    A step that prefills records those of its tails.
+
     Without a graph the step is skipped when nobody records. A graph is replayed for any batch, so there
     the tables decide, whenever it is captured: at start, or again with other weights. The steps that
     warm it up record as well, so that no kernel is first compiled in a capture.
@@ -197,17 +200,17 @@ def before_attention(
     parts = runtime.parts
     if parts is None or not parts.recorder.num_pages:
         return
-    mode = forward_batch.forward_mode
-    if not (mode.is_decode() or mode.is_target_verify()) or not parts.has(layer):
+    if not parts.has(layer) or not (parts.recorder.active or _capturing()):
         return
-    if parts.recorder.active or _capturing():
-        parts.recorder.record(
-            parts.kernels,
-            layer.layer_id,
-            q,
-            forward_batch.req_pool_indices,
-            forward_batch.positions,
-        )
+    mode = forward_batch.forward_mode
+    if mode.is_decode() or mode.is_target_verify():
+        rows, positions = forward_batch.req_pool_indices, forward_batch.positions
+    elif mode.is_extend() and runtime.tails is not None:
+        tails = runtime.tails
+        q, rows, positions = tails.queries(q), tails.rows, tails.positions
+    else:
+        return
+    parts.recorder.record(parts.kernels, layer.layer_id, q, rows, positions)
 
 
 def _capturing() -> bool:
@@ -224,10 +227,12 @@ def after_init_forward_batch(
     if runtime.coordinator is None:
         return
     mode = batch.forward_mode
+    runtime.tails = None
     if mode.is_decode() or mode.is_target_verify() or mode.is_draft_extend_v2():
         runtime.coordinator.compaction.lengths.shift_positions(result)
-    elif mode.is_extend() and runtime.coordinator.config.shares_prefixes:
+    elif mode.is_extend():
         prefill.shift_positions(result, batch)
+        runtime.tails = Tails.of(result, batch)
 
 
 def after_resolve_seq_lens(
@@ -320,14 +325,20 @@ def after_get_init_info(result: dict[str, Any], _scheduler: Scheduler) -> None:
     handshake.tell(result, handshake.ready_word() if ready else "; ".join(runtime.refused))
 
 
-def before_update_running_batch(_scheduler: Scheduler, batch: ScheduleBatch) -> None:
-    """BEFORE ``Scheduler.update_running_batch``: the pass, ahead of the memory check."""
-    if runtime.coordinator is None:
+def before_init_req_max_new_tokens(_scheduler: Scheduler, req: Req) -> None:
+    """BEFORE ``Scheduler.init_req_max_new_tokens``, where every request passes ahead of the queue."""
+    if runtime.coordinator is None or req.to_finish is not None:
         return
-    if runtime.row_freed:  # a look at every request costs more than the rest of a step without a pass
-        drop_finished(batch)
-        runtime.row_freed = False
-    if batch.reqs:
+    problem = runtime.coordinator.terms_of.problem(req)
+    if problem is not None:
+        req.set_finish_with_abort(problem)
+
+
+def before_check_decode_mem(batch: ScheduleBatch, selected_indices: list[int] | None = None) -> None:
+    """BEFORE ``ScheduleBatch.check_decode_mem``: the pass, ahead of the memory check of a step in which
+    the running requests decode, alone or beside a prefill. A retraction, which checks for those that
+    would stay, comes behind it."""
+    if runtime.coordinator is not None and selected_indices is None:
         runtime.coordinator.before_decode(batch)
 
 
@@ -345,7 +356,7 @@ def attach_storage(_attach: Callable[..., Any], _scheduler: Scheduler, _request:
 
 
 def before_free_row(_pool: Any, req: Req) -> None:
-    """BEFORE ``ReqToTokenPool.free``: the row, and with it the recorder, is about to be reused."""
+    """BEFORE ``ReqToTokenPool.free`` and ``DecodeReqToTokenPool.free``: the row, and with it the
+    recorder, is about to be reused."""
     if runtime.coordinator is not None:
-        runtime.row_freed = True
         runtime.coordinator.row_freed(req)

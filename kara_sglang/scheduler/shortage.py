@@ -58,5 +58,13 @@ def _needs(scheduler: Scheduler, running: ScheduleBatch) -> Iterator[float]:
         if left > 0:
             yield min(left, most) * (1.0 if params.ignore_eos else ratio)
     rows = scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running)
-    for req in itertools.islice(scheduler.waiting_queue, max(rows, 0)):
+    for req in itertools.islice(_waiting(scheduler), max(rows, 0)):
         yield len(req.origin_input_ids) + len(req.output_ids) + to_come(req)
+
+
+def _waiting(scheduler: Scheduler) -> Iterator[Req]:
+    """Those in the queue, and on a decode server those for whose prompt there is no room yet."""
+    yield from scheduler.waiting_queue
+    if scheduler.disagg_decode_prealloc_queue is not None:
+        for transfer in scheduler.disagg_decode_prealloc_queue.queue:
+            yield transfer.req

@@ -6,7 +6,6 @@ admission while it waits.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,6 @@ from kara_sglang.radix_integration.prefix import Sharing
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
-
-logger = logging.getLogger(__name__)
 
 TERMS = "kv_compress_terms"
 """Attribute of SGLang's ``Req`` that holds its :class:`Terms`. It survives a retraction."""
@@ -70,8 +67,19 @@ class TermsOf:
             setattr(req, TERMS, terms)
         return terms
 
+    def problem(self, req: Req) -> str | None:
+        """What is wrong with the request's options, in one line. The launcher has said it, but with
+        several tokenizer workers it sees no request."""
+        try:
+            RequestOptions.parse(req.sampling_params.custom_params, self.config)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def _read(self, req: Req) -> Terms:
-        options = self._options(req)
+        options = RequestOptions(enabled=False)  # of whom ends with its first token
+        if self.problem(req) is None:
+            options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
         selector = options.selector or self.config.selector
         kept = self.config.kept_by(selector, self.page_size, options.retain)
         skipped = _kind(req) if options.enabled else "opt_out"
@@ -84,15 +92,6 @@ class TermsOf:
             settings = repr((self._settings, selector, kept, seed)).encode()
             sharing = Sharing(settings, 1 if options.prefix else self.config.least_gain)
         return Terms(skipped, selector, kept, options.seed, sharing)
-
-    def _options(self, req: Req) -> RequestOptions:
-        try:
-            return RequestOptions.parse(req.sampling_params.custom_params, self.config)
-        except ValueError as error:
-            # The launcher checks every request, so this is a fault of ours. It must not end the
-            # scheduler; full KV is what can be promised to a request that asked for nonsense.
-            logger.error("kv-compress: request %s slipped through unchecked: %s", req.rid, error)
-            return RequestOptions(enabled=False)
 
 
 def _kind(req: Req) -> str | None:

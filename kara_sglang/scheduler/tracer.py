@@ -36,9 +36,8 @@ class Tracer:
         self.settings = dataclasses.asdict(config)
         self.model = _absolute(args.model_path)
         self.tokenizer = _absolute(args.tokenizer_path or args.model_path)
-        self.tp_size = scheduler.tp_size
-        ranks = scheduler.tp_cpu_group if self.tp_size > 1 else None
-        self.tp_rank = 0 if ranks is None else torch.distributed.get_rank(ranks)
+        ranks = scheduler.attn_tp_group
+        self.tp_rank, self.tp_size = ranks.rank_in_group, ranks.world_size
         self.num_kv_heads = scheduler.model_config.get_total_num_kv_heads()
         # SGLang deals the heads out in order; with more ranks than heads, neighbours share one.
         first = self.tp_rank * self.num_kv_heads // self.tp_size

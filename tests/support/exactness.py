@@ -32,6 +32,27 @@ def assert_same_choices(answer: dict, reference: dict, close: float = 1e-3) -> N
     assert logprobs(answer)[:end] == pytest.approx(logprobs(reference)[:end], abs=close)
 
 
+def assert_likeliest(
+    model: Path, prompt: list[int], answer: list[int], kept: int, *, transferred: bool = True
+) -> int:
+    """Each token of a greedy answer is one that transformers finds as likely as any other, with the
+    K/V that `recent` retains of windows of 64 (delay 16, pages of 16). Returns how many it passed.
+    Where the prompt was not transferred to a decode server, it is all zeros and its token is given."""
+    truth = RetainedCache(model, window=64, kept=kept, delay=16, page_size=16)
+    if transferred:
+        expected = truth.feed(prompt)
+    else:
+        truth.skip(len(prompt))
+        truth.prune_recent()
+        expected = truth.feed(answer[:1])
+        answer = answer[1:]
+    for step, token in enumerate(answer):
+        assert expected[token] > expected.max() - 1e-3, f"step {step}, {truth.windows} windows in"
+        truth.prune_recent()
+        expected = truth.feed([token])
+    return truth.windows
+
+
 class RetainedCache:
     """The plain truth: transformers with a cache that holds exactly the retained K/V, as ``stored``."""
 
@@ -74,6 +95,14 @@ class RetainedCache:
         ).logits
         self.position += len(tokens)
         return torch.log_softmax(logits[0, -1].float(), dim=-1)
+
+    def skip(self, tokens: int) -> None:
+        """So many tokens of which K and V are 0: a prompt that nobody has transferred."""
+        config = self.model.config
+        nothing = torch.zeros(1, config.num_key_value_heads, tokens, config.head_dim)
+        for layer in range(config.num_hidden_layers):
+            self.cache.update(nothing, nothing, layer)
+        self.position += tokens
 
     def crop(self, tokens: int) -> None:
         """Forget all but the first ``tokens``, of which no window may be in the way."""

@@ -30,6 +30,8 @@ WINDOW = (
     *("--kv-compress-window", "64", "--kv-compress-query-mem-gb", "0.05"),
     *("--kv-compress-config", '{"delay": 16, "policy": "periodic", "debug_checks": true}'),
 )
+# Behind WINDOW: no window waits, so that it can be foretold when each one is compressed.
+PUNCTUAL = ("--kv-compress-config", '{"delay": 16, "policy": "punctual", "debug_checks": true}')
 # What odd requests may ask for (torture.py).
 ODD = ("--enable-return-hidden-states", "--enable-custom-logit-processor")
 

@@ -73,10 +73,14 @@ def resolved(server_defaults: dict[str, Any]) -> Callable[..., SimpleNamespace]:
     """Makes what ``resolving_view(server_args)`` is on a supported server, with some fields changed.
     A field that no tested SGLang has is an error."""
 
+    from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
+
     def make(**changes: Any) -> SimpleNamespace:
         unknown = set(changes) - set(server_defaults) - NEWER_FLAGS
         assert not unknown, f"ServerArgs has no field {unknown}"
+        graphs = CudaGraphConfig(prefill=PhaseConfig(Backend.BREAKABLE))
         settled = {"device": "cuda", "page_size": 16, "attention_backend": "fa3"}
+        settled |= {"cuda_graph_config": graphs}
         return SimpleNamespace(**(server_defaults | settled | changes))
 
     return make

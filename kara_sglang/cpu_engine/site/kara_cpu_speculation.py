@@ -1,4 +1,5 @@
-"""A plugin for SGLang with what speculative decoding lacks on a CPU without SGLang's own kernels.
+"""A plugin for SGLang with what speculative decoding and DP attention lack on a CPU without SGLang's
+own kernels.
 
 ``sgl_kernel``'s stand-in has the functions that SGLang calls by name. What remains:
 
@@ -6,7 +7,8 @@
 * overlap scheduling gathers the draft model's state with a Triton kernel, so SGLang switches overlap
   off on a CPU. It gathers in torch here, and overlap stays on; ``--disable-overlap-schedule`` switches
   it off as on a GPU,
-* NGRAM compiles its corpus; without a compiler SGLang fails late, with many lines.
+* NGRAM compiles its corpus; without a compiler SGLang fails late, with many lines,
+* DP attention pads batches, with rows of a length that ``torch_native`` attention does not name.
 
 SGLang finds the plugin by ``kara_cpu_speculation-0.dist-info`` beside this file, as it finds any other.
 """
@@ -188,6 +190,12 @@ def gather_spec_extras(
     return tuple(None if buffer is None else buffer[indices] for buffer in buffers)
 
 
+def length_of_padding(backend: Any) -> int:
+    """A method that ``torch_native`` attention lacks: the length of the rows with which DP attention
+    fills a rank's batch up."""
+    return 1
+
+
 def keep_overlap(server_args: Any) -> None:
     """In place of SGLang's word that overlap is not implemented for speculation on a CPU."""
 
@@ -222,7 +230,9 @@ HOOKS: tuple[tuple[str, Callable[..., Any], str], ...] = (
 
 def register() -> None:
     """What SGLang calls in each process."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for target, handler, kind in HOOKS:
         HookRegistry.register(f"sglang.srt.{target}", handler, HookType[kind])
+    TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = length_of_padding

@@ -34,7 +34,6 @@ FILES = [
         *(ROOT / "kara_sglang" / "launcher").glob("*.py"),
         *(ROOT / "kara_sglang" / "scheduler").rglob("*.py"),
         ROOT / "kara_sglang" / "compat" / "kv_cache.py",
-        ROOT / "kara_sglang" / "compat" / "running_batch.py",
         *(ROOT / "radix_integration").glob("*.py"),
     )
     if path.name not in _COMMANDS

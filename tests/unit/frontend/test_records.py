@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from steps import step
+from steps import meta_info, step
 
-from kara_sglang.frontend.records import Ledger
+from kara_sglang.frontend.records import Ledger, Step
 
 
 def test_a_step_of_each_kind_of_server() -> None:
@@ -16,6 +16,9 @@ def test_a_step_of_each_kind_of_server() -> None:
     assert (exact.slots_held, exact.logical_length, exact.reused_tokens) == (118, 150, 0)
     compressed = step(reused_tokens=64, reused_slots=32, kv_slots_held=118, logical_length=150)
     assert (compressed.reused_tokens, compressed.reused_slots) == (64, 32)
+    workers = meta_info() | {"kv_compress": [{"windows": 1, "tokens_removed": 32}]}
+    ids = {"prompt_ids": (1, 2), "output_ids": (3,)}
+    assert Step.of("gen", "plan", "s", workers, seconds=2.0, **ids).windows == 1
     assert "prompt_ids" not in compressed.numbers()
     assert json.loads(json.dumps(compressed.numbers()))["name"] == "plan"
 

@@ -58,6 +58,17 @@ def test_a_supported_server_passes(checked: Any) -> None:
     assert plugin.launched() is None
 
 
+def test_a_prefill_server_runs_without_compression_and_says_so(
+    checked: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does anything else of the settings matter to it."""
+    plugin.activate(KaraConfig())
+    checked(cli_record=True, disaggregation_mode="prefill", page_size=100)
+    assert plugin.active() is None and plugin.launched() is None
+    [said] = caplog.records
+    assert "does nothing here; the decode server compresses" in said.getMessage()
+
+
 def test_the_folder_for_traces_is_made(checked: Any, tmp_path: Path) -> None:
     """Before any process is started; a server without compression leaves the disk alone."""
     folder = tmp_path / "deep" / "traces"
@@ -86,11 +97,11 @@ def test_a_folder_for_traces_that_cannot_be_written(
 
 def test_off_means_that_nothing_is_checked(checked: Any) -> None:
     """A stock server may use what compression refuses."""
-    checked(cli_record=True, enable_mixed_chunk=True, page_size=7)
+    checked(cli_record=True, enable_pdmux=True, page_size=7)
 
 
 BAD_SERVERS: list[tuple[dict[str, Any], str]] = [
-    ({"enable_mixed_chunk": True}, "--enable-mixed-chunk does not work with --kv-compress"),
+    ({"enable_pdmux": True}, "--enable-pdmux does not work with --kv-compress"),
     ({"page_size": 100}, "--kv-compress-window 512 is not a multiple of the page size 100"),
     ({"model_changes": {"is_encoder_decoder": True}}, "is an encoder-decoder"),
     ({"model_changes": {"context_len": 576}}, "no answer fills a window of 512"),
@@ -141,7 +152,7 @@ def test_the_wrong_sglang_is_refused(checked: Any, monkeypatch: pytest.MonkeyPat
     plugin.activate(KaraConfig())
     monkeypatch.setattr(versions, "version", lambda _name: "0.4.0")
     with pytest.raises(ValueError, match=rf"SGLang 0\.4\.0 .* pip install sglang=={versions.NEWEST}$"):
-        checked(cli_record=False, enable_mixed_chunk=True)
+        checked(cli_record=False, enable_pdmux=True)
 
 
 def test_a_newer_sglang_starts_behind_a_key_and_says_so(

@@ -120,9 +120,9 @@ LAUNCHES = {
         ["--page-size", "16", "--kv-compress-window", "100"],
         "--kv-compress-window 100 is not a multiple of the page size 16 (--page-size); use 96 or 112",
     ),
-    "mixed chunk": (
-        ["--enable-mixed-chunk"],
-        "--enable-mixed-chunk does not work with --kv-compress; remove one of them",
+    "streaming sessions": (
+        ["--enable-streaming-session"],
+        "--enable-streaming-session does not work with --kv-compress; remove one of them",
     ),
 }
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
 
 from kara_sglang.compat.flags import NEWER_FLAGS, Flags
 from kara_sglang.config import KaraConfig
@@ -22,6 +23,12 @@ DRAFTS = {
     "speculative_num_draft_tokens": 4,
 }
 """As SGLang resolves a chain of drafts."""
+
+DECODE = {"disaggregation_mode": "decode", "disaggregation_decode_retraction_backup": "none"}
+"""A decode server that keeps nothing of whom it retracts."""
+
+EAGER_PREFILLS = CudaGraphConfig(prefill=PhaseConfig(Backend.DISABLED))
+"""What --disable-prefill-cuda-graph makes of SGLang's defaults."""
 
 
 def test_a_supported_server_is_not_refused(resolved: Resolved) -> None:
@@ -43,6 +50,11 @@ def test_a_supported_server_is_not_refused(resolved: Resolved) -> None:
         DRAFTS | {"speculative_algorithm": "EAGLE3"},
         DRAFTS | {"speculative_eagle_topk": 4, "page_size": 1},
         DRAFTS | {"speculative_algorithm": "STANDALONE", "disable_overlap_schedule": True},
+        {"enable_mixed_chunk": True, "cuda_graph_config": EAGER_PREFILLS},
+        {"tokenizer_worker_num": 4},
+        DECODE,
+        DECODE | {"disable_radix_cache": True},
+        {"tp_size": 4, "attn_dp_size": 2, "cuda_graph_config": EAGER_PREFILLS},
         {"enable_hierarchical_cache": True},
         {"enable_hierarchical_cache": True, "hicache_write_policy": "write_back"}
         | {"hicache_mem_layout": "layer_first", "hicache_io_backend": "direct"},
@@ -66,14 +78,23 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
         "--speculative-draft-attention-backend",
         DRAFTS | {"speculative_draft_attention_backend": "trtllm_mha"},
     ),
-    ("--disaggregation-mode", {"disaggregation_mode": "prefill"}),
-    ("--disaggregation-mode", {"disaggregation_mode": "decode"}),
+    ("--disaggregation-mode", DRAFTS | DECODE),
+    (
+        "--disaggregation-decode-enable-radix-cache",
+        DECODE | {"disaggregation_decode_enable_radix_cache": True},
+    ),
+    (
+        "--disaggregation-decode-enable-offload-kvcache",
+        DECODE | {"disaggregation_decode_enable_offload_kvcache": True},
+    ),
+    ("--enable-pd-role-switch", DECODE | {"enable_pd_role_switch": True}),
     ("--pp-size", {"pp_size": 2}),
-    ("--enable-dp-attention", {"enable_dp_attention": True}),
-    ("--enable-dp-attention", {"attn_dp_size": 2}),
     ("--attn-cp-size", {"attn_cp_size": 2}),
     ("--dcp-size", {"dcp_size": 2}),
-    ("--enable-mixed-chunk", {"enable_mixed_chunk": True}),
+    (
+        "--enable-mixed-chunk (with --speculative-algorithm)",
+        DRAFTS | {"enable_mixed_chunk": True, "cuda_graph_config": EAGER_PREFILLS},
+    ),
     ("--enable-two-batch-overlap", {"enable_two_batch_overlap": True}),
     ("--enable-single-batch-overlap", {"enable_single_batch_overlap": True}),
     ("--enable-pdmux", {"enable_pdmux": True}),
@@ -104,7 +125,6 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("--kv-canary", {"kv_canary": "log"}),
     ("--kv-canary", {"kv_canary": "raise"}),
     ("--enable-deterministic-inference", {"enable_deterministic_inference": True}),
-    ("--tokenizer-worker-num", {"tokenizer_worker_num": 2}),
     ("--use-ray", {"use_ray": True}),
     ("--grpc-mode", {"grpc_mode": True}),
     ("--grpc-mode", {"smg_grpc_mode": True}),
@@ -133,10 +153,38 @@ def test_refused_flags(flag: str, changes: dict[str, Any], resolved: Resolved) -
     assert "\n" not in lines[0] and ("remove one of them" in lines[0] or "use one of" in lines[0])
 
 
+@pytest.mark.parametrize("backup", [None, "cpu_tensor", "host_pool"])
+def test_a_decode_server_keeps_nothing_of_whom_it_retracts(
+    backup: str | None, resolved: Resolved
+) -> None:
+    """SGLang would copy slots by the logical length."""
+    changes = DECODE | {"disaggregation_decode_retraction_backup": backup}
+    [line] = refusals.of_flags(resolved(**changes))
+    assert "use --disaggregation-decode-retraction-backup none" in line
+    assert refusals.of_flags(resolved(**changes | {"disaggregation_mode": "null"})) == []
+
+
+@pytest.mark.parametrize("backend", [Backend.BREAKABLE, Backend.FULL])
+def test_prefills_that_others_decode_beside_run_without_graphs(
+    backend: str, resolved: Resolved
+) -> None:
+    """A replay shows nobody the queries."""
+    graphs = CudaGraphConfig(prefill=PhaseConfig(backend))
+    for flag, setting in (
+        ("--enable-mixed-chunk", {"enable_mixed_chunk": True}),
+        ("--attn-dp-size", {"attn_dp_size": 2}),
+    ):
+        [line] = refusals.of_flags(resolved(cuda_graph_config=graphs, **setting))
+        assert line.startswith(flag) and line.endswith("--disable-prefill-cuda-graph")
+    assert refusals.of_flags(resolved(cuda_graph_config=graphs)) == []
+
+
 @pytest.mark.parametrize(
     "flag,changes",
     [
         ("--disable-radix-cache", {"disable_radix_cache": True}),
+        ("--tokenizer-worker-num", {"tokenizer_worker_num": 2}),
+        ("--disaggregation-mode decode", DECODE | {"disable_radix_cache": True}),
         ("--kv-events-config", {"kv_events_config": "{}"}),
         ("--enable-hierarchical-cache", {"enable_hierarchical_cache": True}),
         ("--speculative-algorithm (other than NGRAM)", DRAFTS),
@@ -170,7 +218,7 @@ def test_ngram_goes_with_compressed_prefixes(resolved: Resolved) -> None:
 
 def test_every_entry_of_the_table_is_tried(resolved: Resolved) -> None:
     """And every field that it reads is one of the installed SGLang's, with another default."""
-    tried = {flag for flag, _ in REFUSED}
+    tried = {flag.split()[0] for flag, _ in REFUSED}
     for flag, used in chain.from_iterable(refusals.FLAGS.values()):
         assert flag.split()[0] in tried, flag
         assert not used(Flags(resolved()))

@@ -34,7 +34,16 @@ def test_on_a_cpu_no_graph_is_captured(qwen: str) -> None:
     ("flags", "reason"),
     [
         ("--kv-compress none", "leave out --kv-compress none"),
-        ("--kv-compress kara --pp-size 2 --enable-mixed-chunk", "--pp-size .*; --enable-mixed-chunk"),
+        (
+            "--kv-compress kara --pp-size 2 --enable-streaming-session",
+            "--pp-size .*; --enable-streaming-session",
+        ),
+        ("--kv-compress kara --enable-mixed-chunk", "use --disable-prefill-cuda-graph"),
+        ("--kv-compress kara --disaggregation-mode prefill", "plan its decode server"),
+        (
+            "--kv-compress kara --tp-size 2 --attn-dp-size 2 --disable-prefill-cuda-graph",
+            "does not divide a model for --attn-dp-size",
+        ),
         ("--kv-compress kara --kv-compress-window 40 --page-size 16", "use 32 or 48"),
         ("--kv-compress kara --context-length 300", "window"),
     ],

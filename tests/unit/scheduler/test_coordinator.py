@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,11 +114,12 @@ def test_ranks_that_disagree_about_whether_raise(mine: bool, monkeypatch: pytest
     step, so neither waits for the other, and nothing has been done to a row yet."""
     worlds = [one_request(debug_checks=True)[0] for _ in range(2)]
     for world in worlds:
-        world.scheduler.tp_size, world.scheduler.tp_cpu_group = 2, "ranks"
+        world.scheduler.attn_tp_group = SimpleNamespace(world_size=2, cpu_group="ranks")
     world = worlds[0]
     asked: list[torch.Tensor] = []
 
-    def agreeing(bounds: torch.Tensor, **_: Any) -> None:
+    def agreeing(bounds: torch.Tensor, *, group: object, **_: Any) -> None:
+        assert group == "ranks"
         asked.append(bounds.clone())
 
     monkeypatch.setattr(torch.distributed, "all_reduce", agreeing)
@@ -195,6 +197,19 @@ def test_a_step_costs_what_happens_in_it(policy: str, units: int) -> None:
     assert taken == 0 if policy == "pressure" else 7 * 11 <= taken <= windows
 
 
+def test_who_decodes_beside_a_prefill_runs() -> None:
+    """SGLang takes them out of its running batch until that step is over."""
+    world, req = one_request(selector="recent")
+    coordinator, scheduler = world.coordinator, world.scheduler
+    assert coordinator.running == [req]
+    mode = SimpleNamespace(is_mixed=lambda: True)
+    scheduler.last_batch = SimpleNamespace(forward_mode=mode, decoding_reqs=[req])
+    scheduler.running_batch = SimpleNamespace(reqs=[])
+    assert coordinator.running == [req]
+    mode.is_mixed = lambda: False
+    assert coordinator.running == []
+
+
 class Watched(list):
     """Counts who is looked at."""
 
@@ -216,8 +231,8 @@ class Watched(list):
 
 
 @pytest.mark.parametrize("number", [2, 7])
-def test_a_step_without_a_date_looks_at_one_request(number: int) -> None:
-    """The newest, to see whether it is new; however many run."""
+def test_a_step_without_a_date_looks_at_two_requests(number: int) -> None:
+    """The first and the last, to see whether they are new; however many run."""
     config = KaraConfig(window=500, delay=5, query_heads="mean", policy="periodic")
     world = World(Setting(config, units=7, trouble=0.0, num_pages=20_000, real=False), seed=0)
     for i in range(number):
@@ -227,7 +242,7 @@ def test_a_step_without_a_date_looks_at_one_request(number: int) -> None:
     for _ in range(20):
         Watched.looks = 0
         world.coordinator.before_decode(world.batch)
-        assert Watched.looks == 1
+        assert Watched.looks == 2
 
 
 def test_more_requests_than_the_largest_graph_are_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -35,11 +35,11 @@ def test_nothing_is_sent_unless_a_request_ends() -> None:
     assert info() == info(False) == info(False, False) == {}
     fields = info(False, True, False)
     assert list(fields) == [KEY]
-    running, ended, other = fields[KEY]
-    assert running is None and other is None
+    running, [ended], other = fields[KEY]
+    assert running == other == []
     assert (ended["logical_length"], ended["kv_slots_held"]) == (7, 7)
     # A step that verifies drafts may have gone on behind the end of the answer.
-    [ended] = info(True, said=[4, 5])[KEY]
+    [[ended]] = info(True, said=[4, 5])[KEY]
     assert (ended["logical_length"], ended["kv_slots_held"]) == (5, 5)
 
 
@@ -60,8 +60,8 @@ def test_the_launcher_puts_the_report_of_an_ended_request_into_its_answer() -> N
 
     for fields, expected in (
         ({"x": [1, 2]}, {}),
-        ({"x": [1, 2], KEY: [{"windows": 1}, None]}, {}),
-        ({"x": [1, 2], KEY: [None, {"windows": 3}]}, {KEY: {"windows": 3}}),
+        ({"x": [1, 2], KEY: [[{"windows": 1}], []]}, {}),
+        ({"x": [1, 2], KEY: [[], [{"windows": 3}]]}, {KEY: {"windows": 3}}),
     ):
         meta: dict[str, Any] = {}
         requests.update_request_meta_info(original, None, meta, None, fields, 1, None)

@@ -19,9 +19,10 @@ from sglang.srt.server_args import ServerArgs
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import TorchKernels
-from kara_sglang.kernels.record import Ring, Step
+from kara_sglang.kernels.record import PAGE, Ring, Step
 from kara_sglang.scheduler import runtime
 from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder
+from kara_sglang.scheduler.tails import Tails
 
 LAYERS, GROUP, DIM = 3, 2, 4
 
@@ -89,6 +90,41 @@ def test_a_step_is_recorded_when_somebody_asks(started: runtime.Runtime) -> None
     started.parts.recorder.flush()
     decode([1, 2], [5, 6])
     assert started.parts.kernels.layers == LAYERS
+
+
+def test_who_decodes_beside_a_prefill_is_recorded(started: runtime.Runtime) -> None:
+    """The last tokens of the step, which SGLang may pad; a prefill alone records nobody."""
+    recorder = started.parts.recorder
+    assert recorder.extend(recorder.acquire(2, GROUP, since=9, step=1), 9)
+    recorder.flush()
+    step = SimpleNamespace(
+        forward_mode=ForwardMode.EXTEND,
+        req_pool_indices=torch.tensor([3, 1, 2]),
+        positions=torch.tensor([0, 1, 2, 6, 9]),
+    )
+    queries = torch.arange(7.0)[:, None].expand(7, GROUP * DIM).contiguous()
+    for decoding, count in (None, 0), (["one", "other"], LAYERS):
+        started.tails = Tails.of(step, SimpleNamespace(decoding_reqs=decoding))
+        for layer in MODEL:
+            runtime.before_attention(layer, queries, None, None, step)
+        assert started.parts.kernels.layers == count
+    pages = recorder.active[2].pages[0]
+    recorder.check.require("2", [[page] for page in pages], 9, 1)
+    for page in pages:
+        assert (recorder.ring.queries[:, page * PAGE + 9] == 4).all()
+
+
+def test_a_pass_comes_before_each_check_of_a_step(started: runtime.Runtime) -> None:
+    """And not before those of a retraction, which ask for the requests that would stay."""
+    passes: list[object] = []
+    started.coordinator = SimpleNamespace(before_decode=passes.append)
+    runtime.before_check_decode_mem("batch")
+    runtime.before_check_decode_mem("batch", selected_indices=[0])
+    runtime.before_check_decode_mem("batch", [])
+    assert passes == ["batch"]
+    started.coordinator = None
+    runtime.before_check_decode_mem("batch")
+    assert passes == ["batch"]
 
 
 def test_nothing_is_launched_without_a_ring(started: runtime.Runtime) -> None:

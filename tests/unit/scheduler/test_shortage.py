@@ -43,6 +43,7 @@ def test_what_requests_need_is_summed_up_to_the_mark() -> None:
         new_token_ratio_tracker=SimpleNamespace(current=0.5),
         get_num_allocatable_reqs=lambda _running, running_batch: 2,
         waiting_queue=Queue([req("a", 40), req("b", 140), req("no row", 1000)]),
+        disagg_decode_prealloc_queue=None,
     )
     running = SimpleNamespace(reqs=[req("x", 10), req("y", 10, ignore_eos=True)])
     # 100 + 30 + 60 = 190; a: 290; b: 490.
@@ -50,5 +51,9 @@ def test_what_requests_need_is_summed_up_to_the_mark() -> None:
         read.clear()
         assert needed(scheduler, running, share) is expected and read == until
     assert not needed(scheduler, running, 0.4901)
+    # On a decode server those come behind for whose prompt there is no room yet.
+    coming = [SimpleNamespace(req=scheduler.waiting_queue.pop(place)) for place in (2, 1)]
+    scheduler.disagg_decode_prealloc_queue = SimpleNamespace(queue=coming[::-1])
+    assert needed(scheduler, running, 0.49) and not needed(scheduler, running, 0.4901)
     scheduler.get_num_allocatable_reqs = lambda _running, running_batch: -1
     assert not needed(scheduler, running, 0.191)

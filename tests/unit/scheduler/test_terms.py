@@ -31,13 +31,20 @@ def terms_of(options: Any = None, reuse: str = "compressed", **more: Any) -> Any
         (False, {}, "opt_out"),
         (None, {"beam_group": object()}, "beam"),
         (None, {"multimodal_inputs": object()}, "multimodal"),
-        ({"selector": "no such"}, {}, "opt_out"),  # the launcher let it in: full KV can be promised
+        ({"selector": "no such"}, {}, "opt_out"),  # it ends with its first token
     ],
 )
 def test_who_is_never_compressed_shares_nothing(options: Any, more: dict, reason: str | None) -> None:
     terms = terms_of(options, **more)
     assert terms.skipped == reason
     assert (terms.sharing is None) is (reason is not None)
+
+
+def test_what_nobody_has_checked_is_told() -> None:
+    """In the words of the launcher."""
+    terms = TermsOf(KaraConfig(window=64), PAGE)
+    assert terms.problem(req()) is terms.problem(req({"retain": 0.25})) is None
+    assert "kv_compress.retain must be a share" in terms.problem(req({"retain": 7}))
 
 
 def test_what_a_request_may_change() -> None:

@@ -33,21 +33,19 @@ def test_bit_sets(data: st.DataObject) -> None:
             assert [j for j in range(width + 8) if whole >> j & 1] == rows[layer][head]
 
 
-def test_a_tracer_knows_its_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracer_knows_its_heads() -> None:
     """Ranks in order; more ranks than heads share one."""
 
     def heads(rank: int, ranks: int, total: int) -> list[int]:
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda _group: rank)
         pool = SimpleNamespace(k_buffer=[torch.empty(4, max(1, total // ranks), 2)])
         scheduler = SimpleNamespace(
             server_args=SimpleNamespace(model_path="m", tokenizer_path="t"),
             token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
-            tp_size=ranks,
-            tp_cpu_group="the ranks",
+            attn_tp_group=SimpleNamespace(world_size=ranks, rank_in_group=rank),
             model_config=SimpleNamespace(get_total_num_kv_heads=lambda: total),
         )
         tracer = Tracer(scheduler, KaraConfig(trace="x"))
-        assert (tracer.tp_rank, tracer.model, tracer.tokenizer) == (rank if ranks > 1 else 0, "m", "t")
+        assert (tracer.tp_rank, tracer.model, tracer.tokenizer) == (rank, "m", "t")
         return tracer.heads
 
     assert heads(0, 1, 3) == [0, 1, 2]
@@ -61,7 +59,7 @@ def test_a_full_disk_is_an_error_in_the_log(tmp_path: Path, caplog: pytest.LogCa
     scheduler = SimpleNamespace(
         server_args=SimpleNamespace(model_path="m", tokenizer_path=None),
         token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
-        tp_size=1,
+        attn_tp_group=SimpleNamespace(world_size=1, rank_in_group=0),
         model_config=SimpleNamespace(get_total_num_kv_heads=lambda: 1),
     )
     tracer = Tracer(scheduler, KaraConfig(trace=str(tmp_path / "gone")))
