@@ -112,7 +112,7 @@ def test_a_server_is_up_before_it_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_
     started = SimpleNamespace(wait=lambda: "ready")
     monkeypatch.setattr(measure, "start", lambda *_arguments: started)
     setup = Setup("m", "float32", 64, 16, 0.25, 16, cpu=True)
-    assert measure._start(ROWS[0], setup, 3408, tmp_path) == "ready"
+    assert measure.start_row(ROWS[0], setup, 3408, tmp_path) == "ready"
 
 
 # -- both modes on one server --------------------------------------------------------------------------
