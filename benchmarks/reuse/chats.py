@@ -35,17 +35,31 @@ from kara_sglang.benchmarks.serving.setup import Setup, resolve_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LEAST, POOL = 512, 16384
-WINDOW, DELAY, PAGE = 128, 64, 16
+LEAST, POOL = 288, 8192
+WINDOW, DELAY, PAGE = 64, 16, 16
 
 STOCK, EXACT, COMPRESSED = ROWS
 AUTO = (REUSE, f"auto:{LEAST}")
 CHAT_ROWS = (
     STOCK,
     EXACT,
-    Row("auto", f"answers are reused where they reach {LEAST} tokens farther", "sglang", "kara", flags=AUTO),
+    Row(
+        "auto",
+        f"answers are reused where they reach {LEAST} tokens farther",
+        "sglang",
+        "kara",
+        flags=AUTO,
+    ),
     COMPRESSED,
-    Row("pressure", "as auto, with the default policy", "sglang", "kara", 0.5, {"policy": "pressure"}, AUTO),
+    Row(
+        "pressure",
+        "as auto, with the default policy",
+        "sglang",
+        "kara",
+        0.5,
+        {"policy": "pressure"},
+        AUTO,
+    ),
 )
 """Their windows are compressed as they fall due, but for the last one's: its pool holds all."""
 
@@ -89,9 +103,9 @@ def talks() -> list[Talk]:
     parts = [manual[k * TOOL_CHARACTERS :][:TOOL_CHARACTERS] for k in range(4)]
     steps = (("user", TASK), *(("tool", part) for part in parts))
     return [
-        Talk("kept", users, (192, 384, 768, 1536, 32)),
-        Talk("removed", users, (256, 256, 256, 256, 32), 0.25),
-        Talk("agent", steps, (256, 256, 256, 256, 32)),
+        Talk("kept", users, (96, 192, 384, 768, 16)),
+        Talk("removed", users, (128, 128, 128, 128, 16), 0.25),
+        Talk("agent", steps, (128, 128, 128, 128, 16)),
     ]
 
 
@@ -197,7 +211,9 @@ def main(argv: list[str] | None = None) -> int:
             },
         }
         write_json(options.out, result, indent=1)
-        options.out.with_suffix(".md").write_text(f"`{result['command']}` on a {result['machine']['kind']}\n\n" + text)
+        options.out.with_suffix(".md").write_text(
+            f"`{result['command']}` on a {result['machine']['kind']}\n\n" + text
+        )
     return 0
 
 

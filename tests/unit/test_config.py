@@ -23,7 +23,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "window": 512,
         "retain": 0.5,
         "query_mem_gb": None,
-        "prefix_reuse": "exact",
+        "prefix_reuse": None,
         "delay": 64,
         "delay_votes": False,
         "ahead": True,
