@@ -26,7 +26,7 @@ FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     # The events would tell others about ids that are no tokens.
     ("--kv-events-config", lambda c: c.kv_events_config is not None),
 )
-"""What of SGLang does not go with compressed prefixes: a flag, and whether the resolved settings use it."""
+"""What does not go with compressed prefixes: a flag, and whether the resolved settings use it."""
 
 
 def obstacles(config: KaraConfig, resolved: Any) -> list[str]:

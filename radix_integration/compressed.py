@@ -79,6 +79,9 @@ class CompressedRadixCache(UnifiedRadixCache):
     layouts : LayoutIndex
     debug_checks : bool
         Check the interval map of each row that is inserted.
+    computed_again : callable
+        Told with each prefill how many tokens are computed though a compressed prefix held them that
+        reached too little farther.
     """
 
     def __init__(self, params: CacheInitParams) -> None:
@@ -86,6 +89,7 @@ class CompressedRadixCache(UnifiedRadixCache):
         self.vocab_size = 0
         self.layouts = LayoutIndex()
         self.debug_checks = False
+        self.computed_again: Callable[[int], None] = lambda _tokens: None
         super().__init__(params)
 
     def reset(self) -> None:
@@ -153,6 +157,8 @@ class CompressedRadixCache(UnifiedRadixCache):
             slots, _, _ = self.tree_core.match_full_device_prefix(candidate)
             return slots
 
+        if not self.layouts.num_windows:
+            return None  # while memory suffices, a match costs what SGLang's does
         tokens = _ids_of(key)
         exact, _, _ = self.tree_core.match_full_device_prefix(key)
         # The exact part of a compressed row is an exact prefix, so nothing can start behind it.

@@ -1,10 +1,10 @@
 """What a chat and an agent's loop find of their own earlier answers, turn by turn.
 
-``python -m kara_sglang.benchmarks.reuse.chats --out chats.json`` lets a small real model (SmolLM2) talk
-over HTTP: with stock SGLang, and with each way of prefix reuse. Before each turn the client puts the
-whole talk into the chat template again and tokenises it, as the route for chats does, so what the tokens
-are is up to the text. Counted per turn: prompt tokens that no cache had, and those whose KV came from
-compressed windows; measured: time to first token. Talks:
+``python -m kara_sglang.benchmarks.reuse.chats --out chats.json`` lets a small real model (SmolLM2) hold
+three talks at a time over HTTP: with stock SGLang, and with each way of prefix reuse. Before each turn
+the client puts the whole talk into the chat template and tokenises it, as the route for chats does.
+Counted per turn: prompt tokens that no cache had, and those whose KV came from compressed windows;
+measured: time to first token. Talks:
 
 * **kept**: five turns; all that was answered is sent back.
 * **removed**: five turns; three quarters of each answer are taken for its reasoning, which the client
@@ -14,13 +14,14 @@ compressed windows; measured: time to first token. Talks:
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import origin
@@ -32,10 +33,7 @@ from kara_sglang.benchmarks.serving.rows import Row
 from kara_sglang.benchmarks.serving.server import end_on_sigterm
 from kara_sglang.benchmarks.serving.setup import Setup, resolve_model
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-LEAST, POOL = 288, 8192
+LEAST, POOL = 128, 8192
 WINDOW, DELAY, PAGE = 64, 16, 16
 
 STOCK, EXACT, COMPRESSED = ROWS
@@ -64,9 +62,9 @@ CHAT_ROWS = (
 """Their windows are compressed as they fall due, but for the last one's: its pool holds all."""
 
 TURNS = (
-    "Write a long essay about the history of tea.",
-    "Now tell me how it is grown, in detail.",
-    "How do people in other countries drink it? Answer at length.",
+    "Write a long essay about the history of {}.",
+    "Now tell me how it came to this country, in detail.",
+    "How do people in other countries see it? Answer at length.",
     "What would a child want to know about it?",
     "Thank you. Which of all that matters most?",
 )
@@ -98,14 +96,14 @@ class Talk:
 
 def talks() -> list[Talk]:
     """All of them."""
-    users = tuple(("user", turn) for turn in TURNS)
+    tea, glass = (tuple(("user", turn.format(about)) for turn in TURNS) for about in ("tea", "glass"))
     manual = next(text.content for text in texts.load("development") if text.name == "doc-pdb")
     parts = [manual[k * TOOL_CHARACTERS :][:TOOL_CHARACTERS] for k in range(4)]
     steps = (("user", TASK), *(("tool", part) for part in parts))
     return [
-        Talk("kept", users, (96, 192, 384, 768, 16)),
-        Talk("removed", users, (128, 128, 128, 128, 16), 0.25),
-        Talk("agent", steps, (128, 128, 128, 128, 16)),
+        Talk("kept", tea, (64, 96, 192, 384, 8)),
+        Talk("removed", glass, (96, 96, 96, 96, 8), 0.25),
+        Talk("agent", steps, (96, 96, 96, 96, 8)),
     ]
 
 
@@ -123,8 +121,11 @@ class Turn:
         return self.prompt_tokens - self.cached_tokens
 
 
-def hold(talk: Talk, client: Client, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
-    """The whole talk."""
+def hold(talk: Talk, client: Client, model: str) -> list[Turn]:
+    """The whole talk; ``model`` is the folder of its tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)  # its own: threads cannot share one
     messages: list[dict[str, str]] = []
     turns = []
     for (role, content), tokens in zip(talk.asked, talk.answers, strict=True):
@@ -142,17 +143,16 @@ def hold(talk: Talk, client: Client, tokenizer: PreTrainedTokenizerBase) -> list
 
 def measure(setup: Setup, kinds: Sequence[Talk], folder: Path) -> dict[str, dict[str, list[Turn]]]:
     """All talks with all rows, by the talk's name and the row's; one server at a time."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(setup.model)
     found: dict[str, dict[str, list[Turn]]] = {talk.name: {} for talk in kinds}
     for row in CHAT_ROWS:
         server = start_row(row, setup, POOL, folder)
         try:
             client = Client(server)
             client.generate([3] * 512, 2)  # what a first request alone would pay for
-            for talk in kinds:
-                found[talk.name][row.name] = hold(talk, client, tokenizer)
+            with concurrent.futures.ThreadPoolExecutor(len(kinds)) as pool:
+                held = pool.map(lambda talk, c=client: hold(talk, c, setup.model), kinds)
+                for talk, turns in zip(kinds, held, strict=True):
+                    found[talk.name][row.name] = turns
         finally:
             server.stop()
     return found

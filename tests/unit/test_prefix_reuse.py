@@ -51,8 +51,8 @@ def test_the_default_is_auto_where_that_works(
     if because is None:
         assert config == KaraConfig(**settings, prefix_reuse="auto")
         assert said == (
-            "prefix reuse auto: a compressed prefix is taken where it reaches 2,048 tokens farther than "
-            "exact KV"
+            "prefix reuse auto: a compressed prefix is taken where it reaches 2,048 tokens farther "
+            "than exact KV"
         )
     else:
         assert config == KaraConfig(**settings, prefix_reuse="exact")
