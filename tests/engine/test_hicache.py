@@ -80,6 +80,9 @@ def test_prompts_come_back_from_the_host(
 ) -> None:
     """Long answers drive the other prompts off the device. The answers are those of a server whose
     device holds all, to the bit; those that opted out and `identity` are stock's."""
+    assert hicache.state()["settings"]["prefix_reuse"] == "exact"
+    because = "prefix reuse exact: compressed prefixes do not work with --enable-hierarchical-cache."
+    assert because in hicache.log_text()
     answers, (expected, plain) = rounds(hicache), references
     for turn, (mine, theirs) in enumerate(zip(answers, expected, strict=True)):
         assert_bit_exact(mine, theirs)

@@ -20,6 +20,9 @@ FLAGS = (
     *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
 )
 BEGINS = "compression begins when running and waiting requests need 80 % of the KV pool"
+REUSE = (
+    "; prefix reuse auto: a compressed prefix is taken where it reaches 2,048 tokens farther than exact KV"
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,8 @@ def scarce(tiny_model: Path, logs: Path) -> Iterator[Server]:
 
 def test_while_all_fit_answers_and_prefixes_are_stocks(scarce: Server, stock: Server) -> None:
     """Bit by bit, and a follow-up turn finds as much in the prefix cache."""
-    assert BEGINS in scarce.log_text()
+    assert BEGINS in scarce.log_text() and REUSE in scarce.log_text()
+    assert scarce.state()["settings"]["prefix_reuse"] == "auto"
     first, expected = (server.generate(prompt(100, 1), tokens=TOKENS) for server in (scarce, stock))
     assert_bit_exact([first], [expected])
     assert first["meta_info"]["kv_compress"]["windows"] == 0
@@ -74,4 +78,28 @@ def test_a_queue_is_let_in_and_memory_that_suffices_ends_it(scarce: Server) -> N
     again = scarce.generate(prompt(100, 1), tokens=TOKENS)
     assert again["meta_info"]["kv_compress"]["windows"] == 0
     assert again["output_ids"] == alone["output_ids"]
+    scarce.assert_nothing_leaked()
+
+
+def test_follow_ups_of_answers_that_had_to_be_compressed(scarce: Server) -> None:
+    """Their rows are in the prefix cache, compressed. Who asks for it continues on one; others compute so
+    few tokens exactly, which is told and counted, if no token follows as well."""
+    scarce.flush()
+    prompts = [prompt(100, seed) for seed in (11, 12, 13)]
+    answers = scarce.generate(prompts, tokens=TOKENS)
+    counted = scarce.state()["tokens_computed_again"]
+    for ids, answer in zip(prompts, answers, strict=True):
+        windows = answer["meta_info"]["kv_compress"]["windows"]
+        assert windows >= 1
+        turn = [*ids, *answer["output_ids"], 3, 4, 5]
+        any_gain = scarce.generate(turn, tokens=1, kv_compress={"prefix": "compressed"})["meta_info"]
+        reused = any_gain["kv_compress"]["reused_tokens"]
+        assert reused >= windows * 64 and any_gain["kv_compress"]["computed_again"] == 0
+        told = scarce.generate(turn, tokens=1)["meta_info"]
+        assert told["kv_compress"]["reused_tokens"] == 0
+        again = told["kv_compress"]["computed_again"]
+        assert again in (reused, reused + 16), "the first one may have filled a page"
+        assert told["cached_tokens"] == any_gain["cached_tokens"] - reused
+        counted += again
+        assert scarce.state()["tokens_computed_again"] == counted
     scarce.assert_nothing_leaked()
