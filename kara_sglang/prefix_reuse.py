@@ -16,8 +16,6 @@ from kara_sglang.config import KaraConfig
 
 FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--disable-radix-cache", lambda c: c.disable_radix_cache),
-    # Rows that were driven off the device would not be found again: the host is not asked.
-    ("--enable-hierarchical-cache", lambda c: c.enable_hierarchical_cache),
     # The trees of the others have keys of two tokens each.
     (
         "--speculative-algorithm (other than NGRAM)",

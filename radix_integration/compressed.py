@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from sglang.srt.environ import envs
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams, MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import (
     TreeCacheBuildContext,
@@ -122,13 +122,34 @@ class CompressedRadixCache(UnifiedRadixCache):
             return super().match_prefix(params)
         key, layout = found
         result = super().match_prefix(dataclasses.replace(params, key=key))
-        slots = result.device_prefix_len
-        prefix.windows = layout.windows
+        prefix.slots = result.device_prefix_len
+        tokens = layout.tokens(prefix.slots)
+        reach = layout.tokens(prefix.slots + result.host_hit_length)
+        prefix.windows = layout.within(reach).windows
         return result._replace(
-            device_prefix_len=slots + layout.removed,
-            full_kv_hit_length=slots + layout.removed,
-            cache_protected_len=slots,
+            device_prefix_len=tokens,
+            host_hit_length=reach - tokens,
+            full_kv_hit_length=reach,
+            cache_protected_len=layout.slots(tokens),
         )
+
+    def init_load_back(self, params: InitLoadBackParams) -> tuple[int, Any] | None:
+        """Load what the host holds of the request's prefix: SGLang's, which counts slots.
+
+        Returns
+        -------
+        tuple or None
+            Tokens that are on the device now and were not, and the node at their end.
+        """
+        loaded = super().init_load_back(params)
+        prefix = prefix_of(params.req)
+        if loaded is None or prefix is None or not prefix.windows:
+            return loaded
+        slots, node = loaded
+        layout = Layout(prefix.windows)
+        before, after = layout.tokens(prefix.slots), layout.tokens(prefix.slots + slots)
+        prefix.windows = layout.within(after).windows
+        return after - before, node
 
     def touch_prefix(self, key: RadixKey) -> None:
         """Keep a waiting text's prefix young; it must not split a window's node."""
@@ -147,20 +168,15 @@ class CompressedRadixCache(UnifiedRadixCache):
         return bool(np.isin(unsigned[unsigned >= self.vocab_size], np.array(own, np.uint64)).all())
 
     def _find(self, prefix: Prefix, sharing: Sharing, key: RadixKey) -> tuple[RadixKey, Layout] | None:
-        """The physical key under which more of the text is cached than under its tokens.
-
-        Looks only (``match_full_device_prefix``), so that the loser of the comparison ages.
-        """
+        """The physical key under which more of the text is cached than under its tokens."""
 
         def cached(ids: array[int]) -> int:
-            candidate = RadixKey(ids, key.extra_key, cache_salt=key.cache_salt)
-            slots, _, _ = self.tree_core.match_full_device_prefix(candidate)
-            return slots
+            return self._reach(RadixKey(ids, key.extra_key, cache_salt=key.cache_salt))
 
         if not self.layouts.num_windows:
             return None  # while memory suffices, a match costs what SGLang's does
         tokens = _ids_of(key)
-        exact, _, _ = self.tree_core.match_full_device_prefix(key)
+        exact = self._reach(key)
         # The exact part of a compressed row is an exact prefix, so nothing can start behind it.
         if exact == 0 or exact >= len(tokens) // self.page_size * self.page_size:
             return None
@@ -174,6 +190,19 @@ class CompressedRadixCache(UnifiedRadixCache):
             prefix.passed_over = gain
             return None
         return RadixKey(ids, key.extra_key, cache_salt=key.cache_salt), layout
+
+    def _reach(self, key: RadixKey) -> int:
+        """How many slots of a key device and host hold, without a gap.
+
+        Without a host tier this looks only, so that the loser of a comparison ages. SGLang has no such
+        look at the host.
+        """
+        if self.cache_controller is None:
+            slots, _, _ = self.tree_core.match_full_device_prefix(key)
+            return slots
+        result = self.tree_core.match_prefix(MatchPrefixParams(key=key))
+        self._apply_cache_actions(result.cache_actions)
+        return result.device_prefix_len + result.host_hit_length
 
     def _prefix(self, req: Req) -> Prefix:
         prefix = prefix_of(req)

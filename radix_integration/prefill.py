@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 def before_alloc_for_extend(batch: ScheduleBatch) -> None:
     """BEFORE ``allocation.alloc_for_extend``: the batch's lengths become those of its rows."""
     for req in batch.reqs:
-        _count_reuse(req, batch.tree_cache)
+        if not req.kv.holds_kv:
+            _begin(req, batch.tree_cache)
     removed = _removed_of(batch)
     if removed is None:
         return
@@ -78,12 +79,15 @@ def _removed_of(batch: ScheduleBatch) -> torch.Tensor | None:
     return torch.tensor(removed, dtype=torch.int64) if any(removed) else None
 
 
-def _count_reuse(req: Req, cache: CompressedRadixCache) -> None:
-    """What the match has given and what it has passed over: with the first chunk, as SGLang counts
+def _begin(req: Req, cache: CompressedRadixCache) -> None:
+    """A first chunk. What the match has given and passed over is counted with it, as SGLang counts
     ``cached_tokens``; for the request's report once, whatever is computed anew after a retraction."""
     prefix = prefix_of(req)
-    if prefix is None or req.kv.holds_kv:
+    if prefix is None:
         return
+    if prefix.windows:
+        # Where a part came from the host, SGLang has counted what the tree owns in tokens.
+        req.kv.cache_protected_len = req.prefix_len - removed_of(req)
     cache.computed_again(prefix.passed_over)
     if req.retracted_stain:
         return

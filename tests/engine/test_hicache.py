@@ -80,9 +80,6 @@ def test_prompts_come_back_from_the_host(
 ) -> None:
     """Long answers drive the other prompts off the device. The answers are those of a server whose
     device holds all, to the bit; those that opted out and `identity` are stock's."""
-    assert hicache.state()["settings"]["prefix_reuse"] == "exact"
-    because = "prefix reuse exact: compressed prefixes do not work with --enable-hierarchical-cache."
-    assert because in hicache.log_text()
     answers, (expected, plain) = rounds(hicache), references
     for turn, (mine, theirs) in enumerate(zip(answers, expected, strict=True)):
         assert_bit_exact(mine, theirs)
@@ -95,6 +92,31 @@ def test_prompts_come_back_from_the_host(
             [answers[turn][untouched], answers[turn][identity]],
             [plain[turn][untouched], plain[turn][identity]],
         )
+    hicache.assert_nothing_leaked()
+
+
+def follow_up(server: Server, ids: list[int], drive_off: bool) -> dict:
+    """An answer of which two windows are compressed, and one that continues it."""
+    server.flush()
+    first = server.generate(ids, tokens=200)
+    assert first["meta_info"]["kv_compress"]["windows"] == 2
+    for other in PROMPTS[1:] if drive_off else ():
+        server.generate(other, tokens=160, kv_compress=False)
+    text = [*ids, *first["output_ids"], *prompt(20, 310)]
+    return server.generate(text, tokens=60, kv_compress={"prefix": "compressed"})
+
+
+def test_compressed_rows_come_back_from_the_host(hicache: Server) -> None:
+    """A row that left the device is found on the host, and continued as one that has stayed: the same
+    tokens at the same positions."""
+    stayed, came_back = (follow_up(hicache, PROMPTS[0], drive_off) for drive_off in (False, True))
+    assert_bit_exact([came_back], [stayed])
+    told, expected = came_back["meta_info"], stayed["meta_info"]
+    assert told["kv_compress"] == expected["kv_compress"]
+    assert told["cached_tokens"] == expected["cached_tokens"] >= PROMPT + 128 + 64
+    assert told["kv_compress"]["reused_tokens"] == told["cached_tokens"] - PROMPT
+    assert told["kv_compress"]["reused_slots"] == told["kv_compress"]["reused_tokens"] - 64
+    assert from_host(stayed) == 0 < from_host(came_back) <= told["cached_tokens"]
     hicache.assert_nothing_leaked()
 
 
