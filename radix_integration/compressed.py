@@ -113,7 +113,7 @@ class CompressedRadixCache(UnifiedRadixCache):
         if params.req is None:
             return super().match_prefix(params)
         prefix = self._prefix(params.req)
-        prefix.windows = ()
+        prefix.windows, prefix.found = (), None
         prefix.passed_over = 0
         found = None
         if prefix.sharing is not None and not envs.SGLANG_RADIX_FORCE_MISS.get():
@@ -122,10 +122,9 @@ class CompressedRadixCache(UnifiedRadixCache):
             return super().match_prefix(params)
         key, layout = found
         result = super().match_prefix(dataclasses.replace(params, key=key))
-        prefix.slots = result.device_prefix_len
-        tokens = layout.tokens(prefix.slots)
-        reach = layout.tokens(prefix.slots + result.host_hit_length)
-        prefix.windows = layout.within(reach).windows
+        slots = result.device_prefix_len
+        tokens, reach = layout.tokens(slots), layout.tokens(slots + result.host_hit_length)
+        prefix.windows, prefix.found = layout.within(reach).windows, (layout, slots)
         return result._replace(
             device_prefix_len=tokens,
             host_hit_length=reach - tokens,
@@ -143,13 +142,13 @@ class CompressedRadixCache(UnifiedRadixCache):
         """
         loaded = super().init_load_back(params)
         prefix = prefix_of(params.req)
-        if loaded is None or prefix is None or not prefix.windows:
+        if loaded is None or prefix is None or prefix.found is None:
             return loaded
-        slots, node = loaded
-        layout = Layout(prefix.windows)
-        before, after = layout.tokens(prefix.slots), layout.tokens(prefix.slots + slots)
-        prefix.windows = layout.within(after).windows
-        return after - before, node
+        more, node = loaded
+        layout, slots = prefix.found
+        reach = layout.tokens(slots + more)
+        prefix.windows = layout.within(reach).windows
+        return reach - layout.tokens(slots), node
 
     def touch_prefix(self, key: RadixKey) -> None:
         """Keep a waiting text's prefix young; it must not split a window's node."""

@@ -52,8 +52,8 @@ def test_prompt_shared_by_running_requests(kara: Server, stock: Server) -> None:
 
 
 def test_compressed_output_stays_out_of_the_tree(kara: Server, stock: Server) -> None:
-    """With exact reuse a follow-up over prompt and answer finds the prompt and no compressed slot, though
-    it would take some."""
+    """With exact reuse a follow-up over prompt and answer finds the prompt and no compressed slot,
+    though it would take some."""
     kara.flush()
     first = kara.generate(PROMPT, tokens=300, kv_compress={"prefix": "exact"})
     follow_up = PROMPT + first["output_ids"] + prompt(8, 22)

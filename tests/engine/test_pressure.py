@@ -20,9 +20,7 @@ FLAGS = (
     *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
 )
 BEGINS = "compression begins when running and waiting requests need 80 % of the KV pool"
-REUSE = (
-    "; prefix reuse auto: a compressed prefix is taken where it reaches 2,048 tokens farther than exact KV"
-)
+REUSE = "; prefix reuse auto: a compressed prefix is taken where it reaches 2,048 tokens farther than "
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +80,8 @@ def test_a_queue_is_let_in_and_memory_that_suffices_ends_it(scarce: Server) -> N
 
 
 def test_follow_ups_of_answers_that_had_to_be_compressed(scarce: Server) -> None:
-    """Their rows are in the prefix cache, compressed. Who asks for it continues on one; others compute so
-    few tokens exactly, which is told and counted, if no token follows as well."""
+    """Their rows are in the prefix cache, compressed. Who asks for it continues on one; others compute
+    so few tokens exactly, which is told and counted, also of a request that never decodes."""
     scarce.flush()
     prompts = [prompt(100, seed) for seed in (11, 12, 13)]
     answers = scarce.generate(prompts, tokens=TOKENS)

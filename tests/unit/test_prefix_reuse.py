@@ -19,7 +19,7 @@ PAGE = {"page_size": 16}
         ({}, {}, None),
         ({"selector": "snapkv", "delay": 0}, {}, None),
         ({"selector": "identity", "retain": 0.01}, {"page_size": 1}, None),
-        ({}, {"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
+        ({}, {"enable_hierarchical_cache": True}, None),
         ({}, {"disable_radix_cache": True}, "--disable-radix-cache"),
         ({}, {"kv_events_config": "{}"}, "--kv-events-config"),
         ({}, {"speculative_algorithm": "NGRAM"}, None),
@@ -63,9 +63,9 @@ def test_the_default_is_auto_where_that_works(
 
 
 def test_several_reasons_are_one_sentence(resolved: Any) -> None:
-    view = resolved(**PAGE, enable_hierarchical_cache=True, kv_events_config="{}")
+    view = resolved(**PAGE, disable_radix_cache=True, kv_events_config="{}")
     said = prefix_reuse.in_words(KaraConfig(prefix_reuse="exact"), view)
-    assert said.endswith("with --enable-hierarchical-cache and --kv-events-config")
+    assert said.endswith("with --disable-radix-cache and --kv-events-config")
     exact = prefix_reuse.in_words(KaraConfig(prefix_reuse="exact"), resolved(**PAGE))
     assert exact == "prefix reuse exact"
 

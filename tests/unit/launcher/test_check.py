@@ -70,7 +70,7 @@ def test_prefix_reuse_that_is_left_open_is_settled(checked: Any) -> None:
     """For each server by its flags, whatever an earlier one of this process got; what is asked for by
     name stays, or is refused."""
     plugin.activate(KaraConfig(seed=3))
-    assert checked(cli_record=False, enable_hierarchical_cache=True) == {}
+    assert checked(cli_record=False, disable_radix_cache=True) == {}
     assert plugin.launched() == plugin.active() == KaraConfig(seed=3, prefix_reuse="exact")
     for _ in range(2):
         assert checked(cli_record=False) == {"radix_cache_backend": CACHE_BACKEND}
@@ -80,8 +80,8 @@ def test_prefix_reuse_that_is_left_open_is_settled(checked: Any) -> None:
         checked(cli_record=False)
         assert plugin.launched().prefix_reuse == named
         if named != "exact":
-            with pytest.raises(ValueError, match=f"^--enable-hierarchical-cache .*-reuse {named};"):
-                checked(cli_record=False, enable_hierarchical_cache=True)
+            with pytest.raises(ValueError, match=f"^--disable-radix-cache .*-reuse {named};"):
+                checked(cli_record=False, disable_radix_cache=True)
     plugin.activate(KaraConfig(seed=3, prefix_reuse="exact"))
     checked(cli_record=False)
     assert plugin.launched().prefix_reuse == "exact", "the very settings that were once settled"

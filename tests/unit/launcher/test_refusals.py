@@ -137,7 +137,6 @@ def test_refused_flags(flag: str, changes: dict[str, Any], resolved: Resolved) -
     [
         ("--disable-radix-cache", {"disable_radix_cache": True}),
         ("--kv-events-config", {"kv_events_config": "{}"}),
-        ("--enable-hierarchical-cache", {"enable_hierarchical_cache": True}),
         ("--speculative-algorithm (other than NGRAM)", DRAFTS),
         (
             "--speculative-algorithm (other than NGRAM)",
