@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import origin
@@ -32,6 +32,9 @@ from kara_sglang.benchmarks.reuse.measure import REUSE, ROWS, Client, start_row
 from kara_sglang.benchmarks.serving.rows import Row
 from kara_sglang.benchmarks.serving.server import end_on_sigterm
 from kara_sglang.benchmarks.serving.setup import Setup, resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LEAST, POOL = 128, 8192
 WINDOW, DELAY, PAGE = 64, 16, 16
@@ -49,17 +52,8 @@ CHAT_ROWS = (
         flags=AUTO,
     ),
     COMPRESSED,
-    Row(
-        "pressure",
-        "as auto, with the default policy",
-        "sglang",
-        "kara",
-        0.5,
-        {"policy": "pressure"},
-        AUTO,
-    ),
 )
-"""Their windows are compressed as they fall due, but for the last one's: its pool holds all."""
+"""Windows are compressed as they fall due, though their pool holds all."""
 
 TURNS = (
     "Write a long essay about the history of {}.",
@@ -101,7 +95,7 @@ def talks() -> list[Talk]:
     parts = [manual[k * TOOL_CHARACTERS :][:TOOL_CHARACTERS] for k in range(4)]
     steps = (("user", TASK), *(("tool", part) for part in parts))
     return [
-        Talk("kept", tea, (64, 96, 192, 384, 8)),
+        Talk("kept", tea, (64, 96, 160, 224, 8)),
         Talk("removed", glass, (96, 96, 96, 96, 8), 0.25),
         Talk("agent", steps, (96, 96, 96, 96, 8)),
     ]
@@ -121,11 +115,8 @@ class Turn:
         return self.prompt_tokens - self.cached_tokens
 
 
-def hold(talk: Talk, client: Client, model: str) -> list[Turn]:
-    """The whole talk; ``model`` is the folder of its tokenizer."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)  # its own: threads cannot share one
+def hold(talk: Talk, client: Client, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
+    """The whole talk."""
     messages: list[dict[str, str]] = []
     turns = []
     for (role, content), tokens in zip(talk.asked, talk.answers, strict=True):
@@ -143,6 +134,10 @@ def hold(talk: Talk, client: Client, model: str) -> list[Turn]:
 
 def measure(setup: Setup, kinds: Sequence[Talk], folder: Path) -> dict[str, dict[str, list[Turn]]]:
     """All talks with all rows, by the talk's name and the row's; one server at a time."""
+    from transformers import AutoTokenizer
+
+    # Each its own, as threads cannot share one.
+    tokenizers = [AutoTokenizer.from_pretrained(setup.model) for _ in kinds]
     found: dict[str, dict[str, list[Turn]]] = {talk.name: {} for talk in kinds}
     for row in CHAT_ROWS:
         server = start_row(row, setup, POOL, folder)
@@ -150,7 +145,7 @@ def measure(setup: Setup, kinds: Sequence[Talk], folder: Path) -> dict[str, dict
             client = Client(server)
             client.generate([3] * 512, 2)  # what a first request alone would pay for
             with concurrent.futures.ThreadPoolExecutor(len(kinds)) as pool:
-                held = pool.map(lambda talk, c=client: hold(talk, c, setup.model), kinds)
+                held = pool.map(hold, kinds, [client] * len(kinds), tokenizers)
                 for talk, turns in zip(kinds, held, strict=True):
                     found[talk.name][row.name] = turns
         finally:
