@@ -391,7 +391,11 @@ SURFACE = (
             "seq_lens_sum",
         ),
     ),
-    Used("managers.schedule_batch.ScheduleBatch", ("extend_lens", "prefix_lens"), sharing=True),
+    Used(
+        "managers.schedule_batch.ScheduleBatch",
+        ("extend_lens", "prefix_lens", "tree_cache"),
+        sharing=True,
+    ),
     Used(
         "sampling.sampling_params.SamplingParams",
         ("custom_params", "ignore_eos", "max_new_tokens", "n"),
@@ -426,10 +430,17 @@ SURFACE = (
         ),
         sharing=True,
     ),
+    Used("mem_cache.base_prefix_cache.InitLoadBackParams", ("req",), sharing=True),
     Used("mem_cache.base_prefix_cache.MatchPrefixParams", ("key", "req"), sharing=True),
     Used(
         "mem_cache.base_prefix_cache.MatchResult",
-        ("cache_protected_len", "device_prefix_len", "full_kv_hit_length"),
+        (
+            "cache_actions",
+            "cache_protected_len",
+            "device_prefix_len",
+            "full_kv_hit_length",
+            "host_hit_length",
+        ),
         sharing=True,
     ),
     Used(
@@ -446,8 +457,10 @@ SURFACE = (
         "mem_cache.unified_radix_cache.UnifiedRadixCache",
         (
             "__init__(params)",
+            "_apply_cache_actions(actions)",
             "checkpoint_into_tree(req, *, up_to, **rest)",
             "disable",
+            "init_load_back(params)",
             "match_prefix(params)",
             "page_size",
             "path_device_indices(node)",
@@ -460,7 +473,7 @@ SURFACE = (
     ),
     Used(
         "mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface",
-        ("match_full_device_prefix(key)",),
+        ("match_full_device_prefix(key)", "match_prefix(params)"),
         sharing=True,
     ),
 )

@@ -92,6 +92,7 @@ def test_follow_ups_of_answers_that_had_to_be_compressed(scarce: Server) -> None
         turn = [*ids, *answer["output_ids"], 3, 4, 5]
         any_gain = scarce.generate(turn, tokens=1, kv_compress={"prefix": "compressed"})["meta_info"]
         reused = any_gain["kv_compress"]["reused_tokens"]
+        print(any_gain, {k: v for k, v in scarce.state().items() if "pool" in k})
         assert reused >= windows * 64 and any_gain["kv_compress"]["computed_again"] == 0
         told = scarce.generate(turn, tokens=1)["meta_info"]
         assert told["kv_compress"]["reused_tokens"] == 0
