@@ -126,11 +126,10 @@ class KaraConfig:
         "name",
         "What the prefix cache keeps of a compressed request: its prompt (`exact`), or its compressed "
         "output as well (`compressed`, `auto`). `auto` takes a compressed prefix only where it reaches "
-        "2,048 tokens farther than exact KV, `auto:N` N tokens. By default `auto`, or `exact` where "
-        "compressed prefixes do not work.",
+        "2,048 tokens farther than exact KV, `auto:N` N tokens.",
         more="See [below](#compressed-prefixes).",
         flag="--kv-compress-prefix-reuse",
-        absent="auto where it works",
+        absent="auto",
     )
     delay: int = setting(
         64,
