@@ -18,13 +18,13 @@ import concurrent.futures
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kara_sglang.benchmarks import command_line
-from kara_sglang.benchmarks.machine import origin
+from kara_sglang.benchmarks.machine import heading, origin
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import texts
@@ -36,7 +36,7 @@ from kara_sglang.benchmarks.serving.setup import Setup, resolve_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LEAST, POOL = 128, 8192
+LEAST, POOL = 100, 8192
 WINDOW, DELAY, PAGE = 64, 16, 16
 
 STOCK, EXACT, COMPRESSED = ROWS
@@ -95,7 +95,7 @@ def talks() -> list[Talk]:
     parts = [manual[k * TOOL_CHARACTERS :][:TOOL_CHARACTERS] for k in range(4)]
     steps = (("user", TASK), *(("tool", part) for part in parts))
     return [
-        Talk("kept", tea, (64, 96, 160, 224, 8)),
+        Talk("kept", tea, (48, 96, 128, 144, 8)),
         Talk("removed", glass, (96, 96, 96, 96, 8), 0.25),
         Talk("agent", steps, (96, 96, 96, 96, 8)),
     ]
@@ -132,13 +132,17 @@ def hold(talk: Talk, client: Client, tokenizer: PreTrainedTokenizerBase) -> list
     return turns
 
 
-def measure(setup: Setup, kinds: Sequence[Talk], folder: Path) -> dict[str, dict[str, list[Turn]]]:
-    """All talks with all rows, by the talk's name and the row's; one server at a time."""
+Found = dict[str, dict[str, list[Turn]]]
+"""Turns by the talk's name and the row's."""
+
+
+def measure(setup: Setup, kinds: Sequence[Talk], folder: Path) -> Iterator[Found]:
+    """All talks with all rows, one server at a time; what is found so far after each."""
     from transformers import AutoTokenizer
 
     # Each its own, as threads cannot share one.
     tokenizers = [AutoTokenizer.from_pretrained(setup.model) for _ in kinds]
-    found: dict[str, dict[str, list[Turn]]] = {talk.name: {} for talk in kinds}
+    found: Found = {talk.name: {} for talk in kinds}
     for row in CHAT_ROWS:
         server = start_row(row, setup, POOL, folder)
         try:
@@ -150,10 +154,10 @@ def measure(setup: Setup, kinds: Sequence[Talk], folder: Path) -> dict[str, dict
                     found[talk.name][row.name] = turns
         finally:
             server.stop()
-    return found
+        yield found
 
 
-def markdown(found: dict[str, dict[str, list[Turn]]]) -> str:
+def markdown(found: Found) -> str:
     """A table per talk: prompt tokens computed, of how many, and time to first token."""
     lines = []
     for name, rows in found.items():
@@ -172,7 +176,14 @@ def _cell(turn: Turn) -> str:
     return f"{turn.computed:,} of {turn.prompt_tokens:,}{reused}, {turn.ttft_ms:,.0f} ms"
 
 
-def of_json(result: dict[str, Any]) -> dict[str, dict[str, list[Turn]]]:
+def _plain(found: Found) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    return {
+        name: {row: [dataclasses.asdict(turn) for turn in turns] for row, turns in rows.items()}
+        for name, rows in found.items()
+    }
+
+
+def of_json(result: dict[str, Any]) -> Found:
     """What ``--out`` has written under ``talks``."""
     return {
         name: {row: [Turn(**turn) for turn in turns] for row, turns in rows.items()}
@@ -190,25 +201,18 @@ def main(argv: list[str] | None = None) -> int:
     setup = Setup(model, "bfloat16", WINDOW, DELAY, query_mem_gb=0.25, page_size=PAGE)
     end_on_sigterm()
     kinds = talks()
-    found = measure(setup, kinds, folder)
-    text = markdown(found)
-    print(text)
-    if options.out:
-        result = {
-            **origin("kara_sglang.benchmarks.reuse.chats", sys.argv[1:] if argv is None else argv),
-            "window": WINDOW,
-            "delay": DELAY,
-            "least": LEAST,
-            "answers": {talk.name: talk.answers for talk in kinds},
-            "talks": {
-                name: {row: [dataclasses.asdict(turn) for turn in turns] for row, turns in rows.items()}
-                for name, rows in found.items()
-            },
-        }
-        write_json(options.out, result, indent=1)
-        options.out.with_suffix(".md").write_text(
-            f"`{result['command']}` on a {result['machine']['kind']}\n\n" + text
-        )
+    about = {
+        **origin("kara_sglang.benchmarks.reuse.chats", sys.argv[1:] if argv is None else argv),
+        "window": WINDOW,
+        "delay": DELAY,
+        "least": LEAST,
+        "answers": {talk.name: talk.answers for talk in kinds},
+    }
+    for found in measure(setup, kinds, folder):
+        if options.out:
+            write_json(options.out, about | {"talks": _plain(found)}, indent=1)
+            options.out.with_suffix(".md").write_text(heading(about) + markdown(found))
+    print(markdown(found))
     return 0
 
 
