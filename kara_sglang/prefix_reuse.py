@@ -50,9 +50,10 @@ def settled(config: KaraConfig, resolved: Any) -> KaraConfig:
 def in_words(config: KaraConfig, resolved: Any) -> str:
     """What a server with settled settings reuses, and why no more, for people: a part of a sentence."""
     if config.shares_prefixes:
+        farther = f"{config.least_gain:,} tokens farther" if config.least_gain > 1 else "farther"
         return (
-            f"prefix reuse {config.prefix_reuse}: a compressed prefix is taken where it reaches "
-            f"{config.least_gain:,} tokens farther than exact KV"
+            f"prefix reuse {config.prefix_reuse}: a compressed prefix is taken where it reaches {farther} "
+            "than exact KV"
         )
     against = " and ".join(obstacles(config, resolved))
     return "prefix reuse exact" + (

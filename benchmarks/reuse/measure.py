@@ -76,8 +76,7 @@ class Client:
     def generate(
         self, ids: list[int], tokens: int, **sampling: Any
     ) -> tuple[list[int], dict[str, Any], float]:
-        """Generated ids, ``meta_info``, and seconds to the first token; greedy, whole, as long as asked
-        for."""
+        """Generated ids, ``meta_info``, and seconds to the first token."""
         params = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True} | sampling
         body: Any = {"input_ids": ids, "sampling_params": params, "stream": True}
         started, first, last = time.perf_counter(), 0.0, None

@@ -66,6 +66,8 @@ def test_several_reasons_are_one_sentence(resolved: Any) -> None:
     view = resolved(**PAGE, disable_radix_cache=True, kv_events_config="{}")
     said = prefix_reuse.in_words(KaraConfig(prefix_reuse="exact"), view)
     assert said.endswith("with --disable-radix-cache and --kv-events-config")
+    compressed = prefix_reuse.in_words(KaraConfig(prefix_reuse="compressed"), resolved(**PAGE))
+    assert compressed.endswith("a compressed prefix is taken where it reaches farther than exact KV")
     exact = prefix_reuse.in_words(KaraConfig(prefix_reuse="exact"), resolved(**PAGE))
     assert exact == "prefix reuse exact"
 
