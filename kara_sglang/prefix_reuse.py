@@ -52,8 +52,8 @@ def in_words(config: KaraConfig, resolved: Any) -> str:
     if config.shares_prefixes:
         farther = f"{config.least_gain:,} tokens farther" if config.least_gain > 1 else "farther"
         return (
-            f"prefix reuse {config.prefix_reuse}: a compressed prefix is taken where it reaches {farther} "
-            "than exact KV"
+            f"prefix reuse {config.prefix_reuse}: a compressed prefix is taken where it reaches "
+            f"{farther} than exact KV"
         )
     against = " and ".join(obstacles(config, resolved))
     return "prefix reuse exact" + (
