@@ -29,7 +29,8 @@ ENV = "SGLANG_KV_COMPRESS"
 NONE = "none"
 
 AUTO_GAIN = 2048
-"""N of ``prefix_reuse`` ``auto``."""
+"""N of ``prefix_reuse`` ``auto``: what is computed again is less than one chunk of a prefill, with the
+smallest default that SGLang has (``arg_groups/memory_hook.py``)."""
 
 _PREFIX_REUSE = r"exact|compressed|auto(:[1-9]\d{0,6})?"
 
