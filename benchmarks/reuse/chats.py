@@ -117,7 +117,7 @@ class Turn:
 
 def hold(talk: Talk, client: Client, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
     """The whole talk."""
-    messages: list[dict[str, str]] = []
+    messages: list[dict[str, Any]] = []
     turns = []
     for (role, content), tokens in zip(talk.asked, talk.answers, strict=True):
         messages.append({"role": role, "content": content})

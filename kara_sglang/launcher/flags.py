@@ -161,11 +161,11 @@ def check_server_args(_result: None, record: Any) -> None:
         config.check_context(model_config_of(record).context_len, resolved.page_size)
         if config.trace is not None:
             prepare_folder(config.trace)
-        config = prefix_reuse.settled(config, resolved)
-        if config.shares_prefixes:
+        settled = prefix_reuse.settled(config, resolved)
+        if settled.shares_prefixes:
             declare_resolution(record, "kara_sglang", radix_cache_backend=hooks.CACHE_BACKEND)
         versions.warn_if_untested()
-        plugin.settle(config)
+        plugin.settle(settled)
     except ValueError as error:
         if not getattr(record, _FROM_CLI, False):
             raise
