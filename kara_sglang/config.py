@@ -29,7 +29,8 @@ ENV = "SGLANG_KV_COMPRESS"
 NONE = "none"
 
 AUTO_GAIN = 2048
-"""N of ``prefix_reuse`` ``auto``."""
+"""N of ``prefix_reuse`` ``auto``: what is computed again is less than one chunk of a prefill, with the
+smallest default that SGLang has (``arg_groups/memory_hook.py``)."""
 
 _PREFIX_REUSE = r"exact|compressed|auto(:[1-9]\d{0,6})?"
 
@@ -48,6 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "query_heads": "all",
         "query_dtype": "model",
         "policy": "periodic",
+        "prefix_reuse": "exact",
     },
 }
 
@@ -120,14 +122,15 @@ class KaraConfig:
         flag="--kv-compress-query-mem-gb",
         absent="as needed",
     )
-    prefix_reuse: str = setting(
-        "exact",
+    prefix_reuse: str | None = setting(
+        None,
         "name",
         "What the prefix cache keeps of a compressed request: its prompt (`exact`), or its compressed "
         "output as well (`compressed`, `auto`). `auto` takes a compressed prefix only where it reaches "
         "2,048 tokens farther than exact KV, `auto:N` N tokens.",
         more="See [below](#compressed-prefixes).",
         flag="--kv-compress-prefix-reuse",
+        absent="auto",
     )
     delay: int = setting(
         64,
@@ -304,13 +307,13 @@ class KaraConfig:
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether compressed rows enter the prefix cache."""
-        return self.prefix_reuse != "exact"
+        """Whether compressed rows enter the prefix cache; not before it is settled."""
+        return self.prefix_reuse not in (None, "exact")
 
     @property
     def least_gain(self) -> int:
         """Tokens that a compressed prefix must reach farther than exact KV to be taken."""
-        mode, _, tokens = self.prefix_reuse.partition(":")
+        mode, _, tokens = (self.prefix_reuse or "").partition(":")
         return int(tokens or AUTO_GAIN) if mode == "auto" else 1
 
     def ring_dtype(self, model: torch.dtype) -> torch.dtype:
@@ -335,8 +338,7 @@ class KaraConfig:
                 f"--kv-compress-retain {self.retain:g} of a window of {self.window} tokens keeps all "
                 f"of it in pages of {page_size}; keep less, or use a larger --kv-compress-window"
             )
-        shares = whole or self.may_share(self.kept(page_size))
-        if self.shares_prefixes and not shares:
+        if self.shares_prefixes and not self.may_share(self.kept_by(self.selector, page_size)):
             raise ValueError(
                 f"--kv-compress-retain {self.retain:g} keeps a single token of a window of "
                 f"{self.window}, too few to tell windows apart with --kv-compress-prefix-reuse "
@@ -368,6 +370,20 @@ class KaraConfig:
         """
         return kept >= 2 or kept == self.window
 
+    def not_shared(self, page_size: int) -> list[str]:
+        """Why windows made with these settings cannot be shared, each with the setting that decides."""
+        reasons = []
+        if not self.told_by_its_text(self.selector):
+            reasons.append(
+                f"--kv-compress {self.selector}, where the {self.delay} tokens behind a window vote as "
+                "well"
+            )
+        if not self.may_share(self.kept_by(self.selector, page_size)):
+            reasons.append(
+                f"--kv-compress-retain {self.retain:g}, which keeps a single token of a window"
+            )
+        return reasons
+
     def kept(self, page_size: int, retain: float | None = None) -> int:
         """R in tokens for a share ``retain`` (the server's by default): whole pages, at least one."""
         pages = self.window // page_size
@@ -395,7 +411,7 @@ _RANGES = (
     ("query_mem_gb", lambda v: v is None or 0 <= v <= 1e6, "between 0 and 1000000 (GiB)"),
     (
         "prefix_reuse",
-        lambda v: re.fullmatch(_PREFIX_REUSE, v),
+        lambda v: v is None or re.fullmatch(_PREFIX_REUSE, v),
         "exact, compressed, auto, or auto:N with N tokens",
     ),
     ("delay", lambda v: 0 <= v <= 65536, "between 0 and 65536 tokens"),

@@ -18,7 +18,7 @@ from importlib import metadata, util
 from types import SimpleNamespace
 from typing import Any
 
-from kara_sglang import __version__, cpu_engine, hooks, plugin, serve
+from kara_sglang import __version__, cpu_engine, hooks, plugin, prefix_reuse, serve
 from kara_sglang.compat import kv_cache, surface, versions
 from kara_sglang.compat.quiet import quiet
 from kara_sglang.compat.source import Source
@@ -295,9 +295,11 @@ def check_model(plan: Plan) -> Iterator[Finding]:
     yield _graphs(model, plan.config, resolved)
     if plan.config.keeps_queries:
         yield _query_ring(plan, model, resolved)
-    for line in refusals.of_flags(resolved):
+    for line in refusals.of_flags(resolved) + refusals.of_sharing(resolved, plan.config):
         if "attention-backend" not in line:  # said above, with what to pass instead
             yield Finding(BAD, "flags", line)
+    settled = prefix_reuse.settled(plan.config, resolved)
+    yield Finding(OK, "reuse", prefix_reuse.in_words(settled, resolved))
     try:
         plan.config.check_page_size(resolved.page_size)
         plan.config.check_context(model.context_len, resolved.page_size)

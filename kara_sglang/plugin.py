@@ -25,6 +25,9 @@ _SCHEDULING = ("scheduler", "data_parallel_controller")
 
 _launched: KaraConfig | None = None
 
+_settled: tuple[str, KaraConfig] | None = None
+"""What :func:`settle` wrote into the environment last, and what had been asked for."""
+
 
 def register() -> None:
     """Called by SGLang's ``load_plugins()`` once per process, which then applies the hooks."""
@@ -59,6 +62,8 @@ def _parsed(_text: str | None) -> KaraConfig | None:
 
 def activate(config: KaraConfig | None) -> None:
     """Switch compression on (or, with None, off) for servers started from this process."""
+    global _settled
+    _settled = None
     if config is None:
         os.environ.pop(ENV, None)
     else:
@@ -107,6 +112,24 @@ def set_launched(config: KaraConfig | None) -> None:
     """Bind the settings to the server: later changes of the environment do not concern it."""
     global _launched
     _launched = config
+
+
+def settle(config: KaraConfig) -> None:
+    """Bind settings to the server that is about to start, and hand them to its schedulers: those asked
+    for, with what was left open settled."""
+    global _settled
+    before = asked()
+    assert before is not None
+    text = os.environ[ENV] = config.to_json()
+    _settled = text, before
+    set_launched(config)
+
+
+def asked() -> KaraConfig | None:
+    """The settings that the next server is asked to have; what an earlier one settled is open again."""
+    if _settled is not None and os.environ.get(ENV) == _settled[0]:
+        return _settled[1]
+    return active()
 
 
 def invisible() -> list[str]:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from sglang.srt.environ import envs
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams, MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import (
     TreeCacheBuildContext,
@@ -79,6 +79,9 @@ class CompressedRadixCache(UnifiedRadixCache):
     layouts : LayoutIndex
     debug_checks : bool
         Check the interval map of each row that is inserted.
+    computed_again : callable
+        Told with each prefill how many tokens are computed though a compressed prefix held them that
+        reached too little farther.
     """
 
     def __init__(self, params: CacheInitParams) -> None:
@@ -86,6 +89,7 @@ class CompressedRadixCache(UnifiedRadixCache):
         self.vocab_size = 0
         self.layouts = LayoutIndex()
         self.debug_checks = False
+        self.computed_again: Callable[[int], None] = lambda _tokens: None
         super().__init__(params)
 
     def reset(self) -> None:
@@ -109,7 +113,7 @@ class CompressedRadixCache(UnifiedRadixCache):
         if params.req is None:
             return super().match_prefix(params)
         prefix = self._prefix(params.req)
-        prefix.windows = ()
+        prefix.windows, prefix.found = (), None
         prefix.passed_over = 0
         found = None
         if prefix.sharing is not None and not envs.SGLANG_RADIX_FORCE_MISS.get():
@@ -119,12 +123,32 @@ class CompressedRadixCache(UnifiedRadixCache):
         key, layout = found
         result = super().match_prefix(dataclasses.replace(params, key=key))
         slots = result.device_prefix_len
-        prefix.windows = layout.windows
+        tokens, reach = layout.tokens(slots), layout.tokens(slots + result.host_hit_length)
+        prefix.windows, prefix.found = layout.within(reach).windows, (layout, slots)
         return result._replace(
-            device_prefix_len=slots + layout.removed,
-            full_kv_hit_length=slots + layout.removed,
-            cache_protected_len=slots,
+            device_prefix_len=tokens,
+            host_hit_length=reach - tokens,
+            full_kv_hit_length=reach,
+            cache_protected_len=layout.slots(tokens),
         )
+
+    def init_load_back(self, params: InitLoadBackParams) -> tuple[int, Any] | None:
+        """Load what the host holds of the request's prefix: SGLang's, which counts slots.
+
+        Returns
+        -------
+        tuple or None
+            Tokens that are on the device now and were not, and the node at their end.
+        """
+        loaded = super().init_load_back(params)
+        prefix = prefix_of(params.req)
+        if loaded is None or prefix is None or prefix.found is None:
+            return loaded
+        more, node = loaded
+        layout, slots = prefix.found
+        reach = layout.tokens(slots + more)
+        prefix.windows = layout.within(reach).windows
+        return reach - layout.tokens(slots), node
 
     def touch_prefix(self, key: RadixKey) -> None:
         """Keep a waiting text's prefix young; it must not split a window's node."""
@@ -143,18 +167,15 @@ class CompressedRadixCache(UnifiedRadixCache):
         return bool(np.isin(unsigned[unsigned >= self.vocab_size], np.array(own, np.uint64)).all())
 
     def _find(self, prefix: Prefix, sharing: Sharing, key: RadixKey) -> tuple[RadixKey, Layout] | None:
-        """The physical key under which more of the text is cached than under its tokens.
-
-        Looks only (``match_full_device_prefix``), so that the loser of the comparison ages.
-        """
+        """The physical key under which more of the text is cached than under its tokens."""
 
         def cached(ids: array[int]) -> int:
-            candidate = RadixKey(ids, key.extra_key, cache_salt=key.cache_salt)
-            slots, _, _ = self.tree_core.match_full_device_prefix(candidate)
-            return slots
+            return self._reach(RadixKey(ids, key.extra_key, cache_salt=key.cache_salt))
 
+        if not self.layouts.num_windows:
+            return None  # while memory suffices, a match costs what SGLang's does
         tokens = _ids_of(key)
-        exact, _, _ = self.tree_core.match_full_device_prefix(key)
+        exact = self._reach(key)
         # The exact part of a compressed row is an exact prefix, so nothing can start behind it.
         if exact == 0 or exact >= len(tokens) // self.page_size * self.page_size:
             return None
@@ -168,6 +189,19 @@ class CompressedRadixCache(UnifiedRadixCache):
             prefix.passed_over = gain
             return None
         return RadixKey(ids, key.extra_key, cache_salt=key.cache_salt), layout
+
+    def _reach(self, key: RadixKey) -> int:
+        """How many slots of a key device and host hold, without a gap.
+
+        Without a host tier this looks only, so that the loser of a comparison ages. SGLang has no such
+        look at the host.
+        """
+        if self.cache_controller is None:
+            slots, _, _ = self.tree_core.match_full_device_prefix(key)
+            return slots
+        result = self.tree_core.match_prefix(MatchPrefixParams(key=key))
+        self._apply_cache_actions(result.cache_actions)
+        return result.device_prefix_len + result.host_hit_length
 
     def _prefix(self, req: Req) -> Prefix:
         prefix = prefix_of(req)

@@ -22,14 +22,17 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+    from kara_sglang.radix_integration.compressed import CompressedRadixCache
+
 
 def before_alloc_for_extend(batch: ScheduleBatch) -> None:
     """BEFORE ``allocation.alloc_for_extend``: the batch's lengths become those of its rows."""
+    for req in batch.reqs:
+        if not req.kv.holds_kv:
+            _begin(req, batch.tree_cache)
     removed = _removed_of(batch)
     if removed is None:
         return
-    for req in batch.reqs:
-        _count_reuse(req)
     batch.prefix_lens = [
         length - less for length, less in zip(batch.prefix_lens, removed.tolist(), strict=True)
     ]
@@ -76,11 +79,20 @@ def _removed_of(batch: ScheduleBatch) -> torch.Tensor | None:
     return torch.tensor(removed, dtype=torch.int64) if any(removed) else None
 
 
-def _count_reuse(req: Req) -> None:
-    """For the request's report: once, with its first chunk, as SGLang counts ``cached_tokens``."""
+def _begin(req: Req, cache: CompressedRadixCache) -> None:
+    """A first chunk. What the match has given and passed over is counted with it, as SGLang counts
+    ``cached_tokens``; for the request's report once, whatever is computed anew after a retraction."""
     prefix = prefix_of(req)
-    if prefix is None or not prefix.windows or req.kv.holds_kv or req.retracted_stain:
+    if prefix is None:
         return
-    first = prefix.windows[0]
-    prefix.reused_tokens = req.prefix_len - first.logical_start
-    prefix.reused_slots = req.prefix_len - removed_of(req) - first.kv_start
+    if prefix.windows:
+        # Where a part came from the host, SGLang has counted what the tree owns in tokens.
+        req.kv.cache_protected_len = req.prefix_len - removed_of(req)
+    cache.computed_again(prefix.passed_over)
+    if req.retracted_stain:
+        return
+    prefix.computed_again = prefix.passed_over
+    if prefix.windows:
+        first = prefix.windows[0]
+        prefix.reused_tokens = req.prefix_len - first.logical_start
+        prefix.reused_slots = req.prefix_len - removed_of(req) - first.kv_start

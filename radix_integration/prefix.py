@@ -37,9 +37,11 @@ class Prefix:
 
     sharing: Sharing | None  # None: it takes and leaves exact KV only
     windows: tuple[Window, ...] = ()  # in the prefix that it matched last
+    found: tuple[Layout, int] | None = None  # of the key that it matched last; slots on the device
     reused_tokens: int = 0  # of its cached tokens: those from the first reused window on
     reused_slots: int = 0  # that hold them
-    passed_over: int = 0  # tokens that a compressed prefix held beyond exact KV, too few to take it
+    passed_over: int = 0  # tokens of a compressed prefix that gained too few to be taken
+    computed_again: int = 0  # those that its first prefill computed
 
 
 def prefix_of(req: Req) -> Prefix | None:

@@ -73,13 +73,12 @@ class Client:
     def __init__(self, server: Server) -> None:
         self._server = server
 
-    def generate(self, ids: list[int], tokens: int) -> tuple[list[int], dict[str, Any], float]:
+    def generate(
+        self, ids: list[int], tokens: int, **sampling: Any
+    ) -> tuple[list[int], dict[str, Any], float]:
         """Generated ids, ``meta_info``, and seconds to the first token."""
-        body: Any = {
-            "input_ids": ids,
-            "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True},
-            "stream": True,
-        }
+        params = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True} | sampling
+        body: Any = {"input_ids": ids, "sampling_params": params, "stream": True}
         started, first, last = time.perf_counter(), 0.0, None
         with requests.post(
             self._server.url + "/generate", json=body, stream=True, timeout=1800
@@ -155,7 +154,7 @@ def measure(setup: Setup, sizes: Sizes, folder: Path) -> dict[str, Any]:
         servers: dict[str, Server] = {}
         try:
             for row in ROWS:
-                servers[row.name] = _start(row, setup, pool, folder)
+                servers[row.name] = start_row(row, setup, pool, folder)
             runs: dict[str, list[list[dict[str, float]]]] = {row.name: [] for row in ROWS}
             for repetition in range(sizes.repetitions):
                 for name, server in servers.items():
@@ -166,7 +165,7 @@ def measure(setup: Setup, sizes: Sizes, folder: Path) -> dict[str, Any]:
             for server in servers.values():
                 server.stop()
     for row in ROWS:
-        server = _start(row, setup, sizes.fork_pool, folder)
+        server = start_row(row, setup, sizes.fork_pool, folder)
         try:
             found["forks"][row.name] = run_forks(server, Client(server), sizes)
         finally:
@@ -174,7 +173,8 @@ def measure(setup: Setup, sizes: Sizes, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _start(row: Row, setup: Setup, pool: int, folder: Path) -> Server:
+def start_row(row: Row, setup: Setup, pool: int, folder: Path) -> Server:
+    """A row's server with a pool of so many slots, which answers."""
     print(f"starting {row.name}, pool {pool} slots", file=sys.stderr)
     log = folder / "logs" / f"{row.name}-{pool}.log"
     return start(PEERS["sglang"], row, dataclasses.replace(setup, pool=pool), log).wait()

@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         endpoint = KaraEndpoint(options.endpoint)
         if (endpoint.settings or {}).get("prefix_reuse") != "compressed":
             raise ValueError(
-                f"the server {options.endpoint} reuses exact prefixes only; start it with "
+                f"the server {options.endpoint} does not take every compressed prefix; start it with "
                 "--kv-compress-prefix-reuse compressed"
             )
         found = [

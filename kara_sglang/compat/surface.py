@@ -397,7 +397,7 @@ SURFACE = (
             "seq_lens_sum",
         ),
     ),
-    Used("managers.schedule_batch.ScheduleBatch", ("prefix_lens",), sharing=True),
+    Used("managers.schedule_batch.ScheduleBatch", ("prefix_lens", "tree_cache"), sharing=True),
     Used(
         "sampling.sampling_params.SamplingParams",
         ("custom_params", "ignore_eos", "max_new_tokens", "n"),
@@ -435,10 +435,17 @@ SURFACE = (
         ),
         sharing=True,
     ),
+    Used("mem_cache.base_prefix_cache.InitLoadBackParams", ("req",), sharing=True),
     Used("mem_cache.base_prefix_cache.MatchPrefixParams", ("key", "req"), sharing=True),
     Used(
         "mem_cache.base_prefix_cache.MatchResult",
-        ("cache_protected_len", "device_prefix_len", "full_kv_hit_length"),
+        (
+            "cache_actions",
+            "cache_protected_len",
+            "device_prefix_len",
+            "full_kv_hit_length",
+            "host_hit_length",
+        ),
         sharing=True,
     ),
     Used(
@@ -455,8 +462,10 @@ SURFACE = (
         "mem_cache.unified_radix_cache.UnifiedRadixCache",
         (
             "__init__(params)",
+            "_apply_cache_actions(actions)",
             "checkpoint_into_tree(req, *, up_to, **rest)",
             "disable",
+            "init_load_back(params)",
             "match_prefix(params)",
             "page_size",
             "path_device_indices(node)",
@@ -469,7 +478,7 @@ SURFACE = (
     ),
     Used(
         "mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface",
-        ("match_full_device_prefix(key)",),
+        ("match_full_device_prefix(key)", "match_prefix(params)"),
         sharing=True,
     ),
 )

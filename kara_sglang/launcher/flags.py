@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from kara_sglang import config as settings
-from kara_sglang import hooks, plugin
+from kara_sglang import hooks, plugin, prefix_reuse
 from kara_sglang.checks import shown
 from kara_sglang.compat import versions
 from kara_sglang.config import CONFIG_KEYS, NONE, PRESETS, SELECTORS, KaraConfig
@@ -145,7 +145,7 @@ def check_server_args(_result: None, record: Any) -> None:
 
     try:
         plugin.set_launched(None)
-        config = plugin.active()
+        config = plugin.asked()
         if config is None:
             return
         resolved = resolving_view(record)
@@ -170,10 +170,11 @@ def check_server_args(_result: None, record: Any) -> None:
         config.check_context(model_config_of(record).context_len, resolved.page_size)
         if config.trace is not None:
             prepare_folder(config.trace)
-        if config.shares_prefixes:
+        settled = prefix_reuse.settled(config, resolved)
+        if settled.shares_prefixes:
             declare_resolution(record, "kara_sglang", radix_cache_backend=hooks.CACHE_BACKEND)
         versions.warn_if_untested()
-        plugin.set_launched(config)
+        plugin.settle(settled)
     except ValueError as error:
         if not getattr(record, _FROM_CLI, False):
             raise

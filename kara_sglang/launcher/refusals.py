@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from kara_sglang import prefix_reuse
 from kara_sglang.compat import kv_cache
 from kara_sglang.compat.flags import Flags
 from kara_sglang.hooks import CACHE_BACKEND
@@ -119,27 +120,6 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
     ),
 }
 
-# What sharing compressed prefixes does not go with, beyond that.
-_SHARING_FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
-    ("--disaggregation-mode decode", lambda c: c.disaggregation_mode == "decode"),
-    # A decode server has none by itself.
-    (
-        "--disable-radix-cache",
-        lambda c: c.disable_radix_cache and c.disaggregation_mode != "decode",
-    ),
-    # Rows that were driven off the device would not be found again: the host is not asked.
-    ("--enable-hierarchical-cache", lambda c: c.enable_hierarchical_cache),
-    # The trees of the others have keys of two tokens each.
-    (
-        "--speculative-algorithm (other than NGRAM)",
-        lambda c: c.speculative_algorithm not in (None, "NGRAM"),
-    ),
-    # Nobody would see to it that prompts hold no ids of windows.
-    ("--tokenizer-worker-num", lambda c: c.tokenizer_worker_num > 1),
-    # The events would tell others about ids that are no tokens.
-    ("--kv-events-config", lambda c: c.kv_events_config is not None),
-)
-
 ENVIRONMENT = (
     "SGLANG_ENABLE_OVERLAP_PLAN_STREAM",
     "SGLANG_RUST_SERVER",
@@ -224,7 +204,7 @@ def of_sharing(resolved: Any, config: KaraConfig) -> list[str]:
     """Refusals that concern compressed prefixes only, one line each."""
     if not config.shares_prefixes:
         return []
-    return _used(_SHARING_FLAGS, resolved, f"--kv-compress-prefix-reuse {config.prefix_reuse}")
+    return _used(prefix_reuse.FLAGS, resolved, f"--kv-compress-prefix-reuse {config.prefix_reuse}")
 
 
 def of_entry(record: Any) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from kara_sglang import prefix_reuse
 from kara_sglang.compat import kv_cache
 from kara_sglang.config import KaraConfig
 from kara_sglang.launcher import flags, refusals
@@ -111,6 +112,7 @@ def read(words: list[str], gpu_memory: float | None) -> Launch:
         resolved = resolving_view(record)
         if resolved.device != "cpu" and gpu_memory is None:
             gpu_memory = memory_hook.get_device_memory_capacity(resolved.device)
+    config = prefix_reuse.settled(config, resolved)
     refused = (
         refusals.of_flags(resolved)
         + refusals.of_sharing(resolved, config)

@@ -73,6 +73,7 @@ class Coordinator:
         self._sizes: tuple[int, int] | None = None  # of batch and queue then; None: ask again
         if config.shares_prefixes:
             scheduler.tree_cache.sharing_of = lambda req: self.terms_of(req).sharing
+            scheduler.tree_cache.computed_again = self.totals.compute_again
             scheduler.tree_cache.vocab_size = scheduler.model_config.vocab_size
             scheduler.tree_cache.debug_checks = config.debug_checks
 

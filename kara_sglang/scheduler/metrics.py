@@ -39,6 +39,10 @@ class Totals:
     def copy(self) -> Totals:
         return dataclasses.replace(self, skipped=self.skipped.copy())
 
+    def compute_again(self, tokens: int) -> None:
+        """Count tokens that a prefill computes though a compressed prefix held them."""
+        self.tokens_computed_again += tokens
+
     def skip(self, reason: str) -> None:
         """Count a request that is left uncompressed."""
         self.skipped[reason] += 1

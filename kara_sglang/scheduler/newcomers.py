@@ -28,7 +28,7 @@ class Newcomers:
     compaction : Compaction
     terms_of : TermsOf
     totals : Totals
-        Counts who is left uncompressed, and what is computed again.
+        Counts who is left uncompressed.
     """
 
     def __init__(
@@ -63,8 +63,6 @@ class Newcomers:
         if terms.skipped is None:
             selector = self.selectors[terms.selector]
             prefix = prefix_of(req)
-            if prefix is not None:
-                self.totals.tokens_computed_again += prefix.passed_over
             windows = list(prefix.windows) if prefix is not None else []
             state = RequestState(
                 selector=selector,

@@ -62,11 +62,10 @@ def of_drafts(pools: list[Any]) -> list[str]:
 def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
     """Refusals that the real pool, allocator and host tier decide, one line each.
 
-    HiCache is safe with exact prefixes because a pass reads and writes only slots that one request
-    owns, and a copy to the host reads only slots that the tree owns
-    (``mem_cache/unified_radix_cache.py``). A load may take slots that a pass has freed, but it waits
-    for the forward stream, on which the pass runs (``load_fence_stream`` in
-    ``managers/cache_controller.py``, set by ``managers/scheduler.py``).
+    HiCache is safe because a pass writes only slots that one request owns, and a copy to the host reads
+    only slots that the tree owns, compressed or not (``mem_cache/unified_radix_cache.py``). A load may
+    take slots that a pass has freed, but it waits for the forward stream, on which the pass runs
+    (``load_fence_stream`` in ``managers/cache_controller.py``, set by ``managers/scheduler.py``).
     """
     from sglang.srt.disaggregation.decode import DecodeReqToTokenPool
     from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator

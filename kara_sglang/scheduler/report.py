@@ -32,6 +32,7 @@ def request_report(req: Req) -> dict[str, Any] | None:
     count, and the exact part in front does not), ``reused_slots`` the KV slots that hold them. Both are
     0 where it reused exact KV only, and like ``cached_tokens`` they are counted before any retraction.
     Without one, ``logical_length - kv_slots_held = tokens_removed + reused_tokens - reused_slots``.
+    ``computed_again`` are tokens that a compressed prefix held beyond exact KV, too few to take it.
     """
     if not req.finished():
         return None
@@ -53,6 +54,7 @@ def request_report(req: Req) -> dict[str, Any] | None:
         "retained": 1.0 - own_removed / covered if covered else 1.0,
         "reused_tokens": prefix.reused_tokens if prefix is not None else 0,
         "reused_slots": prefix.reused_slots if prefix is not None else 0,
+        "computed_again": prefix.computed_again if prefix is not None else 0,
     }
 
 

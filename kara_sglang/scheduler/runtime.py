@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kara_sglang import handshake, hooks, plugin
+from kara_sglang import handshake, hooks, plugin, prefix_reuse
 from kara_sglang.compat import kv_cache
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import Kernels
@@ -295,7 +295,8 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
     coordinator = Coordinator(parts.config, compaction)
     coordinator.warm_up()
     runtime.coordinator = coordinator
-    logger.info("KV compression is on: %s.", described(parts, coordinator))
+    reuse = prefix_reuse.in_words(parts.config, resolved)
+    logger.info("KV compression is on: %s; %s.", described(parts, coordinator), reuse)
 
 
 def described(parts: Parts, coordinator: Coordinator) -> str:

@@ -30,6 +30,7 @@ def test_a_chat_takes_compressed_rows_where_they_reach_far_enough(auto: Server) 
     assert told["kv_compress"]["reused_tokens"] == 0
     again = auto.state()["tokens_computed_again"]
     assert again == 208 - 112, "what the compressed row would have held beyond"
+    assert told["kv_compress"]["computed_again"] == again
     any_gain = auto.generate(text, tokens=1, kv_compress={"prefix": "compressed"})["meta_info"]
     assert any_gain["cached_tokens"] >= 224, "by now the whole text is there exactly"
 
@@ -42,7 +43,7 @@ def test_a_chat_takes_compressed_rows_where_they_reach_far_enough(auto: Server) 
 
     text += second["output_ids"] + prompt(10, 73)
     third = auto.generate(text, tokens=40)["meta_info"]
-    assert third["kv_compress"]["reused_tokens"] > N
+    assert third["kv_compress"]["reused_tokens"] > N and third["kv_compress"]["computed_again"] == 0
     assert third["cached_tokens"] >= 224 + N
     assert auto.state()["tokens_computed_again"] == again
     auto.assert_nothing_leaked()

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import plugins
 import pytest
@@ -16,6 +17,7 @@ from server import WINDOW, Server, in_parallel, launch, prompt
 
 POOL, PROMPT = 1024, 400
 PROMPTS = [prompt(PROMPT, 300 + seed) for seed in range(4)]
+COMPRESSED = {"prefix": "compressed"}  # takes a compressed row however little it gains
 OPTIONS = (None, False, {"selector": "identity"}, {"selector": "random", "retain": 0.25, "seed": 3})
 
 # How SGLang writes to the host: its default layout and I/O backend, and the others that are allowed.
@@ -94,12 +96,45 @@ def test_prompts_come_back_from_the_host(
     hicache.assert_nothing_leaked()
 
 
-def hang_up(server: Server, ids: list[int], rid: str, after: int) -> int:
+def follow_up(server: Server, ids: list[int], drive_off: bool) -> dict:
+    """An answer of which two windows are compressed, and one that continues it."""
+    server.flush()
+    first = server.generate(ids, tokens=200)
+    assert first["meta_info"]["kv_compress"]["windows"] == 2
+    if drive_off:
+        fill_the_device(server)
+    text = [*ids, *first["output_ids"], *prompt(20, 310)]
+    return server.generate(text, tokens=60, kv_compress=COMPRESSED)
+
+
+def fill_the_device(server: Server) -> None:
+    for other in PROMPTS[1:]:
+        server.generate(other, tokens=40, kv_compress=False)
+
+
+def test_compressed_rows_come_back_from_the_host(hicache: Server) -> None:
+    """A row that left the device is found on the host, and continued as one that has stayed: the same
+    tokens at the same positions."""
+    stayed, came_back = (follow_up(hicache, PROMPTS[0], drive_off) for drive_off in (False, True))
+    assert_bit_exact([came_back], [stayed])
+    told, expected = came_back["meta_info"], stayed["meta_info"]
+    assert told["kv_compress"] == expected["kv_compress"]
+    assert told["cached_tokens"] == expected["cached_tokens"] >= PROMPT + 128 + 64
+    assert told["kv_compress"]["reused_tokens"] == told["cached_tokens"] - PROMPT
+    assert told["kv_compress"]["reused_slots"] == told["kv_compress"]["reused_tokens"] - 64
+    assert from_host(stayed) == 0 < from_host(came_back) <= told["cached_tokens"]
+    hicache.assert_nothing_leaked()
+
+
+def hang_up(server: Server, ids: list[int], rid: str, after: int, option: Any = None) -> int:
     """Ask for a long answer and end it after so many chunks, by closing or by /abort_request; how many
     tokens of the prompt came from the host."""
     body = {
         "input_ids": ids,
-        "sampling_params": {"max_new_tokens": 500, "temperature": 0, "ignore_eos": True},
+        "sampling_params": {
+            **{"max_new_tokens": 500, "temperature": 0, "ignore_eos": True},
+            "custom_params": {"kv_compress": option},
+        },
         "stream": True,
         "rid": rid,
     }
@@ -128,8 +163,25 @@ def test_aborts_while_a_prompt_is_loaded(hicache: Server) -> None:
     hicache.assert_nothing_leaked()
 
 
+def test_aborts_while_a_compressed_row_is_loaded(hicache: Server) -> None:
+    """The row is whole afterwards, and its windows are still windows."""
+    hicache.flush()
+    text = [*PROMPTS[0], *hicache.generate(PROMPTS[0], tokens=200)["output_ids"], 5]
+    expected = hicache.generate(text, tokens=40, kv_compress=COMPRESSED)
+    loaded = []
+    for after in range(4):
+        fill_the_device(hicache)
+        loaded.append(hang_up(hicache, text, f"row-{after}", after, COMPRESSED))
+        answer = hicache.generate(text, tokens=40, kv_compress=COMPRESSED)
+        assert_same_choices(answer, expected)
+        assert answer["meta_info"]["kv_compress"]["reused_tokens"] >= 128
+    assert sum(map(bool, loaded)) >= 2, loaded
+    hicache.assert_nothing_leaked()
+
+
 def test_a_full_host_tier(hicache: Server) -> None:
-    """More prompts than both tiers hold, several requests at a time: the oldest are forgotten."""
+    """More prompts than both tiers hold, several requests at a time: the oldest are forgotten. Then all
+    answers are continued on their compressed rows, or on what is left of them."""
     hicache.flush()
     prompts = [prompt(PROMPT, 400 + seed) for seed in range(12)]
     first = [hicache.generate(ids, tokens=100) for ids in prompts]
@@ -140,6 +192,13 @@ def test_a_full_host_tier(hicache: Server) -> None:
         assert len(other["output_ids"]) == 100
         windows = [answer["meta_info"]["kv_compress"]["windows"] for answer in (one, other)]
         assert windows[0] == windows[1] > 0
+    texts = [[*ids, *answer["output_ids"], 5] for ids, answer in zip(prompts, again, strict=True)]
+    calls = [lambda t=text: hicache.generate(t, tokens=90, kv_compress=COMPRESSED) for text in texts]
+    answers = in_parallel(calls)
+    assert all(len(answer["output_ids"]) == 90 for answer in answers)
+    reused = [answer["meta_info"]["kv_compress"]["reused_tokens"] for answer in answers]
+    both = [tokens for tokens, answer in zip(reused, answers, strict=True) if from_host(answer)]
+    assert 0 < sum(map(bool, both)) <= sum(map(bool, reused)) < 12, (reused, both)
     hicache.assert_nothing_leaked()
 
 
@@ -181,6 +240,9 @@ def test_long_mixed_load_over_two_tiers(
             tokens = 60 if option is False else rng.randrange(100, 300)
             answer = server.generate(prompts[which], tokens=tokens, kv_compress=option)
             assert len(answer["output_ids"]) == tokens
+            if option is None:
+                text = [*prompts[which], *answer["output_ids"], 5]
+                server.generate(text, tokens=100, kv_compress=COMPRESSED)
             if option is False:
                 assert_same_choices(answer, expected[which])
 

@@ -20,6 +20,7 @@ FLAGS = (
     *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
 )
 BEGINS = "compression begins when running and waiting requests need 80 % of the KV pool"
+REUSE = "; prefix reuse auto: a compressed prefix is taken where it reaches 2,048 tokens farther than "
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,8 @@ def scarce(tiny_model: Path, logs: Path) -> Iterator[Server]:
 
 def test_while_all_fit_answers_and_prefixes_are_stocks(scarce: Server, stock: Server) -> None:
     """Bit by bit, and a follow-up turn finds as much in the prefix cache."""
-    assert BEGINS in scarce.log_text()
+    assert BEGINS in scarce.log_text() and REUSE in scarce.log_text()
+    assert scarce.state()["settings"]["prefix_reuse"] == "auto"
     first, expected = (server.generate(prompt(100, 1), tokens=TOKENS) for server in (scarce, stock))
     assert_bit_exact([first], [expected])
     assert first["meta_info"]["kv_compress"]["windows"] == 0
@@ -74,4 +76,27 @@ def test_a_queue_is_let_in_and_memory_that_suffices_ends_it(scarce: Server) -> N
     again = scarce.generate(prompt(100, 1), tokens=TOKENS)
     assert again["meta_info"]["kv_compress"]["windows"] == 0
     assert again["output_ids"] == alone["output_ids"]
+    scarce.assert_nothing_leaked()
+
+
+def test_follow_ups_of_an_answer_that_had_to_be_compressed(scarce: Server) -> None:
+    """Its row is in the prefix cache, compressed. Who asks for it continues on it; others compute so
+    few tokens exactly, which is told and counted, also of a request that never decodes."""
+    scarce.flush()
+    prompts = [prompt(100, seed) for seed in (11, 12, 13)]
+    answers = scarce.generate(prompts, tokens=TOKENS)
+    ids, answer = prompts[-1], answers[-1]
+    windows = answer["meta_info"]["kv_compress"]["windows"]
+    assert windows >= 1
+    turn = [*ids, *answer["output_ids"], 3, 4, 5]
+    taken = scarce.generate(turn, tokens=1, kv_compress={"prefix": "compressed"})["meta_info"]
+    reused = taken["kv_compress"]["reused_tokens"]
+    assert reused >= windows * 64 and taken["kv_compress"]["computed_again"] == 0
+    counted = scarce.state()["tokens_computed_again"]
+    told = scarce.generate(turn, tokens=1)["meta_info"]
+    again = told["kv_compress"]["computed_again"]
+    assert again in (reused, reused + 16), "the first one may have filled a page"
+    assert told["kv_compress"]["reused_tokens"] == 0
+    assert told["cached_tokens"] == taken["cached_tokens"] - reused
+    assert scarce.state()["tokens_computed_again"] == counted + again
     scarce.assert_nothing_leaked()

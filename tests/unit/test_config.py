@@ -23,7 +23,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "window": 512,
         "retain": 0.5,
         "query_mem_gb": None,
-        "prefix_reuse": "exact",
+        "prefix_reuse": None,
         "delay": 64,
         "delay_votes": False,
         "ahead": True,
@@ -71,6 +71,7 @@ def test_the_paper_preset_and_what_goes_over_it() -> None:
         "query_heads": "all",
         "query_dtype": "model",
         "policy": "periodic",
+        "prefix_reuse": "exact",
     }
     assert dataclasses.asdict(paper) == dataclasses.asdict(KaraConfig()) | changed
     assert paper.chunk_budget > 0
@@ -202,6 +203,7 @@ def test_out_of_range(field: str, value: Any, message: str) -> None:
 def test_what_auto_takes() -> None:
     for text, shares, least in (
         *(("exact", False, 1), ("compressed", True, 1)),
+        (None, False, 1),
         *(("auto", True, module.AUTO_GAIN), ("auto:1", True, 1), ("auto:300", True, 300)),
     ):
         config = KaraConfig(prefix_reuse=text)

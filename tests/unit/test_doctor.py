@@ -70,6 +70,8 @@ def test_a_healthy_environment_and_a_supported_model(capsys, tmp_path):
     room = f"{pages // every} requests with all query heads or {pages // each} with their mean"
     assert "a ring of 2.00 GiB (fixed, as no memory of a GPU says what is needed)" in queries
     assert f"has room for {room}; windows of others are chosen without queries" in queries
+    reuse = "prefix reuse auto: a compressed prefix is taken where it reaches 2,048 tokens farther"
+    assert any(line.startswith(f"ok   reuse       {reuse}") for line in lines)
     assert lines[-1].startswith("This environment can serve with compression: ")
     assert str(tmp_path) in lines[-1]
 

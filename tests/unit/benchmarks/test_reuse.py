@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from places import ROOT
 
-from kara_sglang.benchmarks.reuse import match, measure, modes
+from kara_sglang.benchmarks.reuse import chats, match, measure, modes
 from kara_sglang.benchmarks.reuse.measure import ROWS, Sizes
 from kara_sglang.benchmarks.reuse.report import draw, markdown, over_repetitions
 from kara_sglang.benchmarks.serving.setup import Setup
@@ -112,7 +112,7 @@ def test_a_server_is_up_before_it_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_
     started = SimpleNamespace(wait=lambda: "ready")
     monkeypatch.setattr(measure, "start", lambda *_arguments: started)
     setup = Setup("m", "float32", 64, 16, 0.25, 16, cpu=True)
-    assert measure._start(ROWS[0], setup, 3408, tmp_path) == "ready"
+    assert measure.start_row(ROWS[0], setup, 3408, tmp_path) == "ready"
 
 
 # -- both modes on one server --------------------------------------------------------------------------
@@ -168,3 +168,47 @@ def test_a_match_is_measured_on_the_real_cache() -> None:
         found[case.name] = result["found"]
         assert all(result[f"{name}_ms"] > 0 for name in ("hash", "stock", "first", "again"))
     assert found == {"honest": [match.TEXT - 1] * 2, "gone": [2000] * 2}
+
+
+# -- chats ---------------------------------------------------------------------------------------------
+
+
+def test_a_turn_of_a_chat_is_a_cell() -> None:
+    exact, compressed = chats.Turn(1400, 400, 0, 812.4), chats.Turn(1400, 1390, 1024, 99.6)
+    text = chats.markdown({"kept": {"exact": [exact], "compressed": [compressed]}})
+    assert text.splitlines()[-1] == (
+        "| 1 | 1,000 of 1,400, 812 ms | 10 of 1,400 (1,024 compressed), 100 ms |"
+    )
+
+
+def test_the_talks_are_as_said() -> None:
+    """Five turns each; the tool's results are parts of one real text, one behind the other."""
+    kept, removed, agent = chats.talks()
+    for talk in (kept, removed, agent):
+        assert len(talk.asked) == len(talk.answers) == 5
+    assert (kept.sent_back, removed.sent_back, agent.sent_back) == (1.0, 0.25, 1.0)
+    parts = [content for role, content in agent.asked if role == "tool"]
+    assert len(parts) == 4 and len("".join(parts)) == 4 * chats.TOOL_CHARACTERS
+    assert "".join(parts) in (ROOT / "benchmarks/quality/data/development/doc-pdb.txt").read_text()
+
+
+def test_the_committed_chats() -> None:
+    """Where answers are sent back, `exact` computes them again, `compressed` finds nearly what stock
+    finds, and `auto` does the one below its mark and the other above it."""
+    result = json.loads((RESULTS / "chats.json").read_text())
+    found = chats.of_json(result)
+    head = f"`{result['command']}` on a {result['machine']['kind']}\n\n"
+    assert (RESULTS / "chats.md").read_text() == head + chats.markdown(found)
+    page = chats.PAGE
+    for name, answers in result["answers"].items():
+        stock, exact, auto, compressed = (found[name][row.name] for row in chats.CHAT_ROWS)
+        for turn, before in zip(range(1, 5), answers, strict=False):
+            again = exact[turn].computed - stock[turn].computed
+            assert abs(compressed[turn].computed - stock[turn].computed) <= page
+            took = auto[turn].reused_tokens > 0
+            assert auto[turn].computed == (compressed if took else exact)[turn].computed
+            if name == "removed":
+                assert again <= page
+            elif before >= result["window"] + result["delay"] + 2 * page:
+                assert again >= before - 2 * page
+                assert took == (before > result["least"])

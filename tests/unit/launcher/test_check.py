@@ -12,7 +12,10 @@ from flags_read import failed_line
 from kara_sglang import plugin
 from kara_sglang.compat import versions
 from kara_sglang.config import ENV, KaraConfig
+from kara_sglang.hooks import CACHE_BACKEND
 from kara_sglang.launcher import flags
+
+AUTO = KaraConfig(prefix_reuse="auto")
 
 
 @pytest.fixture
@@ -22,6 +25,9 @@ def checked(monkeypatch: pytest.MonkeyPatch, resolved: Any) -> Any:
     import sglang.srt.arg_groups.overrides as overrides
 
     monkeypatch.setattr(plugin, "hook_launcher", list)
+    monkeypatch.setattr(
+        overrides, "declare_resolution", lambda record, _who, **new: record.declare(new)
+    )
     model = SimpleNamespace(
         is_generation=True,
         is_encoder_decoder=False,
@@ -33,14 +39,16 @@ def checked(monkeypatch: pytest.MonkeyPatch, resolved: Any) -> Any:
         hf_text_config=SimpleNamespace(),
     )
 
-    def run(*, cli_record: bool, model_changes: dict[str, Any] | None = None, **changes: Any) -> None:
-        record = SimpleNamespace()
+    def run(*, cli_record: bool, model_changes: dict[str, Any] | None = None, **changes: Any) -> Any:
+        declared: dict[str, Any] = {}
+        record = SimpleNamespace(declare=declared.update)
         if cli_record:
             setattr(record, flags._FROM_CLI, True)
         vars(model).update(model_changes or {})
         monkeypatch.setattr(overrides, "resolving_view", lambda _: resolved(**changes))
         monkeypatch.setattr(base, "model_config_of", lambda _: model)
         flags.check_server_args(None, record)
+        return declared
 
     return run
 
@@ -51,9 +59,9 @@ def test_a_supported_server_passes(checked: Any) -> None:
     plugin.activate(KaraConfig())
     checked(cli_record=True)
     checked(cli_record=False)
-    assert plugin.launched() == KaraConfig()
+    assert plugin.launched() == plugin.active() == AUTO
     plugin.activate(None)
-    assert plugin.launched() == KaraConfig()
+    assert plugin.launched() == AUTO
     checked(cli_record=True)
     assert plugin.launched() is None
 
@@ -67,6 +75,25 @@ def test_a_prefill_server_runs_without_compression_and_says_so(
     assert plugin.active() is None and plugin.launched() is None
     [said] = caplog.records
     assert "does nothing here; the decode server compresses" in said.getMessage()
+def test_prefix_reuse_that_is_left_open_is_settled(checked: Any) -> None:
+    """For each server by its flags, whatever an earlier one of this process got; what is asked for by
+    name stays, or is refused."""
+    plugin.activate(KaraConfig(seed=3))
+    assert checked(cli_record=False, disable_radix_cache=True) == {}
+    assert plugin.launched() == plugin.active() == KaraConfig(seed=3, prefix_reuse="exact")
+    for _ in range(2):
+        assert checked(cli_record=False) == {"radix_cache_backend": CACHE_BACKEND}
+        assert plugin.launched() == plugin.active() == KaraConfig(seed=3, prefix_reuse="auto")
+    for named in ("exact", "auto", "auto:64", "compressed"):
+        plugin.activate(KaraConfig(seed=3, prefix_reuse=named))
+        checked(cli_record=False)
+        assert plugin.launched().prefix_reuse == named
+        if named != "exact":
+            with pytest.raises(ValueError, match=f"^--disable-radix-cache .*-reuse {named};"):
+                checked(cli_record=False, disable_radix_cache=True)
+    plugin.activate(KaraConfig(seed=3, prefix_reuse="exact"))
+    checked(cli_record=False)
+    assert plugin.launched().prefix_reuse == "exact", "the very settings that were once settled"
 
 
 def test_the_folder_for_traces_is_made(checked: Any, tmp_path: Path) -> None:
@@ -163,7 +190,7 @@ def test_a_newer_sglang_starts_behind_a_key_and_says_so(
     plugin.activate(KaraConfig())
     with pytest.raises(ValueError, match=r"SGLang 9\.0 .* '\{\"untested_sglang\": true\}'$"):
         checked(cli_record=False)
-    allowed = KaraConfig(untested_sglang=True)
+    allowed = KaraConfig(untested_sglang=True, prefix_reuse="exact")
     plugin.activate(allowed)
     checked(cli_record=False)
     assert plugin.launched() == allowed

@@ -186,7 +186,6 @@ def test_prefills_that_others_decode_beside_run_without_graphs(
         ("--tokenizer-worker-num", {"tokenizer_worker_num": 2}),
         ("--disaggregation-mode decode", DECODE | {"disable_radix_cache": True}),
         ("--kv-events-config", {"kv_events_config": "{}"}),
-        ("--enable-hierarchical-cache", {"enable_hierarchical_cache": True}),
         ("--speculative-algorithm (other than NGRAM)", DRAFTS),
         (
             "--speculative-algorithm (other than NGRAM)",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from prefixes import POOL, SHARED, Request, World, finished, looked_up
-from sglang.srt.mem_cache.common import match_kv_cache
+from typing import Any
 
-from kara_sglang.radix_integration.prefix import Sharing, layout_of, prefix_of
+import pytest
+from prefixes import POOL, SHARED, Request, World, finished, looked_up
+from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams
+from sglang.srt.mem_cache.common import match_kv_cache
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from kara_sglang.radix_integration.prefix import Sharing, layout_of, prefix_of, removed_of
 from kara_sglang.radix_integration.row import Window
 
 
@@ -91,3 +96,41 @@ def test_a_gain_that_is_too_small_is_passed_over_and_noted() -> None:
             slots = req.prefix_len if result.cache_protected_len is None else result.cache_protected_len
             assert (req.prefix_len, slots) == found
             assert prefix_of(req).passed_over == passed_over
+
+
+@pytest.mark.parametrize("device", range(0, 21, 2))
+def test_what_lies_on_the_host_counts_slots_there_and_tokens_here(
+    device: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of 20 slots, of which SGLang finds the first on the device and as many as it likes behind
+    them on the host, and loads those or none. Inside the window, which is slots 10 to 13, all falls
+    back to its start."""
+    world = World(page=2, seed=0)
+    finished(world, SHARED, windows=1, settings=b"half of four")
+    match_prefix = UnifiedRadixCache.match_prefix
+    for host in range(0, 21 - device, 2):
+
+        def elsewhere(cache: Any, params: Any, host: int = host) -> Any:
+            result = match_prefix(cache, params)
+            assert result.device_prefix_len == 20
+            return result._replace(device_prefix_len=device, host_hit_length=host)
+
+        def tokens(slots: int) -> int:
+            return slots if slots <= 10 else 10 if slots < 14 else slots + 4
+
+        monkeypatch.setattr(UnifiedRadixCache, "match_prefix", elsewhere)
+        for loaded in {0, host}:
+            req = Request(90, (None, None), b"half of four", [*SHARED, 1])
+            match_kv_cache(req, world.cache, req.full_untruncated_fill_ids, max_prefix_len=24)
+            assert req.prefix_len == tokens(device)
+            assert req.prefix_len + req.host_hit_length == tokens(device + host)
+            assert req.kv.cache_protected_len == min(device, 10) if device < 14 else device
+            if req.host_hit_length:
+                monkeypatch.setattr(
+                    UnifiedRadixCache, "init_load_back", lambda *_, slots=loaded: (slots, "node")
+                )
+                params = InitLoadBackParams("node", req.host_hit_length, req=req)
+                more, node = world.cache.init_load_back(params)
+                assert (more, node) == (req.host_hit_length if loaded else 0, "node")
+                req.prefix_len += more
+            assert removed_of(req) == (4 if req.prefix_len >= 18 else 0)

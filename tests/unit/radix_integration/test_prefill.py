@@ -32,7 +32,9 @@ def batch(*windows: tuple[Window, ...]) -> SimpleNamespace:
     reqs = [request(w, n) for w, n in zip(windows, (20, 24), strict=True)]
     lengths = torch.tensor([25, 27])
     table = torch.arange(100, 160).reshape(2, 30).to(torch.int32)
+    told: list[int] = []
     return SimpleNamespace(
+        tree_cache=SimpleNamespace(computed_again=told.append, told=told),
         reqs=reqs,
         prefix_lens=[20, 24],
         extend_lens=[5, 3],
@@ -95,3 +97,18 @@ def test_reuse_is_counted_with_the_first_chunk(changes: dict[str, Any]) -> None:
     before_alloc_for_extend(one)
     found = getattr(req, PREFIX)
     assert (found.reused_tokens, found.reused_slots) == ((0, 0) if changes else (8, 4))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_what_was_passed_over_is_computed_again_with_the_first_chunk(compressed: bool) -> None:
+    """And once more after a retraction, of which the request's own report says nothing."""
+    one = batch((), (WINDOW,) if compressed else ())
+    first, later = one.reqs
+    getattr(first, PREFIX).passed_over, getattr(later, PREFIX).passed_over = 30, 7
+    later.kv.holds_kv = True
+    for retracted in (False, True):
+        first.retracted_stain = retracted
+        before_alloc_for_extend(one)
+        getattr(first, PREFIX).passed_over = 40
+    assert one.tree_cache.told == [30, 40]
+    assert [getattr(req, PREFIX).computed_again for req in one.reqs] == [30, 0]

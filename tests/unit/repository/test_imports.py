@@ -22,7 +22,7 @@ FLOORS = (
     ("launcher", "scheduler"),
     ("handshake",),
     ("",),  # the package itself
-    ("plugin", "options"),
+    ("plugin", "options", "prefix_reuse"),
     ("compat",),
     ("hooks",),
     ("config",),
