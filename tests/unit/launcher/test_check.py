@@ -58,6 +58,19 @@ def test_a_supported_server_passes(checked: Any) -> None:
     assert plugin.launched() is None
 
 
+def test_the_delay_of_a_model_with_sliding_windows(checked: Any) -> None:
+    """Its longest window at least; a longer delay stays."""
+    kinds = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
+    changes = {"hf_text_config": kinds, "sliding_window_size": 1024}
+    for delay, raised in ((64, 1024), (2000, 2000)):
+        plugin.activate(KaraConfig(delay=delay))
+        checked(cli_record=True, model_changes=changes)
+        assert plugin.launched() == KaraConfig(delay=raised)
+    with pytest.raises(ValueError, match="no answer fills a window of 512"):
+        plugin.activate(KaraConfig())
+        checked(cli_record=False, model_changes=changes | {"context_len": 1536})
+
+
 def test_the_folder_for_traces_is_made(checked: Any, tmp_path: Path) -> None:
     """Before any process is started; a server without compression leaves the disk alone."""
     folder = tmp_path / "deep" / "traces"
