@@ -18,7 +18,8 @@ NO_SKIPS = "KARA_TESTS_NO_SKIPS"
 
 OWN_SERVERS = (
     *("test_auto_prefix", "test_data_parallel", "test_forced_decoding", "test_fp8_kv"),
-    *("test_gpu_kit_rehearsal", "test_refusal", "test_serving_benchmark", "test_speculation"),
+    *("test_gpu_kit_rehearsal", "test_refusal", "test_serving_benchmark", "test_sliding_window"),
+    "test_speculation",
 )
 """Files of engine tests that use none of the servers of ``engine/conftest.py``."""
 

@@ -72,9 +72,10 @@ def _shared(model: torch.nn.Module) -> Any | None:
     (``models/gemma3_causal.py``). Its layers have tables as well, which know no scaling."""
     for module in model.modules():
         if hasattr(module, "rotary_emb_local"):
-            if module.rotary_emb.rope_type not in ("default", "linear"):
+            rotary: Any = module.rotary_emb
+            if rotary.rope_type not in ("default", "linear"):
                 raise ValueError(UNKNOWN_ROTARY)
-            return module.rotary_emb
+            return rotary
     return None
 
 
