@@ -40,7 +40,7 @@ def test_what_a_layer_says() -> None:
 
 
 def test_sglang_counts_a_window_without_the_token_itself() -> None:
-    """A window of n in a config reaches n - 1 tokens back; torch_native masks by the place in the row."""
+    """A window of n in a config reaches n - 1 back; torch_native masks by places in the row."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.models import gemma3_causal
 
