@@ -133,7 +133,7 @@ class KaraConfig:
         64,
         "tokens",
         "Newest tokens left uncompressed behind a window. With 0 a window is compressed as soon as it "
-        "is full. Raised to a model's longest sliding window.",
+        "is full. No shorter than a model's longest sliding window: a smaller one is raised.",
     )
     delay_votes: bool = setting(
         False,

@@ -54,6 +54,18 @@ def report(answer: dict) -> dict[str, Any]:
     return answer["meta_info"]["kv_compress"]
 
 
+def answered(server: Server, text: list[int], clean: int) -> tuple[dict, int]:
+    """An answer to ``text`` whose row ends with at least ``clean`` uncompressed tokens, and where its
+    last window ends, in tokens."""
+    for tokens in range(330, 480, 30):
+        server.flush()
+        answer = server.generate(text, tokens=tokens, kv_compress=RECENT, top_logprobs_num=3)
+        end = -(-len(text) // PAGE) * PAGE + report(answer)["windows"] * W
+        if len(text) + tokens - 1 - end >= clean:
+            return answer, end
+    raise AssertionError("no answer ends so")
+
+
 def follow(truth: RetainedCache, text: list[int], answer: dict) -> list[int]:
     """Compare an answer to ``text`` with the truth, step by step; returns how many windows each pass
     took. When passes came is not known: in front of the first step that the full row does not explain,
@@ -105,21 +117,18 @@ def test_old_windows_go_at_once_and_rows_are_continued(
 ) -> None:
     """Each log-probability is that of transformers where full layers keep what was retained and the
     others see the newest tokens; also behind a compressed prefix, in chunks."""
-    server.flush()
     truth, text = truth_of(gemma), prompt(37, 11)
-    first = server.generate(text, tokens=330, kv_compress=RECENT, top_logprobs_num=3)
+    first, end = answered(server, text, clean=48)
     passes = follow(truth, text, first)
     assert sum(passes) == report(first)["windows"] and max(passes) >= 2
     saved = trace.load(folder / trace.file_name(first["meta_info"]["id"]))
     assert saved.bits.shape[1] == len(FULL)
     assert (np.unpackbits(saved.bits[..., W // 16 :]) == 1).all()
 
-    end = -(-37 // PAGE) * PAGE + report(first)["windows"] * W
     text += first["output_ids"]
     clean = (len(text) - 1 - end) // PAGE * PAGE
-    assert clean >= WINDOW, "passes come elsewhere: let the answer be longer"
     text += prompt(150, 12)
-    second = server.generate(text, tokens=200, kv_compress=RECENT, top_logprobs_num=3)
+    second = server.generate(text, tokens=270, kv_compress=RECENT, top_logprobs_num=3)
     assert second["meta_info"]["cached_tokens"] == end + clean
     assert report(second)["reused_tokens"] == end + clean - 48
     truth.crop(end + clean)
@@ -130,16 +139,9 @@ def test_old_windows_go_at_once_and_rows_are_continued(
 @pytest.mark.parametrize("clean", [WINDOW // PAGE * PAGE, (WINDOW // PAGE + 1) * PAGE])
 def test_a_prefix_ends_with_what_a_window_layer_sees(server: Server, gemma: Path, clean: int) -> None:
     """A text that parts from an answer nearer to its last window than that continues on its prompt."""
-    server.flush()
     text = prompt(64, 13)
-    for tokens in range(250, 400, 30):  # until the last pass lies far enough back
-        first = server.generate(text, tokens=tokens, kv_compress=RECENT)
-        end = 64 + report(first)["windows"] * W
-        if report(first)["windows"] and 64 + tokens - 1 - end >= clean:
-            break
-        server.flush()
-    whole = text + first["output_ids"]
-    parted = whole[: end + clean] + prompt(50, 14)
+    first, end = answered(server, text, clean)
+    parted = (text + first["output_ids"])[: end + clean] + prompt(50, 14)
     second = server.generate(parted, tokens=20, kv_compress=RECENT, top_logprobs_num=3)
     reused = clean >= WINDOW - 1
     assert second["meta_info"]["cached_tokens"] == (end + clean if reused else 64)
