@@ -158,15 +158,15 @@ def check_server_args(_result: None, record: Any) -> None:
             if lines := refused():
                 raise ValueError("; ".join(lines))
         model = model_config_of(record)
-        config = config.reaching(sliding_window.longest(model))
-        config.check_page_size(resolved.page_size)
-        config.check_context(model.context_len, resolved.page_size)
-        if config.trace is not None:
-            prepare_folder(config.trace)
-        if config.shares_prefixes:
+        settled = config.reaching(sliding_window.longest(model))
+        settled.check_page_size(resolved.page_size)
+        settled.check_context(model.context_len, resolved.page_size)
+        if settled.trace is not None:
+            prepare_folder(settled.trace)
+        if settled.shares_prefixes:
             declare_resolution(record, "kara_sglang", radix_cache_backend=hooks.CACHE_BACKEND)
         versions.warn_if_untested()
-        plugin.set_launched(config)
+        plugin.set_launched(settled)
     except ValueError as error:
         if not getattr(record, _FROM_CLI, False):
             raise
