@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from kara_sglang.compat import sliding_window
 from kara_sglang.config import KaraConfig
 from kara_sglang.scheduler.ring.recorder import QueryRecorder
 
@@ -32,5 +33,8 @@ def ring_of(model: str, settings: dict[str, Any]) -> QueryRecorder:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         get_total_num_kv_heads=lambda: config.num_key_value_heads,
         dtype=torch.float32,
+        hf_text_config=config,
+        sliding_window_size=getattr(config, "sliding_window", None),
     )
-    return query_ring(shape_of(model_config), KaraConfig.from_settings(settings))
+    settled = KaraConfig.from_settings(settings).reaching(sliding_window.longest(model_config))
+    return query_ring(shape_of(model_config, sliding_window.full_layers(model_config)), settled)

@@ -136,7 +136,7 @@ class KaraConfig:
         64,
         "tokens",
         "Newest tokens left uncompressed behind a window. With 0 a window is compressed as soon as it "
-        "is full.",
+        "is full. No shorter than a model's longest sliding window: a smaller one is raised.",
     )
     delay_votes: bool = setting(
         False,
@@ -356,6 +356,10 @@ class KaraConfig:
                 f"delay of {self.delay} within the model's context of {context_length} "
                 "(--context-length), so nothing would ever be compressed; use a smaller window"
             )
+
+    def reaching(self, tokens: int) -> KaraConfig:
+        """The same with a delay of at least ``tokens``: what a sliding window asks for."""
+        return self if self.delay >= tokens else dataclasses.replace(self, delay=tokens)
 
     def told_by_its_text(self, selector: str) -> bool:
         """Whether the text up to a window's end decides what ``selector`` keeps of it."""

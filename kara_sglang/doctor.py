@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kara_sglang import __version__, cpu_engine, hooks, plugin, prefix_reuse, serve
-from kara_sglang.compat import kv_cache, surface, versions
+from kara_sglang.compat import kv_cache, sliding_window, surface, versions
 from kara_sglang.compat.quiet import quiet
 from kara_sglang.compat.source import Source
 from kara_sglang.config import KaraConfig
@@ -284,6 +284,15 @@ def check_model(plan: Plan) -> Iterator[Finding]:
         f"{model.num_attention_heads} query and {model.get_total_num_kv_heads()} KV heads of "
         f"{model.head_dim}",
     )
+    if window := sliding_window.longest(model):
+        plan.config = plan.config.reaching(window)
+        yield Finding(
+            OK,
+            "window",
+            f"a pass works over the {sliding_window.full_layers(model)} layers with full attention and "
+            f"frees the same slots in all; the delay is {plan.config.delay} tokens, because the others "
+            f"have a sliding window of {window}",
+        )
     try:
         record.resolve_once()
     except Exception as error:

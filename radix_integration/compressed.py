@@ -77,6 +77,8 @@ class CompressedRadixCache(UnifiedRadixCache):
     vocab_size : int
         Token ids of the model are smaller; nothing is a token before the coordinator has set it.
     layouts : LayoutIndex
+    reach : int
+        Uncompressed slots that a compressed prefix must end with (``compat/sliding_window.py``).
     debug_checks : bool
         Check the interval map of each row that is inserted.
     computed_again : callable
@@ -88,6 +90,7 @@ class CompressedRadixCache(UnifiedRadixCache):
         self.sharing_of: Callable[[Req], Sharing | None] = lambda _req: None
         self.vocab_size = 0
         self.layouts = LayoutIndex()
+        self.reach = 0
         self.debug_checks = False
         self.computed_again: Callable[[int], None] = lambda _tokens: None
         super().__init__(params)
@@ -184,7 +187,11 @@ class CompressedRadixCache(UnifiedRadixCache):
         if found is None:
             return None
         layout, ids = found
-        gain = layout.tokens(len(ids)) - exact
+        ids = ids[: layout.ending_clean(len(ids), self.reach)]
+        reached = layout.tokens(len(ids))
+        layout, gain = layout.within(reached), reached - exact
+        if gain <= 0:
+            return None
         if gain < sharing.least:
             prefix.passed_over = gain
             return None

@@ -56,6 +56,16 @@ class Layout:
             removed += window.freed
         return slots + removed
 
+    def ending_clean(self, slots: int, reach: int) -> int:
+        """The most of the first ``slots`` slots, which end outside windows, that ends with ``reach``
+        slots that are no window's, or in front of the first window."""
+        for window in reversed(self.windows):
+            end = window.kv_start + window.kept
+            if slots >= end + reach:
+                return slots
+            slots = min(slots, window.kv_start)
+        return slots
+
     def check(self, page_size: int) -> None:
         """Raise ``RuntimeError`` where an invariant of the map does not hold."""
         removed = end = 0

@@ -23,11 +23,11 @@ RUNNING = 32 if cpu_engine.is_installed() else 128
 
 def scripts_of(part: Part, tokenizer: Any, split: str) -> list[Script]:
     """The scripts of a part: one of each kind per text."""
-    encode = tasks.encoder(tokenizer)
+    encode, beginning = tasks.encoder(tokenizer), tokenizer.encode("")
     scripts = []
     for number, text in enumerate(texts.load(split, part.texts)):
-        scripts.append(tasks.text_script(encode, text, part.text))
-        scripts.append(tasks.recall_script(encode, text, part.recall, seed=number))
+        scripts.append(tasks.text_script(encode, text, part.text, beginning))
+        scripts.append(tasks.recall_script(encode, text, part.recall, number, beginning))
     return scripts
 
 

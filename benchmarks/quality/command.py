@@ -42,6 +42,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--shares", nargs="+", type=command_line.share, metavar="R", help="only rows that keep these"
     )
+    parser.add_argument(
+        "--delay",
+        type=command_line.whole(),
+        metavar="N",
+        help="in all rows; at least the sliding window of a model that has one",
+    )
     parser.add_argument("--model", type=command_line.model_folder, help="default: the embedded one")
     parser.add_argument(
         "--split", choices=texts.SPLITS, default="held_out", help="texts; default: %(default)s"
@@ -68,6 +74,8 @@ def main(arguments: list[str]) -> int:
         parts = [part for part in parts if part.name == options.part]
     try:
         parts = rows.only(parts, options.rows, options.shares)
+        if options.delay is not None:
+            parts = rows.delayed(parts, options.delay)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -94,7 +102,7 @@ def measure(
 
     folder = (options.folder or options.out.with_suffix(".run")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    _same_run(folder, {"model": model, "split": options.split} | _defaults())
+    _same_run(folder, _defaults() | {"model": model, "split": options.split, "delay": options.delay})
     on_cpu = cpu_engine.is_installed()
     jobs = options.jobs or (min(2, len(os.sched_getaffinity(0))) if on_cpu else 1)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
@@ -130,8 +138,8 @@ def measure(
         yield {"meta": meta | {"seconds": seconds}, "results": results, "goals": found}
 
 
-def _same_run(folder: Path, identity: dict[str, str]) -> None:
-    """Refuse to mix cells of different models, texts or defaults."""
+def _same_run(folder: Path, identity: dict[str, Any]) -> None:
+    """Refuse to mix cells of different models, texts, delays or defaults."""
     path = folder / "run.json"
     if path.is_file():
         before = json.loads(path.read_text())

@@ -427,7 +427,7 @@ def grade(
             "command": shown,
             **json.loads((folder / "answered.json").read_text()),
             "data": options.data.name,
-            "model": Path(options.model or coder_model.FOLDER_NAME).name,
+            "model": Path(options.model or coder_model.MODEL.folder_name).name,
             "window": options.window,
             "config": json.loads(options.config),
             "max_tokens": options.max_tokens,
@@ -440,7 +440,7 @@ def grade(
 
 
 def _default_model() -> str:
-    folder = coder_model.path()
+    folder = coder_model.MODEL.path()
     if not folder.is_dir():
         raise Failed(
             f"give --model, or make the default one (fetches 1.1 GB): python -m {coder_model.__name__}"

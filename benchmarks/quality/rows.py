@@ -163,6 +163,23 @@ def only(parts: list[Part], names: list[str] | None, shares: list[float] | None)
     return [part for part in smaller if len(part.rows) > 1]
 
 
+def delayed(parts: list[Part], delay: int) -> list[Part]:
+    """The parts with this delay in all rows, as a model with so long a sliding window has it."""
+
+    def settled(layout: Layout) -> Layout:
+        return replace(layout, settle=max(SETTLE, delay))
+
+    return [
+        replace(
+            part,
+            rows=[replace(row, settings=row.settings | {"delay": delay}) for row in part.rows],
+            text=settled(part.text),
+            recall=settled(part.recall),
+        )
+        for part in parts
+    ]
+
+
 def quick() -> list[Part]:
     """Minutes on two cores: the main rows at two shares, a small window, few texts."""
     window = 128

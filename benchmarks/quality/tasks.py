@@ -3,7 +3,7 @@
 A script is laid out by a window W, so that everything that is measured is measured in the same state of
 compression, whatever the row::
 
-    prompt | window 1 | ... | window n | 64 tokens | probes
+    prompt | window 1 | ... | window n | delay | probes
 
 When the probes begin, every row has compressed all n windows. ``text`` scripts go on with the text;
 a tail of W tokens is one whole cycle, in which every row compresses exactly once. ``recall`` scripts
@@ -13,7 +13,7 @@ state facts at even offsets of all n windows and then ask for each of them.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from kara_sglang.benchmarks.quality.script import Probe, Script
 from kara_sglang.benchmarks.quality.texts import DATA, Text
 
 SETTLE = 64
-"""Tokens behind the last window; no row may delay its windows further."""
+"""Tokens behind the last window, unless a layout has more."""
 PROMPT = 32
 """Tokens of prompt, a multiple of every page size that is used."""
 
@@ -44,6 +44,8 @@ class Layout:
         Of the compared distributions (``text``).
     facts
         Per window (``recall``).
+    settle
+        Tokens behind the last window; no row may delay its windows further.
     """
 
     window: int
@@ -51,11 +53,12 @@ class Layout:
     tail: int = 0
     stride: int = 1
     facts: int = 0
+    settle: int = SETTLE
 
     @property
     def span(self) -> int:
         """Tokens before the probes."""
-        return self.windows * self.window + SETTLE
+        return self.windows * self.window + self.settle
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +85,10 @@ def windows_done(script: Script, window: int, delay: int, page_size: int) -> int
     return max(0, (before_last - first - delay) // window)
 
 
-def text_script(encode: Encode, text: Text, layout: Layout) -> Script:
-    """Running text whose last ``layout.tail`` tokens are measured and compared."""
-    tokens = encode(text.content)
+def text_script(encode: Encode, text: Text, layout: Layout, beginning: Sequence[int] = ()) -> Script:
+    """Running text whose last ``layout.tail`` tokens are measured and compared; ``beginning`` are the
+    tokens with which the model wants any text to begin."""
+    tokens = [*beginning, *encode(text.content)]
     need = PROMPT + layout.span + layout.tail
     _check_length(text, tokens, need)
     forced = tokens[PROMPT:need]
@@ -93,10 +97,12 @@ def text_script(encode: Encode, text: Text, layout: Layout) -> Script:
     return Script(name, text.name, tokens[:PROMPT], forced, [probe], layout.stride)
 
 
-def recall_script(encode: Encode, text: Text, layout: Layout, seed: int) -> Script:
+def recall_script(
+    encode: Encode, text: Text, layout: Layout, seed: int, beginning: Sequence[int] = ()
+) -> Script:
     """Running text with facts in it, and behind it the questions, the earliest fact first."""
     rng = random.Random(f"{seed} {text.name} {layout.window}")
-    filler = encode(text.content)
+    filler = [*beginning, *encode(text.content)]
     _check_length(text, filler, PROMPT + layout.span)
     prompt, filler = filler[:PROMPT], filler[PROMPT:]
     number = layout.windows * layout.facts

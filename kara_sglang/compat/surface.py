@@ -208,6 +208,7 @@ SURFACE = (
             "num_attention_heads",
             "num_hidden_layers",
             "quantization",
+            "sliding_window_size",
             "vocab_size",
         ),
     ),
@@ -232,6 +233,7 @@ SURFACE = (
             "is_draft_worker",
             "memory_saver_adapter",
             "model",
+            "model_config",
             "pre_model_load_memory",
             "req_to_token_pool",
             "server_args",
@@ -267,6 +269,8 @@ SURFACE = (
     # One model for all those whose attention keeps its embedding under this name.
     Used("models.llama.LlamaAttention", ("rotary_emb",)),
     Used("models.hunyuan.HunYuanAttention", ("query_layernorm",)),
+    Used("models.gemma3_causal.Gemma3TextModel", ("rotary_emb", "rotary_emb_local")),
+    Used("models.gemma3_causal.Gemma3RotaryEmbedding", ("original_inv_freq", "rope_type")),
     Used(
         "model_executor.forward_batch_info.ForwardBatch",
         ("forward_mode", "mrope_positions", "positions", "req_pool_indices"),

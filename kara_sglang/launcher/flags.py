@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from kara_sglang import config as settings
 from kara_sglang import hooks, plugin, prefix_reuse
 from kara_sglang.checks import shown
-from kara_sglang.compat import versions
+from kara_sglang.compat import sliding_window, versions
 from kara_sglang.config import CONFIG_KEYS, NONE, PRESETS, SELECTORS, KaraConfig
 from kara_sglang.launcher import refusals
 from kara_sglang.trace.format import prepare_folder
@@ -166,8 +166,10 @@ def check_server_args(_result: None, record: Any) -> None:
         for refused in checks:
             if lines := refused():
                 raise ValueError("; ".join(lines))
+        model = model_config_of(record)
+        config = config.reaching(sliding_window.longest(model))
         config.check_page_size(resolved.page_size)
-        config.check_context(model_config_of(record).context_len, resolved.page_size)
+        config.check_context(model.context_len, resolved.page_size)
         if config.trace is not None:
             prepare_folder(config.trace)
         settled = prefix_reuse.settled(config, resolved)

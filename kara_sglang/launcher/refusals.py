@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kara_sglang import prefix_reuse
 from kara_sglang.compat import kv_cache
 from kara_sglang.compat.flags import Flags
+from kara_sglang.compat.sliding_window import SLIDING
 from kara_sglang.hooks import CACHE_BACKEND
 
 if TYPE_CHECKING:
@@ -237,10 +238,12 @@ def of_model_config(model: Any) -> list[str]:
     if model.attention_arch.name != "MHA":
         kinds.append(f"uses {model.attention_arch.name} attention")
     if model.is_hybrid_swa:
-        kinds.append("mixes sliding-window and full attention")
+        kinds.append("keeps sliding-window layers in a KV pool of their own")
     layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
-    for other in sorted(set(layer_types) - {"full_attention", "attention"}):
+    for other in sorted(set(layer_types) - {"full_attention", "attention", SLIDING}):
         kinds.append(f"has {other} layers")
+    if set(layer_types) == {SLIDING}:
+        kinds.append("has no layer with full attention")
     if model.attention_chunk_size is not None:
         kinds.append("uses chunked attention")
     name = ", ".join(model.hf_config.architectures)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from kara_sglang import prefix_reuse
-from kara_sglang.compat import kv_cache
+from kara_sglang.compat import kv_cache, sliding_window
 from kara_sglang.config import KaraConfig
 from kara_sglang.launcher import flags, refusals
 from kara_sglang.scheduler import graphs
@@ -128,6 +128,7 @@ def read(words: list[str], gpu_memory: float | None) -> Launch:
             "a plan does not divide a model for --attn-dp-size; plan one of its ranks, with its share "
             "of --tp-size and of the requests"
         )
+    config = config.reaching(sliding_window.longest(model))
     config.check_page_size(resolved.page_size)
     config.check_context(model.context_len, resolved.page_size)
     return Launch(words, resolved, model, config, gpu_memory)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kara_sglang.compat import sliding_window
 from kara_sglang.plan.launch import Launch
 from kara_sglang.scheduler.pace import pace_of
 from kara_sglang.scheduler.reserved import largest_window, query_ring, shape_of
@@ -33,6 +34,7 @@ class Rank:
     :func:`kara_sglang.scheduler.reserved.shape_of` reads."""
 
     num_hidden_layers: int
+    full_layers: int
     num_attention_heads: int
     num_kv_heads: int
     head_dim: int
@@ -54,6 +56,7 @@ class Rank:
             raise ValueError(f"--tp-size {tp} does not divide {model.num_attention_heads} query heads")
         return cls(
             num_hidden_layers=model.num_hidden_layers,
+            full_layers=sliding_window.full_layers(model),
             num_attention_heads=model.num_attention_heads // tp,
             num_kv_heads=model.get_num_kv_heads(tp),
             head_dim=model.head_dim,
@@ -167,14 +170,14 @@ def ring_of(launch: Launch, rank: Rank, weights: int | None) -> QueryRecorder:
         most_slots=launch.resolved.max_total_tokens,
         most_running=launch.resolved.max_running_requests,
     )
-    return query_ring(shape_of(rank), launch.config, room, pace_of(launch.resolved))
+    return query_ring(shape_of(rank, rank.full_layers), launch.config, room, pace_of(launch.resolved))
 
 
 def scratch_bytes(launch: Launch, rank: Rank) -> int:
     """What the kernels reserve on a GPU (``TritonKernels.reserve``)."""
     from kara_sglang.kernels.triton import TritonKernels
 
-    largest = largest_window(shape_of(rank), launch.config)
+    largest = largest_window(shape_of(rank, rank.full_layers), launch.config)
     return TritonKernels().reserve(torch.device("meta"), largest)
 
 

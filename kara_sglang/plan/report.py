@@ -198,8 +198,11 @@ class Plan:
         """What a person reads."""
         launch, rank, config = self.launch, self.rank, self.launch.config
         kept = config.kept(launch.resolved.page_size)
+        layers = f"{rank.num_hidden_layers} layers"
+        if rank.full_layers < rank.num_hidden_layers:
+            layers += f", of which passes work over the {rank.full_layers} with full attention"
         lines = [
-            f"{', '.join(launch.model.hf_config.architectures)}: {rank.num_hidden_layers} layers; "
+            f"{', '.join(launch.model.hf_config.architectures)}: {layers}; "
             f"per GPU {rank.num_attention_heads} query and {rank.num_kv_heads} KV heads of "
             f"{rank.head_dim}, {rank.token_bytes:,} bytes of KV a token",
             f"{config.selector}: windows of {config.window}, {kept} kept, delay {config.delay}, "

@@ -83,6 +83,10 @@ class Compaction:
         How queries are moved ahead; None where the settings do not ask for it.
     drafts : sequence of MHATokenToKVPool
         Pools of draft models; a token has the same slot in all of them.
+    layers : sequence of int
+        Numbers of the layers that a pass works over; None: all.
+    reach : int
+        Tokens before its own that the others see, at most (``compat/sliding_window.py``).
     """
 
     def __init__(
@@ -94,6 +98,8 @@ class Compaction:
         scales: Callable[[], list[float]],
         rope_shift: RopeShift | None,
         drafts: Sequence[MHATokenToKVPool] = (),
+        layers: Sequence[int] | None = None,
+        reach: int = 0,
     ) -> None:
         self.scheduler = scheduler
         self.recorder = recorder
@@ -101,6 +107,8 @@ class Compaction:
         self.scales = scales
         self.rope_shift = rope_shift
         self.drafts = drafts
+        self.layers = layers
+        self.reach = reach
         self.lengths = Lengths(scheduler, recorder.pace)
         self.geometry = Geometry(scheduler.page_size, config.window, config.delay)
         self.debug_checks = config.debug_checks
@@ -299,8 +307,9 @@ class Compaction:
         anew = [id(part) for part in buffers] != [id(part) for part in self._buffers]
         if known is None or anew or known.scales != scales:
             self._buffers = buffers
+            every = range(len(pool.k_buffer)) if self.layers is None else self.layers
             # 8-bit floats are kept as bytes (``KVCache.store_dtype``).
-            keys, values = ([part.view(pool.dtype) for part in parts] for parts in buffers)
+            keys, values = ([parts[layer].view(pool.dtype) for layer in every] for parts in buffers)
             self._layers = known = LayerPool(
                 keys=keys,
                 values=values,

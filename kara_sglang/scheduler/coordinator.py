@@ -75,6 +75,7 @@ class Coordinator:
             scheduler.tree_cache.sharing_of = lambda req: self.terms_of(req).sharing
             scheduler.tree_cache.computed_again = self.totals.compute_again
             scheduler.tree_cache.vocab_size = scheduler.model_config.vocab_size
+            scheduler.tree_cache.reach = compaction.reach
             scheduler.tree_cache.debug_checks = config.debug_checks
 
     def warm_up(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kara_sglang.compat import kv_cache
+from kara_sglang.compat.sliding_window import reach
 from kara_sglang.radix_integration.compressed import CompressedRadixCache
 
 if TYPE_CHECKING:
@@ -30,10 +31,10 @@ def of_attention_layers(layers: list[Any]) -> list[str]:
     lines = []
     if not layers:
         lines.append("the model has no RadixAttention layer")
+    elif all(reach(layer) for layer in layers):
+        lines.append("the model has sliding-window attention layers only")
     if any(layer.is_cross_attention for layer in layers):
         lines.append("the model has cross-attention layers")
-    if any(layer.sliding_window_size not in (None, -1) for layer in layers):
-        lines.append("the model has sliding-window attention layers")
     if any(layer.attn_type.value.startswith("encoder") for layer in layers):
         lines.append("the model has encoder attention layers")
     shapes = {

@@ -19,16 +19,18 @@ from kara_sglang.scheduler.ring.recorder import AttentionShape, QueryRecorder, c
 from kara_sglang.scheduler.ring.size import Room, Size, ring_size
 
 
-def shape_of(model: Any) -> AttentionShape:
+def shape_of(model: Any, full_layers: int | None = None) -> AttentionShape:
     """The heads of a server without tensor parallelism, on the ``meta`` device.
 
     Parameters
     ----------
     model
         SGLang's ``ModelConfig``, or anything with its attributes.
+    full_layers
+        Those that a pass works over; None: all.
     """
     return AttentionShape(
-        num_layers=model.num_hidden_layers,
+        num_layers=model.num_hidden_layers if full_layers is None else full_layers,
         num_q_heads=model.num_attention_heads,
         num_kv_heads=model.get_total_num_kv_heads(),
         head_dim=model.head_dim,

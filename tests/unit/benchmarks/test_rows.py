@@ -153,6 +153,16 @@ def test_rows_can_be_served(part: Part):
         assert texts.load(split, part.texts)
 
 
+def test_rows_with_the_delay_of_a_sliding_window():
+    """Scripts wait for the last window of all of them."""
+    [part] = rows.delayed(rows.quick(), 512)
+    assert {row.delay for row in part.rows} == {512}
+    assert [row.key for row in part.rows] == [row.key for row in rows.quick()[0].rows]
+    assert part.text.span == 128 + 512 and part.recall.span == 2 * 128 + 512
+    [part] = rows.delayed(rows.quick(), 16)
+    assert part.text.span == 128 + SETTLE
+
+
 def test_the_quick_rows_are_what_the_readme_promises():
     (part,) = rows.quick()
     assert {(row.name, row.retain) for row in part.rows} == {(REFERENCE_ROW, 1.0)} | {

@@ -47,6 +47,9 @@ def test_a_text_script_measures_its_tail(layout: Layout):
     assert steps == list(range(layout.span, layout.span + layout.tail))
     assert script.compared() == steps[:: layout.stride]
     assert steps[-1] == len(script.forced) - 1
+    begun = tasks.text_script(encode, text, layout, beginning=[7])
+    assert begun.prompt == [7, *script.prompt[:-1]]
+    assert begun.forced == [script.prompt[-1], *script.forced[:-1]]
 
 
 def test_a_recall_script_states_each_fact_in_its_window_and_asks_for_it():
@@ -70,6 +73,8 @@ def test_a_recall_script_states_each_fact_in_its_window_and_asks_for_it():
     assert decode(asked).startswith("\n\nNow repeat")
     assert script == tasks.recall_script(encode, text, layout, seed=3)
     assert script != tasks.recall_script(encode, text, layout, seed=4)
+    begun = tasks.recall_script(encode, text, layout, seed=3, beginning=[7])
+    assert begun.prompt == [7, *script.prompt[:-1]] and begun.probes == script.probes
 
 
 def test_too_much_is_refused_by_name():

@@ -75,6 +75,8 @@ def test_a_prefill_server_runs_without_compression_and_says_so(
     assert plugin.active() is None and plugin.launched() is None
     [said] = caplog.records
     assert "does nothing here; the decode server compresses" in said.getMessage()
+
+
 def test_prefix_reuse_that_is_left_open_is_settled(checked: Any) -> None:
     """For each server by its flags, whatever an earlier one of this process got; what is asked for by
     name stays, or is refused."""
@@ -94,6 +96,19 @@ def test_prefix_reuse_that_is_left_open_is_settled(checked: Any) -> None:
     plugin.activate(KaraConfig(seed=3, prefix_reuse="exact"))
     checked(cli_record=False)
     assert plugin.launched().prefix_reuse == "exact", "the very settings that were once settled"
+
+
+def test_the_delay_of_a_model_with_sliding_windows(checked: Any) -> None:
+    """Its longest window at least; a longer delay stays."""
+    kinds = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
+    changes = {"hf_text_config": kinds, "sliding_window_size": 1024}
+    for delay, raised in ((64, 1024), (2000, 2000)):
+        plugin.activate(KaraConfig(delay=delay))
+        checked(cli_record=True, model_changes=changes)
+        assert plugin.launched() == KaraConfig(delay=raised, prefix_reuse="auto")
+    with pytest.raises(ValueError, match="no answer fills a window of 512"):
+        plugin.activate(KaraConfig())
+        checked(cli_record=False, model_changes=changes | {"context_len": 1536})
 
 
 def test_the_folder_for_traces_is_made(checked: Any, tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ def model(**changes: Any) -> SimpleNamespace:
         ({"is_encoder_decoder": True}, "is an encoder-decoder"),
         ({"attention_arch": SimpleNamespace(name="MLA")}, "uses MLA attention"),
         ({"attention_arch": SimpleNamespace(name="SSM")}, "uses SSM attention"),
-        ({"is_hybrid_swa": True}, "mixes sliding-window and full attention"),
+        ({"is_hybrid_swa": True}, "keeps sliding-window layers in a KV pool of their own"),
         ({"attention_chunk_size": 8192}, "uses chunked attention"),
         (
             {"hf_text_config": SimpleNamespace(layer_types=["linear_attention", "full_attention"])},
@@ -313,13 +313,15 @@ def model(**changes: Any) -> SimpleNamespace:
         ),
         (
             {"hf_text_config": SimpleNamespace(layer_types=["sliding_attention"])},
-            "has sliding_attention layers",
+            "has no layer with full attention",
         ),
     ],
 )
 def test_refused_models(changes: dict[str, Any], kind: str) -> None:
     """The line names the architecture, the reason and the way out."""
     assert refusals.of_model_config(model()) == []
+    mixed = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
+    assert refusals.of_model_config(model(hf_text_config=mixed)) == []
     [line] = refusals.of_model_config(model(**changes))
     assert "model TinyForCausalLM " + kind in line and line.endswith("without --kv-compress")
 

@@ -12,6 +12,7 @@ import torch
 
 from kara_sglang import plugin
 from kara_sglang.benchmarks.models import MODELS
+from kara_sglang.config import KaraConfig
 from kara_sglang.plan import memory
 from kara_sglang.plan.launch import read
 from kara_sglang.scheduler import runtime
@@ -83,13 +84,21 @@ def test_the_pool_is_what_sglang_makes_of_the_same_memory(qwen, monkeypatch, gib
 
 
 @pytest.mark.parametrize("kv", [(), ("--kv-cache-dtype", "fp8_e5m2")])
-def test_ring_and_scratch_are_those_that_the_pass_allocates(qwen, monkeypatch, kv):
-    """By the hook behind ``ModelRunner.load_model``, on a rank of two."""
+@pytest.mark.parametrize(
+    ("name", "heads", "dim", "windows"),
+    [("qwen", (16, 4), 128, [None] * 36), ("gemma", (8, 4), 256, ([1023] * 5 + [None]) * 8)],
+)
+def test_ring_and_scratch_are_those_that_the_pass_allocates(
+    request, monkeypatch, kv, name, heads, dim, windows
+):
+    """By the hook behind ``ModelRunner.load_model``, on a rank of two; also where a pass works over
+    some layers only, and its delay is the others' window."""
     from sglang.srt.arg_groups.overrides import record_of
     from sglang.srt.layers.radix_attention import RadixAttention
 
     flags = ["--kv-compress", "kara", "--kv-compress-window", "8192", "--tp-size", "2", *kv]
-    launch = read(["--model-path", qwen, *flags], 80 * 1024)
+    folder = request.getfixturevalue(name)
+    launch = read(["--model-path", folder, *flags], 80 * 1024)
     rank = memory.Rank.of(launch)
     asked = []
 
@@ -101,11 +110,14 @@ def test_ring_and_scratch_are_those_that_the_pass_allocates(qwen, monkeypatch, k
             return 0
 
     monkeypatch.setattr(runtime, "runtime", fresh := runtime.Runtime())
-    monkeypatch.setattr(plugin, "active", lambda: launch.config)
+    monkeypatch.setattr(plugin, "active", lambda: KaraConfig(window=8192))
     monkeypatch.setattr(runtime, "pick", lambda _device: (Kernels(), "a test"))
-    monkeypatch.setattr(runtime, "rope_shift_of", lambda *_: None)
-    layers = [RadixAttention(16, 128, 0.1, 4, layer_id=i) for i in range(36)]
-    weights = memory.weight_bytes(qwen, launch.model)
+    monkeypatch.setattr(runtime, "rope_shift_of", lambda *_, **__: None)
+    layers = [
+        RadixAttention(heads[0], dim, 0.1, heads[1], layer_id=i, sliding_window_size=window)
+        for i, window in enumerate(windows)
+    ]
+    weights = memory.weight_bytes(folder, launch.model)
     total, share, _, _ = memory._left(launch, weights)
     before = total - memory.CONTEXT_BYTES
     runner = SimpleNamespace(
@@ -113,6 +125,7 @@ def test_ring_and_scratch_are_those_that_the_pass_allocates(qwen, monkeypatch, k
         device="meta",
         dtype=torch.bfloat16,
         memory_saver_adapter=SimpleNamespace(region=lambda _tag: contextlib.nullcontext()),
+        model_config=launch.model,
         server_args=record_of(launch.resolved),
         pre_model_load_memory=before / 2**30,
         is_draft_worker=False,
@@ -126,11 +139,14 @@ def test_ring_and_scratch_are_those_that_the_pass_allocates(qwen, monkeypatch, k
     memory.scratch_bytes(launch, rank)
     assert asked[0] == asked[1]
     ours = fresh.parts.recorder
+    assert fresh.parts.config == launch.config
+    assert launch.config.delay == (1024 if name == "gemma" else 64)
+    assert ours.shape.num_layers == windows.count(None) == rank.full_layers
     assert (ring.why, ring.num_pages, ring.page_bytes) == (ours.why, ours.num_pages, ours.page_bytes)
     assert runtime.room_of(runner, layers).slot_bytes == rank.token_bytes
     # A checkpoint may choose fp8, where no flag does.
     runner.model.quant_config = SimpleNamespace(kv_cache_quant_algo="FP8")
-    assert runtime.room_of(runner, layers).slot_bytes == 36 * 4 * 2 * 128
+    assert runtime.room_of(runner, layers).slot_bytes == len(layers) * 4 * 2 * dim
 
 
 def test_weights_are_counted_from_files_or_from_the_config(qwen, tmp_path):

@@ -124,3 +124,12 @@ def test_text_and_json_have_the_same_figures(qwen, capsys):
         assert line.split()[-2:] == [f"{pair['without']:,}", f"{pair['with']:,}"]
     assert f"{found['projection']['gain']:.2f} times" in text and "not a measurement" in text
     assert text.rstrip().endswith(found["command"])
+
+
+def test_a_model_with_sliding_windows(gemma, capsys):
+    """Its delay is the window; a pass frees the slots of all layers."""
+    assert main(["--model", gemma, "--gpu-memory", "80", *LOAD]) == 0
+    text = capsys.readouterr().out
+    assert "48 layers, of which passes work over the 8 with full attention; per GPU" in text
+    assert f"{48 * 2 * 8 * 256 * 2:,} bytes of KV a token" in text
+    assert "256 kept, delay 1024, policy" in text

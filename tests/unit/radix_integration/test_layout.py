@@ -54,6 +54,22 @@ def test_the_interval_map_against_a_list() -> None:
             assert layout.within(tokens).windows == tuple(whole)
 
 
+@pytest.mark.parametrize("reach", [0, 1, 5, 8])
+def test_where_a_prefix_ends_clean(reach: int) -> None:
+    """The largest length up to a given one, outside windows, with ``reach`` slots of no window before
+    it, or in front of all windows."""
+    windows = (Window(8, 8, 8, 4), Window(16, 12, 8, 4), Window(30, 22, 8, 4))
+    layout = Layout(windows)
+    for slots in (*range(9), 12, *range(16, 23), *range(26, 40)):
+
+        def clean(length: int) -> bool:
+            inside = [one for one in windows if one.kv_start < length]
+            return not inside or length >= inside[-1].kv_start + 4 + reach
+
+        expected = max(length for length in range(slots + 1) if clean(length))
+        assert layout.ending_clean(slots, reach) == expected
+
+
 @pytest.mark.parametrize(
     "window",
     [

@@ -27,9 +27,13 @@ def layer(**changes: Any) -> SimpleNamespace:
 
 
 def test_plain_attention_layers_pass() -> None:
-    """Whatever a model says for "no sliding window"."""
+    """Whatever a model says for "no sliding window", and beside layers that have one."""
     for none in (-1, None):
         layers = [layer(layer_id=i, sliding_window_size=none) for i in range(3)]
+        assert refusals.of_attention_layers(layers) == []
+        layers.insert(0, layer(layer_id=0, sliding_window_size=128))
+        for number, one in enumerate(layers):
+            one.layer_id = number
         assert refusals.of_attention_layers(layers) == []
 
 
@@ -38,9 +42,7 @@ def test_plain_attention_layers_pass() -> None:
     [
         ([], "has no RadixAttention layer"),
         ([layer(), layer(layer_id=1, is_cross_attention=True)], "cross-attention layers"),
-        ([layer(sliding_window_size=4096)], "sliding-window attention layers"),
-        ([layer(), layer(layer_id=1, sliding_window_size=128)], "sliding-window attention layers"),
-        ([layer(sliding_window_size=0)], "sliding-window attention layers"),
+        ([layer(sliding_window_size=4096)], "sliding-window attention layers only"),
         ([layer(attn_type=SimpleNamespace(value="encoder_only"))], "encoder attention layers"),
         ([layer(), layer(layer_id=1, tp_k_head_num=4)], "differ in shape"),
         ([layer(v_head_dim=32)], "differ in shape"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from rope import angles, rotated
 
 from kara_sglang.kernels.rope_shift import RopeShift
-from kara_sglang.scheduler.rotary import rope_shift_of
+from kara_sglang.scheduler.rotary import TURNED, rope_shift_of
 
 DIM = 16
 
@@ -55,6 +56,60 @@ def test_a_table_may_begin_before_position_0() -> None:
     x = torch.randn(4, DIM)
     moved = found(table).moved(x, 0).double()
     torch.testing.assert_close(moved, rotated(x.double(), 37, True), atol=1e-4, rtol=0)
+
+
+class Gemma3Attention(Attention):
+    """Has a table as well, which knows no scaling."""
+
+
+class Gemma3TextModel(torch.nn.Module):
+    """As SGLang's: all layers with full attention turn by its embedding."""
+
+    def __init__(self, rope: dict[str, object]) -> None:
+        super().__init__()
+        from sglang.srt.models.gemma3_causal import Gemma3RotaryEmbedding
+        from transformers import Gemma3TextConfig
+
+        config = Gemma3TextConfig(head_dim=DIM, num_hidden_layers=2)
+        config.rope_parameters = {"rope_theta": 1e6, **rope}
+        self.rotary_emb = Gemma3RotaryEmbedding(config)
+        config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
+        self.rotary_emb_local = Gemma3RotaryEmbedding(config)
+        self.layers = torch.nn.ModuleList(Gemma3Attention(rotary(64)) for _ in range(2))
+
+    def shift(self) -> RopeShift:
+        layers = [layer.attn for layer in self.layers]
+        return rope_shift_of(self, layers, 37, torch.device("cpu"), windowed=True)
+
+
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 8.0}], ids=str
+)
+def test_full_layers_of_gemma_3_turn_by_the_models_embedding(rope: dict[str, object]) -> None:
+    """By SGLang's own rotation: a query moved ahead is the query of a later position."""
+    from sglang.srt.layers.rotary_embedding.utils import apply_rotary_pos_emb_native_eager
+
+    model, x = Gemma3TextModel(rope), torch.randn(1, 4, DIM)
+    here, ahead = (
+        apply_rotary_pos_emb_native_eager(
+            x, x, *(part[0] for part in model.rotary_emb(x, torch.tensor([[position]])))
+        )[0]
+        for position in (100, 137)
+    )
+    shift = model.shift()
+    for layer in range(2):
+        torch.testing.assert_close(shift.moved(here, layer), ahead, atol=1e-4, rtol=0)
+
+
+def test_beside_layers_with_a_window_only_known_models_are_turned() -> None:
+    """Others have a table in layers that do not turn. The way out costs them nothing."""
+    layer = Attention(rotary(64))
+    with pytest.raises(ValueError, match="ahead"):
+        rope_shift_of(layer, [layer.attn], 37, torch.device("cpu"), windowed=True)
+    with pytest.raises(ValueError, match="ahead"):
+        Gemma3TextModel({"rope_type": "dynamic", "factor": 2.0}).shift()
+    for name, module in zip(TURNED, ("gemma2", "gemma3_causal", "olmo2"), strict=True):
+        assert hasattr(importlib.import_module(f"sglang.srt.models.{module}"), name)
 
 
 def test_queries_that_are_normed_behind_the_rotation_are_refused() -> None:

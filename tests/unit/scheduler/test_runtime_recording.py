@@ -26,9 +26,15 @@ from kara_sglang.scheduler.tails import Tails
 
 LAYERS, GROUP, DIM = 3, 2, 4
 
-MODEL = [SimpleNamespace(layer_id=layer) for layer in range(LAYERS)]
 
-DRAFT = SimpleNamespace(layer_id=0)
+class Layer:
+    def __init__(self, layer_id: int) -> None:
+        self.layer_id = layer_id
+
+
+MODEL = [Layer(2 * place) for place in range(LAYERS)]
+WINDOWED = Layer(1)  # sees the newest tokens only, so a pass leaves it alone
+DRAFT = Layer(0)
 
 
 class CountedKernels(TorchKernels):
@@ -52,7 +58,8 @@ def ring(budget: int) -> QueryRecorder:
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[runtime.Runtime]:
     """A server that has started and serves, with a recorder that nobody has asked for yet."""
     recorder = ring(1 << 20)
-    parts = runtime.Parts(KaraConfig(), CountedKernels(), "a test", recorder, MODEL, None)
+    places = {layer: place for place, layer in enumerate(MODEL)}
+    parts = runtime.Parts(KaraConfig(), CountedKernels(), "a test", recorder, places, 0, None)
     running = runtime.Runtime(parts)
     monkeypatch.setattr(runtime, "runtime", running)
     return running
@@ -65,7 +72,7 @@ def decode(rows: list[int], positions: list[int], mode: ForwardMode = ForwardMod
         req_pool_indices=torch.tensor(rows),
         positions=torch.tensor(positions),
     )
-    for layer in [DRAFT, *MODEL]:
+    for layer in [DRAFT, MODEL[0], WINDOWED, *MODEL[1:]]:
         queries = torch.ones(len(positions), GROUP * DIM)
         runtime.before_attention(layer, queries, None, None, batch)
 
@@ -172,6 +179,7 @@ def test_the_ring_goes_and_comes_with_the_kv_pool(monkeypatch: pytest.MonkeyPatc
         dtype=torch.float32,
         memory_saver_adapter=SimpleNamespace(region=region),
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(4, 8)),
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace()),
         server_args=ServerArgs(model_path="none"),
         is_draft_worker=False,
     )

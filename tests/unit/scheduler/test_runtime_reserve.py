@@ -44,6 +44,7 @@ def test_whatever_a_request_asks_for_fits(monkeypatch, query_mem_gb):
         device="cpu",
         dtype=torch.bfloat16,
         memory_saver_adapter=SimpleNamespace(region=lambda _tag: contextlib.nullcontext()),
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace()),
         server_args=ServerArgs(model_path="none"),
         is_draft_worker=False,
     )
