@@ -16,8 +16,9 @@ VOCAB = 512
 EOS = 2
 
 
-def make_tiny_llama(folder: Path, *, layers: int = 4, seed: int = 0) -> Path:
-    """Write a random Llama (8 query / 4 KV heads, head_dim 32) to ``folder``; returns it.
+def make_tiny_llama(folder: Path, *, layers: int = 4, seed: int = 0, context: int = 8192) -> Path:
+    """Write a random Llama (8 query / 4 KV heads, head_dim 32) with a context of so many tokens to
+    ``folder``; returns it.
 
     Weights are scaled so that attention is neither uniform nor one-hot, and greedy decoding does not
     fall into a loop at once.
@@ -33,7 +34,7 @@ def make_tiny_llama(folder: Path, *, layers: int = 4, seed: int = 0) -> Path:
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
-        max_position_embeddings=8192,
+        max_position_embeddings=context,
         **settings,
         tie_word_embeddings=False,
         bos_token_id=1,
