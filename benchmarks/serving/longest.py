@@ -17,6 +17,7 @@ from typing import Any
 
 from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import origin
+from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.serving.peers import PEERS, start
 from kara_sglang.benchmarks.serving.rows import STOCK, Row, rows
@@ -88,10 +89,11 @@ def measure(server: Server, tokens: int, short: int) -> dict[str, Any]:
     """What became of one answer of so many tokens, and of short ones beside it."""
     mark = PEERS["sglang"].mark(server)
     others: list[dict[str, Any]] = []
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        long = pool.submit(_ask, server, tokens, 0)
-        while not long.done():
-            others.append(_ask(server, short, 1 + len(others)))
+    # Not as a context, which would wait for an answer of a server that is to be stopped.
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    long = pool.submit(_ask, server, tokens, 0)
+    while not long.done():
+        others.append(_ask(server, short, 1 + len(others)))
     about = long.result()["meta_info"]
     counters = PEERS["sglang"].counters(server, mark)
     report = about.get("kv_compress") or {}
@@ -105,6 +107,20 @@ def measure(server: Server, tokens: int, short: int) -> dict[str, Any]:
         "retractions": counters.retractions,
         "decode_steps": counters.decode_steps,
     }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown of a result."""
+    head = ("row", "tokens", "ended by", "KV slots at its end", "retractions", "others whole")
+    lines = []
+    for name, row in result["rows"].items():
+        held = row["kv_slots_held"]
+        others = f"{row['others_whole']} of {row['others']}"
+        slots = "-" if held is None else f"{held:,}"
+        lines.append(
+            [name, f"{row['tokens']:,}", row["finish"], slots, str(row["retractions"]), others]
+        )
+    return grid(head, lines)
 
 
 def _ask(server: Server, tokens: int, seed: int) -> dict[str, Any]:
