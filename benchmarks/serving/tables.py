@@ -6,7 +6,7 @@
 renders every table between the lines ``<!-- serving:RESULT/SCENARIO VIEW -->`` and ``<!-- end of
 serving -->`` anew, from ``RESULT.json`` in ``benchmarks/results/serving``. VIEW is one of
 :data:`VIEWS`, left out for all columns. The scenario ``projection`` is what ``projection.py`` makes of
-``pool``; ``longest`` is a result of ``longest.py``. Marks of results that are not there stay as they are.
+``pool``; ``longest`` is a result of ``longest.py``. Marks of results that are not there stay.
 """
 
 from __future__ import annotations
