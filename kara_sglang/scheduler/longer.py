@@ -79,15 +79,18 @@ class Longer:
         self.geometry = geometry
         self.totals = totals
         self.one: tuple[Req, RequestState] | None = None
-        # Others must be able to give up all that they hold. HiCache holds slots while it writes them
-        # back, priorities can preempt the long one, and drafts take slots of their own.
-        self.allowed = not (
-            pace.speculates
-            or scheduler.enable_hierarchical_cache
-            or scheduler.enable_priority_preemption
-        )
+        self._pace = pace
         # Windows that begin from there on are recorded as those of an answer that goes on.
         self._ahead = geometry.window + geometry.delay + LAST
+
+    @property
+    def allowed(self) -> bool:
+        """Whether an answer may outgrow the pool here: others must be able to give up all that they
+        hold. HiCache holds slots while it writes them back, priorities can preempt the long one, and
+        drafts take slots of their own."""
+        scheduler = self.scheduler
+        preempts = scheduler.enable_priority_preemption
+        return not (self._pace.speculates or scheduler.enable_hierarchical_cache or preempts)
 
     def answers(self, kept: int) -> tuple[int, int]:
         """Tokens that an answer behind a short prompt can have where each window keeps so many: like

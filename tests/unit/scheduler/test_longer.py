@@ -265,11 +265,12 @@ def test_none_becomes_long_while_a_prompt_is_prefilled_in_chunks() -> None:
 @pytest.mark.parametrize("field", ["enable_hierarchical_cache", "enable_priority_preemption"])
 def test_servers_that_keep_stocks_cap(field: str) -> None:
     world = World(server(), seed=0)
+    assert world.coordinator.longer.allowed
     setattr(world.scheduler, field, True)
-    longer = type(world.coordinator.longer)(
-        world.scheduler, world.coordinator.geometry, world.coordinator.pace, world.coordinator.totals
-    )
-    assert world.coordinator.longer.allowed and not longer.allowed
+    assert not world.coordinator.longer.allowed
+    req = Request(0, [1, 2, 3], 5000, None)
+    world.cap(req)
+    assert not hasattr(req, ASKED)
     drafts = World(server(pace=Pace(tokens=4)), seed=0)
     assert not drafts.coordinator.longer.allowed
 
@@ -301,11 +302,12 @@ def test_the_long_one_is_kept_whatever_the_order() -> None:
 
 def test_how_long_an_answer_may_be() -> None:
     """What /server_info says of a short prompt; without compression it is stock's."""
-    longer = World(server(), seed=0).coordinator.longer
+    world = World(server(), seed=0)
+    longer = world.coordinator.longer
     assert longer.answers(kept=32) == (247, 247)
     # 27 windows go while the row has 248 slots; 8 of the 32 tokens of each are held.
     assert longer.answers(kept=8) == (247, 1 + 248 + 26 * 24 + 3)
-    longer.allowed = False
+    world.scheduler.enable_hierarchical_cache = True
     assert longer.answers(kept=8) == (247, 247)
     assert longest_answers(10, 256, 200, longer.geometry, 8) == (188, 188), "the context ends it"
     assert longest_answers(240, 256, 9999, longer.geometry, 8) == (11, 11), "no room for a window"
