@@ -159,10 +159,13 @@ def test_longest_against_a_plain_simulation(data: Any) -> None:
         assert peak(tokens + window + LAST) > room - LAST
 
 
-def test_until_it_comes_near_its_cap_an_answer_is_like_others() -> None:
+@pytest.mark.parametrize(
+    "policy", [{"min_pool_usage": 1.0}, {"policy": "threshold", "threshold": 10_000}]
+)
+def test_until_it_comes_near_its_cap_an_answer_is_like_others(policy: dict[str, Any]) -> None:
     """It reserves what stock's does and may be retracted; from there on it reserves all, and its
     windows go although the policy leaves everybody's whole."""
-    world = Pool(server(config={"min_pool_usage": 1.0}), seed=0)
+    world = Pool(server(config=policy), seed=0)
     req = Request(0, [1, 2, 3], 5000, None)
     world.send(req)
     longer, cap = world.coordinator.longer, req.sampling_params.max_new_tokens
