@@ -17,10 +17,16 @@ EOS = 2
 
 
 def make_tiny_llama(
-    folder: Path, *, layers: int = 4, seed: int = 0, head_dim: int = 32, family: str = "Llama"
+    folder: Path,
+    *,
+    layers: int = 4,
+    seed: int = 0,
+    head_dim: int = 32,
+    family: str = "Llama",
+    context: int = 8192,
 ) -> Path:
-    """Write a random Llama (8 query / 4 KV heads) to ``folder``, or a model of another family of
-    transformers; returns it.
+    """Write a random Llama (8 query / 4 KV heads) with a context of so many tokens to ``folder``, or a
+    model of another family of transformers; returns it.
 
     Weights are scaled so that attention is neither uniform nor one-hot, and greedy decoding does not
     fall into a loop at once.
@@ -36,7 +42,7 @@ def make_tiny_llama(
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=head_dim,
-        max_position_embeddings=8192,
+        max_position_embeddings=context,
         **settings,
         tie_word_embeddings=False,
         bos_token_id=1,

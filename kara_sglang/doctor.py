@@ -147,6 +147,9 @@ def check_settings(plan: Plan) -> Iterator[Finding]:
         f"delay {config.delay}, query memory {_query_memory(config)}",
     )
     yield Finding(OK, "policy", f"{config.policy}: {policy.begins(config)}")
+    if config.selector != "identity" and config.retain < 1:
+        text = f"one at a time may outgrow the KV pool, up to about {1 / config.retain:.2g} times"
+        yield Finding(OK, "answers", f"{text}; /server_info says how long (longest_answer)")
 
 
 def _query_memory(config: KaraConfig) -> str:

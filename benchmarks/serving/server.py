@@ -97,8 +97,10 @@ class Server:
         response.raise_for_status()
         return response
 
-    def post(self, path: str, body: dict[str, Any], check: bool = True) -> requests.Response:
-        response = requests.post(self.url + path, json=body, timeout=600)
+    def post(
+        self, path: str, body: dict[str, Any], check: bool = True, timeout: float | None = 600
+    ) -> requests.Response:
+        response = requests.post(self.url + path, json=body, timeout=timeout)
         if check:
             response.raise_for_status()
         return response

@@ -51,7 +51,7 @@ class Setup:
     cpu: bool = field(default_factory=cpu_engine.is_installed)
 
 
-def resolve_model(name: str, folder: Path) -> str:
+def resolve_model(name: str, folder: Path, context: int = 8192) -> str:
     """The folder or hub name that servers get; ``tiny`` is written into ``folder``."""
     if name == "smollm2":
         return str(embedded_model_path())
@@ -59,5 +59,5 @@ def resolve_model(name: str, folder: Path) -> str:
         return name
     target = folder / "tiny"
     if not (target / "tokenizer.json").exists():
-        add_word_tokenizer(make_tiny_llama(target))
+        add_word_tokenizer(make_tiny_llama(target, context=context))
     return str(target)

@@ -6,7 +6,7 @@
 renders every table between the lines ``<!-- serving:RESULT/SCENARIO VIEW -->`` and ``<!-- end of
 serving -->`` anew, from ``RESULT.json`` in ``benchmarks/results/serving``. VIEW is one of
 :data:`VIEWS`, left out for all columns. The scenario ``projection`` is what ``projection.py`` makes of
-``pool``. Marks of results that are not there stay as they are.
+``pool``; ``longest`` is a result of ``longest.py``. Marks of results that are not there stay.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kara_sglang.benchmarks import command_line, marked
 from kara_sglang.benchmarks.markdown import grid
-from kara_sglang.benchmarks.serving import projection
+from kara_sglang.benchmarks.serving import longest, projection
 from kara_sglang.benchmarks.serving.report import Result, by_point, median, ratios
 from kara_sglang.benchmarks.serving.rows import STOCK
 
@@ -128,6 +128,8 @@ def render(document: str, folder: Path = RESULTS) -> str:
         scenario, view = match["scenario"], match["view"]
         if scenario == "projection":
             return projection.table(result) + "\n"
+        if scenario == "longest":
+            return longest.table(result)
         if view not in VIEWS or all(run["scenario"] != scenario for run in result["runs"]):
             raise ValueError(f"{path.name} has no {scenario}, or there is no view {view}")
         return table(result["runs"], scenario, view)

@@ -283,14 +283,20 @@ SURFACE = (
     Used(
         _SCHEDULER,
         (
+            "_release_aborted_request(req)",
             "attn_tp_group",
+            "chunked_req",
             "device_module",
             "disagg_decode_prealloc_queue",
+            "enable_hierarchical_cache",
             "enable_overlap",
+            "enable_priority_preemption",
             "forward_stream",
             "forward_stream_ctx",
             "get_num_allocatable_reqs(running_bs, *, running_batch)",
+            "ipc_channels",
             "last_batch",
+            "max_new_tokens_limit",
             "max_running_requests",
             "max_total_num_tokens",
             "metrics_collector_context",
@@ -307,6 +313,11 @@ SURFACE = (
         ),
     ),
     Used("distributed.parallel_state.GroupCoordinator", ("cpu_group", "rank_in_group", "world_size")),
+    Used("managers.scheduler_components.ipc_channels.SchedulerIpcChannels", ("send_to_tokenizer",)),
+    Used(
+        "managers.scheduler_components.ipc_channels.SenderWrapper", ("send_output(output, recv_obj)",)
+    ),
+    Used("managers.scheduler", ("_make_abort_req(req, *, finished_reason)",)),
     Used("managers.tp_worker.TpModelWorker", ("get_decode_cuda_graph_bs()",)),
     Used(
         "observability.metrics_collector.SchedulerMetricsCollectorContext",

@@ -98,7 +98,8 @@ class Plan:
         if plan.stock.most > memory.pool:
             raise ValueError(
                 f"a prompt of {load.prompt:,} and an answer of {load.answer:,} tokens must fit "
-                f"uncompressed, and the pool has {memory.pool:,} KV slots; plan more memory"
+                f"uncompressed, and the pool has {memory.pool:,} KV slots; plan more memory (only one "
+                "answer at a time can be longer)"
             )
         return dataclasses.replace(plan, projection=_project(plan))
 

@@ -42,8 +42,11 @@ def _compressed(base: type, coordinator: Coordinator) -> type:
             # The same answer all through one scheduling step: preemption takes back what was added.
             known = self.__dict__.setdefault("_reserved", {})
             if req.rid not in known:
-                stock = super()._get_running_request_total_token_offset(req)
-                known[req.rid] = self._reserve(req, stock)
+                long = coordinator.longer.reserve(req)
+                if long is None:
+                    stock = super()._get_running_request_total_token_offset(req)
+                    long = self._reserve(req, stock)
+                known[req.rid] = long
             return known[req.rid]
 
         def _select_prefill_admission(self, req: Req, *, total_tokens: int, **kwargs: Any) -> Any:

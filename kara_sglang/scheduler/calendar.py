@@ -39,9 +39,9 @@ class Calendar:
             state.look_at = 0
         return due
 
-    def make_date(self, req: Req, state: RequestState, ready_at: int) -> None:
-        """Look again when a window is due, when one begins that wants a recorder, or when a recorder
-        needs another page.
+    def make_date(self, req: Req, state: RequestState, ready_at: int, looks_in: int = 0) -> None:
+        """Look again when a window is due, when one begins that wants a recorder, when a recorder
+        needs another page, or when an answer comes near its cap.
 
         Parameters
         ----------
@@ -49,8 +49,10 @@ class Calendar:
         ready_at : int
             KV length from which on the request's next window may be taken. Who is that long needs no
             date for it: one is made when the window has been taken.
+        looks_in : int
+            Tokens to come before the answer may have to be let go on (``longer.py``); 0: never.
         """
-        dates = [ready_at - req.kv.kv_committed_len]
+        dates = [ready_at - req.kv.kv_committed_len, looks_in]
         if state.recorder is not None:
             dates.append(PAGE - self.lengths.reaches(req, state) % PAGE)
         elif state.selector.needs_queries:

@@ -23,6 +23,7 @@ from kara_sglang.scheduler.compaction import Compaction
 from kara_sglang.scheduler.forecast import Forecast
 from kara_sglang.scheduler.graphs import Graphs
 from kara_sglang.scheduler.latch import LOOK_EVERY, Latch
+from kara_sglang.scheduler.longer import Longer
 from kara_sglang.scheduler.metrics import Metrics, Totals, slots_held
 from kara_sglang.scheduler.newcomers import Newcomers
 from kara_sglang.scheduler.policy import Candidate
@@ -63,6 +64,7 @@ class Coordinator:
         self.calendar = Calendar(self.geometry, compaction.lengths)
         self.graphs = Graphs(scheduler.tp_worker.get_decode_cuda_graph_bs())
         self.totals = Totals()
+        self.longer = Longer(scheduler, self.geometry, self.pace, self.totals)
         self.newcomers = Newcomers(config, compaction, self.terms_of, self.totals)
         context = scheduler.metrics_collector_context
         self.metrics: Metrics | None = None
@@ -119,9 +121,11 @@ class Coordinator:
             exact.allow_insert(req, state)
         forget_state(req)
         forget_match(req)
+        self.longer.retracted(req)
 
     def row_freed(self, req: Req) -> None:
         """The request gives its row back (finished, aborted or retracted)."""
+        self.longer.leave(req)
         state = state_of(req)
         if state is not None:
             if self.compaction.tracer is not None:
@@ -146,7 +150,8 @@ class Coordinator:
         self.graphs.step(len(batch.reqs))
         looked_at = self.calendar.next_step() + self.newcomers.start(batch)
         for req, state in looked_at:
-            if req.kv.kv_committed_len >= self._ready_at(state):
+            self.longer.look(req, state)
+            if req.kv.kv_committed_len >= self._ready_at(req, state):
                 self._ready[state.order] = req, state
         due = self._due(batch)
         if self.config.debug_checks:
@@ -156,19 +161,21 @@ class Coordinator:
             self.export()
             self._sizes = None
             for req, state in due:
-                if req.kv.kv_committed_len < self._ready_at(state):
+                if req.kv.kv_committed_len < self._ready_at(req, state):
                     self._ready.pop(state.order, None)
         self.latch.step(batch, passed=bool(due))
         self._hand_out(due, looked_at)
         for req, state in looked_at + due:
-            self.calendar.make_date(req, state, self._ready_at(state))
+            looks_in = self.longer.looks_in(req)
+            self.calendar.make_date(req, state, self._ready_at(req, state), looks_in)
 
-    def _ready_at(self, state: RequestState) -> int:
-        """KV length from which on the policy may take the request's next window."""
-        return max(state.due_at(self.geometry), self.policy.floor)
+    def _ready_at(self, req: Req, state: RequestState) -> int:
+        """KV length from which on the request's next window may be taken."""
+        floor = 0 if self.longer.is_long(req) else self.policy.floor
+        return max(state.due_at(self.geometry), floor)
 
     def _due(self, batch: ScheduleBatch) -> list[tuple[Req, RequestState]]:
-        """Whose window is compressed in this step, as the policy says."""
+        """Whose window is compressed in this step: as the policy says, and one of the long answer."""
         sizes = len(batch.reqs), len(self.scheduler.waiting_queue)
         if self._ready and (sizes != self._sizes or self.calendar.step % LOOK_EVERY == 0):
             self._acting, self._sizes = self.is_compressing(batch), sizes
@@ -177,7 +184,11 @@ class Coordinator:
             ready = [one for one in self._ready.values() if _outlives_this_step(one[0])]
         candidates = [self._candidate(index, *one) for index, one in enumerate(ready)]
         urgent = bool(ready) and short_of_slots(self.scheduler, batch, self.pace)
-        return [ready[index] for index in self.policy.due(candidates, urgent=urgent)]
+        due = [ready[index] for index in self.policy.due(candidates, urgent=urgent)]
+        long = self.longer.one
+        if long is not None and long[1].order in self._ready and _outlives_this_step(long[0]):
+            due += [long] if all(req is not long[0] for req, _ in due) else []
+        return due
 
     def _candidate(self, index: int, req: Req, state: RequestState) -> Candidate:
         kv_len = req.kv.kv_committed_len

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from kara_sglang.scheduler.policy import Policy
 
 
+LAST = 3
+"""Tokens at an answer's end in which no window is compressed: no pass takes a request whose last token
+is on its way, and that one never has any KV."""
+
+
 def growth(geometry: Geometry, tokens: float, uncompressed: int, kept: int) -> float:
     """Most KV slots by which a request grows while it generates ``tokens``.
 
@@ -30,13 +35,33 @@ def growth(geometry: Geometry, tokens: float, uncompressed: int, kept: int) -> f
     """
     window, delay = geometry.window, geometry.delay
     ahead = uncompressed + tokens
-    # No pass takes a request whose last token is on its way, and that one never has any KV.
-    taken = max(0, int((ahead - 3 - delay) // window))
+    taken = max(0, int((ahead - LAST - delay) // window))
     at_the_end = ahead - taken * (window - kept)
     # Right before its last compression it holds a whole window and its delay.
     before_last = (taken - 1) * kept + window + delay if taken else 0
     # A window that is overdue will give slots back, but memory that is not free yet is no reserve.
     return max(0.0, min(max(at_the_end, before_last) - uncompressed, tokens))
+
+
+def longest(geometry: Geometry, room: int, uncompressed: int, kept: int) -> int:
+    """Most tokens that a request can still generate where each of its windows is compressed as it falls
+    due; 0 where there is no room for a window with its delay.
+
+    Parameters
+    ----------
+    geometry : Geometry
+    room : int
+        KV slots that it may hold from its next window's start on, at most.
+    uncompressed : int
+        Tokens from there on, so far; negative in front of the first window.
+    kept : int
+        R of this request.
+    """
+    due_at = geometry.window + geometry.delay + LAST
+    if room < due_at:
+        return 0
+    windows = (room - due_at) // kept + 1
+    return max(0, room + windows * (geometry.window - kept) - uncompressed)
 
 
 class Forecast:

@@ -27,6 +27,7 @@ class Totals:
     slots_freed: int = 0
     pass_seconds: float = 0.0
     tokens_computed_again: int = 0  # though a compressed prefix held them
+    long_answers: int = 0  # that went on beyond SGLang's cap
     skipped: Counter[str] = field(default_factory=Counter)
 
     def add(self, done: Pass) -> None:
@@ -96,6 +97,9 @@ class Metrics:
         self._again = counter(
             "tokens_computed_again", "Prompt tokens computed although a compressed prefix held them."
         ).labels(**labels)
+        self._long = counter(
+            "long_answers", "Answers that went on although they no longer fit the pool uncompressed."
+        ).labels(**labels)
         self._skipped = counter("skipped", "Requests left uncompressed.", ("reason",))
         self._recorders = gauge("recorders_in_use", "Requests whose queries are recorded.")
         self._held = gauge("held_tokens", "KV slots held by running requests.")
@@ -110,6 +114,7 @@ class Metrics:
         self._freed.inc(totals.slots_freed - seen.slots_freed)
         self._seconds.inc(totals.pass_seconds - seen.pass_seconds)
         self._again.inc(totals.tokens_computed_again - seen.tokens_computed_again)
+        self._long.inc(totals.long_answers - seen.long_answers)
         for reason, count in totals.skipped.items():
             self._skipped.labels(**self._labels, reason=reason).inc(count - seen.skipped[reason])
         self._counted = totals.copy()

@@ -120,10 +120,12 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
     ring = Served.of(recorder, coordinator.config.query_heads)
     scheduler = coordinator.scheduler
     held, logical = slots_held(coordinator.running)
+    kept = coordinator.config.kept(coordinator.geometry.page_size)
+    uncompressed, longest = coordinator.longer.answers(kept)
     return {
-        "settings": dataclasses.asdict(coordinator.config)
-        | {"kept": coordinator.config.kept(coordinator.geometry.page_size)},
+        "settings": dataclasses.asdict(coordinator.config) | {"kept": kept},
         "compression": told(coordinator),
+        "longest_answer": {"tokens": longest, "uncompressed": uncompressed},
         "kernels": coordinator.kernels.name,
         "passes": totals.passes,
         "windows": totals.windows,
@@ -131,6 +133,7 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
         "slots_freed": totals.slots_freed,
         "pass_seconds": totals.pass_seconds,
         "tokens_computed_again": totals.tokens_computed_again,
+        "long_answers": totals.long_answers,
         "skipped": dict(totals.skipped),
         "recorders_in_use": recorder.in_use,
         "recorder_pages_free": recorder.free_pages,

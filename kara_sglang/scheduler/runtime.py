@@ -327,9 +327,14 @@ def described(parts: Parts, coordinator: Coordinator) -> str:
     graphs = coordinator.graphs.room(
         coordinator.geometry, kept, scheduler.max_total_num_tokens, scheduler.max_running_requests
     )
+    stock, most = coordinator.longer.answers(kept)
+    answers = f"answers of up to {most:,} tokens"
+    if most > stock:
+        answers += f" (beyond {stock:,} one at a time)"
     return (
         f"{config.selector}, window {config.window}, kept {kept}, delay {config.delay} tokens, "
-        f"{parts.kernels.name} kernels ({parts.kernels_why}), {ring}, {graphs}; {policy.begins(config)}"
+        f"{parts.kernels.name} kernels ({parts.kernels_why}), {ring}, {graphs}, "
+        f"{answers}; {policy.begins(config)}"
     )
 
 
@@ -363,6 +368,29 @@ def after_reset_for_retract(_result: None, req: Req) -> None:
     """AFTER ``Req.reset_for_retract``."""
     if runtime.coordinator is not None:
         runtime.coordinator.forget(req)
+
+
+def around_init_req_max_new_tokens(cap: Callable[..., None], scheduler: Scheduler, req: Req) -> None:
+    """AROUND ``Scheduler.init_req_max_new_tokens``: what a request asked for beyond its cap is kept."""
+    asked = req.sampling_params.max_new_tokens
+    cap(scheduler, req)
+    if runtime.coordinator is not None:
+        runtime.coordinator.longer.remember(req, asked)
+
+
+def after_retraction_order(order: list[int], _sorted_indices: list[int], reqs: list[Req]) -> list[int]:
+    """AFTER ``schedule_batch.beam_retraction_order``, which has the last word on who is kept."""
+    return order if runtime.coordinator is None else runtime.coordinator.longer.keep(order, reqs)
+
+
+def around_add_request_to_queue(
+    add: Callable[..., None], scheduler: Scheduler, req: Req, is_retracted: bool = False
+) -> None:
+    """AROUND ``Scheduler._add_request_to_queue``: a long answer that lost its KV cannot come back."""
+    if runtime.coordinator is not None and runtime.coordinator.longer.is_gone(req):
+        runtime.coordinator.longer.end(req)
+    else:
+        add(scheduler, req, is_retracted)
 
 
 def attach_storage(_attach: Callable[..., Any], _scheduler: Scheduler, _request: Any) -> Any:

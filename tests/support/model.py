@@ -83,12 +83,18 @@ class Model:
             tree_cache=SimpleNamespace(evictable_size=self.evictable_size),
             tp_worker=SimpleNamespace(get_decode_cuda_graph_bs=lambda: []),
             max_total_num_tokens=setting.num_pages * self.page,
+            max_new_tokens_limit=None,
+            enable_hierarchical_cache=False,
+            enable_priority_preemption=False,
+            chunked_req=None,
             waiting_queue=self.queue,
             disagg_decode_prealloc_queue=None,
             new_token_ratio_tracker=SimpleNamespace(current=0.5),
             get_num_allocatable_reqs=lambda running, running_batch: len(self.free_rows),
             server_args=SimpleNamespace(model_path="a-model", tokenizer_path=None),
-            model_config=SimpleNamespace(get_total_num_kv_heads=lambda: KV_HEADS, vocab_size=4711),
+            model_config=SimpleNamespace(
+                get_total_num_kv_heads=lambda: KV_HEADS, vocab_size=4711, context_len=setting.context
+            ),
         )
         device = torch.device("cpu")
         shape = AttentionShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, DIM, torch.float32, device)
@@ -118,7 +124,7 @@ class Model:
         self.tree_pages: Counter[int] = Counter()
         self.in_flight: list[Request] = []
         self.arrived = self.steps = self.windows = self.tokens_freed = self.retractions = 0
-        self.without_queries = self.traces = self.most_of_one = 0
+        self.without_queries = self.traces = self.most_of_one = self.gone = 0
         self.texts = [[self.random.randrange(9) for _ in range(100)] for _ in range(2)]
         # K, V and queries of every token that was ever computed, by a number of its own.
         self.num_tokens = 0
@@ -275,8 +281,9 @@ class Model:
         return max(1, min(pages, math.floor(share * pages + 0.5))) * self.page
 
     def check_policy(self, taken: list[tuple[Request, Window]]) -> None:
-        """No window is taken that the policy does not allow."""
+        """No window is taken that the policy does not allow, but those of a long answer."""
         config = self.config
+        taken = [one for one in taken if not self.coordinator.longer.is_long(one[0])]
         of_one = Counter(id(req) for req, _ in taken)
         self.most_of_one = max(self.most_of_one, *of_one.values(), 0)
         if config.policy in ("threshold", "punctual"):

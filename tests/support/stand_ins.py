@@ -244,6 +244,7 @@ class Setting:
     options: tuple[Any, ...] = (None,)
     trouble: float = 0.02  # chance per step of each kind of it
     pace: Pace = PLAIN
+    context: int = 1 << 20
 
 
 def random_setting(random: Random, real: bool) -> Setting:

@@ -21,6 +21,7 @@ from stand_ins import (
 )
 
 from kara_sglang.config import KaraConfig
+from kara_sglang.radix_integration.row import ceil_align
 from kara_sglang.scheduler.streams import forward_stream
 
 
@@ -139,7 +140,15 @@ class World(Model):
         req.skip_radix_cache_insert = req.never_inserts = self.chance(0.1)
         if self.chance(0.05):
             setattr(req, self.random.choice(["beam_group", "multimodal_inputs"]), object())
+        self.cap(req)
         self.queue.append(req)
+
+    def cap(self, req: Request) -> None:
+        """SGLang's ``init_req_max_new_tokens``."""
+        asked, prompt = req.sampling_params.max_new_tokens, len(req.origin_input_ids)
+        room = self.setting.num_pages * self.page - ceil_align(prompt, self.page) - self.page - 1
+        req.sampling_params.max_new_tokens = max(0, min(asked, room))
+        self.coordinator.longer.remember(req, asked)
 
     def release(self, req: Request, *, checkpoint: bool) -> None:
         """SGLang's ``release_kv_cache``."""
@@ -184,7 +193,15 @@ class World(Model):
         req.windows = []
         req.prefix = None
         self.drop([req])
-        self.queue.append(req)
+        if self.coordinator.longer.is_gone(req):
+            self.gone += 1
+        else:
+            self.queue.append(req)
+
+    def retraction_order(self) -> list[int]:
+        """SGLang's ``_get_decode_retraction_order``, youngest last, and our hook behind it."""
+        reqs = self.batch.reqs
+        return self.coordinator.longer.keep(range(len(reqs)), reqs)
 
     def decode(self, reqs: list[Request]) -> None:
         """Allocate, then run the model: attention writes K/V and the hook records queries."""
@@ -253,7 +270,7 @@ class World(Model):
         in_flight = [req for req in self.in_flight if req in batch.reqs]
         self.drop([req for req in in_flight if req.next_output_finishes_by_length()])
         while batch.reqs and (self.chance(trouble) or not self.make_room(self.needed())):
-            self.retract(batch.reqs[-1])
+            self.retract(batch.reqs[self.retraction_order()[-1]])
         launched = batch.reqs[:]
         self.decode(launched)
         self.process_results(self.in_flight if self.setting.overlap else launched)

@@ -252,6 +252,7 @@ NOT_RUN = {
     "kara_sglang.benchmarks.research.search": "by hand",
     "kara_sglang.benchmarks.reuse": "by hand",
     "kara_sglang.benchmarks.reuse.match": "by hand",
+    "kara_sglang.benchmarks.serving.longest": "by hand",
     "kara_sglang.benchmarks.serving.overhead": "by hand",
     "git": "by hand",
     "twine": "by hand",

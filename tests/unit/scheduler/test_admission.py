@@ -83,8 +83,9 @@ class Req:
 class HalfCoordinator:
     """Promises half of everything, and says in turn whether it is going to keep that."""
 
-    def __init__(self, *acting: bool) -> None:
+    def __init__(self, *acting: bool, long: float | None = None) -> None:
         self.acting = list(acting)
+        self.longer = SimpleNamespace(reserve=lambda _req: long)
 
     def is_compressing(self, running: Any) -> bool:
         assert running.reqs == ["one", "two"]
@@ -113,6 +114,13 @@ def test_adder_counts_on_compression_only_where_it_happens(monkeypatch: pytest.M
     assert adder._select_prefill_admission(Req(), total_tokens=1100) == "no room"
     later = adder_class(lambda _scheduler: StockAdder, None)()
     assert later._get_running_request_total_token_offset(Req()) == 500
+
+
+def test_a_long_answer_reserves_all_that_it_will_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the policy does, and whatever SGLang expects of the answers that run."""
+    monkeypatch.setattr(runtime, "coordinator", HalfCoordinator(False, long=1700.0))
+    adder = adder_class(lambda _scheduler: StockAdder, None)()
+    assert adder._get_running_request_total_token_offset(Req()) == 1700
 
 
 def test_adder_is_stocks_without_a_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def test_names_and_labels(registry: CollectorRegistry) -> None:
         f"sglang:kv_compress_{name}"
         for name in (
             *("passes", "windows", "without_queries", "slots_freed", "pass_seconds", "skipped"),
-            "tokens_computed_again",
+            *("tokens_computed_again", "long_answers"),
             *("recorders_in_use", "held_tokens", "logical_tokens"),
         )
     }
@@ -57,12 +57,14 @@ def test_counters_follow_the_totals(registry: CollectorRegistry) -> None:
             windows = random.randint(1, 8)
             without = random.randint(0, windows)
             totals.add(Pass(windows, without, random.randint(0, 2048), random.random() / 100))
+        totals.long_answers += random.randint(0, 1)
         for _ in range(random.randint(0, 3)):
             totals.skip(random.choice(["multimodal", "opt_out", "beam"]))
         gauges = [random.randint(0, 10**6) for _ in range(3)]
         metrics.update(totals, *gauges)
         assert value(registry, "passes_total") == totals.passes
         assert value(registry, "windows_total") == totals.windows
+        assert value(registry, "long_answers_total") == totals.long_answers
         assert value(registry, "without_queries_total") == totals.without_queries
         assert value(registry, "slots_freed_total") == totals.slots_freed
         assert value(registry, "pass_seconds_total") == pytest.approx(totals.pass_seconds)

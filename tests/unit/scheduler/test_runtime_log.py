@@ -21,7 +21,10 @@ def said(budget: int, **settings: Any) -> str:
     recorder = QueryRecorder(shape, 512, 64, budget, torch.bfloat16)
     scheduler = SimpleNamespace(page_size=16, max_total_num_tokens=10**6, max_running_requests=500)
     coordinator = SimpleNamespace(
-        scheduler=scheduler, graphs=Graphs([1, 2, 160]), geometry=Geometry(16, 512, 64)
+        scheduler=scheduler,
+        graphs=Graphs([1, 2, 160]),
+        geometry=Geometry(16, 512, 64),
+        longer=SimpleNamespace(answers=lambda kept: (9000, 9000 * 512 // kept)),
     )
     return described(Parts(config, TorchKernels(), "a test", recorder, [], None), coordinator)
 
@@ -32,6 +35,11 @@ def test_the_log_names_ring_and_decode_graphs() -> None:
     assert "query ring 0.06 GiB (as set) for " in text and "requests with all query heads" in text
     assert "decode graphs for up to 160 of 500 requests" in text and FLAG in text
     assert "no query ring" in said(0)
+
+
+def test_the_log_says_how_long_an_answer_may_be() -> None:
+    assert ", answers of up to 18,000 tokens (beyond 9,000 one at a time); " in said(0)
+    assert ", answers of up to 9,000 tokens; " in said(0, retain=1.0)
 
 
 def test_the_log_says_when_compression_begins() -> None:
