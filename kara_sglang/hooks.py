@@ -214,14 +214,6 @@ SCHEDULER_HOOKS = (
         "a pass is made by a registry once the scheduler is built",
     ),
     Hook(
-        "managers.scheduler.Scheduler.init_req_max_new_tokens",
-        "before",
-        ("self", "req"),
-        "scheduler.runtime:before_init_req_max_new_tokens",
-        "ends a request whose options nobody has checked: several tokenizer workers load no plugins",
-        "tokenizer workers load plugins",
-    ),
-    Hook(
         "managers.schedule_batch.ScheduleBatch.check_decode_mem",
         "before",
         ("self", "selected_indices"),
@@ -266,8 +258,9 @@ SCHEDULER_HOOKS = (
         "around",
         ("self", "req"),
         "scheduler.runtime:around_init_req_max_new_tokens",
-        "remembers what a request asked for beyond SGLang's cap",
-        "a pass says how many slots a request will come to hold",
+        "ends a request whose options nobody has checked (several tokenizer workers load no plugins), and "
+        "remembers what one asked for beyond SGLang's cap",
+        "tokenizer workers load plugins, and a pass says how many slots a request will come to hold",
     ),
     Hook(
         "managers.schedule_batch.beam_retraction_order",

@@ -347,15 +347,6 @@ def after_get_init_info(result: dict[str, Any], _scheduler: Scheduler) -> None:
     handshake.tell(result, handshake.ready_word() if ready else "; ".join(runtime.refused))
 
 
-def before_init_req_max_new_tokens(_scheduler: Scheduler, req: Req) -> None:
-    """BEFORE ``Scheduler.init_req_max_new_tokens``, where every request passes ahead of the queue."""
-    if runtime.coordinator is None or req.to_finish is not None:
-        return
-    problem = runtime.coordinator.terms_of.problem(req)
-    if problem is not None:
-        req.set_finish_with_abort(problem)
-
-
 def before_check_decode_mem(batch: ScheduleBatch, selected_indices: list[int] | None = None) -> None:
     """BEFORE ``ScheduleBatch.check_decode_mem``: the pass, ahead of the memory check of a step in which
     the running requests decode, alone or beside a prefill. A retraction, which checks for those that
@@ -371,11 +362,16 @@ def after_reset_for_retract(_result: None, req: Req) -> None:
 
 
 def around_init_req_max_new_tokens(cap: Callable[..., None], scheduler: Scheduler, req: Req) -> None:
-    """AROUND ``Scheduler.init_req_max_new_tokens``: what a request asked for beyond its cap is kept."""
-    asked = req.sampling_params.max_new_tokens
+    """AROUND ``Scheduler.init_req_max_new_tokens``, where every request passes ahead of the queue: one
+    whose options nobody has checked ends, and what one asked for beyond its cap is kept."""
+    coordinator, asked = runtime.coordinator, req.sampling_params.max_new_tokens
+    if coordinator is not None and req.to_finish is None:
+        problem = coordinator.terms_of.problem(req)
+        if problem is not None:
+            req.set_finish_with_abort(problem)
     cap(scheduler, req)
-    if runtime.coordinator is not None:
-        runtime.coordinator.longer.remember(req, asked)
+    if coordinator is not None:
+        coordinator.longer.remember(req, asked)
 
 
 def after_retraction_order(order: list[int], _sorted_indices: list[int], reqs: list[Req]) -> list[int]:

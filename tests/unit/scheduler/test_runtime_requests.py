@@ -13,14 +13,15 @@ from kara_sglang.scheduler.terms import TermsOf
 
 def test_a_bad_option_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once; who ends for another reason keeps it, and without compression nobody looks."""
-    coordinator = SimpleNamespace(terms_of=TermsOf(KaraConfig(window=64), 16))
+    longer = SimpleNamespace(remember=lambda _req, _asked: None)
+    coordinator = SimpleNamespace(terms_of=TermsOf(KaraConfig(window=64), 16), longer=longer)
     ended: list[tuple[str, str]] = []
 
     def arrive(name: str, options: object, to_finish: object = None) -> None:
-        params = SimpleNamespace(custom_params={"kv_compress": options})
+        params = SimpleNamespace(custom_params={"kv_compress": options}, max_new_tokens=5)
         req = SimpleNamespace(sampling_params=params, to_finish=to_finish)
         req.set_finish_with_abort = lambda problem: ended.append((name, problem))
-        runtime.before_init_req_max_new_tokens(None, req)
+        runtime.around_init_req_max_new_tokens(lambda _scheduler, _req: None, None, req)
 
     monkeypatch.setattr(runtime, "runtime", runtime.Runtime(coordinator=coordinator))
     arrive("good", {"retain": 0.25})
