@@ -206,7 +206,7 @@ def test_the_committed_chats() -> None:
             again = exact[turn].computed - stock[turn].computed
             assert abs(compressed[turn].computed - stock[turn].computed) <= page
             took = auto[turn].reused_tokens > 0
-            assert auto[turn].computed == (compressed if took else exact)[turn].computed
+            assert abs(auto[turn].computed - (compressed if took else exact)[turn].computed) <= page
             if name == "removed":
                 assert again <= page
             else:
