@@ -206,9 +206,10 @@ def test_the_committed_chats() -> None:
             again = exact[turn].computed - stock[turn].computed
             assert abs(compressed[turn].computed - stock[turn].computed) <= page
             took = auto[turn].reused_tokens > 0
-            assert auto[turn].computed == (compressed if took else exact)[turn].computed
+            assert abs(auto[turn].computed - (compressed if took else exact)[turn].computed) <= page
             if name == "removed":
                 assert again <= page
-            elif before >= result["window"] + result["delay"] + 2 * page:
-                assert again >= before - 2 * page
+            else:
+                compressed_any = before >= result["window"] + result["delay"]
+                assert again >= before - page if compressed_any else again == 0
                 assert took == (before > result["least"])
