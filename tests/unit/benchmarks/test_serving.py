@@ -14,7 +14,7 @@ import pytest
 from counted import result
 
 from kara_sglang.benchmarks import machine
-from kara_sglang.benchmarks.serving import hang_ups, scenarios, tables
+from kara_sglang.benchmarks.serving import hang_ups, longest, scenarios, tables
 from kara_sglang.benchmarks.serving.counters import Counters
 from kara_sglang.benchmarks.serving.load import Load, end_of_text, write_trace
 from kara_sglang.benchmarks.serving.measure import CLIENT_METRICS, GROUP, Journal, schedule, start_of
@@ -348,3 +348,16 @@ def test_results_begin_with_their_command_and_machine(name: str) -> None:
     assert list(origin["machine"]) == list(committed["machine"])
     if (tables := RESULTS / f"{name}.md").exists():
         assert tables.read_text().startswith(machine.heading(committed))
+
+
+def test_the_answer_that_is_longer_than_the_pool() -> None:
+    """What was measured: stock ends it, and with the plugin it is whole, as are the others."""
+    found = json.loads((tables.RESULTS / "longest-tiny.json").read_text())
+    stock, kara = found["rows"]["stock"], found["rows"]["kara"]
+    assert stock["tokens"] < found["pool"] < found["asked"] == kara["tokens"] == 12_000
+    assert kara["kv_slots_held"] < found["pool"] and kara["retractions"] == 0
+    assert kara["others_whole"] == kara["others"] > 1
+    text = longest.table(found)
+    assert (
+        "| kara | 12,000 | length |" in text and f"| stock | {stock['tokens']:,} | length | - |" in text
+    )
