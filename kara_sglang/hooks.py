@@ -258,7 +258,7 @@ SCHEDULER_HOOKS = (
         "around",
         ("self", "req"),
         "scheduler.runtime:around_init_req_max_new_tokens",
-        "ends a request whose options nobody has checked (several tokenizer workers load no plugins), and "
+        "ends a request whose options nobody has checked (tokenizer workers load no plugins), and "
         "remembers what one asked for beyond SGLang's cap",
         "tokenizer workers load plugins, and a pass says how many slots a request will come to hold",
     ),

@@ -156,18 +156,19 @@ def check_server_args(_result: None, record: Any) -> None:
             )
             plugin.activate(None)
             return
+        asked = config  # which was not None: a lambda cannot tell
         checks: tuple[Callable[[], list[str]], ...] = (
-            lambda: versions.of_version(config),
+            lambda: versions.of_version(asked),
             plugin.hook_launcher,
-            lambda: refusals.of_flags(resolved) + refusals.of_sharing(resolved, config),
+            lambda: refusals.of_flags(resolved) + refusals.of_sharing(resolved, asked),
             lambda: refusals.of_model_config(model_config_of(record)),
-            lambda: refusals.of_rotary(model_config_of(record), config),
+            lambda: refusals.of_rotary(model_config_of(record), asked),
         )
         for refused in checks:
             if lines := refused():
                 raise ValueError("; ".join(lines))
         model = model_config_of(record)
-        config = config.reaching(sliding_window.longest(model))
+        config = asked.reaching(sliding_window.longest(model))
         config.check_page_size(resolved.page_size)
         config.check_context(model.context_len, resolved.page_size)
         if config.trace is not None:

@@ -27,7 +27,7 @@ SETTINGS = {
     "policy": "threshold",  # each window as soon as it is due, as the instrument has it
     "debug_checks": True,
 }
-VARIANT = variants.Variant(layer=1, newest=8).name
+VARIANT = variants.Variant(near=5, newest=8).name
 ROWS = {
     "kara": 0.5,
     "causal": 0.25,

@@ -21,6 +21,7 @@ DRAFTS = {
     "speculative_algorithm": "EAGLE",
     "speculative_eagle_topk": 1,
     "speculative_num_draft_tokens": 4,
+    "speculative_num_steps": 3,
 }
 """As SGLang resolves a chain of drafts."""
 
@@ -78,6 +79,11 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
         "--speculative-draft-attention-backend",
         DRAFTS | {"speculative_draft_attention_backend": "trtllm_mha"},
     ),
+    (
+        "--speculative-draft-attention-backend",
+        DRAFTS | {"speculative_draft_attention_backend": "triton"},
+    ),
+    ("--speculative-draft-attention-backend", DRAFTS | {"attention_backend": "flashinfer"}),
     ("--disaggregation-mode", DRAFTS | DECODE),
     (
         "--disaggregation-decode-enable-radix-cache",

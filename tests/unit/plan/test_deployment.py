@@ -74,7 +74,7 @@ def test_the_view_on_the_page_is_a_frame() -> None:
     state = {
         "settings": {
             **{"selector": "kara", "kept": 32, "window": 64, "delay": 16},
-            **{"policy": "periodic", "prefix_reuse": "exact"},
+            **{"policy": "periodic", "prefix_reuse": "auto"},
         },
         "compression": "compression begins when an answer is longer than 80 tokens; "
         "it has, 6 windows so far",

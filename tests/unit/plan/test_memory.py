@@ -110,7 +110,7 @@ def test_ring_and_scratch_are_those_that_the_pass_allocates(
             return 0
 
     monkeypatch.setattr(runtime, "runtime", fresh := runtime.Runtime())
-    monkeypatch.setattr(plugin, "active", lambda: KaraConfig(window=8192))
+    monkeypatch.setattr(plugin, "active", lambda: KaraConfig(window=8192, prefix_reuse="auto"))
     monkeypatch.setattr(runtime, "pick", lambda _device: (Kernels(), "a test"))
     monkeypatch.setattr(runtime, "rope_shift_of", lambda *_, **__: None)
     layers = [
