@@ -68,6 +68,10 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ),
         ("--enable-pd-role-switch", lambda c: c.enable_pd_role_switch),
         ("--pp-size", lambda c: c.pp_size > 1),
+        (
+            "--attn-dp-size (with --speculative-algorithm)",
+            lambda c: c.attn_dp_size > 1 and c.speculative_algorithm is not None,
+        ),
         ("--attn-cp-size", lambda c: c.attn_cp_size > 1),
         ("--dcp-size", lambda c: c.dcp_size > 1),
         ("--elastic-ep-backend", lambda c: c.elastic_ep_backend is not None),

@@ -8,17 +8,14 @@ from pathlib import Path
 
 import pytest
 from exactness import PROMPTS, assert_likeliest
-from server import PUNCTUAL, WINDOW, Server, free_port, in_parallel, launch, prompt
+from server import PUNCTUAL, WINDOW, Server, in_parallel, launch, prompt
 
-COMMON = (
+FLAGS = (
     *("--skip-tokenizer-init", "--page-size", "16", "--max-total-tokens", "2048"),
     *("--dtype", "float32", "--max-running-requests", "16"),
     *("--kv-compress", "kara", *WINDOW, *PUNCTUAL, "--skip-server-warmup"),
-    "--disaggregation-transfer-backend",
-)
-DECODE = (
-    *("--disaggregation-mode", "decode", "--disaggregation-decode-retraction-backup", "none"),
-    *("--num-reserved-decode-tokens", "16"),
+    *("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake"),
+    *("--disaggregation-decode-retraction-backup", "none", "--num-reserved-decode-tokens", "16"),
 )
 OPTIONS = ({"selector": "recent"}, {"selector": "identity"}, False, None)
 # Nobody may have written into a slot before the first test.
@@ -28,8 +25,7 @@ FAKE = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0, "return_logprob": Fals
 
 @pytest.fixture(scope="module")
 def decode(tiny_model: Path, logs: Path) -> Iterator[Server]:
-    flags = (*COMMON, "fake", *DECODE)
-    with launch(tiny_model, logs / "decode.log", *flags, env=ENV) as server:
+    with launch(tiny_model, logs / "decode.log", *FLAGS, env=ENV) as server:
         yield server
 
 
@@ -70,35 +66,3 @@ def test_who_is_retracted_ends_with_a_status_and_hurts_nobody(decode: Server) ->
         else:
             assert "Retracted under decode memory pressure" in str(answer)
     decode.assert_nothing_leaked()
-
-
-@pytest.mark.slow
-def test_prompts_that_another_server_computes(tiny_model: Path, logs: Path) -> None:
-    """A real transfer between two servers. The one that computes prompts takes the same flags and says
-    that they do nothing there."""
-    pytest.importorskip("mooncake.engine", reason="pip install mooncake-transfer-engine-non-cuda")
-    flags, port = (*COMMON, "mooncake_tcp"), free_port()
-    more = ("--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", str(port))
-    with (
-        launch(tiny_model, logs / "prefill.log", *flags, *more, env=ENV) as prefill,
-        launch(tiny_model, logs / "decode_2.log", *flags, *DECODE, env=ENV) as decode,
-    ):
-        assert "--kv-compress does nothing here" in prefill.log_text()
-
-        def ask(room: int) -> dict:
-            from_here = {"bootstrap_host": "127.0.0.1", "bootstrap_port": port, "bootstrap_room": room}
-            both = [
-                lambda server=server: server.generate(
-                    PROMPTS[room], kv_compress=OPTIONS[room], return_logprob=False, **from_here
-                )
-                for server in (prefill, decode)
-            ]
-            return in_parallel(both)[1]
-
-        answers = in_parallel([lambda room=room: ask(room) for room in range(len(PROMPTS))])
-        for ids, kept, answer in zip(PROMPTS, (32, 64, 64), answers, strict=False):
-            assert assert_likeliest(tiny_model, ids, answer["output_ids"], kept) == 4
-        reports = [answer["meta_info"]["kv_compress"] for answer in answers]
-        assert [report["windows"] for report in reports] == [4, 4, 0, 4]
-        assert [report["without_queries"] for report in reports] == [0] * 4
-        decode.assert_nothing_leaked()

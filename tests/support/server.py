@@ -31,7 +31,10 @@ WINDOW = (
     *("--kv-compress-config", '{"delay": 16, "policy": "periodic", "debug_checks": true}'),
 )
 # Behind WINDOW: no window waits, so that it can be foretold when each one is compressed.
-PUNCTUAL = ("--kv-compress-config", '{"delay": 16, "policy": "punctual", "debug_checks": true}')
+PUNCTUAL = (
+    "--kv-compress-config",
+    '{"delay": 16, "policy": "punctual", "query_heads": "all", "debug_checks": true}',
+)
 # What odd requests may ask for (torture.py).
 ODD = ("--enable-return-hidden-states", "--enable-custom-logit-processor")
 

@@ -98,6 +98,10 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("--attn-cp-size", {"attn_cp_size": 2}),
     ("--dcp-size", {"dcp_size": 2}),
     (
+        "--attn-dp-size (with --speculative-algorithm)",
+        DRAFTS | {"attn_dp_size": 2, "cuda_graph_config": EAGER_PREFILLS},
+    ),
+    (
         "--enable-mixed-chunk (with --speculative-algorithm)",
         DRAFTS | {"enable_mixed_chunk": True, "cuda_graph_config": EAGER_PREFILLS},
     ),
