@@ -86,11 +86,12 @@ class Longer:
     @property
     def allowed(self) -> bool:
         """Whether an answer may outgrow the pool here: others must be able to give up all that they
-        hold. HiCache holds slots while it writes them back, priorities can preempt the long one, and
-        drafts take slots of their own."""
+        hold. HiCache holds slots while it writes them back, decode servers for requests that are on
+        their way, priorities can preempt the long one, and drafts take slots of their own."""
         scheduler = self.scheduler
-        preempts = scheduler.enable_priority_preemption
-        return not (self._pace.speculates or scheduler.enable_hierarchical_cache or preempts)
+        decodes_only = scheduler.disagg_decode_prealloc_queue is not None
+        holds = scheduler.enable_hierarchical_cache or decodes_only
+        return not (self._pace.speculates or holds or scheduler.enable_priority_preemption)
 
     def answers(self, kept: int) -> tuple[int, int]:
         """Tokens that an answer behind a short prompt can have where each window keeps so many: like

@@ -265,7 +265,10 @@ def test_none_becomes_long_while_a_prompt_is_prefilled_in_chunks() -> None:
     assert len(req.output_ids) > 700
 
 
-@pytest.mark.parametrize("field", ["enable_hierarchical_cache", "enable_priority_preemption"])
+@pytest.mark.parametrize(
+    "field",
+    ["enable_hierarchical_cache", "enable_priority_preemption", "disagg_decode_prealloc_queue"],
+)
 def test_servers_that_keep_stocks_cap(field: str) -> None:
     world = World(server(), seed=0)
     assert world.coordinator.longer.allowed
