@@ -174,7 +174,8 @@ def of_flags(resolved: Any) -> list[str]:
             "--kv-compress; use --disaggregation-decode-retraction-backup none, with which SGLang ends "
             "it with status 503"
         )
-    if resolved.cuda_graph_config.prefill.backend != Backend.DISABLED:
+    graphs = resolved.cuda_graph_config  # None where no model has been looked at yet
+    if graphs is not None and graphs.prefill.backend != Backend.DISABLED:
         # Requests may decode in a step that prefills others, and a replay shows nobody their queries.
         beside = (
             ("--enable-mixed-chunk", resolved.enable_mixed_chunk),

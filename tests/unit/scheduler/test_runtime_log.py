@@ -26,7 +26,7 @@ def said(budget: int, **settings: Any) -> str:
         geometry=Geometry(16, 512, 64),
         longer=SimpleNamespace(answers=lambda kept: (9000, 9000 * 512 // kept)),
     )
-    return described(Parts(config, TorchKernels(), "a test", recorder, [], None), coordinator)
+    return described(Parts(config, TorchKernels(), "a test", recorder, {}, 0, None), coordinator)
 
 
 def test_the_log_names_ring_and_decode_graphs() -> None:
