@@ -80,7 +80,7 @@ class DraftingWorld(World):
         return depths, path
 
     def before_decode(self) -> None:
-        mode = SimpleNamespace(is_decode=lambda: True)
+        mode = SimpleNamespace(is_mixed=lambda: False, is_decode=lambda: True)
         self.scheduler.last_batch = SimpleNamespace(forward_mode=mode) if self.in_flight else None
         super().before_decode()
 
