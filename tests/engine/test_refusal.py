@@ -43,6 +43,8 @@ def test_unhooked_server_refuses_to_start(
     command = (
         *("-m", "sglang.launch_server", "--model-path", str(tiny_model), *CPU_FLAGS, *PAGE_16),
         *("--skip-tokenizer-init", "--port", str(free_port()), "--kv-compress", "kara", *WINDOW),
+        # With compressed prefixes SGLang itself ends a child that does not know their cache.
+        *("--kv-compress-prefix-reuse", "exact"),
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     with run(command, log, {"PYTHONPATH": path}) as process:

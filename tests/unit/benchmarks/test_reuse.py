@@ -96,13 +96,11 @@ def test_what_the_documents_quote(result: dict, sizes: Sizes) -> None:
     peaks, steps = (
         [row[key] for row in (stock, exact, ours)] for key in ("peak_running", "decode_steps")
     )
-    means = [f"{row['mean_running']:.1f}" for row in (stock, exact, ours)]
     for sentence in (
         f"{sizes.forks} forks of a chain of {sizes.chain:,} tokens, each of which writes "
-        f"{sizes.fork_answer:,} more, in {sizes.fork_pool:,} slots.",
-        f"Stock runs {peaks[0]} at once, `exact` {peaks[1]}, `compressed` {peaks[2]}: "
-        f"{result['forks_ratio']:.1f} times stock; on average {means[0]}, {means[1]} and {means[2]}.",
-        f"All take {steps[0]:,}, {steps[1]:,} and {steps[2]:,} decode steps.",
+        f"{sizes.fork_answer:,} more, in {sizes.fork_pool:,} slots: stock runs {peaks[0]} at once, "
+        f"`exact` {peaks[1]}, `compressed` {peaks[2]}.",
+        f"They take {steps[0]:,}, {steps[1]:,} and {steps[2]:,} decode steps.",
     ):
         assert sentence in section
     assert ours["peak_running"] / stock["peak_running"] == result["forks_ratio"] >= 1.8
