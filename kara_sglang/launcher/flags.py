@@ -145,8 +145,8 @@ def check_server_args(_result: None, record: Any) -> None:
 
     try:
         plugin.set_launched(None)
-        config = plugin.asked()
-        if config is None:
+        asked = plugin.asked()
+        if asked is None:
             return
         resolved = resolving_view(record)
         if resolved.disaggregation_mode == "prefill":
@@ -156,7 +156,6 @@ def check_server_args(_result: None, record: Any) -> None:
             )
             plugin.activate(None)
             return
-        asked = config  # which was not None: a lambda cannot tell
         checks: tuple[Callable[[], list[str]], ...] = (
             lambda: versions.of_version(asked),
             plugin.hook_launcher,

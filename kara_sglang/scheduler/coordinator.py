@@ -186,8 +186,10 @@ class Coordinator:
         urgent = bool(ready) and short_of_slots(self.scheduler, batch, self.pace)
         due = [ready[index] for index in self.policy.due(candidates, urgent=urgent)]
         long = self.longer.one
-        if long is not None and long[1].order in self._ready and _outlives_this_step(long[0]):
-            due += [long] if all(req is not long[0] for req, _ in due) else []
+        if long is None or any(req is long[0] for req, _ in due):
+            return due
+        if long[1].order in self._ready and _outlives_this_step(long[0]):
+            due.append(long)
         return due
 
     def _candidate(self, index: int, req: Req, state: RequestState) -> Candidate:
