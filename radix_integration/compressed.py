@@ -198,12 +198,13 @@ class CompressedRadixCache(UnifiedRadixCache):
         return RadixKey(ids, key.extra_key, cache_salt=key.cache_salt), layout
 
     def _reach(self, key: RadixKey) -> int:
-        """How many slots of a key device and host hold, without a gap.
+        """How many slots of a key device and host hold, without a gap; with :attr:`reach` the device
+        alone: a load may fail, and then the prefix would end where the device's part does.
 
         Without a host tier this looks only, so that the loser of a comparison ages. SGLang has no such
         look at the host.
         """
-        if self.cache_controller is None:
+        if self.cache_controller is None or self.reach:
             slots, _, _ = self.tree_core.match_full_device_prefix(key)
             return slots
         result = self.tree_core.match_prefix(MatchPrefixParams(key=key))

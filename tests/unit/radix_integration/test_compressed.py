@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prefixes import POOL, SHARED, Request, World, finished, looked_up
 from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams
 from sglang.srt.mem_cache.common import match_kv_cache
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from kara_sglang.radix_integration.prefix import Sharing, layout_of, prefix_of, removed_of
@@ -134,3 +137,22 @@ def test_what_lies_on_the_host_counts_slots_there_and_tokens_here(
                 assert (more, node) == (req.host_hit_length if loaded else 0, "node")
                 req.prefix_len += more
             assert removed_of(req) == (4 if req.prefix_len >= 18 else 0)
+
+
+def test_behind_window_layers_only_the_device_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load may fail, and the device's part might not end with the uncompressed slots they see."""
+    world = World(page=4, seed=0)
+    finished(world, SHARED, windows=1)
+    key = RadixKey(array("q", SHARED[:12]))
+    monkeypatch.setattr(world.cache, "cache_controller", object())
+    asked = []
+    look = world.cache.tree_core.match_prefix
+    core = SimpleNamespace(
+        match_prefix=lambda params: asked.append("host") or look(params),
+        match_full_device_prefix=world.cache.tree_core.match_full_device_prefix,
+    )
+    monkeypatch.setattr(world.cache, "tree_core", core)
+    for reach, looks in ((4, []), (0, ["host"])):
+        world.cache.reach = reach
+        assert world.cache._reach(key) == 12
+        assert asked == looks
