@@ -230,6 +230,12 @@ class KaraConfig:
         "share",
         "`pressure` compresses nothing while less of the KV pool is needed uncompressed.",
     )
+    retracted_mem_gb: float = setting(
+        4.0,
+        "GiB per rank",
+        "Host memory for compressed rows of requests that SGLang retracts: they come back instead of "
+        "being computed again. 0: none.",
+    )
     seed: int = setting(0, "number", "Seeds `random`, together with the prompt.", experiment=True)
     trace: str | None = setting(
         None,
@@ -426,6 +432,7 @@ _RANGES = (
     ("last_queries", lambda v: 1 <= v <= 65536, "between 1 and 65536"),
     ("period", lambda v: 1 <= v <= 65536, "between 1 and 65536 decode steps"),
     ("threshold", lambda v: 0 <= v < 2**31, "between 0 and 2**31 - 1 tokens"),
+    ("retracted_mem_gb", lambda v: 0 <= v <= 1e6, "between 0 and 1000000 (GiB)"),
     ("min_pool_usage", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
     ("max_requests_per_pass", lambda v: 1 <= v <= 65536, "between 1 and 65536"),
     ("seed", lambda v: 0 <= v < 2**31, "between 0 and 2**31 - 1"),

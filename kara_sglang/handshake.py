@@ -31,9 +31,7 @@ _heard: list[Any] = []
 
 def ready_word() -> int:
     """What a scheduler says that runs the plugin with the settings in force."""
-    config = plugin.active()
-    assert config is not None
-    return hooks.digest(hooks.scheduler_hooks(config))
+    return hooks.digest(hooks.scheduler_hooks())
 
 
 def tell(message: dict[str, Any], word: int | str) -> None:

@@ -13,10 +13,7 @@ import pkgutil
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from kara_sglang.config import KaraConfig
+from typing import Any
 
 PLUGIN, DISTRIBUTION = "kara", "kara-sglang"
 CACHE_BACKEND = "kara"
@@ -222,6 +219,30 @@ SCHEDULER_HOOKS = (
         "the scheduler calls registered passes ahead of its memory check",
     ),
     Hook(
+        "managers.schedule_batch.ScheduleBatch.release_req",
+        "before",
+        ("self", "idx", "remaing_req_count", "offload_kv"),
+        "scheduler.runtime:before_release_req",
+        "copies a compressed row to the host before a retraction frees it",
+        "SGLang keeps the KV of retracted requests",
+    ),
+    Hook(
+        "managers.scheduler.retract_all",
+        "before",
+        (),
+        "scheduler.runtime:before_retract_all",
+        "gives up such copies: a server that is paused may get other weights",
+        "SGLang keeps the KV of retracted requests",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.flush_cache",
+        "after",
+        ("self", "empty_cache"),
+        "scheduler.runtime:after_flush_cache",
+        "gives them up with all other KV",
+        "SGLang keeps the KV of retracted requests",
+    ),
+    Hook(
         "managers.schedule_batch.Req.reset_for_retract",
         "after",
         ("self",),
@@ -346,8 +367,8 @@ SCHEDULER_HOOKS = (
     ),
 )
 
-# Registered beside them where compressed prefixes are shared.
-SHARING_HOOKS = (
+# Registered beside them: prefills behind slots that stand for other tokens.
+PREFILL_HOOKS = (
     Hook(
         "mem_cache.allocation.alloc_for_extend",
         "before",
@@ -374,13 +395,12 @@ SHARING_HOOKS = (
     ),
 )
 
-ALL_HOOKS = (*CLI_HOOKS, *LAUNCHER_HOOKS, *SCHEDULER_HOOKS, *SHARING_HOOKS)
+ALL_HOOKS = (*CLI_HOOKS, *LAUNCHER_HOOKS, *SCHEDULER_HOOKS, *PREFILL_HOOKS)
 
 
-def scheduler_hooks(config: KaraConfig) -> tuple[Hook, ...]:
-    """The hooks of a scheduler process with these settings."""
-    sharing = SHARING_HOOKS if config.shares_prefixes else ()
-    return fitting((*SCHEDULER_HOOKS, *sharing))
+def scheduler_hooks() -> tuple[Hook, ...]:
+    """The hooks of a scheduler process."""
+    return fitting((*SCHEDULER_HOOKS, *PREFILL_HOOKS))
 
 
 def fitting(hooks: Iterable[Hook], exists: Callable[[Hook], bool] = Hook.exists) -> tuple[Hook, ...]:

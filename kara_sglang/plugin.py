@@ -37,7 +37,7 @@ def register() -> None:
     schedules = any(f"sglang.srt.managers.{name}" in sys.modules for name in _SCHEDULING)
     config = active() if multiprocessing.parent_process() is not None and schedules else None
     if config is not None:
-        hooks.register(hooks.scheduler_hooks(config))
+        hooks.register(hooks.scheduler_hooks())
         if config.shares_prefixes:
             from kara_sglang.radix_integration.compressed import register_backend
 

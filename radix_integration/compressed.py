@@ -119,7 +119,7 @@ class CompressedRadixCache(UnifiedRadixCache):
         prefix.windows, prefix.found = (), None
         prefix.passed_over = 0
         found = None
-        if prefix.sharing is not None and not envs.SGLANG_RADIX_FORCE_MISS.get():
+        if prefix.sharing is not None and not prefix.waits and not envs.SGLANG_RADIX_FORCE_MISS.get():
             found = self._find(prefix, prefix.sharing, params.key)
         if found is None:
             return super().match_prefix(params)

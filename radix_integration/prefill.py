@@ -50,10 +50,14 @@ def after_prepare_for_extend(_result: None, batch: ScheduleBatch) -> None:
 def around_prefix_kv_indices(
     original: Callable[..., torch.Tensor], batch: ScheduleBatch, req: Req
 ) -> torch.Tensor:
-    """AROUND ``allocation._prefix_kv_indices``: the prefix of a later chunk, read off the row.
+    """AROUND ``allocation._prefix_kv_indices``: the prefix of a later chunk, read off the row, and that
+    of a row that is back.
 
-    A first chunk's comes from the tree (``CompressedRadixCache.prefix_device_indices``).
+    Else a first chunk's comes from the tree (``CompressedRadixCache.prefix_device_indices``).
     """
+    prefix = prefix_of(req)
+    if prefix is not None and prefix.returned is not None and not req.kv.holds_kv:
+        return prefix.returned.row
     removed = removed_of(req)
     if not removed or not req.kv.holds_kv:
         return original(batch, req)
@@ -83,7 +87,7 @@ def _begin(req: Req, cache: CompressedRadixCache) -> None:
     """A first chunk. What the match has given and passed over is counted with it, as SGLang counts
     ``cached_tokens``; for the request's report once, whatever is computed anew after a retraction."""
     prefix = prefix_of(req)
-    if prefix is None:
+    if prefix is None or prefix.returned is not None:
         return
     if prefix.windows:
         # Where a part came from the host, SGLang has counted what the tree owns in tokens.

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kara_sglang.radix_integration.layout import Layout
-from kara_sglang.radix_integration.row import Window, state_of
+from kara_sglang.radix_integration.row import RequestState, Window, state_of
 
 if TYPE_CHECKING:
+    import torch
     from sglang.srt.managers.schedule_batch import Req
 
 PREFIX = "kv_compress_prefix"
@@ -31,6 +32,22 @@ class Sharing:
     least: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A row that a retraction took and that is back.
+
+    Attributes
+    ----------
+    state
+        As it was.
+    row
+        Its slots, int64; the prefix cache owns ``cache_protected_len`` of them.
+    """
+
+    state: RequestState
+    row: torch.Tensor
+
+
 @dataclass(slots=True)
 class Prefix:
     """What one request has found."""
@@ -42,11 +59,21 @@ class Prefix:
     reused_slots: int = 0  # that hold them
     passed_over: int = 0  # tokens of a compressed prefix that gained too few to be taken
     computed_again: int = 0  # those that its first prefill computed
+    waits: bool = False  # its own compressed row is on the host: it takes exact KV only
+    returned: Returned | None = None  # until it decodes again
 
 
 def prefix_of(req: Req) -> Prefix | None:
     """The request's part in compressed prefixes; None where it never looked for one."""
     return getattr(req, PREFIX, None)
+
+
+def held_state(req: Req) -> RequestState | None:
+    """The state of the request's row, also between its return and the next decode step."""
+    state, prefix = state_of(req), prefix_of(req)
+    if state is None and prefix is not None and prefix.returned is not None:
+        return prefix.returned.state
+    return state
 
 
 def layout_of(req: Req) -> Layout:
@@ -69,4 +96,4 @@ def forget_match(req: Req) -> None:
     """The request was retracted: its row is gone, and the next match decides anew."""
     prefix = prefix_of(req)
     if prefix is not None:
-        prefix.windows = ()
+        prefix.windows, prefix.returned = (), None

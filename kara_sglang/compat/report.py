@@ -134,7 +134,7 @@ class Report:
 
 def compare(source: Source, against: Source) -> Report:
     """Look at ``source``; its code is compared with that of ``against``."""
-    for_all = (*hooks.CLI_HOOKS, *hooks.LAUNCHER_HOOKS, *hooks.SCHEDULER_HOOKS)
+    for_all = (*hooks.CLI_HOOKS, *hooks.LAUNCHER_HOOKS, *hooks.SCHEDULER_HOOKS, *hooks.PREFILL_HOOKS)
     hook_paths = [hook.target for hook in _fitting(source, hooks.ALL_HOOKS)]
     function_paths = [
         f"{used.owner}.{surface.bare(entry)}"

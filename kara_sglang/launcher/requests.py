@@ -56,7 +56,7 @@ def check_children(infos: list[dict[str, Any]], *_args: Any) -> None:
         return
     for info in infos:
         said = handshake.told(info)
-        if said != hooks.digest(hooks.scheduler_hooks(config)):
+        if said != hooks.digest(hooks.scheduler_hooks()):
             why = said or (
                 "a scheduler process runs without the plugin; is kara-sglang installed in the "
                 "environment that SGLang's processes use?"

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kara_sglang.scheduler.coordinator import Coordinator
+from kara_sglang.scheduler.returning import Offer
 from kara_sglang.scheduler.runtime import runtime
 from kara_sglang.scheduler.shortage import to_come
 
@@ -33,6 +34,8 @@ def adder_class(original: Callable[..., type], scheduler: Any) -> type:
 @functools.cache
 def _compressed(base: type, coordinator: Coordinator) -> type:
     class CompressedPrefillAdder(base):
+        _offer: Offer | None = None  # of the candidate, while SGLang decides
+
         @functools.cached_property
         def _counts_on_compression(self) -> bool:
             # Decided once: who is admitted in this step must not change it for the next candidate.
@@ -49,11 +52,27 @@ def _compressed(base: type, coordinator: Coordinator) -> type:
                 known[req.rid] = long
             return known[req.rid]
 
+        def add_one_req(self, req: Req, *args: Any, **kwargs: Any) -> Any:
+            self._offer = coordinator.returning.offer(req)
+            result = super().add_one_req(req, *args, **kwargs)
+            if self._offer is not None:  # nobody took it
+                coordinator.returning.withdraw(req, self._offer)
+                self._offer = None
+            return result
+
+        def _commit_prefill_admission(self, req: Req, admission: Any, *args: Any) -> None:
+            if self._offer is not None:
+                coordinator.returning.bring_back(req, self._offer)
+                self._offer = None
+            coordinator.returning.admitted(req, admission.extend_len)
+            super()._commit_prefill_admission(req, admission, *args)
+
         def _select_prefill_admission(self, req: Req, *, total_tokens: int, **kwargs: Any) -> Any:
             output = to_come(req)
             saved = output - math.ceil(self._reserve(req, output))
+            needs = 0 if self._offer is None else self._offer.needs
             admission = super()._select_prefill_admission(
-                req, total_tokens=total_tokens - saved, **kwargs
+                req, total_tokens=total_tokens + needs - saved, **kwargs
             )
             if getattr(admission, "max_new_tokens", 0):
                 admission = dataclasses.replace(

@@ -10,13 +10,8 @@ from typing import TYPE_CHECKING
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.radix_integration import exact
-from kara_sglang.radix_integration.prefix import forget_match
-from kara_sglang.radix_integration.row import (
-    RequestState,
-    ceil_align,
-    forget_state,
-    state_of,
-)
+from kara_sglang.radix_integration.prefix import forget_match, held_state
+from kara_sglang.radix_integration.row import RequestState, forget_state, state_of
 from kara_sglang.scheduler import policy
 from kara_sglang.scheduler.calendar import Calendar
 from kara_sglang.scheduler.compaction import Compaction
@@ -27,6 +22,7 @@ from kara_sglang.scheduler.longer import Longer
 from kara_sglang.scheduler.metrics import Metrics, Totals, slots_held
 from kara_sglang.scheduler.newcomers import Newcomers
 from kara_sglang.scheduler.policy import Candidate
+from kara_sglang.scheduler.returning import Returning
 from kara_sglang.scheduler.ring.handout import Handout
 from kara_sglang.scheduler.shortage import needed, short_of_slots
 from kara_sglang.scheduler.streams import forward_stream
@@ -65,7 +61,8 @@ class Coordinator:
         self.graphs = Graphs(scheduler.tp_worker.get_decode_cuda_graph_bs())
         self.totals = Totals()
         self.longer = Longer(scheduler, self.geometry, self.pace, self.totals)
-        self.newcomers = Newcomers(config, compaction, self.terms_of, self.totals)
+        self.returning = Returning(scheduler, config, self.pace, self.totals)
+        self.newcomers = Newcomers(config, compaction, self.terms_of, self.totals, self.returning)
         context = scheduler.metrics_collector_context
         self.metrics: Metrics | None = None
         if context.current_scheduler_metrics_enabled:
@@ -110,15 +107,15 @@ class Coordinator:
         if state is not None:
             held, base = req.kv.kv_committed_len, state.base
         else:
-            held = len(req.origin_input_ids) + len(req.output_ids)
-            base = ceil_align(held, self.geometry.page_size)
+            held, base = self.returning.to_hold(req)
         return self.forecast.reserve(tokens, held, base, terms.kept, running)
 
     def forget(self, req: Req) -> None:
-        """The request was retracted: its KV is gone and will be computed anew, uncompressed."""
+        """The request was retracted: its KV is gone, or waits on the host."""
         state = state_of(req)
         if state is not None:
             exact.allow_insert(req, state)
+            self.returning.retracted(req)
         forget_state(req)
         forget_match(req)
         self.longer.retracted(req)
@@ -126,7 +123,7 @@ class Coordinator:
     def row_freed(self, req: Req) -> None:
         """The request gives its row back (finished, aborted or retracted)."""
         self.longer.leave(req)
-        state = state_of(req)
+        state = held_state(req)
         if state is not None:
             if self.compaction.tracer is not None:
                 self.compaction.tracer.end(req, state)
@@ -148,6 +145,7 @@ class Coordinator:
     def before_decode(self, batch: ScheduleBatch) -> None:
         """Compress what is due, then hand out recorders for windows that begin."""
         self.graphs.step(len(batch.reqs))
+        self.returning.step()
         looked_at = self.calendar.next_step() + self.newcomers.start(batch)
         for req, state in looked_at:
             self.longer.look(req, state)

@@ -27,6 +27,8 @@ class Totals:
     slots_freed: int = 0
     pass_seconds: float = 0.0
     tokens_computed_again: int = 0  # though a compressed prefix held them
+    retracted_tokens_returned: int = 0  # whose KV waited on the host
+    retracted_tokens_computed: int = 0  # again, of requests that were retracted
     long_answers: int = 0  # that went on beyond SGLang's cap
     skipped: Counter[str] = field(default_factory=Counter)
 
@@ -97,6 +99,12 @@ class Metrics:
         self._again = counter(
             "tokens_computed_again", "Prompt tokens computed although a compressed prefix held them."
         ).labels(**labels)
+        self._returned = counter(
+            "retracted_tokens_returned", "Tokens of retracted requests whose KV came back from the host."
+        ).labels(**labels)
+        self._recomputed = counter(
+            "retracted_tokens_computed", "Tokens of retracted requests that were computed again."
+        ).labels(**labels)
         self._long = counter(
             "long_answers", "Answers that went on although they no longer fit the pool uncompressed."
         ).labels(**labels)
@@ -114,6 +122,8 @@ class Metrics:
         self._freed.inc(totals.slots_freed - seen.slots_freed)
         self._seconds.inc(totals.pass_seconds - seen.pass_seconds)
         self._again.inc(totals.tokens_computed_again - seen.tokens_computed_again)
+        self._returned.inc(totals.retracted_tokens_returned - seen.retracted_tokens_returned)
+        self._recomputed.inc(totals.retracted_tokens_computed - seen.retracted_tokens_computed)
         self._long.inc(totals.long_answers - seen.long_answers)
         for reason, count in totals.skipped.items():
             self._skipped.labels(**self._labels, reason=reason).inc(count - seen.skipped[reason])

@@ -12,6 +12,7 @@ from kara_sglang.radix_integration.prefix import prefix_of, removed_of
 from kara_sglang.radix_integration.row import RequestState, has_decoded, keep_state
 from kara_sglang.scheduler.compaction import Compaction
 from kara_sglang.scheduler.metrics import Totals
+from kara_sglang.scheduler.returning import Returning
 from kara_sglang.scheduler.seeds import Seeds
 from kara_sglang.scheduler.terms import TermsOf
 
@@ -29,14 +30,22 @@ class Newcomers:
     terms_of : TermsOf
     totals : Totals
         Counts who is left uncompressed.
+    returning : Returning
+        Knows whose row a retraction took.
     """
 
     def __init__(
-        self, config: KaraConfig, compaction: Compaction, terms_of: TermsOf, totals: Totals
+        self,
+        config: KaraConfig,
+        compaction: Compaction,
+        terms_of: TermsOf,
+        totals: Totals,
+        returning: Returning,
     ) -> None:
         self.compaction = compaction
         self.terms_of = terms_of
         self.totals = totals
+        self.returning = returning
         self.seeds = Seeds(config.seed)
         self.selectors = {name: selectors.build(name, config) for name in selectors.REGISTRY}
         self._arrivals = 0
@@ -58,9 +67,9 @@ class Newcomers:
 
     def _start(self, req: Req) -> RequestState | None:
         self._arrivals += 1
-        terms = self.terms_of(req)
-        state = None
-        if terms.skipped is None:
+        base = self.returning.base(req)
+        state, terms = self.returning.come_back(req), self.terms_of(req)
+        if state is None and terms.skipped is None:
             selector = self.selectors[terms.selector]
             prefix = prefix_of(req)
             windows = list(prefix.windows) if prefix is not None else []
@@ -68,14 +77,16 @@ class Newcomers:
                 selector=selector,
                 kept=terms.kept,
                 seed=self.seeds.of(req, terms.seed) if selector.seeded else 0,
-                base=exact.first_base(req.kv, self.compaction.geometry.page_size),
-                generation=self.compaction.generation(req),
-                order=self._arrivals,
+                base=base,
                 removed=sum(window.freed for window in windows),
                 windows=windows,
                 reused=len(windows),
                 shares=prefix is not None and prefix.sharing is not None,
             )
+        if state is not None:
+            state.generation, state.order = self.compaction.generation(req), self._arrivals
+            if not state.shares and state.removed:
+                exact.bar_insert(req, state)
         else:
             self.totals.skip(terms.skipped)
         keep_state(req, state)

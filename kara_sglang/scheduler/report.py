@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kara_sglang.options import KEY
-from kara_sglang.radix_integration.prefix import prefix_of, removed_of
-from kara_sglang.radix_integration.row import state_of
+from kara_sglang.radix_integration.prefix import held_state, prefix_of, removed_of
 from kara_sglang.scheduler import policy
 from kara_sglang.scheduler.coordinator import Coordinator
 from kara_sglang.scheduler.metrics import slots_held
@@ -36,7 +35,7 @@ def request_report(req: Req) -> dict[str, Any] | None:
     """
     if not req.finished():
         return None
-    state = state_of(req)
+    state = held_state(req)
     windows = state.windows[state.reused :] if state is not None else []
     own_removed = sum(window.freed for window in windows)
     prefix = prefix_of(req)
@@ -133,6 +132,8 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
         "slots_freed": totals.slots_freed,
         "pass_seconds": totals.pass_seconds,
         "tokens_computed_again": totals.tokens_computed_again,
+        "retracted_tokens_returned": totals.retracted_tokens_returned,
+        "retracted_tokens_computed": totals.retracted_tokens_computed,
         "long_answers": totals.long_answers,
         "skipped": dict(totals.skipped),
         "recorders_in_use": recorder.in_use,

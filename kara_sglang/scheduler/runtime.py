@@ -277,11 +277,9 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
     from sglang.srt.arg_groups.overrides import resolving_view
 
     parts = runtime.parts
-    expected = (
-        hooks.fitting(hooks.SCHEDULER_HOOKS) if parts is None else hooks.scheduler_hooks(parts.config)
-    )
     runtime.refused += [
-        f"hook {path} is not in place; this SGLang does not fit" for path in hooks.missing(expected)
+        f"hook {path} is not in place; this SGLang does not fit"
+        for path in hooks.missing(hooks.scheduler_hooks())
     ]
     pools = [runner.token_to_kv_pool for runner in runtime.drafts]
     if parts is not None:
@@ -353,6 +351,27 @@ def before_check_decode_mem(batch: ScheduleBatch, selected_indices: list[int] | 
     would stay, comes behind it."""
     if runtime.coordinator is not None and selected_indices is None:
         runtime.coordinator.before_decode(batch)
+
+
+def before_release_req(
+    batch: ScheduleBatch, idx: int, _remaining: int, offload_kv: bool = True
+) -> None:
+    """BEFORE ``ScheduleBatch.release_req``, by which memory that is short and priorities retract; what
+    is to be aborted is not offloaded."""
+    if runtime.coordinator is not None and offload_kv:
+        runtime.coordinator.returning.keep(batch.reqs[idx])
+
+
+def before_retract_all(*_args: Any, **_kwargs: Any) -> None:
+    """BEFORE ``retract_all``, with which the scheduler pauses."""
+    if runtime.coordinator is not None:
+        runtime.coordinator.returning.drop_all()
+
+
+def after_flush_cache(flushed: bool, _scheduler: Scheduler, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER ``Scheduler.flush_cache``: a paused server flushes while requests wait."""
+    if flushed and runtime.coordinator is not None:
+        runtime.coordinator.returning.drop_all()
 
 
 def after_reset_for_retract(_result: None, req: Req) -> None:

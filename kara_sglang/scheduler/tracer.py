@@ -62,13 +62,16 @@ class Tracer:
             state.traced.append(TracedWindow(window, bits, arrived))
 
     def end(self, req: Req, state: RequestState) -> None:
-        """The request gives its row back; write its file if it has ended (a retracted one has not).
+        """The request gives its row back; write its file if it has ended. A retracted one has not: its
+        row, and what is known of it, may come back.
 
         Without a window there is nothing to show: short requests, health checks among them, leave no
         file. A file that cannot be written is an error in the log, since no answer depends on it.
         """
+        if not req.finished():
+            return
         try:
-            if state.traced and req.finished():
+            if state.traced:
                 save(self._trace(req, state), self.folder)
         except OSError as error:
             logger.error(

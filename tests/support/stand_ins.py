@@ -55,6 +55,13 @@ class PagedAllocator:
         self.free_set.remove(page)
         return page
 
+    def alloc(self, need: int) -> torch.Tensor | None:
+        assert need % self.page_size == 0, "whole pages"
+        if need > self.available_size():
+            return None
+        pages = torch.tensor([self.take_page() for _ in range(need // self.page_size)])
+        return (pages[:, None] * self.page_size + torch.arange(self.page_size)).flatten()
+
     def free_page(self, page: int) -> None:
         assert page not in self.free_set, f"page {page} freed twice"
         self.free.append(page)
@@ -136,6 +143,10 @@ class Request:
         self.finished_len: int | None = None
         self.to_finish: Finish | None = None
         self.retraction_count = 0
+        self.is_retracted = False
+        self.prefix_len = self.host_hit_length = 0
+        self.return_hidden_states = self.return_logprob = False
+        self.session = self.input_embeds = None
         # --------------------------------------------------------------------------------------
         self.options = options
         self.never_inserts = False
@@ -148,6 +159,7 @@ class Request:
         self.recorder: Recorder | None = None  # before the step
         self.recorded_from: int | None = None
         self.prefix: Prefix | None = None
+        self.retracted: tuple[list[int], torch.Tensor] = [], self.kept  # of the row that it lost
 
     def finished(self) -> bool:
         return self.finished_reason is not None

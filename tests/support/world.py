@@ -21,7 +21,9 @@ from stand_ins import (
 )
 
 from kara_sglang.config import KaraConfig
+from kara_sglang.radix_integration.prefix import prefix_of
 from kara_sglang.radix_integration.row import ceil_align
+from kara_sglang.scheduler.returning import retracted_of
 from kara_sglang.scheduler.streams import forward_stream
 
 
@@ -98,36 +100,68 @@ class World(Model):
     # -- what a scheduler does ---------------------------------------------------------------------
 
     def prefill(self, req: Request) -> bool:
-        """Match the tree, compute the rest, leave the whole pages to the tree, join the batch."""
+        """Match the tree, take up a row that waits, compute the rest, leave the whole pages to the
+        tree, join the batch."""
         ids = req.origin_input_ids + req.output_ids
         if not self.free_rows or not self.make_room(len(ids) // self.page + 1):
             return False
-        best = 0
-        req.slots, req.token_at = [], []
-        for prefix in self.tree:
-            limit = min(len(prefix.ids), len(ids) - 1)
-            same = next((i for i in range(limit) if prefix.ids[i] != ids[i]), limit)
-            same = same // self.page * self.page
-            if same > best:
-                best = same
-                req.slots, req.token_at = prefix.slots[:same], prefix.tokens[:same]
-        req.kept = torch.empty((LAYERS, KV_HEADS, 0), dtype=torch.int64)
+        best = self.match(req, ids)
+        back = retracted_of(req)
+        req.prefix_len = req.kv.cache_protected_len = best
+        returning = self.coordinator.returning
+        offer = returning.offer(req)
+        if offer is not None and self.chance(self.setting.trouble):
+            returning.withdraw(req, offer)  # another request's turn first
+            assert (req.prefix_len, req.kv.cache_protected_len) == (best, best)
+            return False
+        row = torch.tensor(req.slots, dtype=torch.int64)
+        if offer is not None:
+            assert req.prefix_len == offer.copy.tokens < len(ids), "a token is left to compute"
+            kept, removed = req.retracted
+            returning.bring_back(req, offer)
+            row = prefix_of(req).returned.row
+            front = req.kv.cache_protected_len
+            assert front <= best and row[:front].tolist() == req.slots[:front]
+            req.token_at = req.token_at[:front] + kept[front : req.prefix_len]
+            req.kept, req.slots = removed.clone(), row.tolist()
+            shared = min(front, removed.shape[-1])
+            req.kept[..., :shared] = torch.tensor(req.token_at[:shared])
+            self.returned += 1
+        else:
+            req.kept, req.windows = torch.empty((LAYERS, KV_HEADS, 0), dtype=torch.int64), []
+            req.prefilled = len(ids) if back is None else max(len(req.origin_input_ids), best)
+        req.is_retracted = False
         req.kv.req_pool_idx = self.free_rows.pop()
         self.row_generation[req.kv.req_pool_idx] += 1
-        self.req_to_token[req.kv.req_pool_idx, :best] = torch.tensor(req.slots, dtype=torch.int32)
-        self.extend(req, self.new_tokens(len(ids) - best))
-        req.kv.cache_protected_len = len(ids) // self.page * self.page
-        req.prefix = self.insert(req, req.kv.cache_protected_len)
+        self.req_to_token[req.kv.req_pool_idx, : len(row)] = row.to(torch.int32)
+        self.extend(req, self.new_tokens(len(ids) - len(req.token_at)))
+        if back is None:
+            req.kv.cache_protected_len = len(ids) // self.page * self.page
+            req.prefix = self.insert(req, req.kv.cache_protected_len)
+        else:
+            assert req.skip_radix_cache_insert, "what a retracted request has written is its own"
         if req.prefix is not None:
             req.prefix.users += 1
-        req.prefilled = len(ids)
         req.output_ids.append(self.random.randrange(9))
-        length = torch.tensor([len(ids)])
+        length = torch.tensor([len(req.slots)])
         batch = self.batch
         batch.reqs = [*batch.reqs, req]
         batch.seq_lens = torch.cat([batch.seq_lens, length])
         batch.seq_lens_cpu = torch.cat([batch.seq_lens_cpu, length])
         return True
+
+    def match(self, req: Request, ids: list[int]) -> int:
+        """The longest beginning that the tree holds, less than all; its slots become the row's."""
+        best = 0
+        req.slots, req.token_at, req.prefix = [], [], None
+        for prefix in self.tree:
+            limit = min(len(prefix.ids), len(ids) - 1)
+            same = next((i for i in range(limit) if prefix.ids[i] != ids[i]), limit)
+            same = same // self.page * self.page
+            if same > best:
+                best, req.prefix = same, prefix
+                req.slots, req.token_at = prefix.slots[:same], prefix.tokens[:same]
+        return best
 
     def arrive(self) -> None:
         text = self.random.choice(self.texts)
@@ -156,7 +190,7 @@ class World(Model):
         if any(window.freed for window in req.windows):
             assert req.skip_radix_cache_insert, "its row no longer is what the tree would say"
         else:
-            assert req.skip_radix_cache_insert == req.never_inserts
+            assert req.skip_radix_cache_insert == (req.never_inserts or retracted_of(req) is not None)
         kept_by_tree = kv.cache_protected_len
         if checkpoint and not req.skip_radix_cache_insert:
             kept_by_tree = self.owned(req) // self.page * self.page
@@ -182,15 +216,24 @@ class World(Model):
             for name in ("seq_lens", "seq_lens_cpu"):
                 setattr(batch, name, getattr(batch, name)[keep])
 
-    def retract(self, req: Request) -> None:
+    def retract(self, req: Request, *, paused: bool = False) -> None:
+        """By ``ScheduleBatch.release_req``, or because the server is ``paused``."""
         self.retractions += 1
+        returning, compressed = self.coordinator.returning, req.state is not None
+        if paused:
+            returning.drop_all()
+        else:
+            returning.keep(req)
+        req.retracted = req.token_at, req.kept
         self.release(req, checkpoint=False)
         # Req.reset_for_retract
         req.retraction_count += 1
         req.kv.cache_protected_len = 0
         self.coordinator.forget(req)
-        assert req.state is None and req.skip_radix_cache_insert == req.never_inserts
-        req.windows = []
+        assert req.state is None
+        if compressed:
+            assert retracted_of(req).insert_skipped == req.never_inserts
+        req.is_retracted = True
         req.prefix = None
         self.drop([req])
         if self.coordinator.longer.is_gone(req):
@@ -270,7 +313,8 @@ class World(Model):
         in_flight = [req for req in self.in_flight if req in batch.reqs]
         self.drop([req for req in in_flight if req.next_output_finishes_by_length()])
         while batch.reqs and (self.chance(trouble) or not self.make_room(self.needed())):
-            self.retract(batch.reqs[self.retraction_order()[-1]])
+            req = batch.reqs[self.retraction_order()[-1]]
+            self.retract(req, paused=self.chance(self.setting.trouble))
         launched = batch.reqs[:]
         self.decode(launched)
         self.process_results(self.in_flight if self.setting.overlap else launched)

@@ -27,6 +27,7 @@ def test_histories_with_kv(block: int) -> None:
     worlds = [run_history(seed, real=True) for seed in range(50 * block, 50 * block + 50)]
     assert sum(world.windows for world in worlds) > 200
     assert sum(world.retractions for world in worlds) > 20
+    assert sum(world.returned for world in worlds) > 10
 
 
 def test_traced_histories(tmp_path: Path) -> None:
