@@ -85,6 +85,8 @@ class Newcomers:
             )
         if state is not None:
             state.generation, state.order = self.compaction.generation(req), self._arrivals
+            state.insert_skipped = None
+            self.returning.decodes(req, state)
             if not state.shares and state.removed:
                 exact.bar_insert(req, state)
         else:

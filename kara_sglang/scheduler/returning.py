@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kara_sglang.radix_integration.exact import first_base
+from kara_sglang.radix_integration.exact import allow_insert, first_base
 from kara_sglang.radix_integration.prefix import PREFIX, Prefix, Returned, layout_of, prefix_of
 from kara_sglang.radix_integration.row import RequestState, ceil_align, state_of
 from kara_sglang.scheduler.streams import forward_stream
@@ -80,7 +80,7 @@ class Retracted:
     Attributes
     ----------
     insert_skipped
-        ``Req.skip_radix_cache_insert`` as it was: until the request decodes it is set.
+        ``Req.skip_radix_cache_insert`` as it was: it is set until the request has decoded.
     prompt
         Tokens; what lies behind was compressed, or will be.
     copy
@@ -134,6 +134,7 @@ class Returning:
         self.most_bytes = int(config.retracted_mem_gb * 2**30)
         self._kept: tuple[Req, Copy] | None = None  # of whom is about to be retracted
         self._waiting: list[Req] = []  # with copies, and some that have left the queue since
+        self._barred: list[tuple[Req, RequestState]] = []  # who decode since the newest step
         self._new: list[Req] = []  # of these, those that are not in the queue yet
 
     @property
@@ -200,8 +201,14 @@ class Returning:
             self._new.append(req)
 
     def step(self) -> None:
-        """A decode step: whoever was retracted in an earlier one is in the queue by now, if at all."""
+        """A decode step: whoever was retracted in an earlier one is in the queue by now, if at all, and
+        the prefill of whoever began to decode in an earlier one has been published."""
         self._new.clear()
+        for req, state in self._barred:
+            if state_of(req) is state and (state.shares or not state.removed):
+                allow_insert(req, state)
+                state.insert_skipped = None
+        self._barred.clear()
 
     def drop_all(self) -> None:
         """All KV that was computed until now is void."""
@@ -278,23 +285,22 @@ class Returning:
     # -- the next decode step ----------------------------------------------------------------------
 
     def come_back(self, req: Req) -> RequestState | None:
-        """The request takes a decode step again.
-
-        Returns
-        -------
-        RequestState or None
-            That of its row, where it came back.
-        """
-        back, prefix = retracted_of(req), prefix_of(req)
-        if back is not None:
-            req.skip_radix_cache_insert = back.insert_skipped
-            delattr(req, RETRACTED)
+        """The state of the row that a request decodes with again; None where it did not come back."""
+        prefix = prefix_of(req)
         if prefix is None or prefix.returned is None:
             return None
         state, prefix.returned = prefix.returned.state, None
-        state.recorder, state.look_at, state.insert_skipped = None, 0, None
         state.in_vain = state.voted = 0
         return state
+
+    def decodes(self, req: Req, state: RequestState) -> None:
+        """A compressed request takes its first decode step since its last prefill. With overlap
+        scheduling SGLang publishes that prefill behind this step, so it stays barred until the next."""
+        back = retracted_of(req)
+        if back is not None:
+            state.insert_skipped = back.insert_skipped
+            self._barred.append((req, state))
+            delattr(req, RETRACTED)
 
     def base(self, req: Req) -> int:
         """KV index of the first window of a request that begins to decode, and whose row did not come

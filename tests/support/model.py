@@ -131,6 +131,7 @@ class Model:
         self.tree: list[Prefix] = []
         self.tree_pages: Counter[int] = Counter()
         self.in_flight: list[Request] = []
+        self.unpublished: list[tuple[Request, int]] = []  # prefills, with their lengths
         self.arrived = self.steps = self.windows = self.tokens_freed = self.retractions = 0
         self.without_queries = self.traces = self.most_of_one = self.gone = self.returned = 0
         self.texts = [[self.random.randrange(9) for _ in range(100)] for _ in range(2)]

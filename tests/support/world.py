@@ -135,13 +135,11 @@ class World(Model):
         self.row_generation[req.kv.req_pool_idx] += 1
         self.req_to_token[req.kv.req_pool_idx, : len(row)] = row.to(torch.int32)
         self.extend(req, self.new_tokens(len(ids) - len(req.token_at)))
-        if back is None:
-            req.kv.cache_protected_len = len(ids) // self.page * self.page
-            req.prefix = self.insert(req, req.kv.cache_protected_len)
-        else:
-            assert req.skip_radix_cache_insert, "what a retracted request has written is its own"
         if req.prefix is not None:
             req.prefix.users += 1
+        self.unpublished.append((req, len(ids)))
+        if not self.setting.overlap:
+            self.publish()
         req.output_ids.append(self.random.randrange(9))
         length = torch.tensor([len(req.slots)])
         batch = self.batch
@@ -149,6 +147,21 @@ class World(Model):
         batch.seq_lens = torch.cat([batch.seq_lens, length])
         batch.seq_lens_cpu = torch.cat([batch.seq_lens_cpu, length])
         return True
+
+    def publish(self) -> None:
+        """SGLang's ``checkpoint_kv_cache`` of prefills, which with overlap scheduling comes behind the
+        launch of their first decode step."""
+        for req, length in self.unpublished:
+            if not req.kv.holds_kv or req.skip_radix_cache_insert:
+                continue
+            if req.prefix is not None:
+                req.prefix.users -= 1
+            length = length // self.page * self.page
+            req.kv.cache_protected_len = length
+            req.prefix = self.insert(req, length)
+            if req.prefix is not None:
+                req.prefix.users += 1
+        self.unpublished.clear()
 
     def match(self, req: Request, ids: list[int]) -> int:
         """The longest beginning that the tree holds, less than all; its slots become the row's."""
@@ -190,7 +203,9 @@ class World(Model):
         if any(window.freed for window in req.windows):
             assert req.skip_radix_cache_insert, "its row no longer is what the tree would say"
         else:
-            assert req.skip_radix_cache_insert == (req.never_inserts or retracted_of(req) is not None)
+            barred = retracted_of(req) is not None
+            barred |= req.state is not None and req.state.insert_skipped is not None
+            assert req.skip_radix_cache_insert == (req.never_inserts or barred)
         kept_by_tree = kv.cache_protected_len
         if checkpoint and not req.skip_radix_cache_insert:
             kept_by_tree = self.owned(req) // self.page * self.page
@@ -266,6 +281,7 @@ class World(Model):
 
     def process_results(self, reqs: list[Request]) -> None:
         """SGLang's ``process_batch_result_decode``: the step's tokens arrive, requests finish."""
+        self.publish()
         gone = []
         for req in reqs:
             if not req.kv.holds_kv or req.finished():
