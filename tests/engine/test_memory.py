@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import threading
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import requests
-from exactness import PROMPTS, assert_same_choices
-from server import PAGE_16, WINDOW, Server, in_parallel, launch, prompt
+from exactness import PROMPTS, assert_likeliest, assert_same_choices
+from server import PAGE_16, PUNCTUAL, WINDOW, Server, in_parallel, launch, prompt
 
 from kara_sglang.trace.format import file_name, load
 
@@ -151,6 +152,7 @@ def page_1(tiny_model: Path, logs: Path) -> Iterator[Server]:
     flags = (
         *("--skip-tokenizer-init", "--page-size", "1", "--max-total-tokens", "4096"),
         *("--dtype", "float32", "--disable-overlap-schedule", "--kv-compress", "kara", *WINDOW),
+        *PUNCTUAL,
         *("--kv-compress-trace", str(logs / "page_1-traces")),
     )
     env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "97"}
@@ -160,7 +162,7 @@ def page_1(tiny_model: Path, logs: Path) -> Iterator[Server]:
 
 def test_retracted_requests_end_right(page_1: Server, stock: Server, logs: Path) -> None:
     """Forced retractions: opted-out and identity requests still give stock's greedy answers, and a
-    trace begins anew."""
+    trace goes on."""
     stock.flush()
     expected = stock.generate(PROMPTS)
     options = [False, {"selector": "identity"}, None, {"selector": "identity"}]
@@ -180,6 +182,23 @@ def test_retracted_requests_end_right(page_1: Server, stock: Server, logs: Path)
     page_1.assert_nothing_leaked()
 
 
+def test_rows_that_come_back_go_on_with_their_windows(page_1: Server, tiny_model: Path) -> None:
+    """Each token is what transformers says with the K/V that windows retain, as if nobody had been
+    retracted; of a row that was, one token is computed."""
+    page_1.flush()
+    before = page_1.state()
+    answers = page_1.generate(PROMPTS, kv_compress={"selector": "recent"})
+    infos = [answer["meta_info"] for answer in answers]
+    for ids, answer in zip(PROMPTS, answers, strict=True):
+        windows = assert_likeliest(tiny_model, ids, answer["output_ids"], kept=32, page_size=1)
+        assert answer["meta_info"]["kv_compress"]["windows"] == windows >= 3
+    retractions = sum(info["num_retractions"] for info in infos)
+    after = page_1.state()
+    assert after["retracted_tokens_computed"] - before["retracted_tokens_computed"] == retractions >= 2
+    assert after["retracted_tokens_returned"] - before["retracted_tokens_returned"] > 100
+    page_1.assert_nothing_leaked()
+
+
 def test_page_1_without_overlap_compresses(page_1: Server) -> None:
     answers = page_1.generate(PROMPTS, tokens=200, kv_compress={"retain": 0.3})
     for answer in answers:
@@ -192,13 +211,15 @@ def test_page_1_without_overlap_compresses(page_1: Server) -> None:
 
 @pytest.fixture(scope="module")
 def small_pool(tiny_model: Path, logs: Path) -> Iterator[Server]:
-    """Page size 64, bfloat16, a pool that cannot hold the load, so that SGLang must retract."""
+    """Page size 64, bfloat16, a pool that cannot hold the load, so that SGLang must retract; no host
+    memory for those that are."""
+    config = {"delay": 16, "policy": "periodic", "debug_checks": True, "retracted_mem_gb": 0}
     flags = (
         *("--skip-tokenizer-init", "--page-size", "64", "--max-total-tokens", "2048"),
         *("--dtype", "bfloat16", "--kv-compress", "kara"),
         # Room for about four recorders, so that they keep the mean, are passed on, and run out.
         *("--kv-compress-window", "128", "--kv-compress-query-mem-gb", "0.0004"),
-        *("--kv-compress-config", '{"delay": 16, "policy": "periodic", "debug_checks": true}'),
+        *("--kv-compress-config", json.dumps(config)),
     )
     # With ignore_eos stock reserves every future token and never retracts; clip the reserve.
     env = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
@@ -217,8 +238,12 @@ def test_small_pool_retracts_and_leaks_nothing(small_pool: Server) -> None:
     )
     assert [len(answer["output_ids"]) for answer in answers] == lengths
     assert sum(answer["meta_info"]["num_retractions"] for answer in answers) > 0
-    assert sum(answer["meta_info"]["kv_compress"]["windows"] for answer in answers) > 0
     assert "Retract requests" in small_pool.log_text()
+    for index, answer in enumerate(answers):
+        # What was computed again was compressed again.
+        length = lengths[index] - 1 + (30 + 7 * index) - 64 * (-(-(30 + 7 * index) // 64))
+        assert answer["meta_info"]["kv_compress"]["windows"] in ((length - 16) // 128, (length - 18) // 128)
+    assert small_pool.state()["retracted_tokens_returned"] == 0
     small_pool.assert_nothing_leaked()
 
 

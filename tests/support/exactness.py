@@ -33,12 +33,18 @@ def assert_same_choices(answer: dict, reference: dict, close: float = 1e-3) -> N
 
 
 def assert_likeliest(
-    model: Path, prompt: list[int], answer: list[int], kept: int, *, transferred: bool = True
+    model: Path,
+    prompt: list[int],
+    answer: list[int],
+    kept: int,
+    *,
+    transferred: bool = True,
+    page_size: int = 16,
 ) -> int:
     """Each token of a greedy answer is one that transformers finds as likely as any other, with the
-    K/V that `recent` retains of windows of 64 (delay 16, pages of 16). Returns how many it passed.
+    K/V that `recent` retains of windows of 64 (delay 16). Returns how many it passed.
     Where the prompt was not transferred to a decode server, it is all zeros and its token is given."""
-    truth = RetainedCache(model, window=64, kept=kept, delay=16, page_size=16)
+    truth = RetainedCache(model, window=64, kept=kept, delay=16, page_size=page_size)
     if transferred:
         expected = truth.feed(prompt)
     else:
