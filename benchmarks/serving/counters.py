@@ -25,6 +25,8 @@ class Counters:
         Requests in a decode batch; None where the engine did not say.
     retractions
         Requests that were thrown out to be computed again.
+    prefilled
+        Tokens that prefills computed.
     hit_rate
         Share of the prompt tokens that came from the prefix cache.
     held
@@ -45,6 +47,7 @@ class Counters:
     mean_running: float | None
     peak_running: int | None
     retractions: int
+    prefilled: int
     hit_rate: float
     held: float
     without_queries: float | None
@@ -81,6 +84,7 @@ class Counters:
             mean_running=sum(running) / len(running),
             peak_running=max(running),
             retractions=sum(int(count) for count in _RETRACTED.findall(log)),
+            prefilled=sum(new for new, _ in prefills),
             hit_rate=sum(cached for _, cached in prefills) / prompt if prompt else 0.0,
             held=sum(held) / len(held),
             without_queries=_share_without(log),

@@ -80,6 +80,7 @@ def drive(
     duration = time.perf_counter() - started
     tokens = sum(answer.tokens for answer in answers)
     first = [1e3 * (answer.chunks[0] - answer.asked) for answer in answers]
+    whole = [1e3 * (answer.chunks[-1] - answer.asked) for answer in answers]
     between = [1e3 * gap for answer in answers for gap in np.diff(answer.chunks)]
     return {
         "duration": duration,
@@ -90,6 +91,7 @@ def drive(
         "request_throughput": len(answers) / duration,
         "median_ttft_ms": float(np.median(first)),
         "p99_ttft_ms": float(np.percentile(first, 99)),
+        "median_e2e_latency_ms": float(np.median(whole)),
         "median_itl_ms": float(np.median(between)),
         "p99_itl_ms": float(np.percentile(between, 99)),
     }

@@ -26,7 +26,7 @@ from kara_sglang.benchmarks.serving.setup import Setup
 CLIENT_METRICS = (
     *("duration", "completed", "total_input_tokens", "total_output_tokens"),
     *("output_throughput", "request_throughput"),
-    *("median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms"),
+    *("median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms", "median_e2e_latency_ms"),
 )
 
 
@@ -84,7 +84,7 @@ def schedule(cells: list[Cell], repetitions: int, resident: int) -> Iterator[tup
 def start_of(cell: Cell, setup: Setup) -> Start:
     """The server that a cell is measured on."""
     row = rows(setup.window)[cell.row]
-    changes: dict[str, Any] = {"pool": cell.pool}
+    changes: dict[str, Any] = {"pool": cell.pool, "server_args": (*cell.flags, *setup.server_args)}
     if cell.recorders is not None:
         ring = ring_of(setup.model, {"window": setup.window, "delay": setup.delay} | row.settings)
         # Whole pages are taken of it.

@@ -22,6 +22,8 @@ COLUMNS: dict[str, Callable[[Result], float | None]] = {
     "mean running": lambda r: _counter(r, "mean_running"),
     "peak running": lambda r: _counter(r, "peak_running"),
     "retractions": lambda r: _counter(r, "retractions"),
+    "computed again": lambda r: _computed_again(r),
+    "answer s": lambda r: _seconds(r),
     "hit rate": lambda r: _counter(r, "hit_rate"),
     "slots per token": lambda r: _counter(r, "held"),
     "without queries": lambda r: _counter(r, "without_queries"),
@@ -34,6 +36,19 @@ COLUMNS: dict[str, Callable[[Result], float | None]] = {
 
 def _counter(result: Result, name: str) -> float | None:
     return None if result["counters"] is None else result["counters"].get(name)
+
+
+def _computed_again(result: Result) -> float | None:
+    """Tokens that prefills computed twice, where no prompt shares anything with another."""
+    prefilled = _counter(result, "prefilled")
+    if result["scenario"] != "retractions" or prefilled is None:
+        return None
+    return prefilled - float(result["client"]["total_input_tokens"])
+
+
+def _seconds(result: Result) -> float | None:
+    whole = result["client"].get("median_e2e_latency_ms")
+    return None if whole is None else float(whole) / 1e3
 
 
 def by_point(results: Iterable[Result]) -> dict[tuple[str, str], dict[str, list[Result]]]:

@@ -88,6 +88,12 @@ def rows(window: int) -> dict[str, Row]:
             selector="kara",
             settings={"policy": "pressure"},
         ),
+        Row(
+            "recomputed",
+            "Kara at 0.5, retracted requests computed again",
+            selector="kara",
+            settings={"retracted_mem_gb": 0},
+        ),
         Row("small-ring", "Kara at 0.5, room to record a quarter of the requests", selector="kara"),
         Row("keys-0.5", "no queries recorded, half of each window kept", selector="keys"),
         Row("keys-0.25", "no queries recorded, a quarter kept", selector="keys", retain=0.25),

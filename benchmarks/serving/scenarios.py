@@ -67,6 +67,8 @@ class Cell:
         What the clients do.
     recorders
         Requests that the query ring has room for, by the mean of their heads; None: by its size in GiB.
+    flags
+        Further flags for the SGLang server.
     """
 
     scenario: str
@@ -75,6 +77,7 @@ class Cell:
     pool: int
     load: Load
     recorders: int | None = None
+    flags: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -157,7 +160,12 @@ def ring(scale: Scale) -> Iterator[Cell]:
 def unknown(scale: Scale) -> Iterator[Cell]:
     """Long answers that may become as long as the pool, and end earlier: nobody knows when."""
     pool = 8 * scale.output
-    load = Load(
+    for row in ("stock", "identity", "kara-0.5", "kara-0.25", "pressure"):
+        yield Cell("unknown", "long answers, unknown length", row, pool, _unknown(scale, pool))
+
+
+def _unknown(scale: Scale, pool: int) -> Load:
+    return Load(
         requests=10,
         prompt=scale.prompt,
         output=pool * 7 // 8,
@@ -166,13 +174,25 @@ def unknown(scale: Scale) -> Iterator[Cell]:
         shortest=scale.output * 3 // 2,
         longest=3 * scale.output,
     )
-    for row in ("stock", "identity", "kara-0.5", "kara-0.25", "pressure"):
-        yield Cell("unknown", "long answers, unknown length", row, pool, load)
+
+
+def retractions(scale: Scale) -> Iterator[Cell]:
+    """The same answers on a server that expects short ones: it lets in more than the pool can hold."""
+    pool = 8 * scale.output
+    for row in ("stock", "recomputed", "kara-0.5", "pressure"):
+        yield Cell(
+            "retractions",
+            "answers longer than expected",
+            row,
+            pool,
+            _unknown(scale, pool),
+            flags=("--schedule-conservativeness", "0.1"),
+        )
 
 
 SCENARIOS = {
     function.__name__: function
-    for function in (scarce, pool, concurrency, prefix, ample, arrivals, ring, unknown)
+    for function in (scarce, pool, concurrency, prefix, ample, arrivals, ring, unknown, retractions)
 }
 
 

@@ -91,6 +91,13 @@ VIEWS = {
     "counted": COUNTED,
     "ring": {name: COUNTED[name] for name in ("decode steps", "mean running", "KV slots per token")}
     | {"windows without queries, %": _absolute("without queries", 0, 100)},
+    "retractions": {
+        "retractions": COUNTED["retractions"],
+        "tokens computed again": _counted("computed again", 0),
+        "decode steps": COUNTED["decode steps"],
+        "mean running": COUNTED["mean running"],
+        "answer p50, s": _counted("answer s", 1),
+    },
     "short": {name: COUNTED[name] for name in ("decode steps", "mean running")} | WALL,
 }
 

@@ -65,6 +65,7 @@ class VLLM:
             mean_running=statistics.fmean(running) if running else None,
             peak_running=max(running, default=None),
             retractions=int(preempted),
+            prefilled=int(asked - hits),
             hit_rate=hits / asked if asked else 0.0,
             held=1.0,
             without_queries=None,

@@ -54,7 +54,7 @@ def test_vllm_says_what_it_has_counted() -> None:
     server.log += "".join(f"x Running: {n} reqs, Waiting: 1 reqs\n" for n in (2, 3, 3, 0))
     server.totals = {"num_preemptions": 4, "prefix_cache_hits": 30, "prefix_cache_queries": 180}
     counted = vllm.counters(server, mark)
-    assert counted == Counters(None, 8 / 3, 3, 3, 0.25, 1.0, None, None, {})
+    assert counted == Counters(None, 8 / 3, 3, 3, 60, 0.25, 1.0, None, None, {})
     still = vllm.counters(server, vllm.mark(server))
     assert (still.mean_running, still.peak_running, still.hit_rate) == (None, None, 0.0)
     del server.totals["prefix_cache_hits"]
