@@ -1,4 +1,4 @@
-"""How a scheduler tells the launcher that it runs the plugin, with the settings in force.
+"""How a scheduler tells the launcher that it runs the plugin.
 
 Its word goes with the start message that it sends anyway (``Scheduler.get_init_info``): a digest of its
 hooks, or why it must not serve. On a data-parallel server a controller process stands between the two
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from kara_sglang import hooks, plugin
+from kara_sglang import hooks
 
 if TYPE_CHECKING:
     from sglang.srt.managers.data_parallel_controller import DataParallelController
@@ -30,7 +30,7 @@ _heard: list[Any] = []
 
 
 def ready_word() -> int:
-    """What a scheduler says that runs the plugin with the settings in force."""
+    """What a scheduler says that runs the plugin."""
     return hooks.digest(hooks.scheduler_hooks())
 
 

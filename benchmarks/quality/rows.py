@@ -230,9 +230,9 @@ def _rings(window: int) -> list[Row]:
 def _kv_caches(window: int) -> list[Row]:
     """What K and V are kept in, uncompressed and at a half; the reference has the model's own dtype."""
     server = _server(window)
-    rows = [reference(window), Row("kara", "kv", "kara", 0.5, server)]
+    rows = [reference(window), *(Row(name, "kv", name, 0.5, server) for name in ("kara", "keys"))]
     for stored in ("bf16", "fp8_e4m3", "fp8_e5m2"):
         engine = {"kv_cache_dtype": stored}
         rows.append(Row(stored, "kv", None, 1.0, server, engine))
-        rows.append(Row(f"kara, {stored}", "kv", "kara", 0.5, server, engine))
+        rows += [Row(f"{name}, {stored}", "kv", name, 0.5, server, engine) for name in ("kara", "keys")]
     return rows

@@ -84,7 +84,7 @@ def schedule(cells: list[Cell], repetitions: int, resident: int) -> Iterator[tup
 def start_of(cell: Cell, setup: Setup) -> Start:
     """The server that a cell is measured on."""
     row = rows(setup.window)[cell.row]
-    changes: dict[str, Any] = {"pool": cell.pool, "server_args": (*cell.flags, *setup.server_args)}
+    changes: dict[str, Any] = {"pool": cell.pool, "expects": cell.expects}
     if cell.recorders is not None:
         ring = ring_of(setup.model, {"window": setup.window, "delay": setup.delay} | row.settings)
         # Whole pages are taken of it.

@@ -67,8 +67,8 @@ class Cell:
         What the clients do.
     recorders
         Requests that the query ring has room for, by the mean of their heads; None: by its size in GiB.
-    flags
-        Further flags for the SGLang server.
+    expects
+        Tokens of an answer for which SGLang reserves room at most; None: its own bound.
     """
 
     scenario: str
@@ -77,7 +77,7 @@ class Cell:
     pool: int
     load: Load
     recorders: int | None = None
-    flags: tuple[str, ...] = ()
+    expects: int | None = None
 
     @property
     def key(self) -> str:
@@ -186,7 +186,7 @@ def retractions(scale: Scale) -> Iterator[Cell]:
             row,
             pool,
             _unknown(scale, pool),
-            flags=("--schedule-conservativeness", "0.1"),
+            expects=scale.output // 4,
         )
 
 

@@ -37,6 +37,8 @@ class Setup:
         Interpreter of each peer that lives in an environment of its own.
     cpu
         Whether there is no GPU.
+    expects
+        Tokens of an answer for which SGLang reserves room at most, or None: its own bound.
     """
 
     model: str
@@ -49,6 +51,7 @@ class Setup:
     server_args: tuple[str, ...] = ()
     pythons: dict[str, Path] = field(default_factory=dict)
     cpu: bool = field(default_factory=cpu_engine.is_installed)
+    expects: int | None = None
 
 
 def resolve_model(name: str, folder: Path, context: int = 8192) -> str:

@@ -96,7 +96,6 @@ VIEWS = {
         "tokens computed again": _counted("computed again", 0),
         "decode steps": COUNTED["decode steps"],
         "mean running": COUNTED["mean running"],
-        "answer p50, s": _counted("answer s", 1),
     },
     "short": {name: COUNTED[name] for name in ("decode steps", "mean running")} | WALL,
 }

@@ -148,7 +148,7 @@ def compare(source: Source, against: Source) -> Report:
         hooks=Findings(
             len(hooks.ALL_HOOKS),
             _unfit(source, for_all),
-            _unfit(source, hooks.SHARING_HOOKS),
+            [],
             list(_changes(source, against, hook_paths)),
         ),
         uses=Findings(

@@ -332,13 +332,15 @@ SURFACE = (
     Used(
         "managers.schedule_policy.PrefillAdder",
         (
+            "_commit_prefill_admission(req, admission, mamba_gap_reserve)",
             "_get_running_request_total_token_offset(req)",
             "_select_prefill_admission(req, *, total_tokens, **rest)",
+            "add_one_req(req, has_chunked_req, truncation_align_size)",
             "can_run_list",
             "running_batch",
         ),
     ),
-    Used("managers.schedule_policy._PrefillAdmission", ("max_new_tokens",)),
+    Used("managers.schedule_policy._PrefillAdmission", ("extend_len", "max_new_tokens")),
     Used(
         "managers.scheduler_components.output_streamer.SchedulerOutputStreamer",
         (
@@ -357,7 +359,11 @@ SURFACE = (
             "beam_group",
             "finished()",
             "finished_reason",
+            "host_hit_length",
+            "input_embeds",
+            "is_retracted",
             "kv",
+            "logprob",
             "multimodal_inputs",
             "next_output_finishes_by_length()",
             "origin_input_ids",
@@ -366,8 +372,11 @@ SURFACE = (
             "prefix_len",
             "retracted_stain",
             "retraction_count",
+            "return_hidden_states",
+            "return_logprob",
             "rid",
             "sampling_params",
+            "session",
             "set_finish_with_abort(error_msg)",
             "skip_radix_cache_insert",
             "to_finish",
@@ -396,6 +405,7 @@ SURFACE = (
             "req_pool_idx",
         ),
     ),
+    Used("managers.schedule_batch.ReqLogprob", ("input_token_logprobs_val",)),
     Used("managers.schedule_batch.BaseFinishReason", ("to_json()",)),
     Used(
         "managers.schedule_batch.ScheduleBatch",
@@ -404,15 +414,16 @@ SURFACE = (
             "decoding_reqs",
             "extend_lens",
             "forward_mode",
+            "prefix_lens",
             "req_pool_indices",
             "req_to_token_pool",
             "reqs",
             "seq_lens",
             "seq_lens_cpu",
             "seq_lens_sum",
+            "tree_cache",
         ),
     ),
-    Used("managers.schedule_batch.ScheduleBatch", ("prefix_lens", "tree_cache"), sharing=True),
     Used(
         "sampling.sampling_params.SamplingParams",
         ("custom_params", "ignore_eos", "max_new_tokens", "n"),
@@ -423,10 +434,12 @@ SURFACE = (
     Used("disaggregation.decode", ("DecodeReqToTokenPool",)),
     Used("disaggregation.decode.DecodePreallocQueue", ("queue",)),
     Used("disaggregation.decode.DecodeRequest", ("req",)),
+    Used("mem_cache.common", ("evict_from_tree_cache(tree_cache, num_tokens)",)),
     *(
         Used(
             f"mem_cache.allocator.{allocator}",
             (
+                "alloc(need_size)",
                 "available_size()",
                 "free_group_begin()",
                 "free_group_end()",
@@ -436,7 +449,10 @@ SURFACE = (
         )
         for allocator in ("paged.PagedTokenToKVPoolAllocator", "token.TokenToKVPoolAllocator")
     ),
-    Used("mem_cache.unified_radix_cache.UnifiedRadixCache", ("cache_controller", "evictable_size()")),
+    Used(
+        "mem_cache.unified_radix_cache.UnifiedRadixCache",
+        ("cache_controller", "disable", "evictable_size()", "prefix_device_indices(req)"),
+    ),
     Used("managers.cache_controller.HiCacheController", ("load_fence_stream",)),
     Used("managers.io_struct.AttachHiCacheStorageReqOutput", ("message", "success")),
     # -- compressed prefixes -----------------------------------------------------------------------
@@ -479,12 +495,10 @@ SURFACE = (
             "__init__(params)",
             "_apply_cache_actions(actions)",
             "checkpoint_into_tree(req, *, up_to, **rest)",
-            "disable",
             "init_load_back(params)",
             "match_prefix(params)",
             "page_size",
             "path_device_indices(node)",
-            "prefix_device_indices(req)",
             "reset()",
             "touch_prefix(key)",
             "tree_core",

@@ -52,20 +52,22 @@ def _compressed(base: type, coordinator: Coordinator) -> type:
                 known[req.rid] = long
             return known[req.rid]
 
-        def add_one_req(self, req: Req, *args: Any, **kwargs: Any) -> Any:
+        def add_one_req(
+            self, req: Req, has_chunked_req: bool, truncation_align_size: int | None
+        ) -> Any:
             self._offer = coordinator.returning.offer(req)
-            result = super().add_one_req(req, *args, **kwargs)
+            result = super().add_one_req(req, has_chunked_req, truncation_align_size)
             if self._offer is not None:  # nobody took it
                 coordinator.returning.withdraw(req, self._offer)
                 self._offer = None
             return result
 
-        def _commit_prefill_admission(self, req: Req, admission: Any, *args: Any) -> None:
+        def _commit_prefill_admission(self, req: Req, admission: Any, mamba_gap_reserve: int) -> None:
             if self._offer is not None:
                 coordinator.returning.bring_back(req, self._offer)
                 self._offer = None
             coordinator.returning.admitted(req, admission.extend_len)
-            super()._commit_prefill_admission(req, admission, *args)
+            super()._commit_prefill_admission(req, admission, mamba_gap_reserve)
 
         def _select_prefill_admission(self, req: Req, *, total_tokens: int, **kwargs: Any) -> Any:
             output = to_come(req)

@@ -100,7 +100,8 @@ class Metrics:
             "tokens_computed_again", "Prompt tokens computed although a compressed prefix held them."
         ).labels(**labels)
         self._returned = counter(
-            "retracted_tokens_returned", "Tokens of retracted requests whose KV came back from the host."
+            "retracted_tokens_returned",
+            "Tokens of retracted requests whose KV came back from the host.",
         ).labels(**labels)
         self._recomputed = counter(
             "retracted_tokens_computed", "Tokens of retracted requests that were computed again."

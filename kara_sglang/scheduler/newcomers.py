@@ -89,7 +89,7 @@ class Newcomers:
             self.returning.decodes(req, state)
             if not state.shares and state.removed:
                 exact.bar_insert(req, state)
-        else:
+        elif terms.skipped is not None:
             self.totals.skip(terms.skipped)
         keep_state(req, state)
         return state

@@ -1,7 +1,7 @@
 """Requests that were retracted: their compressed rows wait in host memory, and come back.
 
-SGLang frees a retracted request's KV and computes it again from its tokens, uncompressed. Here a copy of
-the row's whole pages goes to the host, compressed windows and all, and when the request is admitted
+SGLang frees a retracted request's KV and computes it again from its tokens, uncompressed. Here a copy
+of the row's whole pages goes to the host, compressed windows and all, and when the request is admitted
 again it gets slots of its own for them: only the rest of the last page is computed. What lies in the
 prefix cache by then is taken from there, up to the first window.
 

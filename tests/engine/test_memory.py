@@ -242,7 +242,10 @@ def test_small_pool_retracts_and_leaks_nothing(small_pool: Server) -> None:
     for index, answer in enumerate(answers):
         # What was computed again was compressed again.
         length = lengths[index] - 1 + (30 + 7 * index) - 64 * (-(-(30 + 7 * index) // 64))
-        assert answer["meta_info"]["kv_compress"]["windows"] in ((length - 16) // 128, (length - 18) // 128)
+        assert answer["meta_info"]["kv_compress"]["windows"] in (
+            (length - 16) // 128,
+            (length - 18) // 128,
+        )
     assert small_pool.state()["retracted_tokens_returned"] == 0
     small_pool.assert_nothing_leaked()
 

@@ -41,7 +41,7 @@ class Adder:
     def _select_prefill_admission(self, req: Request, *, total_tokens: float) -> Admission | None:
         return Admission(to_come(req)) if total_tokens < self.rem_total_tokens else None
 
-    def add_one_req(self, req: Request) -> bool:
+    def add_one_req(self, req: Request, _chunked: bool, _align: int | None) -> bool:
         prompt = len(req.origin_input_ids) + len(req.output_ids)
         chosen: Any = self._select_prefill_admission(req, total_tokens=prompt + to_come(req) + PAGE)
         if chosen is not None:
@@ -103,7 +103,9 @@ class Scarce:
             return
         adder = admission._compressed(Adder, world.coordinator)(world)
         for req in world.queue:
-            if len(adder.can_run_list) == len(world.free_rows) or not adder.add_one_req(req):
+            if len(adder.can_run_list) == len(world.free_rows) or not adder.add_one_req(
+                req, False, None
+            ):
                 world.batch.batch_is_full = bool(world.batch.reqs or adder.can_run_list)
                 break
         for req in adder.can_run_list:

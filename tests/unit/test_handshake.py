@@ -21,7 +21,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_children_without_the_plugin_are_refused() -> None:
     """Any rank that says nothing, or something else, stops the server."""
-    ready = hooks.digest(hooks.scheduler_hooks(KaraConfig()))
+    ready = hooks.digest(hooks.scheduler_hooks())
     good = {handshake.KEY: ready, "max_total_num_tokens": 1}
     requests.check_children([{}])  # compression is off: stock children are right
     plugin.set_launched(KaraConfig())
@@ -30,12 +30,6 @@ def test_children_without_the_plugin_are_refused() -> None:
     for infos in ([{}], [good, {}], [{handshake.KEY: None}], [{handshake.KEY: ready + 1}]):
         with pytest.raises(RuntimeError, match=r"^kv-compress: error: "):
             requests.check_children(infos)
-    # A child that shares compressed prefixes has more hooks.
-    plugin.set_launched(KaraConfig(prefix_reuse="compressed"))
-    with pytest.raises(RuntimeError, match=r"^kv-compress: error: "):
-        requests.check_children([good])
-    every = hooks.digest(hooks.scheduler_hooks(KaraConfig(prefix_reuse="compressed")))
-    requests.check_children([{handshake.KEY: every}])
 
 
 def test_a_child_that_says_why_is_quoted() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kara_sglang import hooks
-from kara_sglang.hooks import ALL_HOOKS, CLI_HOOKS, LAUNCHER_HOOKS, SCHEDULER_HOOKS, SHARING_HOOKS, Hook
+from kara_sglang.hooks import ALL_HOOKS, CLI_HOOKS, LAUNCHER_HOOKS, PREFILL_HOOKS, SCHEDULER_HOOKS, Hook
 
 STAND_INS = tuple(stand_in for one in ALL_HOOKS for stand_in in one.otherwise)
 
@@ -56,7 +56,7 @@ def test_the_table_is_well_formed() -> None:
     assert {one.kind for one in ALL_HOOKS} <= {"before", "after", "around"}
     for one in (*ALL_HOOKS, *STAND_INS):
         assert one.why and one.gone and "\n" not in one.why + one.gone, one.target
-    assert {*CLI_HOOKS, *LAUNCHER_HOOKS, *SCHEDULER_HOOKS, *SHARING_HOOKS} == set(ALL_HOOKS)
+    assert {*CLI_HOOKS, *LAUNCHER_HOOKS, *SCHEDULER_HOOKS, *PREFILL_HOOKS} == set(ALL_HOOKS)
     assert hooks.problems() == []
 
 

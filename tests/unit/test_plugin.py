@@ -9,7 +9,7 @@ import pytest
 from kara_sglang import hooks, plugin
 from kara_sglang.compat import surface
 from kara_sglang.config import KaraConfig
-from kara_sglang.hooks import CLI_HOOKS, SCHEDULER_HOOKS, SHARING_HOOKS, Hook
+from kara_sglang.hooks import CLI_HOOKS, Hook
 
 
 @pytest.mark.parametrize("child", [False, True])
@@ -25,8 +25,7 @@ def test_run_time_hooks_only_where_they_are_needed(
     parent = object() if child else None
     monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: parent)
     plugin.register()
-    expected = [*CLI_HOOKS, *(hooks.fitting(SCHEDULER_HOOKS) if child and on else ())]
-    expected += SHARING_HOOKS if child and on == "compressed" else ()
+    expected = [*CLI_HOOKS, *(hooks.scheduler_hooks() if child and on else ())]
     assert sorted(path for path, entries in registry._hooks.items() if entries) == sorted(
         one.path for one in expected
     )

@@ -47,6 +47,8 @@ class SGLang:
             # The steps consist of operations so small that sharing them takes longer than doing them:
             # a second thread makes the tiny model's steps up to twice as long.
             environment = CPU_ENVIRONMENT | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        if setup.expects is not None:
+            environment["SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"] = str(setup.expects)
         if not row.plugin:
             # A whitelist that names no plugin: SGLang as if ours were not installed.
             environment |= {"SGLANG_PLUGINS": "none"}

@@ -189,9 +189,11 @@ def test_each_type_of_the_kv_cache_has_a_server(tmp_path: Path, monkeypatch: pyt
     stored = [order.engine.get("kv_cache_dtype", "auto") for (order,) in stages]
     assert stored == ["auto", "bf16", "fp8_e4m3", "fp8_e5m2"]
     for (order,), dtype in zip(stages, stored, strict=True):
-        whole, half = (name for name, *_ in order.requests)
-        assert (whole, half) == (
-            ("full", "kara@0.5") if dtype == "auto" else (f"{dtype}@1", f"kara,-{dtype}@0.5")
+        keys = [name for name, *_ in order.requests]
+        assert keys == (
+            ["full", "kara@0.5", "keys@0.5"]
+            if dtype == "auto"
+            else [f"{dtype}@1", f"kara,-{dtype}@0.5", f"keys,-{dtype}@0.5"]
         )
 
 

@@ -22,12 +22,11 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Hook("things.Thing.hooked", "after", ("self", "one"), FLAGS, "why", "gone")
     old = Hook("things.aside", "after", ("one",), FLAGS, "why", "gone")
     new = Hook("things.Thing.fresh", "after", ("self",), FLAGS, "why", "gone", (old,))
-    shared = Hook("things.Thing.shared", "after", ("self",), FLAGS, "why", "gone")
     monkeypatch.setattr(hooks, "CLI_HOOKS", (one,))
     monkeypatch.setattr(hooks, "LAUNCHER_HOOKS", ())
     monkeypatch.setattr(hooks, "SCHEDULER_HOOKS", (new,))
-    monkeypatch.setattr(hooks, "SHARING_HOOKS", (shared,))
-    monkeypatch.setattr(hooks, "ALL_HOOKS", (one, new, shared))
+    monkeypatch.setattr(hooks, "PREFILL_HOOKS", ())
+    monkeypatch.setattr(hooks, "ALL_HOOKS", (one, new))
     uses = (
         Used("things.Thing", ("called(*, key)", "size")),
         Used("things.Thing", ("shared()",), sharing=True),

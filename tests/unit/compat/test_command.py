@@ -55,7 +55,7 @@ def test_several_releases_make_a_table(
     rows = capsys.readouterr().out.splitlines()[2:]
     assert rows == [
         "| 0.5.24 | 0 | 1 (2 lines) | 0 | 0 | likely | likely |",
-        "| 0.5.25 | 1 | 0 | 1 | 0 | likely | broken |",
+        "| 0.5.25 | 0 | 0 | 1 | 0 | likely | broken |",
         "| 0.5.23 | 0 | 0 | 0 | 0 | supported | supported |",
     ]
 

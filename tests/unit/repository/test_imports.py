@@ -157,7 +157,7 @@ def test_nobody_imports_a_main() -> None:
         (hooks.CLI_HOOKS, {"launcher"}),
         (hooks.LAUNCHER_HOOKS, {"launcher"}),
         (hooks.SCHEDULER_HOOKS, {"scheduler", "handshake"}),
-        (hooks.SHARING_HOOKS, {"radix_integration"}),
+        (hooks.PREFILL_HOOKS, {"radix_integration"}),
     ],
 )
 def test_handlers_lie_in_their_room(table: tuple[hooks.Hook, ...], rooms: set[str]) -> None:

@@ -230,8 +230,8 @@ def test_abort_frees_the_place() -> None:
 
 
 def test_where_everybody_is_retracted_the_long_one_ends() -> None:
-    """SGLang's ``retract_all``: one that has not passed its cap comes back, is compressed again, and may
-    be long again; one that has is gone."""
+    """SGLang's ``retract_all``: one that has not passed its cap comes back, is compressed again, and
+    may be long again; one that has is gone."""
     for written, gone in ((230, False), (400, True)):
         world = World(server(), seed=0)
         req = Request(0, [1, 2, 3], 5000, None)

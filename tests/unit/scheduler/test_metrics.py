@@ -38,7 +38,7 @@ def test_names_and_labels(registry: CollectorRegistry) -> None:
         for name in (
             *("passes", "windows", "without_queries", "slots_freed", "pass_seconds", "skipped"),
             *("tokens_computed_again", "long_answers"),
-                *("retracted_tokens_returned", "retracted_tokens_computed"),
+            *("retracted_tokens_returned", "retracted_tokens_computed"),
             *("recorders_in_use", "held_tokens", "logical_tokens"),
         )
     }

@@ -154,7 +154,7 @@ def test_fewer_slots_than_admission_counted_on_are_an_error() -> None:
     req.prefix_len = world.match(req, [*req.origin_input_ids, *req.output_ids])
     offer = world.coordinator.returning.offer(req)
     world.allocator.free.clear()
-    with pytest.raises(RuntimeError, match=r"request 0 was admitted with a row of 29 slots, and \d+ are"):
+    with pytest.raises(RuntimeError, match=r"admitted with a row of 29 slots, and \d+ are not free"):
         world.coordinator.returning.bring_back(req, offer)
 
 
