@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,7 +117,7 @@ class Draft:
 
         def one_step(_index: int, batch: SimpleNamespace) -> None:
             borders, slots = batch.spec_info.kv_indptr.tolist(), batch.spec_info.kv_indices
-            every = [slots[a:b].tolist() for a, b in zip(borders, borders[1:], strict=False)]
+            every = [slots[a:b].tolist() for a, b in pairwise(borders)]
             lists.append(every[: len(HELD) * self.topk])
 
         template(self.backend, step, self.buffer, one_step)
@@ -185,8 +186,8 @@ READERS = {
     "torch_native": set(),
     "intel_amx": set(),
 }
-"""Functions of the backends that read what positions hold: for drafts, between our hook and the kernels;
-for scoring items, which generates no text; for DCP, which is refused."""
+"""Functions of the backends that read what positions hold: for drafts, between our hook and the
+kernels; for scoring items, which generates no text; for DCP, which is refused."""
 
 
 @pytest.mark.parametrize("backend", READERS)
@@ -200,7 +201,9 @@ def test_no_backend_reads_positions_elsewhere(backend: str) -> None:
             continue
         nodes = list(ast.walk(function))
         # How many there are says nothing about rows.
-        counted = [node.value for node in nodes if isinstance(node, ast.Attribute) and node.attr == "numel"]
+        counted = [
+            node.value for node in nodes if isinstance(node, ast.Attribute) and node.attr == "numel"
+        ]
         absent = [node.left for node in nodes if isinstance(node, ast.Compare)]
         found |= {
             function.name
