@@ -101,8 +101,8 @@ class Lengths:
 
     @contextlib.contextmanager
     def positions_in_slots(self, step: ForwardBatch) -> Iterator[None]:
-        """For a while a step has the positions again that :meth:`shift_positions` has shifted. Rows that
-        pad a batch for a graph are nobody's and lack nothing."""
+        """For a while a step has the positions again that :meth:`shift_positions` has shifted. Rows
+        that pad a batch for a graph are nobody's and lack nothing."""
         true, removed = step.positions, self.removed_of(step.req_pool_indices)
         if removed is not None:
             step.positions = true - _of_tokens(removed, true)

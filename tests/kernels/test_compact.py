@@ -252,7 +252,5 @@ def test_where_a_drafts_buffers_lie_is_uploaded_once(identical, make, monkeypatc
     pass_over(2, seed=6)
     assert len(made) == len(pools) + 1
     for pool, expected in zip([*pools, other], [*truths, truth], strict=True):
-        for mine, reference in zip(
-            pool.keys + pool.values, expected.keys + expected.values, strict=True
-        ):
-            assert identical(mine, reference)
+        for mine, true in zip(pool.keys + pool.values, expected.keys + expected.values, strict=True):
+            assert identical(mine, true)
