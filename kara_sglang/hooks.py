@@ -204,7 +204,7 @@ SCHEDULER_HOOKS = (
             ("self", "forward_batch", "kv_indices_buffer", "call_fn"),
             "scheduler.runtime:around_draft_indices",
             "gives a draft model's steps KV lengths where SGLang takes positions for them",
-            "`generate_draft_decode_kv_indices` adds up KV lengths, not positions",
+            "`generate_draft_decode_kv_indices` takes KV lengths",
         )
         for backend in (
             "flashinfer_backend.FlashInferMultiStepDraftBackend",
