@@ -194,6 +194,20 @@ SCHEDULER_HOOKS = (
         "moves the queries of accepted drafts as SGLang moves their K and V",
         "attention layers have observers of their queries",
     ),
+    *(
+        Hook(
+            f"layers.attention.{backend}.common_template",
+            "around",
+            ("self", "forward_batch", "kv_indices_buffer", "call_fn"),
+            "scheduler.runtime:around_draft_indices",
+            "gives a draft model's steps KV lengths where SGLang takes positions for them",
+            "`generate_draft_decode_kv_indices` takes KV lengths",
+        )
+        for backend in (
+            "flashinfer_backend.FlashInferMultiStepDraftBackend",
+            "triton_backend.TritonMultiStepDraftBackend",
+        )
+    ),
     Hook(
         "speculative.eagle_utils._verify_coins",
         "around",

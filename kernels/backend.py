@@ -6,7 +6,7 @@ specification and the CPU path; whatever replaces it on a GPU must leave the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -107,6 +107,13 @@ class WindowShape:
     query_count: int
 
 
+Mover = Callable[[torch.Tensor, torch.Tensor], None]
+"""Moves what is kept of one window to its first R slots, in all layers of a pool, in place.
+
+It takes the window's slots in token order, shape ``(W,)``, int32, no slot twice; and the positions to
+keep, shape ``(num_layers, num_kv_heads, R)``, int64, strictly ascending along R."""
+
+
 class Kernels(Protocol):
     """What the plugin asks of a set of kernels. All calls run on the current stream, unsynchronised."""
 
@@ -146,23 +153,13 @@ class Kernels(Protocol):
             Where asked for: per job the kept positions, shape ``(num_layers, num_kv_heads, R)``, int64.
         """
 
-    def move(
-        self,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        slots: torch.Tensor,
-        kept: torch.Tensor,
-    ) -> None:
-        """Move what is kept of one window to its first R slots, in all layers of any pool.
+    def mover(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Mover:
+        """What moves tokens in any pool, to be made once: it may upload where the buffers lie.
 
         Parameters
         ----------
         keys, values : sequence of torch.Tensor
-            One per layer, shape ``(num_slots, num_kv_heads, head_dim)``, any dtype. Written in place.
-        slots : torch.Tensor
-            The window's, in token order, shape ``(W,)``, int32, no slot twice.
-        kept : torch.Tensor
-            Positions, shape ``(num_layers, num_kv_heads, R)``, int64, strictly ascending along R.
+            One per layer, shape ``(num_slots, num_kv_heads, head_dim)``, any dtype.
         """
 
 
@@ -191,16 +188,13 @@ class TorchKernels:
                 found.append(torch.stack(kept))
         return found if positions else None
 
-    def move(
-        self,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        slots: torch.Tensor,
-        kept: torch.Tensor,
-    ) -> None:
-        for key, value, of_layer in zip(keys, values, kept, strict=True):
-            compact(key, slots, of_layer)
-            compact(value, slots, of_layer)
+    def mover(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Mover:
+        def move(slots: torch.Tensor, kept: torch.Tensor) -> None:
+            for key, value, of_layer in zip(keys, values, kept, strict=True):
+                compact(key, slots, of_layer)
+                compact(value, slots, of_layer)
+
+        return move
 
     def _compress_layer(self, pool: LayerPool, job: WindowJob, layer: int) -> torch.Tensor:
         slots = job.slots.long()

@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         "not compressed": False,
         "kara, a half": {"retain": 0.5},
         "kara, a quarter": {"retain": 0.25},
+        "keys, a half": {"selector": "keys", "retain": 0.5},
     }
     found = accepted(options, rows)
     base = [answer["accepted"] for answer in found["not compressed"]]

@@ -138,11 +138,6 @@ move with them."""
 ATTENTION_BACKENDS = ("flashinfer", "triton", "fa3", "torch_native", "intel_amx")
 """Backends that read K/V through ``req_to_token[row, :seq_len]`` and nothing else."""
 
-BY_POSITION = ("flashinfer", "triton")
-"""Backends whose drafts of several steps take positions for KV lengths
-(``generate_draft_decode_kv_indices``), and those of a compressed row are larger."""
-
-
 HOST_LAYOUTS = ("layer_first", "page_first")
 """Memory layouts of HiCache's host tier that are tested; the latter with I/O backend ``kernel``."""
 
@@ -201,19 +196,6 @@ def of_flags(resolved: Any) -> list[str]:
             lines.append(
                 f"--{flag.replace('_', '-')} {backend} does not work with --kv-compress; use one of "
                 + ", ".join(ATTENTION_BACKENDS)
-            )
-    if speculates and resolved.speculative_algorithm != "NGRAM" and resolved.speculative_num_steps > 1:
-        draft = (
-            resolved.speculative_draft_attention_backend
-            or resolved.decode_attention_backend
-            or resolved.attention_backend
-        )
-        if draft in BY_POSITION:
-            lines.append(
-                f"--speculative-draft-attention-backend {draft} does not work with --kv-compress and a "
-                "draft model that takes several steps (it finds their KV by positions); use one of "
-                + ", ".join(one for one in ATTENTION_BACKENDS if one not in BY_POSITION)
-                + ", or --speculative-num-steps 1"
             )
     layout = resolved.hicache_mem_layout
     if resolved.enable_hierarchical_cache and layout not in HOST_LAYOUTS:

@@ -18,12 +18,12 @@ import torch
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 from kara_sglang.kernels.backend import Kernels, LayerPool, WindowJob
-from kara_sglang.kernels.compact import kept_alike
 from kara_sglang.kernels.record import any_pages
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.selectors import Selector
 from kara_sglang.radix_integration import exact
 from kara_sglang.radix_integration.row import Geometry, RequestState, Voters, Window
+from kara_sglang.scheduler.drafts import Drafts
 from kara_sglang.scheduler.lengths import Lengths
 from kara_sglang.scheduler.ring.recorder import QueryRecorder
 from kara_sglang.scheduler.streams import forward_stream
@@ -106,7 +106,7 @@ class Compaction:
         self.kernels = kernels
         self.scales = scales
         self.rope_shift = rope_shift
-        self.drafts = drafts
+        self.drafts = Drafts(drafts, kernels)
         self.layers = layers
         self.reach = reach
         self.lengths = Lengths(scheduler, recorder.pace)
@@ -142,7 +142,7 @@ class Compaction:
                     _keep_until_read(job)
                     drafts = bool(self.drafts)
                     for chosen in self.kernels.compress(self._pool(), [job], positions=drafts) or ():
-                        self._compact_drafts(job, chosen)
+                        self.drafts.follow(job, chosen)
 
     def run(self, batch: ScheduleBatch, due: Sequence[tuple[Req, RequestState]]) -> Pass:
         """Compress the next windows of these requests, which run in ``batch``: one for each time that a
@@ -282,23 +282,13 @@ class Compaction:
             if kept is None:
                 return
             for job, chosen in zip(jobs, kept, strict=True):
-                self._compact_drafts(job, chosen)
+                self.drafts.follow(job, chosen)
             if not shown:
                 return
             if self.debug_checks:
                 _check_kept(kept, jobs, self.geometry.page_size)
             if self.tracer is not None:
                 self.tracer.add([(each.state, each.window) for each in taken], kept)
-
-    def _compact_drafts(self, job: WindowJob, kept: torch.Tensor) -> None:
-        """A draft model guesses what the target says, so it keeps what the target keeps."""
-        width = job.slots.shape[0]
-        if job.kept == width:
-            return
-        for pool in self.drafts:
-            heads = pool.k_buffer[0].shape[1]
-            alike = kept_alike(kept, len(pool.k_buffer), heads, width)
-            self.kernels.move(pool.k_buffer, pool.v_buffer, job.slots, alike)
 
     def _pool(self) -> LayerPool:
         """The same object as long as SGLang's buffers and the scales are the same."""

@@ -7,6 +7,7 @@ added to the positions of each step.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from kara_sglang.scheduler.pace import Pace
 from kara_sglang.scheduler.streams import forward_stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
@@ -93,10 +94,22 @@ class Lengths:
         if removed is None or not len(removed):
             return
         # Rebound, never written in place: workers keep the tensor for later steps.
-        offsets = removed.repeat_interleave(step.positions.shape[0] // len(removed))
+        offsets = _of_tokens(removed, step.positions)
         step.positions = step.positions + offsets
         if step.mrope_positions is not None:
             step.mrope_positions = step.mrope_positions + offsets[None]
+
+    @contextlib.contextmanager
+    def positions_in_slots(self, step: ForwardBatch) -> Iterator[None]:
+        """For a while a step has the positions again that :meth:`shift_positions` has shifted. Rows
+        that pad a batch for a graph are nobody's and lack nothing."""
+        true, removed = step.positions, self.removed_of(step.req_pool_indices)
+        if removed is not None:
+            step.positions = true - _of_tokens(removed, true)
+        try:
+            yield
+        finally:
+            step.positions = true
 
     def logical_of_step(self, seq_lens: torch.Tensor) -> torch.Tensor:
         """Lengths in slots of the step whose positions were shifted last, in tokens."""
@@ -139,6 +152,11 @@ class Lengths:
         less = [self._ahead.pop(req.kv.req_pool_idx, 0) for req in batch.reqs]
         if any(less):
             _subtract(batch, less)
+
+
+def _of_tokens(of_rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """For each token what its row has; each row has as many tokens."""
+    return of_rows.repeat_interleave(positions.shape[0] // len(of_rows))
 
 
 def _subtract(batch: ScheduleBatch, slots: list[int]) -> None:

@@ -263,6 +263,19 @@ def after_move_accepted(
         compaction.recorder.keep_accepted(first, batch.req_pool_indices, accept_index)
 
 
+def around_draft_indices(
+    original: Callable[..., None], backend: Any, forward_batch: ForwardBatch, *args: Any, **named: Any
+) -> None:
+    """AROUND ``common_template`` of the backends flashinfer and triton for a draft model that takes
+    several steps: their kernel adds up positions to find where a request's slots begin, and takes
+    them for KV lengths (``generate_draft_decode_kv_indices``). The model's own positions stay true."""
+    if runtime.coordinator is None:
+        original(backend, forward_batch, *args, **named)
+        return
+    with runtime.coordinator.compaction.lengths.positions_in_slots(forward_batch):
+        original(backend, forward_batch, *args, **named)
+
+
 def around_verify_coins(original: Callable[..., Any], *args: Any, **named: Any) -> Any:
     """AROUND ``eagle_utils._verify_coins``: with a seed a coin is drawn by the position that it is for,
     and a length in slots would give one twice."""

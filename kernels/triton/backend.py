@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeGuard, TypeVar
 
 import torch
 
-from kara_sglang.kernels.backend import LayerPool, WindowJob, WindowShape, reference_scores
+from kara_sglang.kernels.backend import LayerPool, Mover, WindowJob, WindowShape, reference_scores
 from kara_sglang.kernels.record import Ring, Step, most_blocks
 from kara_sglang.kernels.score import WeightRule
 from kara_sglang.kernels.selectors.base import AttentionSelector, BlindSelector, Selector
@@ -119,16 +119,14 @@ class TritonKernels:
                     found |= zip(part, plan.kept.long().unbind(1), strict=True)
         return [found[index] for index in range(len(jobs))] if positions else None
 
-    def move(
-        self,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        slots: torch.Tensor,
-        kept: torch.Tensor,
-    ) -> None:
+    def mover(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Mover:
         tables = PoolTables.of(LayerPool(list(keys), list(values), [], [1.0] * len(keys)))
-        for launch in compact(tables, slots[None], kept[:, None].int().contiguous()):
-            launch()
+
+        def move(slots: torch.Tensor, kept: torch.Tensor) -> None:
+            for launch in compact(tables, slots[None], kept[:, None].int().contiguous()):
+                launch()
+
+        return move
 
     def _run(self, plan: Plan, settings: Settings, jobs: list[WindowJob]) -> None:
         """Compress windows with equal settings, so many as the plan is for."""

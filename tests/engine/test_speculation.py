@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +10,14 @@ from pathlib import Path
 import draft_models
 import numpy as np
 import pytest
-from exactness import PROMPTS, RetainedCache, assert_bit_exact
-from server import PAGE_16, WINDOW, Server, launch, prompt
-from speculated import assert_follows, check, ngram, step_by_step
+from exactness import PROMPTS, RetainedCache, assert_bit_exact, assert_same_choices
+from server import PAGE_16, WINDOW, Server, in_parallel, launch, prompt
+from speculated import assert_follows, check, draft_model, ngram, step_by_step
 from voted import kept_of
 
 from kara_sglang.trace import format as trace_file
 
 PAGE_1 = ("--page-size", "1", "--max-total-tokens", "8192", "--dtype", "float32")
-
-
-def draft_model(algorithm: str, topk: int = 1, drafts: int = 4) -> tuple[str, ...]:
-    return (
-        *("--speculative-algorithm", algorithm, "--speculative-num-steps", "3"),
-        *("--speculative-eagle-topk", str(topk), "--speculative-num-draft-tokens", str(drafts)),
-    )
 
 
 NGRAM = {
@@ -188,3 +182,56 @@ def test_a_draft_model_keeps_what_its_target_keeps(drafts: Drafts) -> None:
         rates.append(np.mean([answer["meta_info"]["spec_accept_length"] for answer in answers]))
     assert all(answer["meta_info"]["kv_compress"]["windows"] == 4 for answer in answers)
     assert rates[1] > 0.93 * rates[0]
+
+
+IN_FLIGHT = {kind: KINDS[kind] for kind in ("narrow", "STANDALONE", "EAGLE")}
+
+
+@each_of(IN_FLIGHT)
+def test_who_is_retracted_aborted_or_stopped_in_flight_leaves_nothing(drafts: Drafts) -> None:
+    """Those who stay end as if nobody had come between; a stop among a step's drafts ends the answer
+    there, and what the step accepted behind it is nobody's."""
+    server = drafts.server
+    server.flush()
+    alone = server.generate(PROMPTS, kv_compress=False)
+    stop = next(
+        token for token in alone[2]["output_ids"][100:] if token not in alone[2]["output_ids"][:100]
+    )
+    ends = alone[2]["output_ids"].index(stop) + 1
+    server.flush()
+
+    def reach(tokens: int) -> None:
+        end = time.monotonic() + 120
+        while server.state()["running_logical_tokens"] < sum(map(len, PROMPTS)) + tokens:
+            assert time.monotonic() < end, "they never ran"
+            time.sleep(0.01)
+
+    def operator() -> None:
+        reach(4 * 20)
+        for path, body in (
+            ("/pause_generation", {"mode": "retract"}),
+            ("/continue_generation", {}),
+        ):
+            assert server.post(path, body).status_code == 200
+        reach(4 * 50)
+        assert server.post("/abort_request", {"rid": "gone"}).status_code == 200
+
+    stops = {"stop_token_ids": [stop], "ignore_eos": False}
+    calls = [
+        lambda: server.generate(PROMPTS[0], kv_compress=False),
+        lambda: server.generate(PROMPTS[1]),
+        lambda: server.generate(
+            PROMPTS[2], kv_compress={"selector": "identity"}, sampling_params=stops
+        ),
+        lambda: server.generate(PROMPTS[3], rid="gone", tokens=1000),
+    ]
+    opted_out, compressed, stopped, gone, _ = in_parallel([*calls, operator])
+    for answer in (opted_out, compressed, stopped, gone):
+        assert answer["meta_info"]["num_retractions"] == 1
+    assert_same_choices(opted_out, alone[0])
+    assert len(compressed["output_ids"]) == 300
+    assert compressed["meta_info"]["kv_compress"]["windows"] > 0
+    assert stopped["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+    assert stopped["output_ids"] == alone[2]["output_ids"][:ends]
+    assert gone["meta_info"]["finish_reason"]["type"] == "abort"
+    server.assert_nothing_leaked()

@@ -28,6 +28,10 @@ def stays_boring(server: Server, stock: Server, weights: Path, seed: int, count:
     pages, start = server.state()["recorder_pages_free"], len(server.log_text())
     torture = Torture(server, weights, seed, count)
     torture.run()
+    # Whether anybody goes on behind kept windows while KV is short is chance; now nobody is in the way.
+    calm = prompt(64, seed)
+    answer = server.generate(calm, tokens=150)
+    torture.next_turn([*calm, *answer["output_ids"], *prompt(9, seed)], None)
     print(dict(torture.seen))
     wanted = ("windows", "retractions", "bad", "turn of a session", "ended by length", "ended by abort")
     wanted += ("hang-up in a stream", "hang-up without a stream", "next turn")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton.language as tl
@@ -14,6 +16,7 @@ from kara_sglang.kernels.triton import compact as module
 from kara_sglang.kernels.triton.backend import TritonKernels
 from kara_sglang.kernels.triton.compact import compact
 from kara_sglang.kernels.triton.pool import PoolTables
+from kara_sglang.scheduler.drafts import Drafts
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -215,7 +218,39 @@ def test_one_windows_choice_is_moved_in_any_pool(identical, make, value_dim):
     expected = make.copy(pool)
     slots = make.windows(1, 100, slots=256, seed=4)[0]
     kept = choose((3, 2), 100, 40)
-    TritonKernels().move(pool.keys, pool.values, slots, kept)
-    TorchKernels().move(expected.keys, expected.values, slots, kept)
+    TritonKernels().mover(pool.keys, pool.values)(slots, kept)
+    TorchKernels().mover(expected.keys, expected.values)(slots, kept)
     for ours, theirs in zip(pool.keys + pool.values, expected.keys + expected.values, strict=True):
         assert identical(ours, theirs)
+
+
+def test_where_a_drafts_buffers_lie_is_uploaded_once(identical, make, monkeypatch):
+    """However many windows and passes there are, and again when SGLang has other buffers."""
+    made = []
+    stock = PoolTables.of
+    monkeypatch.setattr(PoolTables, "of", lambda pool: made.append(pool) or stock(pool))
+    pools = [make.pool(seed, layers=3, dim=16, dtype=torch.bfloat16) for seed in (1, 2)]
+    truths = [make.copy(pool) for pool in pools]
+    sglangs = [SimpleNamespace(k_buffer=pool.keys, v_buffer=pool.values) for pool in pools]
+    ours = Drafts(sglangs, TritonKernels())
+    theirs = Drafts(
+        [SimpleNamespace(k_buffer=pool.keys, v_buffer=pool.values) for pool in truths], TorchKernels()
+    )
+
+    def pass_over(windows: int, seed: int) -> None:
+        for slots in make.windows(windows, 64, slots=256, seed=seed):
+            job, kept = SimpleNamespace(slots=slots, kept=24), choose((3, 2), 64, 24)
+            ours.follow(job, kept)
+            theirs.follow(job, kept)
+
+    pass_over(3, seed=4)
+    pass_over(2, seed=5)
+    assert len(made) == len(pools)
+    other, truth = make.pool(6, layers=3, dim=16), make.pool(6, layers=3, dim=16)
+    sglangs[1].k_buffer, sglangs[1].v_buffer = other.keys, other.values
+    theirs.pools[1].k_buffer, theirs.pools[1].v_buffer = truth.keys, truth.values
+    pass_over(2, seed=6)
+    assert len(made) == len(pools) + 1
+    for pool, expected in zip([*pools, other], [*truths, truth], strict=True):
+        for mine, true in zip(pool.keys + pool.values, expected.keys + expected.values, strict=True):
+            assert identical(mine, true)

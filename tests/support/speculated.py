@@ -17,6 +17,13 @@ def ngram(drafts: int, breadth: int) -> tuple[str, ...]:
     )
 
 
+def draft_model(algorithm: str, topk: int = 1, drafts: int = 4) -> tuple[str, ...]:
+    return (
+        *("--speculative-algorithm", algorithm, "--speculative-num-steps", "3"),
+        *("--speculative-eagle-topk", str(topk), "--speculative-num-draft-tokens", str(drafts)),
+    )
+
+
 def step_by_step(
     server: Server, ids: list[int], *, again: bool = False, **more: Any
 ) -> tuple[dict, list[int]]:

@@ -49,6 +49,8 @@ def test_a_supported_server_is_not_refused(resolved: Resolved) -> None:
         DRAFTS | {"speculative_algorithm": "NGRAM", "speculative_eagle_topk": 4},
         {"prefill_attention_backend": "fa4"},
         DRAFTS | {"speculative_algorithm": "EAGLE3"},
+        DRAFTS | {"attention_backend": "flashinfer"},
+        DRAFTS | {"speculative_draft_attention_backend": "triton"},
         DRAFTS | {"speculative_eagle_topk": 4, "page_size": 1},
         DRAFTS | {"speculative_algorithm": "STANDALONE", "disable_overlap_schedule": True},
         {"enable_mixed_chunk": True, "cuda_graph_config": EAGER_PREFILLS},
@@ -79,11 +81,6 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
         "--speculative-draft-attention-backend",
         DRAFTS | {"speculative_draft_attention_backend": "trtllm_mha"},
     ),
-    (
-        "--speculative-draft-attention-backend",
-        DRAFTS | {"speculative_draft_attention_backend": "triton"},
-    ),
-    ("--speculative-draft-attention-backend", DRAFTS | {"attention_backend": "flashinfer"}),
     ("--disaggregation-mode", DRAFTS | DECODE),
     (
         "--disaggregation-decode-enable-radix-cache",

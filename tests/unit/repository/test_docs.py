@@ -149,6 +149,7 @@ def test_the_combinations_with_drafts_are_those_of_the_tests(monkeypatch: pytest
     monkeypatch.syspath_prepend(ROOT / "tests" / "engine")
     import server
     import test_combinations
+    import test_draft_combinations
     import test_speculation
     import test_tensor_parallel
     import test_torture
@@ -158,6 +159,10 @@ def test_the_combinations_with_drafts_are_those_of_the_tests(monkeypatch: pytest
         for kind, flags in test_speculation.KINDS.items()
     ]
     expected.append(with_drafts(test_combinations.MANY, "test_combinations"))
+    expected += [
+        with_drafts(flags, "test_draft_combinations", kind in test_draft_combinations.SLOW)
+        for kind, flags in test_draft_combinations.KINDS.items()
+    ]
 
     engine = (ROOT / "tests" / "support" / "tp2_engine.py").read_text()
     told = ("--page-size", "16", "--kv-compress-prefix-reuse", "compressed", "--tp-size", "2")
