@@ -16,6 +16,7 @@ waits for them.
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -133,7 +134,8 @@ class Returning:
         self.totals = totals
         self.most_bytes = int(config.retracted_mem_gb * 2**30)
         self._kept: tuple[Req, Copy] | None = None  # of whom is about to be retracted
-        self._waiting: list[Req] = []  # with copies, and some that have left the queue since
+        # With copies, or gone from the queue since; who is aborted there takes his along.
+        self._waiting: list[weakref.ref[Req]] = []
         self._barred: list[tuple[Req, RequestState]] = []  # who decode since the newest step
         self._new: list[Req] = []  # of these, those that are not in the queue yet
 
@@ -184,9 +186,10 @@ class Returning:
     def _held_bytes(self) -> int:
         """Of all copies; the same on all tensor-parallel ranks. Requests that were aborted in the queue
         are forgotten here."""
-        queue = {id(req) for req in (*self.scheduler.waiting_queue, *self._new)}
-        self._waiting = [req for req in self._waiting if id(req) in queue and self._copy_of(req)]
-        return sum(copy.num_bytes for req in self._waiting if (copy := self._copy_of(req)) is not None)
+        queue = (*self.scheduler.waiting_queue, *self._new)
+        waiting = {id(req): copy for req in queue if (copy := self._copy_of(req)) is not None}
+        self._waiting = [one for one in self._waiting if id(one()) in waiting]
+        return sum(copy.num_bytes for copy in waiting.values())
 
     def retracted(self, req: Req) -> None:
         """The compressed request has been retracted."""
@@ -197,7 +200,7 @@ class Returning:
         req.skip_radix_cache_insert = True
         if copy is not None:
             _prefix(req).waits = True
-            self._waiting.append(req)
+            self._waiting.append(weakref.ref(req))
             self._new.append(req)
 
     def step(self) -> None:
@@ -212,13 +215,18 @@ class Returning:
 
     def drop_all(self) -> None:
         """All KV that was computed until now is void."""
-        for req in self._waiting:
-            back = retracted_of(req)
-            if back is not None and back.copy is not None:
-                back.copy = None
-                _prefix(req).waits = False
+        for one in self._waiting:
+            req = one()
+            if req is not None:
+                self._drop(req)
         self._waiting.clear()
         self._new.clear()
+
+    def _drop(self, req: Req) -> None:
+        back = retracted_of(req)
+        if back is not None and back.copy is not None:
+            back.copy = None
+            _prefix(req).waits = False
 
     # -- admission ---------------------------------------------------------------------------------
 
@@ -267,18 +275,17 @@ class Returning:
                 f"{offer.needs} are not free"
             )
         with forward_stream(scheduler):
+            if own.is_cuda:  # made on another stream
+                own.record_stream(torch.cuda.current_stream())
             for buffer, part in zip(self._buffers(), copy.parts, strict=True):
                 buffer[own] = part[len(offer.front) :].to(buffer.device, non_blocking=True)
         row = torch.cat([offer.front.to(own.device), own])
-        back = retracted_of(req)
-        assert back is not None
-        back.copy = None
-        prefix = _prefix(req)
-        prefix.waits, prefix.returned = False, Returned(copy.state, row)
+        _prefix(req).returned = Returned(copy.state, row)
         self.totals.retracted_tokens_returned += copy.tokens - len(offer.front)
 
     def admitted(self, req: Req, tokens: int) -> None:
-        """A request was admitted for which so many tokens are computed."""
+        """A request was admitted for which so many tokens are computed; it has no use for a copy now."""
+        self._drop(req)
         if req.is_retracted:
             self.totals.retracted_tokens_computed += tokens
 
