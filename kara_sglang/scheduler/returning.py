@@ -284,7 +284,7 @@ class Returning:
         self.totals.retracted_tokens_returned += copy.tokens - len(offer.front)
 
     def admitted(self, req: Req, tokens: int) -> None:
-        """A request was admitted for which so many tokens are computed; it has no use for a copy now."""
+        """A request was admitted for which so many tokens are computed; a copy is of no use now."""
         self._drop(req)
         if req.is_retracted:
             self.totals.retracted_tokens_computed += tokens
