@@ -26,7 +26,7 @@ from kara_sglang.radix_integration.row import Geometry, RequestState, Voters, Wi
 from kara_sglang.scheduler.drafts import Drafts
 from kara_sglang.scheduler.lengths import Lengths
 from kara_sglang.scheduler.ring.recorder import QueryRecorder
-from kara_sglang.scheduler.streams import forward_stream
+from kara_sglang.scheduler.streams import forward_stream, keep_until_read
 from kara_sglang.scheduler.tracer import Tracer
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Compaction:
                     pages=any_pages(0, count, size),
                 )
                 with forward_stream(self.scheduler):
-                    _keep_until_read(job)
+                    keep_until_read(job.slots)
                     drafts = bool(self.drafts)
                     for chosen in self.kernels.compress(self._pool(), [job], positions=drafts) or ():
                         self.drafts.follow(job, chosen)
@@ -273,7 +273,7 @@ class Compaction:
         shown = self.debug_checks or self.tracer is not None
         with forward_stream(self.scheduler):
             for each in taken:
-                _keep_until_read(each.job)
+                keep_until_read(each.job.slots)
                 if self.recorder.check is not None and each.job.pages is not None:
                     self.recorder.check.require(
                         each.req.rid, each.job.pages, each.job.query_start, each.job.query_count
@@ -336,12 +336,6 @@ def _mark(state: RequestState, voters: Voters, seed: int) -> str:
     if state.selector.seeded:
         return f"seed {seed}"
     return voters if state.selector.needs_queries else ""
-
-
-def _keep_until_read(job: WindowJob) -> None:
-    """Tell the allocator that the current stream reads a tensor that another stream has made."""
-    if job.slots.is_cuda:
-        job.slots.record_stream(torch.cuda.current_stream())
 
 
 def _check_kept(kept: list[torch.Tensor], jobs: list[WindowJob], page_size: int) -> None:

@@ -112,7 +112,7 @@ class Coordinator:
 
     def forget(self, req: Req) -> None:
         """The request was retracted: its KV is gone, or waits on the host."""
-        state = state_of(req)
+        state = held_state(req)
         if state is not None:
             exact.allow_insert(req, state)
             self.returning.retracted(req)

@@ -23,9 +23,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from kara_sglang.radix_integration.exact import allow_insert, first_base
-from kara_sglang.radix_integration.prefix import PREFIX, Prefix, Returned, layout_of, prefix_of
+from kara_sglang.radix_integration.prefix import (
+    PREFIX,
+    Prefix,
+    Returned,
+    held_state,
+    layout_of,
+    prefix_of,
+)
 from kara_sglang.radix_integration.row import RequestState, ceil_align, state_of
-from kara_sglang.scheduler.streams import forward_stream
+from kara_sglang.scheduler.streams import forward_stream, keep_until_read
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -40,6 +47,10 @@ RETRACTED = "kv_compress_retracted"
 step; absent where it was not compressed."""
 
 
+_AT_ONCE = 4096
+"""Slots that are copied at once: each part needs device memory for a moment."""
+
+
 @dataclass(slots=True)
 class Copy:
     """A row's first slots on the host.
@@ -52,11 +63,14 @@ class Copy:
         How many; whole pages.
     parts
         K of every layer, then V, each as SGLang's buffers from the row's first slot on.
+    num_bytes
+        Host memory that they take.
     """
 
     state: RequestState
     slots: int
     parts: list[torch.Tensor]
+    num_bytes: int
 
     @property
     def tokens(self) -> int:
@@ -68,10 +82,6 @@ class Copy:
         """Slots in front of the first window: they hold what the prefix cache may hold as well."""
         windows = self.state.windows
         return min(windows[0].kv_start if windows else self.state.base, self.slots)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
 
 
 @dataclass(slots=True)
@@ -156,18 +166,20 @@ class Returning:
 
     def keep(self, req: Req) -> None:
         """The running request is about to be retracted: copy its row, where that is possible."""
-        state = state_of(req)
+        state = held_state(req)
         slots = self._slots_to_keep(req, state) if state is not None and self.allowed else 0
         if state is None or not slots:
             return
         buffers = self._buffers()
-        num_bytes = slots * sum(math.prod(b.shape[1:]) * b.itemsize for b in buffers)
+        num_bytes = sum(_host_bytes(buffer, slots) for buffer in buffers)
         if self._held_bytes() + num_bytes > self.most_bytes:
             return
+        # Read here: on the forward stream the row may have a new owner by then.
+        row = self.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :slots].long()
         with forward_stream(self.scheduler):
-            row = self.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :slots].long()
-            parts = [_to_host(buffer[row]) for buffer in buffers]
-        self._kept = req, Copy(state, slots, parts)
+            keep_until_read(row)
+            parts = [_to_host(buffer, row) for buffer in buffers]
+        self._kept = req, Copy(state, slots, parts, num_bytes)
 
     def _slots_to_keep(self, req: Req, state: RequestState) -> int:
         """Whole pages of the row, of which a prefill leaves at least one token to compute. A token that
@@ -195,7 +207,9 @@ class Returning:
         """The compressed request has been retracted."""
         kept, self._kept = self._kept, None
         copy = kept[1] if kept is not None and kept[0] is req else None
-        back = Retracted(req.skip_radix_cache_insert, len(req.origin_input_ids), copy)
+        before = retracted_of(req)  # where it has not decoded since
+        skipped = req.skip_radix_cache_insert if before is None else before.insert_skipped
+        back = Retracted(skipped, len(req.origin_input_ids), copy)
         setattr(req, RETRACTED, back)
         req.skip_radix_cache_insert = True
         if copy is not None:
@@ -275,10 +289,11 @@ class Returning:
                 f"{offer.needs} are not free"
             )
         with forward_stream(scheduler):
-            if own.is_cuda:  # made on another stream
-                own.record_stream(torch.cuda.current_stream())
+            keep_until_read(own)
             for buffer, part in zip(self._buffers(), copy.parts, strict=True):
-                buffer[own] = part[len(offer.front) :].to(buffer.device, non_blocking=True)
+                behind = part[len(offer.front) :]
+                for slots, rest in zip(own.split(_AT_ONCE), behind.split(_AT_ONCE), strict=True):
+                    buffer[slots] = rest.to(buffer.device, non_blocking=True)
         row = torch.cat([offer.front.to(own.device), own])
         _prefix(req).returned = Returned(copy.state, row)
         self.totals.retracted_tokens_returned += copy.tokens - len(offer.front)
@@ -354,9 +369,16 @@ def _prefix(req: Req) -> Prefix:
     return prefix
 
 
-def _to_host(part: torch.Tensor) -> torch.Tensor:
-    """A copy on the host, behind the current stream's work; nobody waits for it."""
-    if not part.is_cuda:
-        return part
-    host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-    return host.copy_(part, non_blocking=True)
+def _host_bytes(buffer: torch.Tensor, slots: int) -> int:
+    """What so many slots of a buffer take on the host: torch pins powers of two."""
+    num_bytes = slots * math.prod(buffer.shape[1:]) * buffer.itemsize
+    return 1 << (num_bytes - 1).bit_length() if buffer.is_cuda and num_bytes else num_bytes
+
+
+def _to_host(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """A copy of these slots on the host, behind the current stream's work; nobody waits for it."""
+    shape = (len(slots), *buffer.shape[1:])
+    host = torch.empty(shape, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
+    for part, some in zip(host.split(_AT_ONCE), slots.split(_AT_ONCE), strict=True):
+        part.copy_(buffer[some], non_blocking=True)
+    return host

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
@@ -20,3 +22,9 @@ def forward_stream(scheduler: Scheduler) -> Iterator[None]:
     with scheduler.forward_stream_ctx:
         scheduler.forward_stream.wait_stream(current)
         yield
+
+
+def keep_until_read(tensor: torch.Tensor) -> None:
+    """Tell the allocator that the current stream reads a tensor that another stream has made."""
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream())

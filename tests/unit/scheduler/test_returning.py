@@ -46,6 +46,19 @@ def test_a_row_goes_on_where_it_was() -> None:
     assert retracted_of(req) is None and prefix_of(req).returned is None
 
 
+def test_a_row_that_is_back_may_go_again_before_it_decodes() -> None:
+    world, req = running()
+    windows, never = req.windows, req.never_inserts
+    for _ in range(2):
+        world.retract(req)
+        assert copy_of(req) is not None and retracted_of(req).insert_skipped == never
+        world.queue.remove(req)
+        assert world.prefill(req)
+    advance(world, 2)
+    assert req.windows[:4] == windows
+    world.check_contents()
+
+
 def test_what_was_in_flight_is_no_part_of_it() -> None:
     """With overlap scheduling the row holds a token whose output is dropped: one is computed."""
     world, req = running()
