@@ -25,7 +25,7 @@ from kara_sglang.compat.source import Source
 from kara_sglang.config import KaraConfig
 from kara_sglang.launcher import refusals
 from kara_sglang.radix_integration.row import Geometry
-from kara_sglang.scheduler import graphs, policy
+from kara_sglang.scheduler import graphs, policy, window_pool
 from kara_sglang.scheduler.ring.recorder import cheapest
 from kara_sglang.scheduler.ring.served import Served
 
@@ -292,9 +292,10 @@ def check_model(plan: Plan) -> Iterator[Finding]:
         yield Finding(
             OK,
             "window",
-            f"a pass works over the {sliding_window.full_layers(model)} layers with full attention and "
-            f"frees the same slots in all; the delay is {plan.config.delay} tokens, because the others "
-            f"have a sliding window of {window}",
+            f"a pass works over the {sliding_window.full_layers(model)} layers with full attention"
+            + ("; " if model.is_hybrid_swa else " and frees the same slots in all; ")
+            + f"the delay is {plan.config.delay} tokens, because the others have a sliding window of "
+            f"{window}" + (" and a KV pool of their own" if model.is_hybrid_swa else ""),
         )
     try:
         record.resolve_once()
@@ -307,11 +308,12 @@ def check_model(plan: Plan) -> Iterator[Finding]:
     yield _graphs(model, plan.config, resolved)
     if plan.config.keeps_queries:
         yield _query_ring(plan, model, resolved)
-    for line in refusals.of_flags(resolved) + refusals.of_sharing(resolved, plan.config):
+    lines = refusals.of_flags(resolved) + refusals.of_sharing(resolved, plan.config)
+    for line in lines + refusals.of_window_pool(resolved, model, plan.config):
         if "attention-backend" not in line:  # said above, with what to pass instead
             yield Finding(BAD, "flags", line)
-    settled = prefix_reuse.settled(plan.config, resolved)
-    yield Finding(OK, "reuse", prefix_reuse.in_words(settled, resolved))
+    settled = prefix_reuse.settled(plan.config, resolved, model)
+    yield Finding(OK, "reuse", prefix_reuse.in_words(settled, resolved, model))
     try:
         plan.config.check_page_size(resolved.page_size)
         plan.config.check_context(model.context_len, resolved.page_size)
@@ -327,7 +329,8 @@ def _graphs(model: Any, config: KaraConfig, resolved: Any) -> Finding:
     page = resolved.page_size
     geometry = Geometry(page, config.window, config.delay)
     slots = graphs.slots_of(geometry, config.kept(page), _LONG)
-    slot = 2 * model.num_hidden_layers * model.get_total_num_kv_heads() * model.head_dim
+    slot = 2 * window_pool.layers_per_slot(resolved, model)
+    slot *= model.get_total_num_kv_heads() * model.head_dim
     stored = kv_cache.planned_dtype(resolved.kv_cache_dtype, model)
     slot *= stored.itemsize / 2**30 * largest
     return Finding(

@@ -257,6 +257,14 @@ SCHEDULER_HOOKS = (
         "SGLang keeps the KV of retracted requests",
     ),
     Hook(
+        "managers.schedule_batch.ScheduleBatch._evict_swa",
+        "before",
+        ("self", "req", "pre_len", "eviction_interval"),
+        "scheduler.runtime:before_evict_swa",
+        "gives slots back by KV length that have left a sliding window",
+        "a request has a KV length of its own",
+    ),
+    Hook(
         "managers.schedule_batch.Req.reset_for_retract",
         "after",
         ("self",),

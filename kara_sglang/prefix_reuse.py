@@ -34,27 +34,37 @@ FLAGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
 """What does not go with compressed prefixes: a flag, and whether the resolved settings use it."""
 
 
-def obstacles(config: KaraConfig, resolved: Any) -> list[str]:
-    """What keeps a server from sharing compressed prefixes, each a flag or a setting.
+WINDOW_POOL = "a KV pool of sliding-window layers"
+"""What of a model does not go with them: whether the pool still holds what they saw at a prefix's end
+is said by the tree for keys without compressed windows."""
+
+
+def obstacles(config: KaraConfig, resolved: Any, model: Any) -> list[str]:
+    """What keeps a server from sharing compressed prefixes: flags, settings, what the model has.
 
     Parameters
     ----------
     config : KaraConfig
     resolved
         ``resolving_view(server_args)``.
+    model
+        SGLang's ``ModelConfig``.
     """
     flags = Flags(resolved)
-    return [flag for flag, used in FLAGS if used(flags)] + config.not_shared(resolved.page_size)
+    by_flags = [flag for flag, used in FLAGS if used(flags)]
+    of_model = [WINDOW_POOL] if model.is_hybrid_swa else []
+    return by_flags + config.not_shared(resolved.page_size) + of_model
 
 
-def settled(config: KaraConfig, resolved: Any) -> KaraConfig:
+def settled(config: KaraConfig, resolved: Any, model: Any) -> KaraConfig:
     """The same settings, where prefix reuse is left open with ``auto``, or ``exact`` for want of it."""
     if config.prefix_reuse is not None:
         return config
-    return dataclasses.replace(config, prefix_reuse="exact" if obstacles(config, resolved) else "auto")
+    works = not obstacles(config, resolved, model)
+    return dataclasses.replace(config, prefix_reuse="auto" if works else "exact")
 
 
-def in_words(config: KaraConfig, resolved: Any) -> str:
+def in_words(config: KaraConfig, resolved: Any, model: Any) -> str:
     """What a server with settled settings reuses, and why no more, for people: a part of a sentence."""
     if config.shares_prefixes:
         farther = f"{config.least_gain:,} tokens farther" if config.least_gain > 1 else "farther"
@@ -62,7 +72,7 @@ def in_words(config: KaraConfig, resolved: Any) -> str:
             f"prefix reuse {config.prefix_reuse}: a compressed prefix is taken where it reaches "
             f"{farther} than exact KV"
         )
-    against = " and ".join(obstacles(config, resolved))
+    against = " and ".join(obstacles(config, resolved, model))
     return "prefix reuse exact" + (
         f": compressed prefixes do not work with {against}" if against else ""
     )

@@ -1,5 +1,5 @@
-"""Sliding-window layers beside full ones in one KV pool: Gemma 3 and other models that SGLang does not
-treat as hybrid (``configs/model_config.py``, ``is_hybrid_swa_model``).
+"""Sliding-window layers beside full ones: in one KV pool as in Gemma 3, or in one of their own as in
+gpt-oss (``scheduler/window_pool.py``).
 
 A pass works over the full layers only. A window layer reads the last slots of a row: SGLang's attention
 backends count its window back from the KV length and ask no position. While a row ends with as many

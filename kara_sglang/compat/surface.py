@@ -149,6 +149,7 @@ _FLAGS = (
     "speculative_num_steps",
     "speculative_use_rejection_sampling",
     "strip_thinking_cache",
+    "swa_full_tokens_ratio",
     "tokenizer_path",
     "tokenizer_worker_num",
     "use_ray",
@@ -174,7 +175,12 @@ SURFACE = (
     ),
     Used(
         "arg_groups.overrides",
-        ("declare_resolution(server_args, source, **fields)", "resolving_view(server_args)"),
+        (
+            "declare_resolution(server_args, source, **fields)",
+            "record_of(view)",
+            "resolution_result(server_args, field)",
+            "resolving_view(server_args)",
+        ),
     ),
     Used("model_executor.cuda_graph_config.CudaGraphConfig", ("decode", "prefill")),
     Used("model_executor.cuda_graph_config.PhaseConfig", ("backend", "max_bs")),
@@ -186,6 +192,7 @@ SURFACE = (
             "SGLANG_ENABLE_OVERLAP_PLAN_STREAM",
             "SGLANG_RADIX_FORCE_MISS",
             "SGLANG_RUST_SERVER",
+            "SGLANG_SWA_EVICTION_INTERVAL",
             "SGLANG_USE_HND_KVCACHE",
         ),
     ),
@@ -454,6 +461,30 @@ SURFACE = (
         ("cache_controller", "disable", "evictable_size()", "prefix_device_indices(req)"),
     ),
     Used("managers.cache_controller.HiCacheController", ("load_fence_stream",)),
+    # A pool of sliding-window layers.
+    Used("mem_cache.swa_memory_pool.SWAKVPool", ("full_kv_pool", "full_to_swa_index_mapping")),
+    Used("mem_cache.swa_memory_pool.SWAKVPool", ("layers_mapping",)),
+    Used(
+        "mem_cache.allocator.swa.SWATokenToKVPoolAllocator",
+        (
+            "free_full_segment(free_index, *, start_pos)",
+            "free_group_begin()",
+            "free_group_end()",
+            "free_segment(free_index, *, start_pos)",
+            "full_available_size()",
+            "get_kvcache()",
+            "swa_req_ring",
+        ),
+    ),
+    Used(
+        "managers.schedule_batch.ReqKvInfo",
+        (
+            "get_evicted_seqlen(component_type)",
+            "set_evicted_seqlen(component_type, length)",
+        ),
+    ),
+    Used("mem_cache.unified_cache.component_type.ComponentType", ("SWA",)),
+    Used("mem_cache.unified_radix_cache.UnifiedRadixCache", ("full_evictable_size()",)),
     Used("managers.io_struct.AttachHiCacheStorageReqOutput", ("message", "success")),
     # -- compressed prefixes -----------------------------------------------------------------------
     Used(

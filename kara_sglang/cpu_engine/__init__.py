@@ -7,10 +7,10 @@ refused on most CPUs.
 ``requirements.txt``, ``requirements-nodeps.txt``
     SGLang 0.5.23 and what it imports on a CPU; the second list is installed with ``--no-deps``.
 ``site/``
-    A stand-in for ``sgl_kernel``, mends for torchvision's missing operators and for the KV cache, and a
-    plugin for SGLang with which speculative decoding runs (all that the launcher lets through; greedy
-    only, as SGLang verifies on a CPU). They are outside this package's own namespace because a ``.pth``
-    file, SGLang and torchvision look for them by their global names.
+    A stand-in for ``sgl_kernel``, mends for torchvision's missing operators and for the KV cache, and
+    plugins for SGLang with which speculative decoding runs (all that the launcher lets through; greedy
+    only, as SGLang verifies on a CPU) and gpt-oss (unquantized). They are outside this package's own
+    namespace because a ``.pth`` file, SGLang and torchvision look for them by their global names.
 ``install.py``
     Puts a copy of ``site/`` into the current virtual environment; no installed file is edited.
 

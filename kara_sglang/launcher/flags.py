@@ -161,6 +161,7 @@ def check_server_args(_result: None, record: Any) -> None:
             plugin.hook_launcher,
             lambda: refusals.of_flags(resolved) + refusals.of_sharing(resolved, asked),
             lambda: refusals.of_model_config(model_config_of(record)),
+            lambda: refusals.of_window_pool(resolved, model_config_of(record), asked),
             lambda: refusals.of_rotary(model_config_of(record), asked),
         )
         for refused in checks:
@@ -172,7 +173,7 @@ def check_server_args(_result: None, record: Any) -> None:
         config.check_context(model.context_len, resolved.page_size)
         if config.trace is not None:
             prepare_folder(config.trace)
-        settled = prefix_reuse.settled(config, resolved)
+        settled = prefix_reuse.settled(config, resolved, model)
         if settled.shares_prefixes:
             declare_resolution(record, "kara_sglang", radix_cache_backend=hooks.CACHE_BACKEND)
         versions.warn_if_untested()

@@ -242,9 +242,9 @@ def of_model_config(model: Any) -> list[str]:
         kinds.append("is an encoder-decoder")
     if model.attention_arch.name != "MHA":
         kinds.append(f"uses {model.attention_arch.name} attention")
-    if model.is_hybrid_swa:
-        kinds.append("keeps sliding-window layers in a KV pool of their own")
     layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
+    if model.is_hybrid_swa and SLIDING not in layer_types:
+        kinds.append("keeps layers in a KV pool of their own and does not say which (layer_types)")
     for other in sorted(set(layer_types) - {"full_attention", "attention", SLIDING}):
         kinds.append(f"has {other} layers")
     if set(layer_types) == {SLIDING}:
@@ -256,6 +256,40 @@ def of_model_config(model: Any) -> list[str]:
         f"model {name} {kind}, which --kv-compress does not support; serve it without --kv-compress"
         for kind in kinds
     ]
+
+
+WITHOUT_WINDOW_POOL: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+    ("--speculative-algorithm", lambda c: c.speculative_algorithm is not None),
+    ("--enable-hierarchical-cache", lambda c: c.enable_hierarchical_cache),
+    ("--disaggregation-mode decode", lambda c: c.disaggregation_mode == "decode"),
+)
+"""What is not tested with a KV pool of sliding-window layers."""
+
+
+def of_window_pool(resolved: Any, model: Any, config: KaraConfig) -> list[str]:
+    """Refusals of flags where sliding-window layers have a KV pool of their own, one line each.
+
+    Parameters
+    ----------
+    resolved
+        ``resolving_view(server_args)``.
+    model
+        SGLang's ``ModelConfig``.
+    config : KaraConfig
+    """
+    if not model.is_hybrid_swa:
+        return []
+    pool = f"--kv-compress and {prefix_reuse.WINDOW_POOL}"
+    lines = [
+        f"{flag} does not work with {pool} (--disable-hybrid-swa-memory makes it one pool); remove it"
+        for flag, used in WITHOUT_WINDOW_POOL
+        if used(resolved)
+    ]
+    if config.shares_prefixes:
+        lines.append(
+            f"--kv-compress-prefix-reuse {config.prefix_reuse} does not work with {pool}; use exact"
+        )
+    return lines
 
 
 def of_rotary(model: Any, config: KaraConfig) -> list[str]:

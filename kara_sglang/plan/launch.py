@@ -18,7 +18,7 @@ from kara_sglang import prefix_reuse
 from kara_sglang.compat import kv_cache, sliding_window
 from kara_sglang.config import KaraConfig
 from kara_sglang.launcher import flags, refusals
-from kara_sglang.scheduler import graphs
+from kara_sglang.scheduler import graphs, window_pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +112,12 @@ def read(words: list[str], gpu_memory: float | None) -> Launch:
         resolved = resolving_view(record)
         if resolved.device != "cpu" and gpu_memory is None:
             gpu_memory = memory_hook.get_device_memory_capacity(resolved.device)
-    config = prefix_reuse.settled(config, resolved)
+    config = prefix_reuse.settled(config, resolved, model)
     refused = (
         refusals.of_flags(resolved)
         + refusals.of_sharing(resolved, config)
         + refusals.of_model_config(model)
+        + refusals.of_window_pool(resolved, model, config)
         + refusals.of_rotary(model, config)
     )
     if refused:
@@ -127,6 +128,11 @@ def read(words: list[str], gpu_memory: float | None) -> Launch:
         raise ValueError(
             "a plan does not divide a model for --attn-dp-size; plan one of its ranks, with its share "
             "of --tp-size and of the requests"
+        )
+    if window_pool.by_running_requests(resolved, model):
+        raise ValueError(
+            "a plan does not know the KV pool of sliding-window layers that SGLang makes with both "
+            "--disable-radix-cache and --max-running-requests; leave one of them out"
         )
     config = config.reaching(sliding_window.longest(model))
     config.check_page_size(resolved.page_size)

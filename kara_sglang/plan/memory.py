@@ -17,6 +17,7 @@ import torch
 
 from kara_sglang.compat import sliding_window
 from kara_sglang.plan.launch import Launch
+from kara_sglang.scheduler import window_pool
 from kara_sglang.scheduler.pace import pace_of
 from kara_sglang.scheduler.reserved import largest_window, query_ring, shape_of
 from kara_sglang.scheduler.ring.size import Room
@@ -35,6 +36,7 @@ class Rank:
 
     num_hidden_layers: int
     full_layers: int
+    layers_per_slot: float
     num_attention_heads: int
     num_kv_heads: int
     head_dim: int
@@ -57,6 +59,7 @@ class Rank:
         return cls(
             num_hidden_layers=model.num_hidden_layers,
             full_layers=sliding_window.full_layers(model),
+            layers_per_slot=window_pool.layers_per_slot(launch.resolved, model),
             num_attention_heads=model.num_attention_heads // tp,
             num_kv_heads=model.get_num_kv_heads(tp),
             head_dim=model.head_dim,
@@ -70,9 +73,18 @@ class Rank:
 
     @property
     def token_bytes(self) -> int:
-        """K and V of one token, all layers (``DefaultPoolConfigurator._compute_cell_size``)."""
-        numbers = self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.num_hidden_layers
-        return numbers * self.kv_itemsize
+        """K and V of one token, all layers (``DefaultPoolConfigurator._compute_cell_size``; where those
+        with a sliding window have a pool of their own, ``HybridSWAPoolConfigurator``)."""
+        return int(self._slot_bytes)
+
+    def slots_in(self, memory: int) -> int:
+        """KV slots that so many bytes hold."""
+        return int(memory // self._slot_bytes)
+
+    @property
+    def _slot_bytes(self) -> float:
+        numbers = self.num_kv_heads * (self.head_dim + self.v_head_dim)
+        return numbers * self.kv_itemsize * self.layers_per_slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +140,7 @@ def divide(launch: Launch, rank: Rank, ring: QueryRecorder, weights: int | None)
     total, share, reserve, left = _left(launch, weights)
     pools = []
     for free, what in ((left, "weights"), (left - taken - scratch, "weights, query ring and scratch")):
-        slots = free // rank.token_bytes
+        slots = rank.slots_in(free)
         if slots < launch.resolved.page_size:
             raise ValueError(
                 f"{what} leave no memory for KV on a GPU of {launch.gpu_memory / 1024:g} GiB with "

@@ -23,6 +23,7 @@ from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.selectors import Selector
 from kara_sglang.radix_integration import exact
 from kara_sglang.radix_integration.row import Geometry, RequestState, Voters, Window
+from kara_sglang.scheduler import window_pool
 from kara_sglang.scheduler.drafts import Drafts
 from kara_sglang.scheduler.lengths import Lengths
 from kara_sglang.scheduler.ring.recorder import QueryRecorder
@@ -64,6 +65,7 @@ class _Taken:
     state: RequestState
     window: Window
     job: WindowJob
+    alone: int  # of the slots that it frees, without a partner (``scheduler/window_pool.py``)
 
 
 class Compaction:
@@ -84,7 +86,7 @@ class Compaction:
     drafts : sequence of MHATokenToKVPool
         Pools of draft models; a token has the same slot in all of them.
     layers : sequence of int
-        Numbers of the layers that a pass works over; None: all.
+        Numbers in the KV pool of the layers that a pass works over; None: all.
     reach : int
         Tokens before its own that the others see, at most (``compat/sliding_window.py``).
     """
@@ -109,6 +111,7 @@ class Compaction:
         self.drafts = Drafts(drafts, kernels)
         self.layers = layers
         self.reach = reach
+        self.windowed = window_pool.is_used(scheduler)
         self.lengths = Lengths(scheduler, recorder.pace)
         self.geometry = Geometry(scheduler.page_size, config.window, config.delay)
         self.debug_checks = config.debug_checks
@@ -201,6 +204,10 @@ class Compaction:
                     f"kv-compress: request {req.rid}: on the device its row has {held} slots and lacks "
                     f"{lacks} tokens; it has {committed}, and {state.removed} were removed"
                 )
+            if self.windowed:
+                row = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+                pool = self.scheduler.token_to_kv_pool_allocator.get_kvcache()
+                window_pool.check_seen(pool, row, committed, self.reach)
 
     def check_ranks_agree(self, due: Sequence[tuple[Req, RequestState]]) -> None:
         """All ranks that share these requests are about to take the same windows of them. Every rank
@@ -236,11 +243,12 @@ class Compaction:
         row[base + kept : base + kept + tail.shape[0]] = tail
         if not state.shares and kept < self.geometry.window:
             exact.bar_insert(req, state)
+        alone = window_pool.cut(req.kv, base + kept, end) if self.windowed else 0
         window = state.commit(self.geometry, _mark(state, voters, job.seed))
         state.voted += job.pages is not None
         req.kv.kv_committed_len -= window.freed
         req.kv.kv_allocated_len -= window.freed
-        return _Taken(place, req, state, window, job)
+        return _Taken(place, req, state, window, job, alone)
 
     def _voters(self, state: RequestState) -> Voters:
         """Whose queries choose the request's next window."""
@@ -292,7 +300,7 @@ class Compaction:
 
     def _pool(self) -> LayerPool:
         """The same object as long as SGLang's buffers and the scales are the same."""
-        pool = self.scheduler.token_to_kv_pool_allocator.get_kvcache()
+        pool = window_pool.full_pool(self.scheduler.token_to_kv_pool_allocator.get_kvcache())
         buffers, scales, known = (pool.k_buffer, pool.v_buffer), self.scales(), self._layers
         anew = [id(part) for part in buffers] != [id(part) for part in self._buffers]
         if known is None or anew or known.scales != scales:
@@ -325,8 +333,9 @@ class Compaction:
         allocator.free_group_begin()  # one release for all windows: each copies the free list
         for each in taken:
             kept = each.job.kept
-            # free_segment, because plain free() of the paged allocator synchronises.
-            allocator.free_segment(each.job.slots[kept:], start_pos=each.window.kv_start + kept)
+            # By segments, because plain free() of the paged allocator synchronises.
+            slots, start = each.job.slots[kept:], each.window.kv_start + kept
+            window_pool.free(allocator, slots, start, each.alone)
         allocator.free_group_end()
 
 

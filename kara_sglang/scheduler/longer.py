@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kara_sglang.radix_integration.row import Geometry, ceil_align
+from kara_sglang.scheduler import window_pool
 from kara_sglang.scheduler.forecast import LAST, growth, longest
 
 if TYPE_CHECKING:
@@ -87,10 +88,11 @@ class Longer:
     def allowed(self) -> bool:
         """Whether an answer may outgrow the pool here: others must be able to give up all that they
         hold. HiCache holds slots while it writes them back, decode servers for requests that are on
-        their way, priorities can preempt the long one, and drafts take slots of their own."""
+        their way, priorities can preempt the long one, and drafts take slots of their own. Nor is it
+        known what a pool of sliding-window layers must have for it."""
         scheduler = self.scheduler
         decodes_only = scheduler.disagg_decode_prealloc_queue is not None
-        holds = scheduler.enable_hierarchical_cache or decodes_only
+        holds = scheduler.enable_hierarchical_cache or decodes_only or window_pool.is_used(scheduler)
         return not (self._pace.speculates or holds or scheduler.enable_priority_preemption)
 
     def answers(self, kept: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import torch
 from kara_sglang.compat import kv_cache
 from kara_sglang.compat.sliding_window import reach
 from kara_sglang.radix_integration.compressed import CompressedRadixCache
+from kara_sglang.scheduler import window_pool
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
@@ -60,8 +61,9 @@ def of_drafts(pools: list[Any]) -> list[str]:
     ]
 
 
-def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
-    """Refusals that the real pool, allocator and host tier decide, one line each.
+def of_scheduler(scheduler: Scheduler, config: KaraConfig, layers: list[int]) -> list[str]:
+    """Refusals that the real pool, allocator and host tier decide, one line each; ``layers`` are the
+    numbers of those that a pass works over.
 
     HiCache is safe because a pass writes only slots that one request owns, and a copy to the host reads
     only slots that the tree owns, compressed or not (``mem_cache/unified_radix_cache.py``). A load may
@@ -70,13 +72,20 @@ def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
     """
     from sglang.srt.disaggregation.decode import DecodeReqToTokenPool
     from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+    from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
     from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
     allocator = scheduler.token_to_kv_pool_allocator
+    pools = allocator.get_kvcache()
+    pool = window_pool.full_pool(pools)
+    both = (SWATokenToKVPoolAllocator,)
+    one = (TokenToKVPoolAllocator, PagedTokenToKVPoolAllocator)
     expected = (
-        ("KV pool", allocator.get_kvcache(), (MHATokenToKVPool,)),
-        ("KV allocator", allocator, (TokenToKVPoolAllocator, PagedTokenToKVPoolAllocator)),
+        ("KV pool", pools, (MHATokenToKVPool, SWAKVPool)),
+        ("KV pool", pool, (MHATokenToKVPool,)),
+        ("KV allocator", allocator, one if pool is pools else both),
         ("request pool", scheduler.req_to_token_pool, (ReqToTokenPool, DecodeReqToTokenPool)),
     )
     lines = [
@@ -91,7 +100,6 @@ def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
             f"SGLang chose the prefix cache {cache.__name__}, which --kv-compress-prefix-reuse "
             f"{config.prefix_reuse} does not support"
         )
-    pool = allocator.get_kvcache()
     if pool.dtype not in (torch.float32, torch.float16, *kv_cache.NAMED.values()):
         lines.append(
             f"the KV cache is kept in {pool.dtype}, --kv-compress supports 32 and 16 bits, and of 8 "
@@ -106,6 +114,8 @@ def of_scheduler(scheduler: Scheduler, config: KaraConfig) -> list[str]:
     if torch.version.hip is not None:
         # SGLang orders page-table writes behind the step in flight on CUDA only.
         lines.append("--kv-compress does not support ROCm")
+    if not lines and pool is not pools and not window_pool.is_known(pools, allocator, layers):
+        lines.append("SGLang chose a pool of sliding-window layers that --kv-compress does not support")
     if not lines and (pool.k_buffer[0].dim() != 3 or pool.start_layer != 0):
         lines.append("SGLang chose a KV layout that --kv-compress does not support")
     if scheduler.max_total_num_tokens < config.window + config.delay:

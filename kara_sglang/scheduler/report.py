@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kara_sglang.options import KEY
 from kara_sglang.radix_integration.prefix import held_state, prefix_of, removed_of
-from kara_sglang.scheduler import policy
+from kara_sglang.scheduler import policy, window_pool
 from kara_sglang.scheduler.coordinator import Coordinator
 from kara_sglang.scheduler.metrics import slots_held
 from kara_sglang.scheduler.ring.served import Served
@@ -145,6 +145,6 @@ def snapshot(coordinator: Coordinator) -> dict[str, Any]:
         "running_held_tokens": held,
         "running_logical_tokens": logical,
         "pool_tokens": scheduler.max_total_num_tokens,
-        "pool_tokens_free": scheduler.token_to_kv_pool_allocator.available_size(),
-        "pool_tokens_evictable": scheduler.tree_cache.evictable_size(),
+        "pool_tokens_free": window_pool.free_slots(scheduler),
+        "pool_tokens_evictable": window_pool.evictable_slots(scheduler),
     }

@@ -32,6 +32,7 @@ from kara_sglang.radix_integration.prefix import (
     prefix_of,
 )
 from kara_sglang.radix_integration.row import RequestState, ceil_align, state_of
+from kara_sglang.scheduler import window_pool
 from kara_sglang.scheduler.streams import forward_stream, keep_until_read
 
 if TYPE_CHECKING:
@@ -151,12 +152,13 @@ class Returning:
 
     @property
     def allowed(self) -> bool:
-        """Whether rows can come back here. A draft model has KV of its own; HiCache may hold slots that
-        it is about to give up; a decode server has backups of SGLang's; and without a prefix cache
-        SGLang admits in another way."""
+        """Whether rows can come back here. A draft model has KV of its own, and so have sliding-window
+        layers with a pool of their own; HiCache may hold slots that it is about to give up; a decode
+        server has backups of SGLang's; and without a prefix cache SGLang admits in another way."""
         scheduler = self.scheduler
         return not (
             self.pace.speculates
+            or window_pool.is_used(scheduler)
             or scheduler.enable_hierarchical_cache
             or scheduler.disagg_decode_prealloc_queue is not None
             or scheduler.tree_cache.disable
@@ -204,7 +206,11 @@ class Returning:
         return sum(copy.num_bytes for copy in waiting.values())
 
     def retracted(self, req: Req) -> None:
-        """The compressed request has been retracted."""
+        """The compressed request has been retracted. With a pool of sliding-window layers it is one
+        like any other then: SGLang lets the prefix cache give up their slots while a long prefill goes
+        on, and admits by that, so the prefill must not be kept out."""
+        if window_pool.is_used(self.scheduler):
+            return
         kept, self._kept = self._kept, None
         copy = kept[1] if kept is not None and kept[0] is req else None
         before = retracted_of(req)  # where it has not decoded since

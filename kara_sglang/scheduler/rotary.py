@@ -14,7 +14,7 @@ UNKNOWN_ROTARY = (
 )
 
 
-TURNED = ("Gemma2Attention", "Gemma3Attention", "Olmo2Attention")
+TURNED = ("Gemma2Attention", "Gemma3Attention", "GptOssAttention", "Olmo2Attention")
 """Classes of attention whose full layers rotate queries beside layers with a sliding window. Cohere 2,
 EXAONE 4 and others have a table there and leave it alone, so nothing need be moved."""
 

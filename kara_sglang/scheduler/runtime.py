@@ -24,7 +24,8 @@ from kara_sglang.kernels.backend import Kernels
 from kara_sglang.kernels.dispatch import pick
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.radix_integration import prefill
-from kara_sglang.scheduler import policy, refusals
+from kara_sglang.radix_integration.prefix import removed_of
+from kara_sglang.scheduler import policy, refusals, window_pool
 from kara_sglang.scheduler.compaction import Compaction
 from kara_sglang.scheduler.coordinator import Coordinator
 from kara_sglang.scheduler.pace import pace_of
@@ -154,12 +155,16 @@ def room_of(runner: ModelRunner, layers: list[RadixAttention]) -> Room:
         return Room()
     resolved = resolving_view(runner.server_args)
     stored = kv_cache.dtype_of(resolved.kv_cache_dtype, runner.dtype, runner.model)
-    numbers = sum(layer.tp_k_head_num * (layer.qk_head_dim + layer.v_head_dim) for layer in layers)
+    share = window_pool.share(resolved, runner.model_config)
+    numbers = sum(
+        layer.tp_k_head_num * (layer.qk_head_dim + layer.v_head_dim) * (share if reach(layer) else 1)
+        for layer in layers
+    )
     most = resolved.max_running_requests
     slack = runner.pre_model_load_memory * 2**30 * (1 - resolved.mem_fraction_static)
     return Room(
         max(0, free - int(slack)),
-        slot_bytes=numbers * stored.itemsize,
+        slot_bytes=int(numbers * stored.itemsize),
         most_slots=resolved.max_total_tokens,
         most_running=most and max(1, most // resolved.attn_dp_size),
     )
@@ -296,7 +301,8 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
     ]
     pools = [runner.token_to_kv_pool for runner in runtime.drafts]
     if parts is not None:
-        runtime.refused += refusals.of_scheduler(scheduler, parts.config)
+        numbers = [layer.layer_id for layer in parts.layers]
+        runtime.refused += refusals.of_scheduler(scheduler, parts.config, numbers)
         runtime.refused += refusals.of_drafts(pools)
     if runtime.refused:
         return
@@ -305,7 +311,7 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
     scales = functools.partial(
         softmax_scales,
         list(parts.layers),
-        scheduler.token_to_kv_pool_allocator.get_kvcache().dtype,
+        window_pool.full_pool(scheduler.token_to_kv_pool_allocator.get_kvcache()).dtype,
         resolved.decode_attention_backend or resolved.attention_backend,
     )
     compaction = Compaction(
@@ -316,13 +322,13 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
         scales,
         parts.rope_shift,
         pools,
-        layers=[layer.layer_id for layer in parts.layers],
+        layers=None if window_pool.is_used(scheduler) else numbers,
         reach=parts.reach,
     )
     coordinator = Coordinator(parts.config, compaction)
     coordinator.warm_up()
     runtime.coordinator = coordinator
-    reuse = prefix_reuse.in_words(parts.config, resolved)
+    reuse = prefix_reuse.in_words(parts.config, resolved, scheduler.model_config)
     logger.info("KV compression is on: %s; %s.", described(parts, coordinator), reuse)
 
 
@@ -385,6 +391,20 @@ def after_flush_cache(flushed: bool, _scheduler: Scheduler, *_args: Any, **_kwar
     """AFTER ``Scheduler.flush_cache``: a paused server flushes while requests wait."""
     if flushed and runtime.coordinator is not None:
         runtime.coordinator.returning.drop_all()
+
+
+def before_evict_swa(
+    batch: ScheduleBatch, req: Req, pre_len: int, *, eviction_interval: int = 1
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """BEFORE ``ScheduleBatch._evict_swa``: slots that have left a sliding window are counted off the KV
+    length. SGLang asks once so many tokens have left it, but counts logically, so it is told again."""
+    from sglang.srt.environ import envs
+
+    removed = removed_of(req)
+    if not removed:
+        return None
+    interval = max(eviction_interval, envs.SGLANG_SWA_EVICTION_INTERVAL.get())
+    return (batch, req, pre_len - removed), {"eviction_interval": interval}
 
 
 def after_reset_for_retract(_result: None, req: Req) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kara_sglang.radix_integration.row import ceil_align
+from kara_sglang.scheduler import window_pool
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -25,8 +26,7 @@ def to_come(req: Req) -> int:
 
 def idle_slots(scheduler: Scheduler) -> int:
     """KV slots that are free, or that the prefix cache would give up."""
-    free = scheduler.token_to_kv_pool_allocator.available_size()
-    return free + scheduler.tree_cache.evictable_size()
+    return window_pool.free_slots(scheduler) + window_pool.evictable_slots(scheduler)
 
 
 def short_of_slots(scheduler: Scheduler, running: ScheduleBatch, pace: Pace) -> bool:

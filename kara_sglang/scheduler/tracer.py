@@ -13,6 +13,7 @@ import torch
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.radix_integration.row import VOTERS, RequestState, TracedWindow, Window
+from kara_sglang.scheduler import window_pool
 from kara_sglang.trace.format import About, Trace, folder_of, save
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Tracer:
 
     def __init__(self, scheduler: Scheduler, config: KaraConfig) -> None:
         assert config.trace is not None
-        args, pool = scheduler.server_args, scheduler.token_to_kv_pool_allocator.get_kvcache()
+        args, pools = scheduler.server_args, scheduler.token_to_kv_pool_allocator.get_kvcache()
+        pool = window_pool.full_pool(pools)
         self.folder = folder_of(config.trace)
         self.settings = dataclasses.asdict(config)
         self.model = _absolute(args.model_path)

@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
-from server import Server, launch_small, prompt
+from gpt_oss_model import make_tiny_gpt_oss
+from server import ODD, PAGE_16, Server, launch, launch_small, prompt
 from torture import Torture, assert_as_stock
 
 # SGLang's own: behind a streamed request a background task aborts it, and looks for a field that is not
@@ -80,3 +81,19 @@ def test_many_odd_requests_stay_boring(
     with launch_small(tiny_model, logs, page_size, reuse, *few_pages, *drafts) as server:
         server.speculates = bool(drafts)
         stays_boring(server, stock, tiny_model, seed, count=400)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_odd_requests_beside_a_pool_of_windows_stay_boring(
+    tmp_path: Path, logs: Path, page_size: int
+) -> None:
+    """A gpt-oss. The pool of its window layers is so small that requests wait for it, too."""
+    seed = int(os.environ.get("TORTURE_SEED", random.randrange(10**6)))
+    model = make_tiny_gpt_oss(tmp_path / "tiny-gpt-oss")
+    flags = ("--skip-tokenizer-init", *PAGE_16, *ODD)
+    with (
+        launch(model, logs / "stock-gpt-oss.log", *flags) as stock,
+        launch_small(model, logs, page_size, "exact") as server,
+    ):
+        stays_boring(server, stock, model, seed, count=160)

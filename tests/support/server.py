@@ -24,7 +24,6 @@ CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--grammar-backend", "none", "--sleep-on-idle"),
 )
-
 PAGE_16 = ("--page-size", "16", "--max-total-tokens", "8192", "--dtype", "float32")
 WINDOW = (
     *("--kv-compress-window", "64", "--kv-compress-query-mem-gb", "0.05"),

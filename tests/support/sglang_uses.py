@@ -53,6 +53,7 @@ PARTS = {
     ("Scheduler", "waiting_queue"): "[Req]",
     ("SchedulerMetricsCollectorContext", "collector"): "SchedulerMetricsCollector",
     ("TokenizerManager", "model_config"): "ModelConfig",
+    ("SWAKVPool", "full_kv_pool"): "MHATokenToKVPool",
     ("ServerArgs", "cuda_graph_config"): "CudaGraphConfig",
     ("UnifiedRadixCache", "cache_controller"): "HiCacheController",
     ("UnifiedRadixCache", "match_prefix"): "MatchResult",
@@ -78,6 +79,10 @@ KNOWN_NAMES = {
     ("runtime.py", "layer"): "RadixAttention",
     ("runtime.py", "layers"): "[RadixAttention]",
     ("report.py", "base"): "SchedulerOutputStreamer",
+    ("window_pool.py", "allocator"): "Allocator",
+    ("window_pool.py", "model"): "ModelConfig",
+    ("window_pool.py", "pool"): "SWAKVPool",
+    ("window_pool.py", "resolved"): "ServerArgs",
     ("requests.py", "manager"): "TokenizerManager",
     ("requests.py", "obj"): "GenerateReqInput",
 }

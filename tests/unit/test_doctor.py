@@ -100,6 +100,24 @@ def test_a_model_with_sliding_windows(capsys, tmp_path, only):
     assert f"{mean * PAGE_BYTES // 3:,} with their mean" in queries
 
 
+def test_a_model_whose_window_layers_have_a_pool_of_their_own(capsys, tmp_path, only):
+    only(doctor.check_device, doctor.check_model)
+    folder = model_folder(
+        tmp_path,
+        architectures=["GptOssForCausalLM"],
+        model_type="gpt_oss",
+        sliding_window=128,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    code, lines = run(capsys, "--model-path", folder)
+    assert code == 0, "\n".join(lines)
+    window = next(line for line in lines if line.startswith("ok   window"))
+    assert "works over the 1 layers with full attention; the delay is 128 tokens" in window
+    assert window.endswith("a sliding window of 128 and a KV pool of their own")
+    reuse = "prefix reuse exact: compressed prefixes do not work with a KV pool of sliding-window"
+    assert any(line.startswith(f"ok   reuse       {reuse}") for line in lines)
+
+
 def test_a_wrong_hook_table_is_named(capsys, monkeypatch, only):
     only(doctor.check_hooks)
     gone = dataclasses.replace(hooks.CLI_HOOKS[0], target="server_args.ServerArgs.add_cly_args")
@@ -289,7 +307,7 @@ def test_a_cpu_gets_its_hint_and_the_environment_is_left_alone(capsys, monkeypat
 class Model:
     num_hidden_layers, num_attention_heads, head_dim = 36, 32, 128
     dtype = torch.bfloat16
-    quantization = None
+    quantization, is_hybrid_swa, hf_text_config = None, False, SimpleNamespace()
 
     @staticmethod
     def get_total_num_kv_heads() -> int:

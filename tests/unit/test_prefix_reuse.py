@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from kara_sglang import prefix_reuse
 from kara_sglang.config import KaraConfig
 
 PAGE = {"page_size": 16}
+MODEL = SimpleNamespace(is_hybrid_swa=False)
 
 
 @pytest.mark.parametrize(
@@ -46,8 +48,8 @@ def test_the_default_is_auto_where_that_works(
 ) -> None:
     """And a sentence says why not. What is asked for by name is left as it is."""
     view = resolved(**PAGE | flags)
-    config = prefix_reuse.settled(KaraConfig(**settings), view)
-    said = prefix_reuse.in_words(config, view)
+    config = prefix_reuse.settled(KaraConfig(**settings), view, MODEL)
+    said = prefix_reuse.in_words(config, view, MODEL)
     if because is None:
         assert config == KaraConfig(**settings, prefix_reuse="auto")
         assert said == (
@@ -59,17 +61,26 @@ def test_the_default_is_auto_where_that_works(
         assert said == f"prefix reuse exact: compressed prefixes do not work with {because}"
     for named in ("exact", "auto:64", "compressed") if not settings else ("exact",):
         config = KaraConfig(**settings, prefix_reuse=named)
-        assert prefix_reuse.settled(config, view) is config
+        assert prefix_reuse.settled(config, view, MODEL) is config
 
 
 def test_several_reasons_are_one_sentence(resolved: Any) -> None:
     view = resolved(**PAGE, disable_radix_cache=True, kv_events_config="{}")
-    said = prefix_reuse.in_words(KaraConfig(prefix_reuse="exact"), view)
+    said = prefix_reuse.in_words(KaraConfig(prefix_reuse="exact"), view, MODEL)
     assert said.endswith("with --disable-radix-cache and --kv-events-config")
-    compressed = prefix_reuse.in_words(KaraConfig(prefix_reuse="compressed"), resolved(**PAGE))
+    view = resolved(**PAGE)
+    compressed = prefix_reuse.in_words(KaraConfig(prefix_reuse="compressed"), view, MODEL)
     assert compressed.endswith("a compressed prefix is taken where it reaches farther than exact KV")
-    exact = prefix_reuse.in_words(KaraConfig(prefix_reuse="exact"), resolved(**PAGE))
+    exact = prefix_reuse.in_words(KaraConfig(prefix_reuse="exact"), view, MODEL)
     assert exact == "prefix reuse exact"
+
+
+def test_a_model_may_be_a_reason(resolved: Any) -> None:
+    model = SimpleNamespace(is_hybrid_swa=True)
+    config = prefix_reuse.settled(KaraConfig(), resolved(**PAGE), model)
+    assert config == KaraConfig(prefix_reuse="exact")
+    said = prefix_reuse.in_words(config, resolved(**PAGE), model)
+    assert said.endswith("do not work with a KV pool of sliding-window layers")
 
 
 def test_flags_are_sglangs() -> None:

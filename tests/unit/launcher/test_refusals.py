@@ -312,7 +312,7 @@ def model(**changes: Any) -> SimpleNamespace:
         ({"is_encoder_decoder": True}, "is an encoder-decoder"),
         ({"attention_arch": SimpleNamespace(name="MLA")}, "uses MLA attention"),
         ({"attention_arch": SimpleNamespace(name="SSM")}, "uses SSM attention"),
-        ({"is_hybrid_swa": True}, "keeps sliding-window layers in a KV pool of their own"),
+        ({"is_hybrid_swa": True}, "keeps layers in a KV pool of their own and does not say which"),
         ({"attention_chunk_size": 8192}, "uses chunked attention"),
         (
             {"hf_text_config": SimpleNamespace(layer_types=["linear_attention", "full_attention"])},
@@ -329,8 +329,30 @@ def test_refused_models(changes: dict[str, Any], kind: str) -> None:
     assert refusals.of_model_config(model()) == []
     mixed = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
     assert refusals.of_model_config(model(hf_text_config=mixed)) == []
+    assert refusals.of_model_config(model(hf_text_config=mixed, is_hybrid_swa=True)) == []
     [line] = refusals.of_model_config(model(**changes))
     assert "model TinyForCausalLM " + kind in line and line.endswith("without --kv-compress")
+
+
+@pytest.mark.parametrize(
+    "changes,settings,flag",
+    [
+        ({"speculative_algorithm": "NGRAM"}, {}, "--speculative-algorithm"),
+        ({"enable_hierarchical_cache": True}, {}, "--enable-hierarchical-cache"),
+        ({"disaggregation_mode": "decode"}, {}, "--disaggregation-mode decode"),
+        ({}, {"prefix_reuse": "compressed"}, "--kv-compress-prefix-reuse compressed"),
+        ({}, {"prefix_reuse": "auto:9"}, "--kv-compress-prefix-reuse auto:9"),
+    ],
+)
+def test_flags_that_a_pool_of_window_layers_does_not_go_with(
+    resolved: Any, changes: dict[str, Any], settings: dict[str, Any], flag: str
+) -> None:
+    """Other models may have them."""
+    config, view = KaraConfig(**settings), resolved(**changes)
+    assert refusals.of_window_pool(view, model(), config) == []
+    [line] = refusals.of_window_pool(view, model(is_hybrid_swa=True), config)
+    assert line.startswith(f"{flag} does not work with --kv-compress and a KV pool of sliding-window")
+    assert refusals.of_window_pool(resolved(), model(is_hybrid_swa=True), KaraConfig()) == []
 
 
 def test_a_rotary_embedding_of_two_tables_is_refused_in_the_launcher() -> None:

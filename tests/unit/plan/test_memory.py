@@ -12,7 +12,6 @@ import torch
 
 from kara_sglang import plugin
 from kara_sglang.benchmarks.models import MODELS
-from kara_sglang.config import KaraConfig
 from kara_sglang.plan import memory
 from kara_sglang.plan.launch import read
 from kara_sglang.scheduler import runtime
@@ -33,14 +32,31 @@ KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 )
 def test_the_pool_is_what_sglang_makes_of_the_same_memory(qwen, monkeypatch, gib, flags):
     """SGLang's own code sizes the pool from what is free before and after the weights."""
+    found = sized(qwen, monkeypatch, gib, flags)
+    if "--max-total-tokens" in flags:
+        assert found.stock_pool == found.pool == 5000
+    else:
+        assert found.pool < found.stock_pool
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--tp-size", "4"), ("--swa-full-tokens-ratio", "0.25", "--page-size", "64")]
+)
+def test_so_it_is_where_window_layers_have_a_pool_of_their_own(gpt_oss, monkeypatch, flags):
+    found = sized(gpt_oss, monkeypatch, 80, ("--attention-backend", "fa3", *flags))
+    assert found.pool < found.stock_pool
+
+
+def sized(model: str, monkeypatch: pytest.MonkeyPatch, gib: int, flags: tuple[str, ...]) -> Any:
+    """The plan's pools, compared with SGLang's."""
     from sglang.srt import runtime_context
     from sglang.srt.arg_groups.overrides import record_of
     from sglang.srt.mem_cache import kv_cache_configurator
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    launch = read(["--model-path", qwen, "--kv-compress", "kara", *flags], gib * 1024)
+    launch = read(["--model-path", model, "--kv-compress", "kara", *flags], gib * 1024)
     rank = memory.Rank.of(launch)
-    weights = memory.weight_bytes(qwen, launch.model)
+    weights = memory.weight_bytes(model, launch.model)
     ring = memory.ring_of(launch, rank, weights)
     found = memory.divide(launch, rank, ring, weights)
     before = found.total - found.context
@@ -52,10 +68,19 @@ def test_the_pool_is_what_sglang_makes_of_the_same_memory(qwen, monkeypatch, gib
         "server_args": record_of(launch.resolved),
         "kv_cache_dtype": KV_DTYPES.get(launch.resolved.kv_cache_dtype, torch.bfloat16),
         "kv_cache_dtype_str": launch.resolved.kv_cache_dtype,
-        "layer_info": SimpleNamespace(num_effective_layers=36, start_layer=0, end_layer=36),
+        "layer_info": SimpleNamespace(
+            num_effective_layers=launch.model.num_hidden_layers,
+            start_layer=0,
+            end_layer=launch.model.num_hidden_layers,
+            full_attention_layer_ids=launch.model.full_attention_layer_ids,
+            swa_attention_layer_ids=launch.model.swa_attention_layer_ids,
+        ),
         "spec_algorithm": SpeculativeAlgorithm.from_string(None),
         "is_draft_worker": False,
-        "is_hybrid_swa": False,
+        "spec_aux_config": None,
+        "is_hybrid_swa": launch.model.is_hybrid_swa,
+        "sliding_window_size": launch.model.sliding_window_size,
+        "page_size": launch.resolved.page_size,
         "use_mla_backend": False,
         "mambaish_config": None,
         "post_capture_kv_active": False,
@@ -77,16 +102,17 @@ def test_the_pool_is_what_sglang_makes_of_the_same_memory(qwen, monkeypatch, gib
     # SGLang reckons in GiB, so the last token may fall to either side.
     page = launch.resolved.page_size
     assert sizes == pytest.approx([found.stock_pool, found.pool], abs=page)
-    if "--max-total-tokens" in flags:
-        assert found.stock_pool == found.pool == 5000
-    else:
-        assert found.pool < found.stock_pool
+    return found
 
 
 @pytest.mark.parametrize("kv", [(), ("--kv-cache-dtype", "fp8_e5m2")])
 @pytest.mark.parametrize(
     ("name", "heads", "dim", "windows"),
-    [("qwen", (16, 4), 128, [None] * 36), ("gemma", (8, 4), 256, ([1023] * 5 + [None]) * 8)],
+    [
+        ("qwen", (16, 4), 128, [None] * 36),
+        ("gemma", (8, 4), 256, ([1023] * 5 + [None]) * 8),
+        ("gpt_oss", (32, 4), 64, [127, None] * 12),
+    ],
 )
 def test_ring_and_scratch_are_those_that_the_pass_allocates(
     request, monkeypatch, kv, name, heads, dim, windows
@@ -97,6 +123,7 @@ def test_ring_and_scratch_are_those_that_the_pass_allocates(
     from sglang.srt.layers.radix_attention import RadixAttention
 
     flags = ["--kv-compress", "kara", "--kv-compress-window", "8192", "--tp-size", "2", *kv]
+    flags += ["--attention-backend", "fa3"]
     folder = request.getfixturevalue(name)
     launch = read(["--model-path", folder, *flags], 80 * 1024)
     rank = memory.Rank.of(launch)
@@ -110,7 +137,7 @@ def test_ring_and_scratch_are_those_that_the_pass_allocates(
             return 0
 
     monkeypatch.setattr(runtime, "runtime", fresh := runtime.Runtime())
-    monkeypatch.setattr(plugin, "active", lambda: KaraConfig(window=8192, prefix_reuse="auto"))
+    monkeypatch.setattr(plugin, "active", lambda: launch.config)
     monkeypatch.setattr(runtime, "pick", lambda _device: (Kernels(), "a test"))
     monkeypatch.setattr(runtime, "rope_shift_of", lambda *_, **__: None)
     layers = [
@@ -140,13 +167,15 @@ def test_ring_and_scratch_are_those_that_the_pass_allocates(
     assert asked[0] == asked[1]
     ours = fresh.parts.recorder
     assert fresh.parts.config == launch.config
-    assert launch.config.delay == (1024 if name == "gemma" else 64)
+    assert launch.config.delay == {"qwen": 64, "gemma": 1024, "gpt_oss": 128}[name]
+    assert launch.config.prefix_reuse == ("exact" if name == "gpt_oss" else "auto")
     assert ours.shape.num_layers == windows.count(None) == rank.full_layers
     assert (ring.why, ring.num_pages, ring.page_bytes) == (ours.why, ours.num_pages, ours.page_bytes)
     assert runtime.room_of(runner, layers).slot_bytes == rank.token_bytes
     # A checkpoint may choose fp8, where no flag does.
     runner.model.quant_config = SimpleNamespace(kv_cache_quant_algo="FP8")
-    assert runtime.room_of(runner, layers).slot_bytes == len(layers) * 4 * 2 * dim
+    per_slot = rank.token_bytes // rank.kv_itemsize
+    assert runtime.room_of(runner, layers).slot_bytes == pytest.approx(per_slot, abs=1)
 
 
 def test_weights_are_counted_from_files_or_from_the_config(qwen, tmp_path):

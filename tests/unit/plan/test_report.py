@@ -126,6 +126,20 @@ def test_text_and_json_have_the_same_figures(qwen, capsys):
     assert text.rstrip().endswith(found["command"])
 
 
+def test_window_layers_with_a_pool_of_their_own(gpt_oss, capsys):
+    """They take fewer slots; by SGLang's default eight for ten of the others."""
+    words = ["--model", gpt_oss, "--gpu-memory", "80", *LOAD]
+    backend = ["--attention-backend", "fa3"]
+    assert main([*words, "--", *backend]) == 0
+    text = capsys.readouterr().out
+    assert "24 layers, of which passes work over the 12 with full attention; per GPU" in text
+    assert f"{int((12 + 0.8 * 12) * 2 * 8 * 64 * 2):,} bytes of KV a token" in text
+    assert "256 kept, delay 128, policy" in text
+    sized = ["--disable-radix-cache", "--max-running-requests", "8"]
+    assert main([*words, "--", *backend, *sized]) == 2
+    assert "a plan does not know the KV pool of sliding-window layers" in capsys.readouterr().err
+
+
 def test_a_model_with_sliding_windows(gemma, capsys):
     """Its delay is the window; a pass frees the slots of all layers."""
     assert main(["--model", gemma, "--gpu-memory", "80", *LOAD]) == 0

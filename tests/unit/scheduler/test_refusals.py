@@ -73,6 +73,8 @@ def test_the_layers_fields_are_sglangs() -> None:
     assert refusals.of_attention_layers([windowed])
 
 
+LAYERS = [0, 1]  # that a pass works over
+
 # -- real objects --------------------------------------------------------------------------------------
 
 
@@ -105,7 +107,7 @@ def scheduler() -> SimpleNamespace:
 
 def test_real_pools_pass(scheduler: SimpleNamespace) -> None:
     """The classes that the pass was written for."""
-    assert refusals.of_scheduler(scheduler, KaraConfig(window=128, delay=128)) == []
+    assert refusals.of_scheduler(scheduler, KaraConfig(window=128, delay=128), LAYERS) == []
 
 
 def test_a_host_tier_that_does_not_wait_for_passes(scheduler: SimpleNamespace) -> None:
@@ -113,10 +115,10 @@ def test_a_host_tier_that_does_not_wait_for_passes(scheduler: SimpleNamespace) -
     config = KaraConfig(window=128, delay=128)
     controller = SimpleNamespace(load_fence_stream=scheduler.forward_stream)
     scheduler.tree_cache.cache_controller = controller
-    assert refusals.of_scheduler(scheduler, config) == []
+    assert refusals.of_scheduler(scheduler, config, LAYERS) == []
     for other in (None, object()):
         controller.load_fence_stream = other
-        [line] = refusals.of_scheduler(scheduler, config)
+        [line] = refusals.of_scheduler(scheduler, config, LAYERS)
         assert line.startswith("HiCache") and line.endswith("without --enable-hierarchical-cache")
 
 
@@ -128,9 +130,42 @@ def test_a_storage_backend_is_not_attached_later() -> None:
     assert not answer.success and "storage backend does not work with --kv-compress" in answer.message
 
 
+def test_window_layers_with_a_pool_of_their_own(scheduler: SimpleNamespace) -> None:
+    """They pass where the pools are SGLang's plain ones, and hold the layers that the model names."""
+    from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    pool = SWAKVPool(
+        size=256,
+        size_swa=128,
+        page_size=16,
+        dtype=torch.bfloat16,
+        head_num=2,
+        head_dim=8,
+        swa_attention_layer_ids=[0, 2],
+        full_attention_layer_ids=[1, 3],
+        device="cpu",
+    )
+    allocator = SWATokenToKVPoolAllocator(256, 128, 16, torch.bfloat16, "cpu", pool, need_sort=False)
+    plain, scheduler.token_to_kv_pool_allocator = scheduler.token_to_kv_pool_allocator, allocator
+    config = KaraConfig(window=128, delay=128)
+    assert refusals.of_scheduler(scheduler, config, [1, 3]) == []
+    [line] = refusals.of_scheduler(scheduler, config, [0, 2])
+    assert line.startswith("SGLang chose a pool of sliding-window layers")
+    part = pool.full_kv_pool
+    pool.full_kv_pool = type("Packed", (type(part),), {"__init__": lambda self: None})()
+    vars(pool.full_kv_pool).update(vars(part))
+    [line] = refusals.of_scheduler(scheduler, config, [1, 3])
+    assert "the KV pool Packed" in line
+    # One that is no pair, with the pair's allocator.
+    allocator._kvcache = plain.get_kvcache()
+    [line] = refusals.of_scheduler(scheduler, config, LAYERS)
+    assert "KV allocator SWATokenToKVPoolAllocator" in line
+
+
 def test_a_pool_smaller_than_a_window(scheduler: SimpleNamespace) -> None:
     """Nothing would ever be compressed."""
-    [line] = refusals.of_scheduler(scheduler, KaraConfig(window=128, delay=129))
+    [line] = refusals.of_scheduler(scheduler, KaraConfig(window=128, delay=129), LAYERS)
     assert "holds 256 tokens" in line and "--kv-compress-window" in line
 
 
@@ -138,13 +173,13 @@ def test_other_classes_are_refused(scheduler: SimpleNamespace) -> None:
     """Subclasses too: they may lay K/V out differently."""
     kind = type(scheduler.req_to_token_pool)
     scheduler.req_to_token_pool = type("OtherPool", (kind,), {})(4, 64, "cpu", False)
-    [line] = refusals.of_scheduler(scheduler, KaraConfig(window=128))
+    [line] = refusals.of_scheduler(scheduler, KaraConfig(window=128), LAYERS)
     assert "request pool OtherPool" in line and "ReqToTokenPool" in line
     allocator = scheduler.token_to_kv_pool_allocator
     pool = allocator._kvcache
     allocator._kvcache = type("SwaPool", (type(pool),), {"__init__": lambda self: None})()
     vars(allocator._kvcache).update(vars(pool))
-    lines = refusals.of_scheduler(scheduler, KaraConfig(window=128))
+    lines = refusals.of_scheduler(scheduler, KaraConfig(window=128), LAYERS)
     assert any("KV pool SwaPool" in line for line in lines)
 
 
@@ -152,16 +187,16 @@ def test_another_layout_or_dtype_is_refused(scheduler: SimpleNamespace) -> None:
     """What flags could not tell: a pipeline stage, a layout with another order, numbers of 4 bits."""
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     pool.start_layer = 3
-    assert refusals.of_scheduler(scheduler, KaraConfig(window=128))
+    assert refusals.of_scheduler(scheduler, KaraConfig(window=128), LAYERS)
     pool.start_layer = 0
     pool.k_buffer[0] = pool.k_buffer[0][None]
-    assert refusals.of_scheduler(scheduler, KaraConfig(window=128))
+    assert refusals.of_scheduler(scheduler, KaraConfig(window=128), LAYERS)
     pool.k_buffer[0] = pool.k_buffer[0][0]
-    assert refusals.of_scheduler(scheduler, KaraConfig(window=128)) == []
+    assert refusals.of_scheduler(scheduler, KaraConfig(window=128), LAYERS) == []
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float32):
         pool.dtype = dtype
-        assert refusals.of_scheduler(scheduler, KaraConfig(window=128)) == []
+        assert refusals.of_scheduler(scheduler, KaraConfig(window=128), LAYERS) == []
     for dtype in (torch.float4_e2m1fn_x2, torch.float8_e4m3fnuz, torch.uint8):
         pool.dtype = dtype
-        [line] = refusals.of_scheduler(scheduler, KaraConfig(window=128))
+        [line] = refusals.of_scheduler(scheduler, KaraConfig(window=128), LAYERS)
         assert str(dtype) in line and "\n" not in line

@@ -12,6 +12,7 @@ from world import World, advance, one_request
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.radix_integration.prefix import prefix_of
+from kara_sglang.scheduler import window_pool
 from kara_sglang.scheduler.pace import Pace
 from kara_sglang.scheduler.returning import retracted_of
 
@@ -78,6 +79,17 @@ def test_without_host_memory_the_output_is_compressed_again() -> None:
     advance(world, 2)
     assert [window.mark for window in req.windows] == ["none"] * 5, "nobody recorded them"
     assert world.coordinator.totals.retracted_tokens_returned == 0
+
+
+def test_beside_a_pool_of_window_layers_all_is_sglangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prefill that is kept out of the prefix cache would hold slots there that nobody counts."""
+    monkeypatch.setattr(window_pool, "is_used", lambda _scheduler: True)
+    monkeypatch.setattr(window_pool, "cut", lambda *_: 0)
+    monkeypatch.setattr(window_pool, "check_seen", lambda *_: None)
+    world, req = running()
+    world.retract(req)
+    assert retracted_of(req) is None and not req.skip_radix_cache_insert
+    assert world.coordinator.returning.to_hold(req) == (46, 46)
 
 
 def test_a_bound_on_host_memory_counts_who_waits() -> None:

@@ -108,7 +108,8 @@ def test_beside_layers_with_a_window_only_known_models_are_turned() -> None:
         rope_shift_of(layer, [layer.attn], 37, torch.device("cpu"), windowed=True)
     with pytest.raises(ValueError, match="ahead"):
         Gemma3TextModel({"rope_type": "dynamic", "factor": 2.0}).shift()
-    for name, module in zip(TURNED, ("gemma2", "gemma3_causal", "olmo2"), strict=True):
+    modules = ("gemma2", "gemma3_causal", "gpt_oss", "olmo2")
+    for name, module in zip(TURNED, modules, strict=True):
         assert hasattr(importlib.import_module(f"sglang.srt.models.{module}"), name)
 
 
