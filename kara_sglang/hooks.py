@@ -259,7 +259,7 @@ SCHEDULER_HOOKS = (
     Hook(
         "managers.schedule_batch.ScheduleBatch._evict_swa",
         "before",
-        ("self", "req", "pre_len", "eviction_interval"),
+        ("self", "req", "pre_len"),
         "scheduler.runtime:before_evict_swa",
         "gives slots back by KV length that have left a sliding window",
         "a request has a KV length of its own",
