@@ -85,8 +85,8 @@ def test_beside_a_pool_of_window_layers_all_is_sglangs(monkeypatch: pytest.Monke
     """A long prefill that is kept out of the prefix cache would hold slots there that nobody counts."""
     world, req = running()
     monkeypatch.setattr(window_pool, "is_used", lambda _scheduler: True)
-    assert not world.coordinator.returning.allowed
-    world.retract(req)
+    assert req.skip_radix_cache_insert and not world.coordinator.returning.allowed
+    world.coordinator.forget(req)
     assert retracted_of(req) is None and not req.skip_radix_cache_insert
     assert world.coordinator.returning.to_hold(req) == (46, 46)
 
