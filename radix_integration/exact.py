@@ -6,7 +6,7 @@ request's own.
 The prompt is in the tree since the end of its prefill. From the first compaction on, the row's slots
 no longer stand for the tokens at their index, so the request stays out of the tree when it ends:
 SGLang's own flag ``skip_radix_cache_insert`` says so, and every slot behind the protected prefix is
-freed. A retracted request is prefilled anew, uncompressed, and may be inserted again.
+freed. So does a retracted request, from then on until it has decoded again.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 def first_base(kv: ReqKvInfo, page_size: int) -> int:
-    """KV index of a request's first window: behind its prefill and behind what the tree owns.
-
-    After a retraction the prefill, and the tree, cover the output so far as well.
-    """
+    """KV index of a request's first window: behind its prefill and behind what the tree owns."""
     return ceil_align(max(kv.kv_committed_len, kv.cache_protected_len), page_size)
 
 
@@ -35,6 +32,6 @@ def bar_insert(req: Req, state: RequestState) -> None:
 
 
 def allow_insert(req: Req, state: RequestState) -> None:
-    """Undo :func:`bar_insert` for a request whose KV will be computed anew."""
+    """Undo :func:`bar_insert`."""
     if state.insert_skipped is not None:
         req.skip_radix_cache_insert = state.insert_skipped

@@ -17,6 +17,7 @@ which is where a text that differs inside a window can be continued from.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kara_sglang.radix_integration.row import Window
@@ -27,6 +28,11 @@ class Layout:
     """The compressed windows of a row, ascending; without any, slots and tokens are the same."""
 
     windows: tuple[Window, ...] = ()
+
+    @staticmethod
+    def of(windows: Iterable[Window]) -> Layout:
+        """Of a row with these windows; one of which all is kept is exact."""
+        return Layout(tuple(window for window in windows if window.freed))
 
     @property
     def removed(self) -> int:

@@ -80,8 +80,7 @@ def layout_of(req: Req) -> Layout:
     """The compressed windows in the request's row: matched ones, then its own."""
     state = state_of(req)
     if state is not None:
-        # A window of which all is kept is exact.
-        return Layout(tuple(window for window in state.windows if window.freed))
+        return Layout.of(state.windows)
     prefix = prefix_of(req)
     return Layout(prefix.windows if prefix is not None else ())
 

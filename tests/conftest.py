@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,6 +26,10 @@ OWN_SERVERS = (
 """Files of engine tests that use none of the servers of ``engine/conftest.py``."""
 
 ROOT = Path(__file__).resolve().parents[1]
+
+if not torch.cuda.is_available():
+    # Read when SGLang is imported for the first time, by whichever test.
+    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
 # With a default system prompt, as SmolLM2's; <s> and </s> are special tokens of the tokenizer below.
 CHAT_TEMPLATE = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kara_sglang import hooks
 from kara_sglang.compat import surface
@@ -45,17 +45,18 @@ class Findings:
     ----------
     entries
         How many the table has.
-    unfit, unfit_sharing
-        One line for each that does not fit: what every server needs, and what only compressed prefixes
-        need.
+    unfit
+        One line for each that does not fit and that every server needs.
     changes
         Functions with other code.
+    unfit_sharing
+        Those that only compressed prefixes need.
     """
 
     entries: int
     unfit: list[str]
-    unfit_sharing: list[str]
     changes: list[Change]
+    unfit_sharing: list[str] = field(default_factory=list)
 
     @property
     def lacking(self) -> int:
@@ -97,8 +98,7 @@ class Report:
     @property
     def compressed(self) -> str:
         """The verdict on servers that share compressed prefixes."""
-        sharing = bool(self.hooks.unfit_sharing or self.uses.unfit_sharing)
-        return BROKEN if sharing else self.exact
+        return BROKEN if self.uses.unfit_sharing else self.exact
 
     @property
     def verdict(self) -> str:
@@ -134,7 +134,6 @@ class Report:
 
 def compare(source: Source, against: Source) -> Report:
     """Look at ``source``; its code is compared with that of ``against``."""
-    for_all = (*hooks.CLI_HOOKS, *hooks.LAUNCHER_HOOKS, *hooks.SCHEDULER_HOOKS, *hooks.PREFILL_HOOKS)
     hook_paths = [hook.target for hook in _fitting(source, hooks.ALL_HOOKS)]
     function_paths = [
         f"{used.owner}.{surface.bare(entry)}"
@@ -147,15 +146,14 @@ def compare(source: Source, against: Source) -> Report:
         against=against.version,
         hooks=Findings(
             len(hooks.ALL_HOOKS),
-            _unfit(source, for_all),
-            [],
+            _unfit(source, hooks.ALL_HOOKS),
             list(_changes(source, against, hook_paths)),
         ),
         uses=Findings(
             sum(len(used.names) for used in surface.SURFACE),
             [line for used in surface.SURFACE if not used.sharing for line in used.problems(source)],
-            [line for used in surface.SURFACE if used.sharing for line in used.problems(source)],
             list(_changes(source, against, function_paths)),
+            [line for used in surface.SURFACE if used.sharing for line in used.problems(source)],
         ),
     )
 

@@ -67,7 +67,6 @@ class Newcomers:
 
     def _start(self, req: Req) -> RequestState | None:
         self._arrivals += 1
-        base = self.returning.base(req)
         state, terms = self.returning.come_back(req), self.terms_of(req)
         if state is None and terms.skipped is None:
             selector = self.selectors[terms.selector]
@@ -77,7 +76,7 @@ class Newcomers:
                 selector=selector,
                 kept=terms.kept,
                 seed=self.seeds.of(req, terms.seed) if selector.seeded else 0,
-                base=base,
+                base=self.returning.base(req),
                 removed=sum(window.freed for window in windows),
                 windows=windows,
                 reused=len(windows),
@@ -85,7 +84,6 @@ class Newcomers:
             )
         if state is not None:
             state.generation, state.order = self.compaction.generation(req), self._arrivals
-            state.insert_skipped = None
             self.returning.decodes(req, state)
             if not state.shares and state.removed:
                 exact.bar_insert(req, state)

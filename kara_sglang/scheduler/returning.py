@@ -16,13 +16,13 @@ waits for them.
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from kara_sglang.radix_integration.exact import allow_insert, first_base
+from kara_sglang.radix_integration.layout import Layout
 from kara_sglang.radix_integration.prefix import (
     PREFIX,
     Prefix,
@@ -36,6 +36,8 @@ from kara_sglang.scheduler import window_pool
 from kara_sglang.scheduler.streams import forward_stream, keep_until_read
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
 
@@ -145,10 +147,8 @@ class Returning:
         self.totals = totals
         self.most_bytes = int(config.retracted_mem_gb * 2**30)
         self._kept: tuple[Req, Copy] | None = None  # of whom is about to be retracted
-        # With copies, or gone from the queue since; who is aborted there takes his along.
-        self._waiting: list[weakref.ref[Req]] = []
+        self._new: list[Req] = []  # retracted with copies, and maybe not in the queue yet
         self._barred: list[tuple[Req, RequestState]] = []  # who decode since the newest step
-        self._new: list[Req] = []  # of these, those that are not in the queue yet
 
     @property
     def allowed(self) -> bool:
@@ -169,12 +169,15 @@ class Returning:
     def keep(self, req: Req) -> None:
         """The running request is about to be retracted: copy its row, where that is possible."""
         state = held_state(req)
-        slots = self._slots_to_keep(req, state) if state is not None and self.allowed else 0
-        if state is None or not slots:
+        if state is None or not self.allowed:
+            return
+        slots = self._slots_to_keep(req, state)
+        if not slots:
             return
         buffers = self._buffers()
         num_bytes = sum(_host_bytes(buffer, slots) for buffer in buffers)
-        if self._held_bytes() + num_bytes > self.most_bytes:
+        held = sum(copy.num_bytes for _, copy in self._waiting())
+        if held + num_bytes > self.most_bytes:
             return
         # Read here: on the forward stream the row may have a new owner by then.
         row = self.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :slots].long()
@@ -197,13 +200,14 @@ class Returning:
         windows = state.windows
         return slots if not windows or slots >= windows[-1].kv_start + windows[-1].kept else 0
 
-    def _held_bytes(self) -> int:
-        """Of all copies; the same on all tensor-parallel ranks. Requests that were aborted in the queue
-        are forgotten here."""
-        queue = (*self.scheduler.waiting_queue, *self._new)
-        waiting = {id(req): copy for req in queue if (copy := self._copy_of(req)) is not None}
-        self._waiting = [one for one in self._waiting if id(one()) in waiting]
-        return sum(copy.num_bytes for copy in waiting.values())
+    def _waiting(self) -> Iterator[tuple[Req, Copy]]:
+        """Who waits with a copy, the same on all tensor-parallel ranks; whoever is aborted in the queue
+        takes his along."""
+        every = {id(req): req for req in (*self.scheduler.waiting_queue, *self._new)}
+        for req in every.values():
+            copy = self._copy_of(req)
+            if copy is not None:
+                yield req, copy
 
     def retracted(self, req: Req) -> None:
         """The compressed request has been retracted. With a pool of sliding-window layers it is one
@@ -220,7 +224,6 @@ class Returning:
         req.skip_radix_cache_insert = True
         if copy is not None:
             _prefix(req).waits = True
-            self._waiting.append(weakref.ref(req))
             self._new.append(req)
 
     def step(self) -> None:
@@ -235,12 +238,8 @@ class Returning:
 
     def drop_all(self) -> None:
         """All KV that was computed until now is void."""
-        for one in self._waiting:
-            req = one()
-            if req is not None:
-                self._drop(req)
-        self._waiting.clear()
-        self._new.clear()
+        for req, _ in self._waiting():
+            self._drop(req)
 
     def _drop(self, req: Req) -> None:
         back = retracted_of(req)
@@ -268,7 +267,7 @@ class Returning:
             front = self.scheduler.tree_cache.prefix_device_indices(req)[:from_tree]
         req.prefix_len, req.host_hit_length = copy.tokens, 0
         kv.cache_protected_len = from_tree
-        _prefix(req).windows = tuple(window for window in copy.state.windows if window.freed)
+        _prefix(req).windows = Layout.of(copy.state.windows).windows
         return Offer(copy, front, matched)
 
     def withdraw(self, req: Req, offer: Offer) -> None:
@@ -319,6 +318,7 @@ class Returning:
             return None
         state, prefix.returned = prefix.returned.state, None
         state.in_vain = state.voted = 0
+        state.insert_skipped = None
         return state
 
     def decodes(self, req: Req, state: RequestState) -> None:

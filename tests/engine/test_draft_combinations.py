@@ -8,13 +8,12 @@ from pathlib import Path
 
 import adapter
 import draft_models
-import numpy as np
 import plugins
 import pytest
 import torch
 from exactness import PROMPTS, RetainedCache, assert_bit_exact
 from server import PAGE_16, WINDOW, Server, launch, prompt
-from speculated import assert_follows, draft_model, step_by_step
+from speculated import accepted_lengths, assert_follows, draft_model, step_by_step
 
 CHUNK = 64
 FP8 = ("--kv-cache-dtype", "fp8_e4m3", "--chunked-prefill-size", str(CHUNK))
@@ -97,11 +96,7 @@ def test_identity_gets_the_bits_of_requests_that_opt_out(drafts: Drafts) -> None
 
 def test_a_draft_model_keeps_what_its_target_keeps(drafts: Drafts) -> None:
     """Bytes of its pool move as they are, so it guesses on as before."""
-    rates = []
-    for option in (False, None):
-        drafts.server.flush()
-        answers = drafts.server.generate(PROMPTS, kv_compress=option)
-        rates.append(np.mean([answer["meta_info"]["spec_accept_length"] for answer in answers]))
+    rates, answers = accepted_lengths(drafts.server, (False, None))
     for answer in answers:
         report = answer["meta_info"]["kv_compress"]
         assert (report["windows"], report["without_queries"]) == (4, 0)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from exactness import PROMPTS, RetainedCache, assert_bit_exact, assert_same_choices
 from server import PAGE_16, WINDOW, Server, in_parallel, launch, prompt
-from speculated import assert_follows, check, draft_model, ngram, step_by_step
+from speculated import accepted_lengths, assert_follows, check, draft_model, ngram, step_by_step
 from voted import kept_of
 
 from kara_sglang.trace import format as trace_file
@@ -176,11 +176,7 @@ def test_a_step_accepts_what_the_draft_model_must_guess(drafts: Drafts) -> None:
 @each_of(DRAFT_MODELS)
 def test_a_draft_model_keeps_what_its_target_keeps(drafts: Drafts) -> None:
     """So it guesses on as before; with another choice of tokens a step would accept half as many."""
-    rates = []
-    for option in (False, None):
-        drafts.server.flush()
-        answers = drafts.server.generate(PROMPTS, kv_compress=option)
-        rates.append(np.mean([answer["meta_info"]["spec_accept_length"] for answer in answers]))
+    rates, answers = accepted_lengths(drafts.server, (False, None))
     assert all(answer["meta_info"]["kv_compress"]["windows"] == 4 for answer in answers)
     assert rates[1] > 0.93 * rates[0]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from exactness import RetainedCache, logprobs
+from exactness import PROMPTS, RetainedCache, logprobs
 from server import Server
 
 
@@ -22,6 +24,17 @@ def draft_model(algorithm: str, topk: int = 1, drafts: int = 4) -> tuple[str, ..
         *("--speculative-algorithm", algorithm, "--speculative-num-steps", "3"),
         *("--speculative-eagle-topk", str(topk), "--speculative-num-draft-tokens", str(drafts)),
     )
+
+
+def accepted_lengths(server: Server, options: Sequence[Any]) -> tuple[list[float], list[dict]]:
+    """Tokens that a step accepts in the mean of :data:`PROMPTS`, for each of the ``kv_compress`` asked
+    for; and the answers to the last."""
+    rates, answers = [], []
+    for option in options:
+        server.flush()
+        answers = server.generate(PROMPTS, kv_compress=option)
+        rates.append(statistics.fmean(one["meta_info"]["spec_accept_length"] for one in answers))
+    return rates, answers
 
 
 def step_by_step(

@@ -21,10 +21,6 @@ from kara_sglang import plugin
 from kara_sglang.compat.flags import NEWER_FLAGS
 from kara_sglang.hooks import Hook
 
-if not torch.cuda.is_available():
-    # Read when SGLang is imported for the first time.
-    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-
 # Timings on a shared machine say nothing; the same examples in every run.
 settings.register_profile("unit", deadline=None, derandomize=True, database=None)
 settings.load_profile("unit")
