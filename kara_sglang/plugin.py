@@ -25,8 +25,8 @@ _SCHEDULING = ("scheduler", "data_parallel_controller")
 
 _launched: KaraConfig | None = None
 
-_settled: tuple[str, KaraConfig] | None = None
-"""What :func:`settle` wrote into the environment last, and what had been asked for."""
+_settled: tuple[str | None, KaraConfig] | None = None
+"""What :func:`settle` left in the environment last, and what had been asked for."""
 
 
 def register() -> None:
@@ -114,14 +114,14 @@ def set_launched(config: KaraConfig | None) -> None:
     _launched = config
 
 
-def settle(config: KaraConfig) -> None:
+def settle(config: KaraConfig | None) -> None:
     """Bind settings to the server that is about to start, and hand them to its schedulers: those asked
-    for, with what was left open settled."""
+    for, with what was left open settled; None where that server has nothing to compress."""
     global _settled
     before = asked()
     assert before is not None
-    text = os.environ[ENV] = config.to_json()
-    _settled = text, before
+    activate(config)
+    _settled = os.environ.get(ENV), before
     set_launched(config)
 
 

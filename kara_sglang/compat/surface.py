@@ -140,6 +140,7 @@ _FLAGS = (
     "pp_size",
     "prefill_attention_backend",
     "radix_cache_backend",
+    "retraction_policy",
     "smg_grpc_mode",
     "speculative_adaptive",
     "speculative_algorithm",

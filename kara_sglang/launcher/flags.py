@@ -154,7 +154,7 @@ def check_server_args(_result: None, record: Any) -> None:
                 "kv-compress: a prefill server (--disaggregation-mode prefill) writes no answers, so "
                 "--kv-compress does nothing here; the decode server compresses."
             )
-            plugin.activate(None)
+            plugin.settle(None)
             return
         checks: tuple[Callable[[], list[str]], ...] = (
             lambda: versions.of_version(asked),

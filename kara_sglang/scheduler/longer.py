@@ -88,12 +88,14 @@ class Longer:
     def allowed(self) -> bool:
         """Whether an answer may outgrow the pool here: others must be able to give up all that they
         hold. HiCache holds slots while it writes them back, decode servers for requests that are on
-        their way, priorities can preempt the long one, and drafts take slots of their own. Nor is it
-        known what a pool of sliding-window layers must have for it."""
+        their way, and drafts take slots of their own; the long one may be preempted or retracted for
+        others' priorities. Nor is it known what a pool of sliding-window layers must have for it."""
         scheduler = self.scheduler
         decodes_only = scheduler.disagg_decode_prealloc_queue is not None
         holds = scheduler.enable_hierarchical_cache or decodes_only or window_pool.is_used(scheduler)
-        return not (self._pace.speculates or holds or scheduler.enable_priority_preemption)
+        by_priority = scheduler.server_args.retraction_policy == "priority"
+        by_priority |= scheduler.enable_priority_preemption
+        return not (self._pace.speculates or holds or by_priority)
 
     def answers(self, kept: int) -> tuple[int, int]:
         """Tokens that an answer behind a short prompt can have where each window keeps so many: like

@@ -14,10 +14,11 @@ FULL = (1, 3)  # layers
 
 
 def make_tiny_gpt_oss(folder: Path, seed: int = 0) -> Path:
-    """Write a random gpt-oss (four layers, 4 query / 2 KV heads, head_dim 32, 4 experts of which 2 are
-    asked) to ``folder``; returns it.
+    """Write a random gpt-oss (four layers, 4 query / 2 KV heads, head_dim 32, 2 experts) to
+    ``folder``; returns it.
 
-    Its experts are float32; those of the real ones are MXFP4, which needs a GPU. Sinks are numbers of
+    Both experts are always asked: where some are chosen, rounding decides a tie, and a log-probability
+    jumps. Its experts are float32; those of the real ones are MXFP4, which needs a GPU. Sinks are numbers of
     8 bits, because SGLang keeps them in bfloat16 whatever the model's dtype.
     """
     from transformers import GptOssConfig, GptOssForCausalLM
@@ -30,7 +31,7 @@ def make_tiny_gpt_oss(folder: Path, seed: int = 0) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        num_local_experts=4,
+        num_local_experts=2,
         num_experts_per_tok=2,
         max_position_embeddings=4096,
         sliding_window=WINDOW,

@@ -99,7 +99,9 @@ class Model:
             disagg_decode_prealloc_queue=None,
             new_token_ratio_tracker=SimpleNamespace(current=0.5),
             get_num_allocatable_reqs=lambda running, running_batch: len(self.free_rows),
-            server_args=SimpleNamespace(model_path="a-model", tokenizer_path=None),
+            server_args=SimpleNamespace(
+                model_path="a-model", tokenizer_path=None, retraction_policy="length"
+            ),
             model_config=SimpleNamespace(
                 get_total_num_kv_heads=lambda: KV_HEADS, vocab_size=4711, context_len=setting.context
             ),

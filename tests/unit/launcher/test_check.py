@@ -69,12 +69,14 @@ def test_a_supported_server_passes(checked: Any) -> None:
 def test_a_prefill_server_runs_without_compression_and_says_so(
     checked: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nor does anything else of the settings matter to it."""
+    """Nor does anything else of the settings matter to it, and the next one of this process has them."""
     plugin.activate(KaraConfig())
     checked(cli_record=True, disaggregation_mode="prefill", page_size=100)
     assert plugin.active() is None and plugin.launched() is None
     [said] = caplog.records
     assert "does nothing here; the decode server compresses" in said.getMessage()
+    checked(cli_record=False)
+    assert plugin.active() == plugin.launched() == AUTO
 
 
 def test_prefix_reuse_that_is_left_open_is_settled(checked: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -266,13 +267,19 @@ def test_none_becomes_long_while_a_prompt_is_prefilled_in_chunks() -> None:
 
 
 @pytest.mark.parametrize(
-    "field",
-    ["enable_hierarchical_cache", "enable_priority_preemption", "disagg_decode_prealloc_queue"],
+    ("field", "value"),
+    [
+        ("enable_hierarchical_cache", True),
+        ("enable_priority_preemption", True),
+        ("disagg_decode_prealloc_queue", True),
+        ("server_args.retraction_policy", "priority"),
+    ],
 )
-def test_servers_that_keep_stocks_cap(field: str) -> None:
+def test_servers_that_keep_stocks_cap(field: str, value: Any) -> None:
     world = World(server(), seed=0)
     assert world.coordinator.longer.allowed
-    setattr(world.scheduler, field, True)
+    *path, name = field.split(".")
+    setattr(operator.attrgetter(*path)(world.scheduler) if path else world.scheduler, name, value)
     assert not world.coordinator.longer.allowed
     req = Request(0, [1, 2, 3], 5000, None)
     world.cap(req)
