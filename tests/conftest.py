@@ -19,6 +19,7 @@ NO_SKIPS = "KARA_TESTS_NO_SKIPS"
 
 OWN_SERVERS = (
     *("test_auto_prefix", "test_combinations", "test_data_parallel", "test_disaggregation"),
+    "test_documented_lines",
     *("test_dp_attention", "test_draft_combinations", "test_forced_decoding", "test_fp8_kv"),
     *("test_gpu_kit_rehearsal", "test_mixed_chunks", "test_refusal", "test_serving_benchmark"),
     *("test_sliding_window", "test_speculation", "test_tokenizer_workers", "test_window_pool"),

@@ -10,6 +10,8 @@
     Both tables against a wheel that is not installed.
 ``kv_cache.py``
     In what type K and V are kept, before SGLang's pool is there to say so.
+``attention_backends.py``
+    Which of SGLang's attention backends a step uses.
 ``flags.py``
     A seam that is not the same in all tested versions, beside ``handshake.py`` and
     ``radix_integration/padding.py``. What SGLang has decides, not its number.

@@ -144,6 +144,7 @@ _FLAGS = (
     "smg_grpc_mode",
     "speculative_adaptive",
     "speculative_algorithm",
+    "speculative_attention_mode",
     "speculative_draft_attention_backend",
     "speculative_eagle_topk",
     "speculative_num_draft_tokens",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kara_sglang.config import KaraConfig
@@ -15,6 +15,11 @@ TESTED = ("0.5.22", "0.5.23")
 """Ascending. The engine tests pass on each of them (``make test-sglang VERSION=...``)."""
 
 NEWEST = TESTED[-1]
+
+SPECULATION = "0.5.23"
+"""From there on with speculative decoding: before it NGRAM reads rows of ``req_to_token`` behind the
+event that says that a step has read them (``speculative/spec_utils.py``,
+``move_accept_tokens_to_target_kvcache``), when a pass may have written them."""
 
 KEY = "untested_sglang"
 """Key of ``--kv-compress-config`` that lets a server start with a newer version."""
@@ -37,6 +42,20 @@ def of_version(config: KaraConfig) -> list[str]:
             f"--kv-compress-config '{{\"{KEY}\": true}}'"
         )
     return [line]
+
+
+def of_speculation(resolved: Any) -> list[str]:
+    """A refusal where the installed SGLang is too old for the speculative decoding that its resolved
+    settings ask for."""
+    from packaging.version import Version
+
+    installed = version("sglang")
+    if resolved.speculative_algorithm is None or Version(installed) >= Version(SPECULATION):
+        return []
+    return [
+        f"--speculative-algorithm does not work with --kv-compress on SGLang {installed}: "
+        f"pip install sglang=={NEWEST}, or remove one of them"
+    ]
 
 
 def warn_if_untested() -> None:

@@ -149,7 +149,7 @@ def check_server_args(_result: None, record: Any) -> None:
         if asked is None:
             return
         resolved = resolving_view(record)
-        if resolved.disaggregation_mode == "prefill":
+        if resolved.disaggregation_mode == "prefill" and not resolved.enable_pd_role_switch:
             logger.warning(
                 "kv-compress: a prefill server (--disaggregation-mode prefill) writes no answers, so "
                 "--kv-compress does nothing here; the decode server compresses."
@@ -159,6 +159,7 @@ def check_server_args(_result: None, record: Any) -> None:
         checks: tuple[Callable[[], list[str]], ...] = (
             lambda: versions.of_version(asked),
             plugin.hook_launcher,
+            lambda: versions.of_speculation(resolved),
             lambda: refusals.of_flags(resolved) + refusals.of_sharing(resolved, asked),
             lambda: refusals.of_model_config(model_config_of(record)),
             lambda: refusals.of_window_pool(resolved, model_config_of(record), asked),

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from kara_sglang import prefix_reuse
-from kara_sglang.compat import kv_cache
+from kara_sglang.compat import attention_backends, kv_cache
 from kara_sglang.compat.flags import Flags
 from kara_sglang.compat.sliding_window import SLIDING
 from kara_sglang.hooks import CACHE_BACKEND
@@ -37,20 +37,26 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
             lambda c: c.speculative_algorithm not in (None, *SPECULATION),
         ),
         (
-            "--speculative-eagle-topk (above 1 with --page-size above 1)",
+            # SGLang sets the one to the other.
+            "--speculative-eagle-topk or --speculative-ngram-max-bfs-breadth (above 1 with --page-size "
+            "above 1)",
             lambda c: (
-                c.speculative_algorithm not in (None, "NGRAM")
-                and c.speculative_eagle_topk > 1
-                and c.page_size > 1
+                c.speculative_algorithm is not None and c.speculative_eagle_topk > 1 and c.page_size > 1
             ),
         ),
         (
-            "--speculative-num-draft-tokens (below 2)",
+            "--speculative-num-draft-tokens (below 2, as --speculative-num-steps 0 makes it)",
             lambda c: c.speculative_algorithm is not None and c.speculative_num_draft_tokens < 2,
         ),
         ("--speculative-adaptive", lambda c: c.speculative_adaptive),
-        ("--enable-multi-layer-eagle", lambda c: c.enable_multi_layer_eagle),
-        ("--speculative-use-rejection-sampling", lambda c: c.speculative_use_rejection_sampling),
+        (
+            "--enable-multi-layer-eagle (SGLang sets it for some models)",
+            lambda c: c.enable_multi_layer_eagle,
+        ),
+        (
+            "--speculative-use-rejection-sampling (--speculative-use-block-verification sets it)",
+            lambda c: c.speculative_use_rejection_sampling,
+        ),
         ("--dllm-algorithm", lambda c: c.dllm_algorithm is not None),
     ),
     "Parallelism": (
@@ -69,7 +75,7 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ("--enable-pd-role-switch", lambda c: c.enable_pd_role_switch),
         ("--pp-size", lambda c: c.pp_size > 1),
         (
-            "--attn-dp-size (with --speculative-algorithm)",
+            "--attn-dp-size (or --enable-dp-attention, with --speculative-algorithm)",
             lambda c: c.attn_dp_size > 1 and c.speculative_algorithm is not None,
         ),
         ("--attn-cp-size", lambda c: c.attn_cp_size > 1),
@@ -187,10 +193,12 @@ def of_flags(resolved: Any) -> list[str]:
             f"--kv-cache-dtype {resolved.kv_cache_dtype} does not work with --kv-compress; use one of "
             + ", ".join(KV_CACHE_DTYPES)
         )
-    # Drafts are verified by the backend for prefills (layers/attention/hybrid_attn_backend.py).
-    verify = ("prefill_attention_backend", "speculative_draft_attention_backend")
-    speculates = resolved.speculative_algorithm is not None
-    for flag in ("attention_backend", "decode_attention_backend", *(verify if speculates else ())):
+    backends = ["attention_backend", "decode_attention_backend"]
+    if resolved.speculative_algorithm is not None:
+        backends.append("speculative_draft_attention_backend")
+        if not attention_backends.decode_verifies(resolved):
+            backends.append("prefill_attention_backend")
+    for flag in backends:
         backend = getattr(resolved, flag)
         if backend is not None and backend not in ATTENTION_BACKENDS:
             lines.append(
@@ -227,6 +235,10 @@ def _used(
     ]
 
 
+WINDOW_POOL_MODELS = {"GptOssForCausalLM"}
+"""Models with a KV pool of sliding-window layers that are tested."""
+
+
 def of_model_config(model: Any) -> list[str]:
     """Refusals that the model's config decides, one line each.
 
@@ -243,8 +255,8 @@ def of_model_config(model: Any) -> list[str]:
     if model.attention_arch.name != "MHA":
         kinds.append(f"uses {model.attention_arch.name} attention")
     layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
-    if model.is_hybrid_swa and SLIDING not in layer_types:
-        kinds.append("keeps layers in a KV pool of their own and does not say which (layer_types)")
+    if model.is_hybrid_swa and not set(model.hf_config.architectures) <= WINDOW_POOL_MODELS:
+        kinds.append("keeps layers in a KV pool of their own")
     for other in sorted(set(layer_types) - {"full_attention", "attention", SLIDING}):
         kinds.append(f"has {other} layers")
     if set(layer_types) == {SLIDING}:
@@ -281,7 +293,7 @@ def of_window_pool(resolved: Any, model: Any, config: KaraConfig) -> list[str]:
         return []
     pool = f"--kv-compress and {prefix_reuse.WINDOW_POOL}"
     lines = [
-        f"{flag} does not work with {pool} (--disable-hybrid-swa-memory makes it one pool); remove it"
+        f"{flag} does not work with {pool}; remove it"
         for flag, used in WITHOUT_WINDOW_POOL
         if used(resolved)
     ]

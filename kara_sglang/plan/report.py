@@ -14,7 +14,7 @@ from kara_sglang.plan import gain
 from kara_sglang.plan.launch import Launch
 from kara_sglang.plan.load import Held, Load, compressed, uncompressed
 from kara_sglang.plan.memory import Memory, Rank, divide, ring_of
-from kara_sglang.scheduler import graphs
+from kara_sglang.scheduler import graphs, window_pool
 from kara_sglang.scheduler.pace import pace_of
 from kara_sglang.scheduler.ring.recorder import QueryRecorder, cheapest
 from kara_sglang.scheduler.ring.served import Served
@@ -52,7 +52,20 @@ class Plan:
     @property
     def fits(self) -> tuple[int, int]:
         """Requests that the pool holds without compression, and with it."""
-        return self.stock.fitting(self.memory.stock_pool), self.held.fitting(self.memory.pool)
+        return (
+            self._fitting(self.stock, self.memory.stock_pool),
+            self._fitting(self.held, self.memory.pool),
+        )
+
+    def _fitting(self, held: Held, slots: int) -> int:
+        """Where sliding-window layers have a pool of their own, that must hold the newest tokens of
+        each request, compressed or not."""
+        fits = held.fitting(slots)
+        resolved, model = self.launch.resolved, self.launch.model
+        if not model.is_hybrid_swa:
+            return fits
+        newest = min(self.stock.most, window_pool.most_of_one(resolved, model))
+        return min(fits, int(slots * window_pool.share(resolved, model)) // newest)
 
     @property
     def running(self) -> tuple[int, int]:

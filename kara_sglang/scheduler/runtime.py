@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kara_sglang import handshake, hooks, plugin, prefix_reuse
-from kara_sglang.compat import kv_cache
+from kara_sglang.compat import attention_backends, kv_cache
 from kara_sglang.compat.sliding_window import longest, reach
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels.backend import Kernels
@@ -108,7 +108,8 @@ def after_load_model(_result: Any, runner: ModelRunner) -> None:
     farthest = max(map(reach, layers))
     config = plugin.active()
     assert config is not None
-    config = config.reaching(max(farthest, longest(runner.model_config)))
+    # With overlap the step in flight reads one slot more than the next one will.
+    config = config.reaching(max(farthest + 1 if farthest else 0, longest(runner.model_config)))
     device = torch.device(runner.device)
     kernels, why = pick(device)
     first = full[0]
@@ -312,7 +313,7 @@ def after_scheduler_init(_result: None, scheduler: Scheduler, *_args: Any, **_kw
         softmax_scales,
         list(parts.layers),
         window_pool.full_pool(scheduler.token_to_kv_pool_allocator.get_kvcache()).dtype,
-        resolved.decode_attention_backend or resolved.attention_backend,
+        attention_backends.writing(resolved),
     )
     compaction = Compaction(
         scheduler,

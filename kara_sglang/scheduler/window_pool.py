@@ -65,6 +65,16 @@ def by_running_requests(resolved: Any, model: Any) -> bool:
     return model.is_hybrid_swa and by_requests
 
 
+def most_of_one(resolved: Any, model: Any) -> int:
+    """Slots of the window layers' pool that a request which decodes holds at most: its window, and what
+    SGLang gives back in steps of an interval and by pages (``ScheduleBatch._evict_swa``); arguments as
+    for :func:`share`."""
+    from sglang.srt.environ import envs
+
+    interval = max(1, envs.SGLANG_SWA_EVICTION_INTERVAL.get())
+    return sliding_window.longest(model) + int(interval) + 2 * int(resolved.page_size)
+
+
 def layers_per_slot(resolved: Any, model: Any) -> float:
     """Layers whose K and V take memory for one KV slot; arguments as for :func:`share`."""
     full = sliding_window.full_layers(model)

@@ -112,7 +112,7 @@ def test_positions_and_chunks_behind_a_compressed_prefix(server: Server, tiny_mo
             assert expected.argmax() == token
             for logprob, candidate, _ in tops:
                 assert logprob == pytest.approx(expected[candidate].item(), abs=3e-4)
-            truth.prune_recent()
+            truth.prune()
             expected = truth.feed([token])
         text += answer["output_ids"]
         held = report(answer)["kv_slots_held"]

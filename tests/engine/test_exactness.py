@@ -79,6 +79,6 @@ def test_positions_are_true_after_compression(kara: Server, tiny_model, length: 
         assert expected.argmax() == token, f"step {step}, {truth.windows} windows in"
         for logprob, candidate, _ in tops[step]:
             assert logprob == pytest.approx(expected[candidate].item(), abs=2e-4), f"step {step}"
-        truth.prune_recent()
+        truth.prune()
         expected = truth.feed([token])
     assert truth.windows == answer["meta_info"]["kv_compress"]["windows"] == 5

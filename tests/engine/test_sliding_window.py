@@ -73,7 +73,7 @@ def follow(truth: RetainedCache, text: list[int], answer: dict) -> list[int]:
     passes = []
     truth.base = None
     expected = truth.feed(text[truth.position :])
-    truth.prune_recent()
+    truth.prune()
     fed: list[int] = []
 
     def wrong(tops: list) -> bool:
@@ -84,7 +84,7 @@ def follow(truth: RetainedCache, text: list[int], answer: dict) -> list[int]:
         if wrong(tops[step]) and fed:
             before = truth.windows
             truth.crop(truth.position - 1)
-            while truth.prune_recent():
+            while truth.prune():
                 pass
             passes.append(truth.windows - before)
             expected = truth.feed(fed[-1:])

@@ -106,13 +106,18 @@ def test_identity_and_opted_out_requests_get_what_stock_gives(drafts: Drafts) ->
 @pytest.mark.parametrize("turn", ["first", "again"])
 @each_of(KINDS)
 def test_every_token_follows_from_what_is_kept(drafts: Drafts, turn: str) -> None:
-    """Whatever a step accepts, and on the compressed row that the next turn continues."""
-    server, ids = drafts.server, prompt(37, 11)
-    answer, counts = step_by_step(server, ids, again=turn == "again")
-    if turn == "again":
+    """Whatever a step accepts, whoever chooses, and on the compressed row that the next turn
+    continues."""
+    server, ids, keeps = drafts.server, prompt(37, 11), None
+    if turn == "first":
+        answer, counts = step_by_step(server, ids)
+    else:
+        answer, counts = step_by_step(server, ids, again=True, selector="kara")
         assert answer["meta_info"]["spec_accept_length"] > 1.2
+        trace = trace_file.load(drafts.traces / trace_file.file_name(answer["meta_info"]["id"]))
+        keeps = trace.keeps()
     truth = RetainedCache(drafts.model, window=64, kept=32, delay=16, page_size=drafts.page)
-    assert_follows(truth, ids, answer, counts, drafts.behind)
+    assert_follows(truth, ids, answer, counts, drafts.behind, keeps=keeps)
     assert truth.windows == answer["meta_info"]["kv_compress"]["windows"] == 4
 
     if turn == "first" and server.state()["settings"]["prefix_reuse"] == "compressed":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from server import prompt
@@ -49,12 +50,12 @@ def assert_likeliest(
         expected = truth.feed(prompt)
     else:
         truth.skip(len(prompt))
-        truth.prune_recent()
+        truth.prune()
         expected = truth.feed(answer[:1])
         answer = answer[1:]
     for step, token in enumerate(answer):
         assert expected[token] > expected.max() - 1e-3, f"step {step}, {truth.windows} windows in"
-        truth.prune_recent()
+        truth.prune()
         expected = truth.feed([token])
     return truth.windows
 
@@ -130,21 +131,31 @@ class RetainedCache:
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
         self.position = tokens
 
-    def prune_recent(self, known: int | None = None) -> bool:
-        """Before a decode step: drop the oldest W - R tokens of a window that is due, as far as
-        ``known`` says, in tokens; None: all that are there. Whether one was due."""
+    def prune(self, known: int | None = None, keeps: np.ndarray | None = None) -> bool:
+        """Before a decode step: drop W - R tokens of a window that is due, as far as ``known`` says, in
+        tokens; None: all that are there. Whether one was due.
+
+        ``keeps`` says what stays of each window, ``(windows, pruned layers, KV heads, W)``, 0 or 1;
+        None: the newest R tokens.
+        """
         length = self.slots
         known = length if known is None else length - (self.position - known)
         if self.base is None:
             self.base = -(-length // self.page_size) * self.page_size
         if known < self.base + self.window + self.delay:
             return False
-        dropped = slice(self.base, self.base + self.window - self.kept)
-        stay = torch.ones(length, dtype=torch.bool)
-        stay[dropped] = False
-        for layer in [self.cache.layers[number] for number in self.pruned]:
-            layer.keys = layer.keys[:, :, stay]
-            layer.values = layer.values[:, :, stay]
+        heads = self.model.config.num_key_value_heads
+        stay = torch.ones(len(self.pruned), heads, length, dtype=torch.bool)
+        if keeps is None:
+            stay[..., self.base : self.base + self.window - self.kept] = False
+        else:
+            stay[..., self.base : self.base + self.window] = torch.from_numpy(
+                keeps[self.windows]
+            ).bool()
+        for layer, own in zip([self.cache.layers[n] for n in self.pruned], stay, strict=True):
+            layer.keys, layer.values = (
+                part[0][own].unflatten(0, (heads, -1))[None] for part in (layer.keys, layer.values)
+            )
         self.base += self.kept
         self.windows += 1
         return True

@@ -18,7 +18,7 @@ def make_tiny_gpt_oss(folder: Path, seed: int = 0) -> Path:
     ``folder``; returns it.
 
     Both experts are always asked: where some are chosen, rounding decides a tie, and a log-probability
-    jumps. Its experts are float32; those of the real ones are MXFP4, which needs a GPU. Sinks are numbers of
+    jumps. They are float32; those of the real ones are MXFP4, which needs a GPU. Sinks are numbers of
     8 bits, because SGLang keeps them in bfloat16 whatever the model's dtype.
     """
     from transformers import GptOssConfig, GptOssForCausalLM

@@ -67,6 +67,7 @@ PARTS = {
 KNOWN_NAMES = {
     ("flags.py", "record"): "ServerArgs",
     ("doctor.py", "model"): "ModelConfig",
+    ("attention_backends.py", "resolved"): "ServerArgs",
     ("doctor.py", "resolved"): "ServerArgs",
     ("report.py", "result"): "GetInternalStateReqOutput",
     ("refusals.py", "c"): "ServerArgs",

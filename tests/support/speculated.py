@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from exactness import PROMPTS, RetainedCache, logprobs
 from server import Server
@@ -38,10 +39,10 @@ def accepted_lengths(server: Server, options: Sequence[Any]) -> tuple[list[float
 
 
 def step_by_step(
-    server: Server, ids: list[int], *, again: bool = False, **more: Any
+    server: Server, ids: list[int], *, again: bool = False, selector: str = "recent", **more: Any
 ) -> tuple[dict, list[int]]:
-    """An answer whose windows keep their newest tokens, streamed, and how many of its tokens there were
-    behind the prefill and each step; ``again`` asks for it behind another one to the same prompt.
+    """A streamed answer, and how many of its tokens there were behind the prefill and each step;
+    ``again`` asks for it behind another one to the same prompt.
 
     Repeated where the server has sent two steps in one part, as it does for a slow client.
     """
@@ -49,16 +50,16 @@ def step_by_step(
         server.flush()
         if again:
             server.generate(ids, kv_compress=False, **more)
-        parts = _streamed(server, ids, more)
+        parts = _streamed(server, ids, selector, more)
         counts = [part["meta_info"]["completion_tokens"] for part in parts]
         if len(counts) == parts[-1]["meta_info"]["spec_verify_ct"] + 1:
             return parts[-1], counts
     raise AssertionError("the server never sent each step by itself")
 
 
-def _streamed(server: Server, ids: list[int], more: dict[str, Any]) -> list[dict]:
+def _streamed(server: Server, ids: list[int], selector: str, more: dict[str, Any]) -> list[dict]:
     sampling = {"max_new_tokens": 300, "temperature": 0, "ignore_eos": True}
-    sampling["custom_params"] = {"kv_compress": {"selector": "recent"}}
+    sampling["custom_params"] = {"kv_compress": {"selector": selector}}
     body = {"input_ids": ids, "stream": True, "return_logprob": True, "sampling_params": sampling}
     with server.post("/generate", body | more, stream=True) as response:
         lines = [line[6:] for line in response.iter_lines() if line.startswith(b"data: {")]
@@ -72,13 +73,15 @@ def assert_follows(
     counts: list[int],
     behind: int,
     close: float = 2e-4,
+    keeps: np.ndarray | None = None,
 ) -> None:
     """Each token, and its probability, is that of transformers with the same retained K/V at true
-    positions. A pass ahead of a step knows all results but those of the ``behind`` last steps."""
+    positions, the newest of each window or what ``keeps`` says (:meth:`RetainedCache.prune`). A pass
+    ahead of a step knows all results but those of the ``behind`` last steps."""
     expected = truth.feed(ids)
     for step, count in enumerate(counts):
         if step:
-            truth.prune_recent(len(ids) + counts[max(0, step - 1 - behind)] - 1)
+            truth.prune(len(ids) + counts[max(0, step - 1 - behind)] - 1, keeps)
         for place in range(counts[step - 1] if step else 0, count):
             if place:
                 expected = truth.feed([answer["output_ids"][place - 1]])

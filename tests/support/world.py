@@ -298,6 +298,14 @@ class World(Model):
                 gone.append(req)
         self.drop(gone)
 
+    def end_with_its_prefill(self, req: Request) -> None:
+        """SGLang's ``process_batch_result_prefill``: the token that it gave may be the last one."""
+        if len(req.output_ids) >= req.sampling_params.max_new_tokens:
+            self.publish()
+            req.finished_reason = Finish("length")
+            self.release(req, checkpoint=True)
+            self.drop([req])
+
     def needed(self) -> int:
         """Pages that the next step takes."""
         return sum(len(req.slots) % self.page == 0 for req in self.batch.reqs)
@@ -312,7 +320,7 @@ class World(Model):
         if len(batch.reqs) + len(self.queue) < self.setting.max_running and self.chance(0.3):
             self.arrive()
         if self.queue and self.prefill(self.queue[0]):
-            self.queue.pop(0)
+            self.end_with_its_prefill(self.queue.pop(0))
         if not batch.reqs:
             self.process_results(self.in_flight)
             self.in_flight = []

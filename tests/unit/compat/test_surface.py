@@ -33,6 +33,7 @@ FILES = [
         *(ROOT / "kara_sglang").glob("*.py"),
         *(ROOT / "kara_sglang" / "launcher").glob("*.py"),
         *(ROOT / "kara_sglang" / "scheduler").rglob("*.py"),
+        ROOT / "kara_sglang" / "compat" / "attention_backends.py",
         ROOT / "kara_sglang" / "compat" / "kv_cache.py",
         ROOT / "kara_sglang" / "compat" / "sliding_window.py",
         *(ROOT / "radix_integration").glob("*.py"),

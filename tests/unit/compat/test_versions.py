@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from places import ROOT
 
@@ -44,6 +46,24 @@ def test_a_newer_version_is_served_behind_a_key(
     assert f"python -m kara_sglang.compat {installed}" in line
     assert line.endswith("start with --kv-compress-config '{\"untested_sglang\": true}'")
     assert versions.of_version(ALLOWED) == []
+
+
+@pytest.mark.parametrize("installed", [*versions.TESTED, "0.5.23+cu130", "0.6"])
+def test_speculation_is_refused_on_older_versions(
+    installed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "version", lambda _name: installed)
+    plain, drafts = (SimpleNamespace(speculative_algorithm=kind) for kind in (None, "EAGLE"))
+    assert versions.of_speculation(plain) == []
+    lines = versions.of_speculation(drafts)
+    if installed != "0.5.22":
+        assert lines == []
+        return
+    [line] = lines
+    assert line == (
+        "--speculative-algorithm does not work with --kv-compress on SGLang 0.5.22: "
+        "pip install sglang==0.5.23, or remove one of them"
+    )
 
 
 def test_the_package_names_the_same_versions() -> None:

@@ -69,7 +69,7 @@ def test_a_supported_server_passes(checked: Any) -> None:
 def test_a_prefill_server_runs_without_compression_and_says_so(
     checked: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nor does anything else of the settings matter to it, and the next one of this process has them."""
+    """Nor does anything else of the settings matter to it, and the next one here has them."""
     plugin.activate(KaraConfig())
     checked(cli_record=True, disaggregation_mode="prefill", page_size=100)
     assert plugin.active() is None and plugin.launched() is None
@@ -77,6 +77,25 @@ def test_a_prefill_server_runs_without_compression_and_says_so(
     assert "does nothing here; the decode server compresses" in said.getMessage()
     checked(cli_record=False)
     assert plugin.active() == plugin.launched() == AUTO
+
+
+def test_a_prefill_server_that_may_come_to_decode_is_refused(checked: Any) -> None:
+    plugin.activate(KaraConfig())
+    with pytest.raises(ValueError, match=r"^--enable-pd-role-switch does not work"):
+        checked(cli_record=False, disaggregation_mode="prefill", enable_pd_role_switch=True)
+
+
+def test_speculation_needs_an_sglang_that_reads_no_row_too_late(
+    checked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest tested one does all else."""
+    plugin.activate(KaraConfig())
+    monkeypatch.setattr(versions, "version", lambda _name: versions.TESTED[0])
+    checked(cli_record=False)
+    with pytest.raises(
+        ValueError, match=r"^--speculative-algorithm .* pip install sglang==0\.5\.23, or"
+    ):
+        checked(cli_record=False, speculative_algorithm="NGRAM", speculative_num_draft_tokens=4)
 
 
 def test_prefix_reuse_that_is_left_open_is_settled(checked: Any) -> None:

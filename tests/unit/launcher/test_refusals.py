@@ -46,8 +46,10 @@ def test_a_supported_server_is_not_refused(resolved: Resolved) -> None:
         {"enable_metrics": True, "skip_tokenizer_init": True, "stream_interval": 8},
         {"kv_cache_dtype": "bfloat16", "page_size": 1, "device": "cpu"},
         {"schedule_conservativeness": 0.3, "mem_fraction_static": 0.7},
-        DRAFTS | {"speculative_algorithm": "NGRAM", "speculative_eagle_topk": 4},
+        DRAFTS | {"speculative_algorithm": "NGRAM", "speculative_eagle_topk": 4, "page_size": 1},
+        DRAFTS | {"speculative_algorithm": "NGRAM"},
         {"prefill_attention_backend": "fa4"},
+        DRAFTS | {"prefill_attention_backend": "fa4", "speculative_attention_mode": "decode"},
         DRAFTS | {"speculative_algorithm": "EAGLE3"},
         DRAFTS | {"attention_backend": "flashinfer"},
         DRAFTS | {"speculative_draft_attention_backend": "triton"},
@@ -72,11 +74,19 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("--speculative-algorithm", DRAFTS | {"speculative_algorithm": "FROZEN_KV_MTP"}),
     ("--speculative-algorithm", DRAFTS | {"speculative_algorithm": "UNO"}),
     ("--speculative-eagle-topk", DRAFTS | {"speculative_eagle_topk": 4, "page_size": 16}),
+    (
+        "--speculative-eagle-topk or --speculative-ngram-max-bfs-breadth",
+        DRAFTS | {"speculative_algorithm": "NGRAM", "speculative_eagle_topk": 4},
+    ),
     ("--speculative-num-draft-tokens", DRAFTS | {"speculative_num_draft_tokens": 1}),
     ("--speculative-adaptive", DRAFTS | {"speculative_adaptive": True}),
     ("--enable-multi-layer-eagle", DRAFTS | {"enable_multi_layer_eagle": True}),
     ("--speculative-use-rejection-sampling", DRAFTS | {"speculative_use_rejection_sampling": True}),
     ("--prefill-attention-backend", DRAFTS | {"prefill_attention_backend": "trtllm_mha"}),
+    (
+        "--decode-attention-backend",
+        DRAFTS | {"decode_attention_backend": "fa4", "speculative_attention_mode": "decode"},
+    ),
     (
         "--speculative-draft-attention-backend",
         DRAFTS | {"speculative_draft_attention_backend": "trtllm_mha"},
@@ -95,7 +105,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("--attn-cp-size", {"attn_cp_size": 2}),
     ("--dcp-size", {"dcp_size": 2}),
     (
-        "--attn-dp-size (with --speculative-algorithm)",
+        "--attn-dp-size (or --enable-dp-attention, with --speculative-algorithm)",
         DRAFTS | {"attn_dp_size": 2, "cuda_graph_config": EAGER_PREFILLS},
     ),
     (
@@ -312,7 +322,7 @@ def model(**changes: Any) -> SimpleNamespace:
         ({"is_encoder_decoder": True}, "is an encoder-decoder"),
         ({"attention_arch": SimpleNamespace(name="MLA")}, "uses MLA attention"),
         ({"attention_arch": SimpleNamespace(name="SSM")}, "uses SSM attention"),
-        ({"is_hybrid_swa": True}, "keeps layers in a KV pool of their own and does not say which"),
+        ({"is_hybrid_swa": True}, "keeps layers in a KV pool of their own,"),
         ({"attention_chunk_size": 8192}, "uses chunked attention"),
         (
             {"hf_text_config": SimpleNamespace(layer_types=["linear_attention", "full_attention"])},
@@ -329,7 +339,9 @@ def test_refused_models(changes: dict[str, Any], kind: str) -> None:
     assert refusals.of_model_config(model()) == []
     mixed = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
     assert refusals.of_model_config(model(hf_text_config=mixed)) == []
-    assert refusals.of_model_config(model(hf_text_config=mixed, is_hybrid_swa=True)) == []
+    gpt_oss = SimpleNamespace(architectures=["GptOssForCausalLM"])
+    tested = model(hf_text_config=mixed, is_hybrid_swa=True, hf_config=gpt_oss)
+    assert refusals.of_model_config(tested) == []
     [line] = refusals.of_model_config(model(**changes))
     assert "model TinyForCausalLM " + kind in line and line.endswith("without --kv-compress")
 

@@ -147,3 +147,17 @@ def test_a_model_with_sliding_windows(gemma, capsys):
     assert "48 layers, of which passes work over the 8 with full attention; per GPU" in text
     assert f"{48 * 2 * 8 * 256 * 2:,} bytes of KV a token" in text
     assert "256 kept, delay 1024, policy" in text
+
+
+@pytest.mark.parametrize("ratio", [0.8, 0.05, 0.01])
+def test_requests_must_fit_both_pools(gpt_oss, capsys, ratio):
+    """Each holds the newest 128 tokens in the pool of the window layers, up to 128 that SGLang has not
+    given back, and two pages."""
+    load = ("--prompt", "512", "--answer", "8192", "--running", "1000", "--page-size", "16")
+    words = ("--model", gpt_oss, "--gpu-memory", "80", "--attention-backend", "triton", *load)
+    found = planned(capsys, *words, "--swa-full-tokens-ratio", str(ratio))
+    slots = found["pool_tokens"]["with"]
+    bound = int(slots * ratio) // (128 + 128 + 2 * 16)
+    by_all = slots // found["slots_per_request_at_most"]["with"]
+    assert found["requests_that_fit"]["with"] == min(bound, by_all)
+    assert (bound < by_all) == (ratio < 0.06)

@@ -18,8 +18,13 @@ def drafting_setting(random: Random, real: bool) -> Setting:
     """Any server that speculates: chains and trees of any size, with overlap and without."""
     setting = random_setting(random, real)
     tokens = random.choice([2, 3, 4, 8, 16, 80])
-    pace = Pace(tokens, tokens if setting.overlap else 0, branches=random.random() < 0.5)
-    more = -(-2 * tokens * setting.max_running // setting.page)
+    pace = Pace(
+        tokens,
+        tokens if setting.overlap else 0,
+        branches=random.random() < 0.5,
+        drafted=random.choice([0, tokens, 3 * tokens]),
+    )
+    more = -(-pace.reserve * setting.max_running // setting.page)
     return dataclasses.replace(setting, pace=pace, num_pages=setting.num_pages + more)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 
 from kara_sglang.scheduler.lengths import Lengths
 from kara_sglang.scheduler.pace import PLAIN, Pace
+from kara_sglang.scheduler.runtime import around_verify_coins, runtime
 
 
 def lengths(pace: Pace = PLAIN) -> Lengths:
@@ -36,6 +39,47 @@ def test_positions_of_every_draft_follow_the_logical_length() -> None:
     assert step.mrope_positions.tolist() == [step.positions.tolist()] * 3
     assert own.tolist() == [10, 11, 11, 50, 51, 52]
     assert known.logical_of_step(torch.tensor([10, 50])).tolist() == [42, 50]
+
+
+def test_seeded_coins_are_drawn_by_the_logical_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's own function is given the lengths in tokens of the step whose positions were shifted, so
+    that no pass makes a request draw the same coin twice."""
+    from sglang.srt.speculative import eagle_utils
+
+    known = lengths()
+    compaction = SimpleNamespace(lengths=known)
+    monkeypatch.setattr(runtime, "coordinator", SimpleNamespace(compaction=compaction))
+    seen: list[list[int]] = []
+    coins = torch.zeros(2, 3), torch.zeros(2)
+
+    def seeded(*, seq_lens: torch.Tensor, **_others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(seq_lens.tolist())
+        return coins
+
+    monkeypatch.setattr(eagle_utils, "_seeded_verify_coins", seeded)
+
+    def draw() -> Any:
+        step = SimpleNamespace(
+            positions=torch.tensor([10, 11, 12, 50, 51, 52]),
+            req_pool_indices=torch.tensor([2, 4]),
+            mrope_positions=None,
+        )
+        known.shift_positions(step)
+        return around_verify_coins(
+            eagle_utils._verify_coins,
+            sampling_info=SimpleNamespace(sampling_seed=torch.tensor([7, 7])),
+            seq_lens=torch.tensor([10, 50]),
+            draft_token_num=3,
+            candidates=torch.zeros(2, 3),
+            device="cpu",
+        )
+
+    assert draw() is coins
+    known.lacks([(2, 32), (4, 0)])
+    draw()
+    monkeypatch.setattr(runtime, "coordinator", None)
+    draw()
+    assert seen == [[10, 50], [42, 50], [10, 50]]
 
 
 def test_a_freed_row_lacks_nothing() -> None:

@@ -110,6 +110,22 @@ def test_real_pools_pass(scheduler: SimpleNamespace) -> None:
     assert refusals.of_scheduler(scheduler, KaraConfig(window=128, delay=128), LAYERS) == []
 
 
+def test_draft_models_with_other_pools_are_refused(scheduler: SimpleNamespace) -> None:
+    """One line each, by the pool's class."""
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+
+    class OtherPool(type(pool)):
+        pass
+
+    other = object.__new__(OtherPool)
+    assert refusals.of_drafts([]) == refusals.of_drafts([pool, pool]) == []
+    [line] = refusals.of_drafts([pool, other])
+    assert line.startswith(
+        "the draft model's KV pool is a OtherPool, --kv-compress supports MHATokenTo"
+    )
+    assert line.endswith("or serve without --kv-compress")
+
+
 def test_a_host_tier_that_does_not_wait_for_passes(scheduler: SimpleNamespace) -> None:
     """Its loads must wait for the stream on which a pass runs."""
     config = KaraConfig(window=128, delay=128)
