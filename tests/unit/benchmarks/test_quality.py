@@ -137,7 +137,18 @@ def test_the_documents_tables_are_the_committed_results():
     windows = json.loads((results / "windows.json").read_text())["results"]
     places = {r["row"]: r["recall_by_place"] for r in windows if r["retain"] in (0.5, 1)}
     assert places["full"] == places["window 512"] == places["window 1024"]  # as docs/quality.md says
-    for name in ("quick", "coder", "full", "half", "windows", "ring", "kv", "kv-keys"):
+    for name in (
+        "quick",
+        "coder",
+        "full",
+        "full-keys",
+        "gemma",
+        "half",
+        "windows",
+        "ring",
+        "kv",
+        "kv-keys",
+    ):
         result = json.loads((results / f"{name}.json").read_text())
         assert (results / f"{name}.md").read_text() == report.markdown(result)
     for text, shown in ((document, "quick quick/selectors"), (readme, "gsm8k-h100 @0.5")):
