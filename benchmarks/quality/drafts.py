@@ -3,15 +3,19 @@
     python -m kara_sglang.benchmarks.quality.drafts --out drafts.json
 
 The model drafts for itself unless ``--draft`` names another one, so nearly all guesses are right while
-both remember the same, and what compression takes from the draft shows.
+both remember the same, and what compression takes from the draft shows. In the rows *left alone* a pass
+does not move the draft's K and V, so that it remembers the first tokens of each window.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from kara_sglang.benchmarks.machine import origin
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality.engine import engine_arguments
+from kara_sglang.benchmarks.quality.instrument import install
 
 TOPICS = (
     *("the history of bridges", "how bread is made", "a lighthouse keeper", "learning to swim"),
@@ -28,6 +33,33 @@ TOPICS = (
 )
 STEPS = 3
 """Tokens that are drafted for a step; with its own it verifies one more."""
+
+
+MODULE = "kara_sglang.benchmarks.quality.drafts"
+ALONE = "{}, draft left alone"
+
+
+def register() -> None:
+    """What SGLang calls in the processes of an engine whose draft model is left alone."""
+    from kara_sglang.scheduler.drafts import Drafts
+
+    Drafts.follow = lambda *_args: None  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def left_alone() -> Iterator[None]:
+    """Engines that are started meanwhile leave their draft model alone."""
+    before = os.environ.get("PYTHONPATH")
+    with tempfile.TemporaryDirectory() as folder:
+        site = str(install(Path(folder), "kara-drafts-left-alone", MODULE))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (site, before)))
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["PYTHONPATH"]
+            else:
+                os.environ["PYTHONPATH"] = before
 
 
 def accepted(options: argparse.Namespace, rows: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -99,6 +131,9 @@ def main(argv: list[str] | None = None) -> int:
         "keys, a half": {"selector": "keys", "retain": 0.5},
     }
     found = accepted(options, rows)
+    with left_alone():
+        both = {ALONE.format(name): rows[name] for name in ("kara, a half", "kara, a quarter")}
+        found |= accepted(options, both)
     base = [answer["accepted"] for answer in found["not compressed"]]
     lines = []
     for name, answers in found.items():
@@ -110,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         lines.append([name, f"{statistics.mean(steps):.2f}", change, str(windows)])
     print(grid(["row", "tokens per step", "change, %", "windows"], lines), end="")
     if options.out:
-        about = origin("kara_sglang.benchmarks.quality.drafts", argv or sys.argv[1:])
+        about = origin(MODULE, argv or sys.argv[1:])
         write_json(options.out, about | {"rows": found}, indent=1)
     return 0
 

@@ -34,20 +34,19 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-ENTRY_POINT = "kara-quality"
+NAME = "kara-quality"
 REFERENCE_ROW = "full"
 _ATTRIBUTE = "kara_quality_takes"
 
 
-def install(folder: Path) -> Path:
-    """Write the entry point; returns the folder that puts it on a process's path."""
+def install(folder: Path, name: str = NAME, module: str = __name__) -> Path:
+    """Write the entry point of a plugin, ``register`` of ``module``; returns the folder that puts it on
+    a process's path."""
     site = folder / "site"
-    info = site / "kara_quality-0.dist-info"
+    info = site / f"{name.replace('-', '_')}-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kara-quality\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        f"[sglang.srt.plugins]\n{ENTRY_POINT} = {__name__}:register\n"
-    )
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {module}:register\n")
     return site
 
 
