@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 from exactness import PROMPTS, assert_likeliest, assert_same_choices
-from server import PAGE_16, PUNCTUAL, WINDOW, Server, in_parallel, launch, prompt
+from server import PAGE_16, PUNCTUAL, WINDOW, Server, in_parallel, launch, launch_small, prompt
 
 from kara_sglang.trace.format import file_name, load
 
@@ -361,3 +361,17 @@ def test_mixed_load_leaks_nothing(small_pool: Server) -> None:
 @pytest.mark.slow
 def test_long_mixed_load_leaks_nothing(small_pool: Server) -> None:
     soak(small_pool, count=600, clients=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reuse", ["exact", "auto:64", "compressed"])
+def test_a_thousand_requests_of_which_many_are_retracted_leak_nothing(
+    tiny_model: Path, logs: Path, reuse: str
+) -> None:
+    """By force and for want of memory; rows wait on the host and come back."""
+    force = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "31"}
+    with launch_small(tiny_model, logs, 16, reuse, env=force) as server:
+        soak(server, count=1000, clients=8)
+        state = server.state()
+        assert state["retracted_tokens_returned"] > 10_000
+        assert state["retracted_tokens_returned"] > state["retracted_tokens_computed"]

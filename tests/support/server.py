@@ -182,7 +182,12 @@ def in_parallel(calls: list) -> list:
 
 
 def launch_small(
-    tiny_model: Path, logs: Path, page_size: int, reuse: str, *more: str
+    tiny_model: Path,
+    logs: Path,
+    page_size: int,
+    reuse: str,
+    *more: str,
+    env: dict[str, str] | None = None,
 ) -> AbstractContextManager[Server]:
     """Small windows on a small pool, overlap scheduling on; requests may be odd."""
     flags = (
@@ -194,8 +199,8 @@ def launch_small(
         *(*ODD, "--enable-priority-scheduling", *more),
     )
     # Requests are admitted as if they wrote 16 tokens, so that some must be retracted.
-    env = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
-    return launch(tiny_model, logs / f"{reuse}_{page_size}.log", *flags, env=env)
+    clipped = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
+    return launch(tiny_model, logs / f"{reuse}_{page_size}.log", *flags, env=clipped | (env or {}))
 
 
 def prompt(length: int, seed: int) -> list[int]:

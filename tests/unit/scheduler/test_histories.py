@@ -75,7 +75,10 @@ def test_windows_that_fall_due_together(policy: str) -> None:
     assert len(set(steps)) == 1 if policy == "punctual" else len(set(steps)) > 3
 
 
-@pytest.mark.parametrize("block", range(8))
+LONG = [pytest.param(block, marks=pytest.mark.slow) for block in range(5, 8)]
+
+
+@pytest.mark.parametrize("block", [*range(5), *LONG])
 def test_histories_of_rows_and_pages(block: int) -> None:
     """Thousands of histories of lengths, rows and pages alone."""
     worlds = [run_history(seed, real=False) for seed in range(250 * block, 250 * block + 250)]

@@ -151,9 +151,9 @@ def play(random: Random) -> tuple[int, int]:
 
 def test_the_ring_is_a_dictionary() -> None:
     """Through arrivals, late recorders, row reuse and wraps, what ``voters`` promises is there."""
-    totals = [play(Random(seed)) for seed in range(90)]
-    assert sum(compared for compared, _ in totals) > 8_000
-    assert sum(wrapped for _, wrapped in totals) > 800
+    totals = [play(Random(seed)) for seed in range(60)]
+    assert sum(compared for compared, _ in totals) > 5_000
+    assert sum(wrapped for _, wrapped in totals) > 300
 
 
 @settings(max_examples=100)
