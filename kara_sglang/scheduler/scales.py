@@ -33,7 +33,7 @@ def softmax_scales(
     dtype
         Of the KV pool's numbers (``KVCache.dtype``).
     backend
-        Attention backend that writes what a window holds (``compat/kv_cache.py``).
+        Attention backend that writes what a window holds (``compat/attention_backends.py``).
     """
     if dtype not in FP8 or backend in UNSCALED_BACKENDS:
         return [float(layer.scaling) for layer in layers]

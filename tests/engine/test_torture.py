@@ -84,9 +84,12 @@ def test_many_odd_requests_stay_boring(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize(
+    ("page_size", "more"),
+    [(1, ()), (16, ()), (16, ("--enable-mixed-chunk",)), (16, ("--disable-radix-cache",))],
+)
 def test_odd_requests_beside_a_pool_of_windows_stay_boring(
-    tmp_path: Path, logs: Path, page_size: int
+    tmp_path: Path, logs: Path, page_size: int, more: tuple[str, ...]
 ) -> None:
     """A gpt-oss. The pool of its window layers is so small that requests wait for it, too."""
     seed = int(os.environ.get("TORTURE_SEED", random.randrange(10**6)))
@@ -94,6 +97,6 @@ def test_odd_requests_beside_a_pool_of_windows_stay_boring(
     flags = ("--skip-tokenizer-init", *PAGE_16, *ODD)
     with (
         launch(model, logs / "stock-gpt-oss.log", *flags) as stock,
-        launch_small(model, logs, page_size, "exact") as server,
+        launch_small(model, logs, page_size, "exact", *more) as server,
     ):
         stays_boring(server, stock, model, seed, count=160)
