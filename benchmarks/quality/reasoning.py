@@ -57,6 +57,8 @@ SERVER_SETTINGS = {"paper": {"preset": "paper"}}
 """Rows that need a server of their own, and its settings; its selector is ``kara``."""
 RESAMPLES = 10_000
 """Of the bootstrap."""
+SEEDS = 1_000_000
+"""From one sample of a problem to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,9 @@ def serve(options: argparse.Namespace, own: dict[str, Any], log: Path) -> Server
         raise Failed(str(error)) from None
 
 
-def ask(url: str, problem: Problem, row: Row, options: argparse.Namespace) -> dict[str, Any]:
+def ask(
+    url: str, problem: Problem, row: Row, sample: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """One answer: text, tokens, whether it was cut off, seconds, and what was compressed."""
     import requests
 
@@ -185,7 +189,7 @@ def ask(url: str, problem: Problem, row: Row, options: argparse.Namespace) -> di
         "messages": [{"role": "user", "content": f"{problem.question}\n\n{INSTRUCTION}"}],
         "max_tokens": options.max_tokens,
         "temperature": options.temperature,
-        "seed": problem.number,
+        "seed": problem.number + sample * SEEDS,
         "custom_params": {"kv_compress": row.options},
         "return_meta_info": True,
     } | ({"top_p": options.top_p} if options.temperature else {})
@@ -206,14 +210,15 @@ def ask(url: str, problem: Problem, row: Row, options: argparse.Namespace) -> di
 
 
 def figures(
-    answers: dict[str, dict[int, dict[str, Any]]], rows: Sequence[Row], window: int
+    answers: dict[str, dict[int, list[dict[str, Any]]]], rows: Sequence[Row], window: int
 ) -> list[dict[str, Any]]:
-    """One record per row; differences are paired over the problems.
+    """One record per row; differences are paired over the problems. The accuracy of a problem with
+    several samples is the share of them that are right (pass@1).
 
     Parameters
     ----------
     answers
-        Per row key and problem number.
+        Per row key and problem number, one for each sample.
     rows
         The full cache is one of them.
     window
@@ -221,15 +226,25 @@ def figures(
     """
     numbers = list(answers[REFERENCE_ROW])
 
+    def means(key: str, field: str) -> np.ndarray:
+        return np.array(
+            [np.mean([one[field] for one in answers[key][n]]) for n in numbers], dtype=float
+        )
+
     def right(key: str) -> np.ndarray:
-        return np.array([float(answers[key][n]["right"]) for n in numbers])
+        return means(key, "right")
 
     records = []
     for row in rows:
-        given = [answers[row.key][n] for n in numbers]
-        graded, tokens = right(row.key), np.array([answer["tokens"] for answer in given], dtype=float)
-        windows = np.array([(answer["kv_compress"] or {}).get("windows", 0) for answer in given])
-        low, high = share_interval(int(graded.sum()), len(graded))
+        given = [one for n in numbers for one in answers[row.key][n]]
+        samples = len(given) // len(numbers)
+        graded, tokens = right(row.key), means(row.key, "tokens")
+        reports = [one["kv_compress"] or {} for one in given]
+        windows = np.array([report.get("windows", 0) for report in reports])
+        slots = [report["kv_slots_held"] for report in reports if "kv_slots_held" in report]
+        low, high = share_interval(round(graded.sum()), len(graded))
+        if samples > 1:
+            low, high = _interval(graded[_drawn(len(graded))].mean(axis=1))
         record = {
             "row": row.name,
             "retain": row.retain,
@@ -239,15 +254,15 @@ def figures(
             "accuracy_high": high,
             "over_full": difference(graded, right(REFERENCE_ROW)),
             "over_random": None,
-            "longer_than_full": relative(
-                tokens, np.array([answers[REFERENCE_ROW][n]["tokens"] for n in numbers], dtype=float)
-            ),
+            "longer_than_full": relative(tokens, means(REFERENCE_ROW, "tokens")),
             "output_tokens": float(tokens.mean()),
             "truncated": float(np.mean([answer["cut"] for answer in given])),
             "windows": float(windows.mean()),
             "requests_compressed": float(np.mean(windows > 0)),
-            "tokens_compressed": float(windows.sum() * window / tokens.sum()),
-            "graded": "".join("1" if value else "0" for value in graded),
+            "tokens_compressed": float(windows.sum() * window / (samples * tokens.sum())),
+            "kv_slots_at_end": float(np.mean(slots)) if slots else None,
+            "samples": samples,
+            "graded": [sum(one["right"] for one in answers[row.key][n]) for n in numbers],
         }
         null = Row("random", row.retain).key
         if row.name not in (*WHOLE, "random") and null in answers:
@@ -291,7 +306,14 @@ def table(records: list[dict[str, Any]]) -> str:
         over = [over_full, points(r["over_random"])]
         lines.append([r["row"], f"{r['retain']:g}", right, *over, *written, done])
     columns = ["row", "retain", "accuracy (95 %)", "over full (95 %)", "over random (95 %)"]
-    return grid([*columns, "output tokens", "cut off", "compressed: answers / tokens"], lines)
+    columns += ["output tokens", "cut off", "compressed: answers / tokens"]
+    slots = [r.get("kv_slots_at_end") for r in records]
+    if any(slots):  # results from before they were reported have none
+        columns.append("KV slots at the end")
+        lines = [
+            [*line, f"{held:.0f}" if held else ""] for line, held in zip(lines, slots, strict=True)
+        ]
+    return grid(columns, lines)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -338,6 +360,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="default: greedy")
     parser.add_argument("--top-p", type=float, default=0.95, help="where the temperature is not 0")
+    parser.add_argument(
+        "--samples",
+        type=command_line.whole(),
+        default=1,
+        help="answers to each problem, of which the mean counts (pass@1); needs a --temperature",
+    )
     parser.add_argument("--parallel", type=command_line.whole(), default=32, help="answers at once")
     parser.add_argument("--dtype", help="default: the model's; without a GPU the fastest one")
     parser.add_argument("--server-args", default="", help="more flags for the server, as one word")
@@ -346,6 +374,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if REFERENCE_ROW not in options.rows:
         options.rows.insert(0, REFERENCE_ROW)
+    if options.samples > 1 and not options.temperature:
+        parser.error("--samples: greedy answers are all alike; give a --temperature, such as 0.6")
     if options.url and any(row in SERVER_SETTINGS for row in options.rows):
         parser.error(
             f"--url: {', '.join(SERVER_SETTINGS)} needs a server of its own; leave it out of --rows"
@@ -362,7 +392,9 @@ def collect(
         servers.setdefault(json.dumps(row.settings), []).append(row)
     for number, (own, members) in enumerate(servers.items()):
         # Row by row within a problem: an interrupted run has answered some problems in all rows.
-        todo = [(p, row) for p in problems for row in members if not place(folder, row, p).is_file()]
+        every = [(p, s) for p in problems for s in range(options.samples)]
+        each = [(p, row, s) for p, s in every for row in members]
+        todo = [one for one in each if not place(folder, *one).is_file()]
         if not todo:
             continue
         set_pace(options)
@@ -374,11 +406,10 @@ def collect(
                 url = server.url
             write_json(folder / "answered.json", answered(options))
             pool = stack.enter_context(ThreadPoolExecutor(options.parallel))
-            waiting = {pool.submit(ask, url, p, row, options): (p, row) for p, row in todo}
+            waiting = {pool.submit(ask, url, *one, options): one for one in todo}
             try:
                 for future in tqdm(as_completed(waiting), total=len(waiting), unit="answer"):
-                    problem, row = waiting[future]
-                    write_json(place(folder, row, problem), future.result())
+                    write_json(place(folder, *waiting[future]), future.result())
             except BaseException:
                 pool.shutdown(cancel_futures=True, wait=False)
                 raise
@@ -406,9 +437,10 @@ def set_pace(options: argparse.Namespace) -> None:
     )
 
 
-def place(folder: Path, row: Row, problem: Problem) -> Path:
-    """The file that says that a row has answered a problem."""
-    return folder / "answers" / row.key / f"{problem.number}.json"
+def place(folder: Path, problem: Problem, row: Row, sample: int) -> Path:
+    """The file with a row's answer to a problem."""
+    name = f"{problem.number}.{sample}" if sample else f"{problem.number}"
+    return folder / "answers" / row.key / f"{name}.json"
 
 
 def grade(
@@ -416,12 +448,14 @@ def grade(
 ) -> dict[str, Any]:
     """Grade all answers, and reduce."""
     right = grader()
-    answers: dict[str, dict[int, dict[str, Any]]] = {row.key: {} for row in rows}
+    answers: dict[str, dict[int, list[dict[str, Any]]]] = {row.key: {} for row in rows}
     for row in rows:
         for problem in problems:
-            answer = json.loads(place(folder, row, problem).read_text())
-            answer["right"] = right(problem.answer, answer["text"])
-            answers[row.key][problem.number] = answer
+            places = [place(folder, problem, row, sample) for sample in range(options.samples)]
+            given = [json.loads(path.read_text()) for path in places]
+            answers[row.key][problem.number] = [
+                answer | {"right": right(problem.answer, answer["text"])} for answer in given
+            ]
     return {
         "meta": {
             "command": shown,
@@ -432,6 +466,7 @@ def grade(
             "config": json.loads(options.config),
             "max_tokens": options.max_tokens,
             "temperature": options.temperature,
+            "samples": options.samples,
             "parallel": options.parallel,
             "kara_sglang": __version__,
         },

@@ -41,7 +41,7 @@ def test_answers_are_graded_by_value():
 
 
 def _answer(right: bool, tokens: int, windows: int, cut: bool = False) -> dict:
-    kv_compress = {"windows": windows} if windows else None
+    kv_compress = {"windows": windows, "kv_slots_held": tokens - 32 * windows} if windows else None
     return {"right": right, "tokens": tokens, "cut": cut, "kv_compress": kv_compress}
 
 
@@ -49,9 +49,9 @@ def test_accuracy_is_paired_over_the_problems(tmp_path: Path):
     asked = reasoning.rows_of(["full", "random", "kara"], [0.25])
     assert [row.key for row in asked] == ["full", "random@0.25", "kara@0.25"]
     answers = {
-        "full": {n: _answer(n < 6, 100, 0) for n in range(8)},
-        "random@0.25": {n: _answer(n < 2, 100, 1) for n in range(8)},
-        "kara@0.25": {n: _answer(n < 5, 150, n % 2, cut=n == 7) for n in range(8)},
+        "full": {n: [_answer(n < 6, 100, 0)] for n in range(8)},
+        "random@0.25": {n: [_answer(n < 2, 100, 1)] for n in range(8)},
+        "kara@0.25": {n: [_answer(n < 5, 150, n % 2, cut=n == 7)] for n in range(8)},
     }
     full, random, kara = found = reasoning.figures(answers, asked, window=64)
     assert (full["accuracy"], full["retain"]) == (0.75, 1.0)
@@ -65,11 +65,40 @@ def test_accuracy_is_paired_over_the_problems(tmp_path: Path):
     assert (kara["output_tokens"], kara["truncated"], kara["windows"]) == (150, 0.125, 0.5)
     assert kara["requests_compressed"] == 0.5
     assert kara["tokens_compressed"] == pytest.approx(4 * 64 / 1200)
-    assert kara["graded"] == "11111000"
+    assert kara["graded"] == [1, 1, 1, 1, 1, 0, 0, 0]
+    assert (full["kv_slots_at_end"], random["kv_slots_at_end"], kara["kv_slots_at_end"]) == (
+        None,
+        68,
+        118,
+    )
     assert "| kara | 0.25 | 62.5 (" in reasoning.table(found)
     (tmp_path / "some.json").write_text(json.dumps({"results": found}))
     document = report.put_into("<!-- quality:some -->\n<!-- end of quality -->", tmp_path)
     assert document == f"<!-- quality:some -->\n{reasoning.table(found)}<!-- end of quality -->"
+
+
+def test_several_samples_count_by_their_mean():
+    """The interval is over problems: samples of one are no new evidence."""
+    asked = reasoning.rows_of(["full", "kara"], [0.5])
+    answers = {
+        "full": {n: [_answer(True, 100, 0)] * 4 for n in range(50)},
+        "kara@0.5": {n: [_answer(n % 2 == 0, 80, 1)] * 3 + [_answer(True, 160, 1)] for n in range(50)},
+    }
+    full, kara = found = reasoning.figures(answers, asked, window=64)
+    assert full["accuracy"] == 1.0 and kara["accuracy"] == (1 + 0.25) / 2
+    assert (kara["samples"], kara["problems"], kara["graded"][:2]) == (4, 50, [4, 1])
+    assert kara["accuracy_high"] - kara["accuracy_low"] == pytest.approx(0.21, abs=0.03)
+    assert kara["output_tokens"] == 100 and kara["tokens_compressed"] == pytest.approx(0.64)
+    assert kara["longer_than_full"][0] == pytest.approx(0)
+    assert reasoning.table(found).splitlines()[-1].endswith(f"| {kara['kv_slots_at_end']:.0f} |")
+
+
+def test_samples_need_a_temperature(capsys):
+    with pytest.raises(SystemExit):
+        reasoning.parse(["--out", "x.json", "--samples", "4"])
+    assert "--samples: greedy answers are all alike" in capsys.readouterr().err
+    found = reasoning.parse(["--out", "x.json", "--samples", "4", "--temperature", "0.6"])
+    assert (found.samples, found.top_p) == (4, 0.95)
 
 
 def test_the_bootstrap_is_paired_and_covers_the_mean():
@@ -112,10 +141,10 @@ class _Asked:
 
 def test_answers_are_collected_once_and_graded_later(tmp_path: Path, monkeypatch):
     pytest.importorskip("math_verify", reason="pip install 'math-verify[antlr4_13_2]'")
-    asked: list[tuple[int, str]] = []
+    asked: list[tuple[int, str, int]] = []
 
-    def ask(_url, problem, row, _options):
-        asked.append((problem.number, row.key))
+    def ask(_url, problem, row, sample, _options):
+        asked.append((problem.number, row.key, sample))
         text = "\\boxed{18}" if row.key != "paper@0.5" else "\\boxed{17}"
         return {"text": text, "tokens": 10, "cut": False, "seconds": 1.0, "kv_compress": None}
 
@@ -139,6 +168,9 @@ def test_answers_are_collected_once_and_graded_later(tmp_path: Path, monkeypatch
     assert len(asked) == len(set(asked)) == 9
     assert reasoning.main(arguments) == 0
     assert len(asked) == 9, "what is there is not asked again"
+    more = ("--samples", "2", "--temperature", "0.6")
+    assert reasoning.main([*arguments, *more]) == 0
+    assert len(asked) == len(set(asked)) == 18 and {sample for *_, sample in asked} == {0, 1}
     result = json.loads((tmp_path / "out.json").read_text())
     assert [r["accuracy"] for r in result["results"]] == [1, 1, 0]
     assert "--collect" not in result["meta"]["command"]
