@@ -87,8 +87,8 @@ def _begin(req: Req, cache: CompressedRadixCache) -> None:
     """A first chunk. What the match has given and passed over is counted with it, as SGLang counts
     ``cached_tokens``; for the request's report once, whatever is computed anew after a retraction."""
     prefix = prefix_of(req)
-    if prefix is None or prefix.returned is not None:
-        return
+    if prefix is None or prefix.sharing is None or prefix.returned is not None:
+        return  # the cache of a server with exact prefixes, where rows come back, is SGLang's own
     if prefix.windows:
         # Where a part came from the host, SGLang has counted what the tree owns in tokens.
         req.kv.cache_protected_len = req.prefix_len - removed_of(req)

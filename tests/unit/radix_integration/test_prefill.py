@@ -99,6 +99,18 @@ def test_reuse_is_counted_with_the_first_chunk(changes: dict[str, Any]) -> None:
     assert (found.reused_tokens, found.reused_slots) == ((0, 0) if changes else (8, 4))
 
 
+def test_a_row_that_did_not_come_back_is_nothing_to_the_cache_of_a_server_with_exact_prefixes() -> None:
+    """It is SGLang's own, and counts nothing. The request was retracted with a copy of its row, which is
+    gone by now."""
+    one = batch((), ())
+    one.tree_cache = object()
+    for req in one.reqs:
+        setattr(req, PREFIX, Prefix(None))
+    before_alloc_for_extend(one)
+    assert one.prefix_lens == [20, 24]
+    assert [getattr(req, PREFIX).computed_again for req in one.reqs] == [0, 0]
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_what_was_passed_over_is_computed_again_with_the_first_chunk(compressed: bool) -> None:
     """And once more after a retraction, of which the request's own report says nothing."""
