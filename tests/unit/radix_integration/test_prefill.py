@@ -99,7 +99,7 @@ def test_reuse_is_counted_with_the_first_chunk(changes: dict[str, Any]) -> None:
     assert (found.reused_tokens, found.reused_slots) == ((0, 0) if changes else (8, 4))
 
 
-def test_a_row_that_did_not_come_back_is_nothing_to_the_cache_of_a_server_with_exact_prefixes() -> None:
+def test_with_exact_prefixes_the_cache_counts_nothing() -> None:
     """It is SGLang's own, and counts nothing. The request was retracted with a copy of its row, which is
     gone by now."""
     one = batch((), ())
