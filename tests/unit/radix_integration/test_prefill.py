@@ -100,8 +100,7 @@ def test_reuse_is_counted_with_the_first_chunk(changes: dict[str, Any]) -> None:
 
 
 def test_with_exact_prefixes_the_cache_counts_nothing() -> None:
-    """It is SGLang's own, and counts nothing. The request was retracted with a copy of its row, which is
-    gone by now."""
+    """It is SGLang's own. The request was retracted with a copy of its row, which is gone by now."""
     one = batch((), ())
     one.tree_cache = object()
     for req in one.reqs:
