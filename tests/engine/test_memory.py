@@ -148,11 +148,12 @@ def test_stop_token_after_compression(kara: Server) -> None:
 
 @pytest.fixture(scope="module")
 def page_1(tiny_model: Path, logs: Path) -> Iterator[Server]:
-    """Page size 1 without overlap, float32; every third step a request is retracted by force."""
+    """Page size 1 without overlap, float32, exact prefixes; every third step a request is retracted by
+    force."""
     flags = (
         *("--skip-tokenizer-init", "--page-size", "1", "--max-total-tokens", "4096"),
         *("--dtype", "float32", "--disable-overlap-schedule", "--kv-compress", "kara", *WINDOW),
-        *PUNCTUAL,
+        *(*PUNCTUAL, "--kv-compress-prefix-reuse", "exact"),
         *("--kv-compress-trace", str(logs / "page_1-traces")),
     )
     env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "97"}
