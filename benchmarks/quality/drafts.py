@@ -36,6 +36,13 @@ STEPS = 3
 
 
 MODULE = "kara_sglang.benchmarks.quality.drafts"
+BASE = "not compressed"
+ROWS: dict[str, Any] = {
+    BASE: False,
+    "kara, a half": {"retain": 0.5},
+    "kara, a quarter": {"retain": 0.25},
+    "keys, a half": {"selector": "keys", "retain": 0.5},
+}
 ALONE = "{}, draft left alone"
 
 
@@ -49,17 +56,13 @@ def register() -> None:
 @contextlib.contextmanager
 def left_alone() -> Iterator[None]:
     """Engines that are started meanwhile leave their draft model alone."""
-    before = os.environ.get("PYTHONPATH")
     with tempfile.TemporaryDirectory() as folder:
-        site = str(install(Path(folder), "kara-drafts-left-alone", MODULE))
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (site, before)))
+        # A spawned process gets this one's path.
+        sys.path.insert(0, str(install(Path(folder), "kara-drafts-left-alone", MODULE)))
         try:
             yield
         finally:
-            if before is None:
-                del os.environ["PYTHONPATH"]
-            else:
-                os.environ["PYTHONPATH"] = before
+            del sys.path[0]
 
 
 def accepted(options: argparse.Namespace, rows: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -119,22 +122,25 @@ def main(argv: list[str] | None = None) -> int:
     whole = command_line.whole()
     parser.add_argument("--tokens", type=whole, default=500, help="an answer; default: %(default)s")
     parser.add_argument("--window", type=whole, default=128, help="default: %(default)s")
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), help="default: all")
+    parser.add_argument(
+        "--alone",
+        nargs="*",
+        choices=[name for name in ROWS if name != BASE],
+        default=["kara, a half", "kara, a quarter"],
+        help="rows once more, with the draft left alone; default: those of kara",
+    )
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args(argv)
     if cpu_engine.is_installed():
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     options.model = options.model or embedded_model.embedded_model_path()
-    rows = {
-        "not compressed": False,
-        "kara, a half": {"retain": 0.5},
-        "kara, a quarter": {"retain": 0.25},
-        "keys, a half": {"selector": "keys", "retain": 0.5},
-    }
-    found = accepted(options, rows)
-    with left_alone():
-        both = {ALONE.format(name): rows[name] for name in ("kara, a half", "kara, a quarter")}
-        found |= accepted(options, both)
-    base = [answer["accepted"] for answer in found["not compressed"]]
+    found = accepted(options, {name: ROWS[name] for name in ROWS if name in (BASE, *options.rows)})
+    alone = {ALONE.format(name): ROWS[name] for name in options.alone}
+    if alone:
+        with left_alone():
+            found |= accepted(options, alone)
+    base = [answer["accepted"] for answer in found[BASE]]
     lines = []
     for name, answers in found.items():
         steps = [answer["accepted"] for answer in answers]

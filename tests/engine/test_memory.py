@@ -374,5 +374,5 @@ def test_a_thousand_requests_of_which_many_are_retracted_leak_nothing(
     with launch_small(tiny_model, logs, 16, reuse, env=force) as server:
         soak(server, count=1000, clients=8)
         state = server.state()
-        assert state["retracted_tokens_returned"] > 10_000
+        assert state["retracted_tokens_returned"] > 3_000
         assert state["retracted_tokens_returned"] > state["retracted_tokens_computed"]
