@@ -373,6 +373,4 @@ def test_a_thousand_requests_of_which_many_are_retracted_leak_nothing(
     force = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "31"}
     with launch_small(tiny_model, logs, 16, reuse, env=force) as server:
         soak(server, count=1000, clients=8)
-        state = server.state()
-        assert state["retracted_tokens_returned"] > 3_000
-        assert state["retracted_tokens_returned"] > state["retracted_tokens_computed"]
+        assert server.state()["retracted_tokens_returned"] > 3_000
