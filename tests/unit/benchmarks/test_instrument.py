@@ -138,12 +138,12 @@ def test_the_entry_point_exists_for_instrumented_processes_only(tmp_path: Path):
     from importlib.metadata import entry_points
 
     group = "sglang.srt.plugins"
-    assert instrument.ENTRY_POINT not in {e.name for e in entry_points(group=group)}
+    assert instrument.NAME not in {e.name for e in entry_points(group=group)}
     import sys
 
     sys.path.append(str(instrument.install(tmp_path)))
     try:
-        (found,) = (e for e in entry_points(group=group) if e.name == instrument.ENTRY_POINT)
+        (found,) = (e for e in entry_points(group=group) if e.name == instrument.NAME)
         assert found.load() is instrument.register
     finally:
         sys.path.pop()
