@@ -42,7 +42,9 @@ def start(
     return launch(tiny_model, logs / f"hicache_{policy}.log", *flags, env=env)
 
 
-@pytest.fixture(scope="module", params=["write_through", "write_back"])
+@pytest.fixture(
+    scope="module", params=["write_through", pytest.param("write_back", marks=pytest.mark.slow)]
+)
 def hicache(
     request: pytest.FixtureRequest,
     tiny_model: Path,

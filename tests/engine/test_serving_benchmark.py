@@ -10,6 +10,8 @@ import sys
 import pytest
 from server import environment
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def answer(tmp_path_factory: pytest.TempPathFactory) -> dict:

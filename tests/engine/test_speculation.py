@@ -32,7 +32,7 @@ CHAINS = {
 DRAFT_MODELS = CHAINS | {"EAGLE": (*PAGE_1, *draft_model("EAGLE", topk=4, drafts=8))}
 KINDS = NGRAM | DRAFT_MODELS
 EOS = 2  # of all these models
-SLOW = ("MTP",)  # to SGLang an MTP head is EAGLE; EAGLE3 has the same worker
+SLOW = ("MTP", "EAGLE3")  # both have the worker of EAGLE
 
 
 @dataclass(frozen=True)
