@@ -308,8 +308,7 @@ def check_model(plan: Plan) -> Iterator[Finding]:
     yield _graphs(model, plan.config, resolved)
     if plan.config.keeps_queries:
         yield _query_ring(plan, model, resolved)
-    lines = versions.of_speculation(resolved) + refusals.of_flags(resolved)
-    lines += refusals.of_sharing(resolved, plan.config)
+    lines = refusals.of_flags(resolved) + refusals.of_sharing(resolved, plan.config)
     for line in lines + refusals.of_window_pool(resolved, model, plan.config):
         if "attention-backend" not in line:  # said above, with what to pass instead
             yield Finding(BAD, "flags", line)

@@ -159,7 +159,6 @@ def check_server_args(_result: None, record: Any) -> None:
         checks: tuple[Callable[[], list[str]], ...] = (
             lambda: versions.of_version(asked),
             plugin.hook_launcher,
-            lambda: versions.of_speculation(resolved),
             lambda: refusals.of_flags(resolved) + refusals.of_sharing(resolved, asked),
             lambda: refusals.of_model_config(model_config_of(record)),
             lambda: refusals.of_window_pool(resolved, model_config_of(record), asked),

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from kara_sglang import prefix_reuse
-from kara_sglang.compat import attention_backends, kv_cache
+from kara_sglang.compat import attention_backends, kv_cache, versions
 from kara_sglang.compat.flags import Flags
 from kara_sglang.compat.sliding_window import SLIDING
 from kara_sglang.hooks import CACHE_BACKEND
@@ -159,7 +159,8 @@ def of_flags(resolved: Any) -> list[str]:
     from sglang.srt.environ import envs
     from sglang.srt.model_executor.cuda_graph_config import Backend
 
-    lines = _used(tuple(chain.from_iterable(FLAGS.values())), resolved)
+    lines = versions.of_speculation(resolved)
+    lines += _used(tuple(chain.from_iterable(FLAGS.values())), resolved)
     lines += [
         f"{name}=1 does not work with --kv-compress; unset it"
         for name in ENVIRONMENT

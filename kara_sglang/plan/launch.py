@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from kara_sglang import prefix_reuse
-from kara_sglang.compat import kv_cache, sliding_window, versions
+from kara_sglang.compat import kv_cache, sliding_window
 from kara_sglang.config import KaraConfig
 from kara_sglang.launcher import flags, refusals
 from kara_sglang.scheduler import graphs, window_pool
@@ -114,8 +114,7 @@ def read(words: list[str], gpu_memory: float | None) -> Launch:
             gpu_memory = memory_hook.get_device_memory_capacity(resolved.device)
     config = prefix_reuse.settled(config, resolved, model)
     refused = (
-        versions.of_speculation(resolved)
-        + refusals.of_flags(resolved)
+        refusals.of_flags(resolved)
         + refusals.of_sharing(resolved, config)
         + refusals.of_model_config(model)
         + refusals.of_window_pool(resolved, model, config)

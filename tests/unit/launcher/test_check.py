@@ -16,6 +16,11 @@ from kara_sglang.hooks import CACHE_BACKEND
 from kara_sglang.launcher import flags
 
 AUTO = KaraConfig(prefix_reuse="auto")
+NGRAM = {
+    "speculative_algorithm": "NGRAM",
+    "speculative_eagle_topk": 1,
+    "speculative_num_draft_tokens": 4,
+}
 
 
 @pytest.fixture
@@ -95,7 +100,7 @@ def test_speculation_needs_an_sglang_that_reads_no_row_too_late(
     with pytest.raises(
         ValueError, match=r"^--speculative-algorithm .* pip install sglang==0\.5\.23, or"
     ):
-        checked(cli_record=False, speculative_algorithm="NGRAM", speculative_num_draft_tokens=4)
+        checked(cli_record=False, **NGRAM)
 
 
 def test_prefix_reuse_that_is_left_open_is_settled(checked: Any) -> None:

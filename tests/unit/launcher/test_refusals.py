@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
 
+from kara_sglang.compat import versions
 from kara_sglang.compat.flags import NEWER_FLAGS, Flags
 from kara_sglang.config import KaraConfig
 from kara_sglang.hooks import CACHE_BACKEND
@@ -30,6 +31,12 @@ DECODE = {"disaggregation_mode": "decode", "disaggregation_decode_retraction_bac
 
 EAGER_PREFILLS = CudaGraphConfig(prefill=PhaseConfig(Backend.DISABLED))
 """What --disable-prefill-cuda-graph makes of SGLang's defaults."""
+
+
+@pytest.fixture(autouse=True)
+def newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an older SGLang lacks is told in ``test_versions.py``."""
+    monkeypatch.setattr(versions, "version", lambda _name: versions.NEWEST)
 
 
 def test_a_supported_server_is_not_refused(resolved: Resolved) -> None:
