@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kara_sglang import cpu_engine
+from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import engine, instrument, tasks, texts
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed, Order
 from kara_sglang.benchmarks.quality.rows import Part, Row
@@ -19,6 +20,24 @@ from kara_sglang.config import KaraConfig
 
 RUNNING = 32 if cpu_engine.is_installed() else 128
 """Requests that one engine runs at once; their KV takes memory."""
+
+
+def same_run(folder: Path, identity: dict[str, Any]) -> None:
+    """Keep what a run folder's results have in common, and refuse to mix them with others.
+
+    Raises
+    ------
+    EngineFailed
+    """
+    path = folder / "run.json"
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if other := [key for key in identity if before.get(key) != identity[key]]:
+            raise EngineFailed(
+                f"{folder} holds another run (other {', '.join(other)}); give --folder or remove it"
+            )
+    else:
+        write_json(path, identity)
 
 
 def scripts_of(part: Part, tokenizer: Any, split: str) -> list[Script]:

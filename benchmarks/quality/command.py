@@ -102,7 +102,9 @@ def measure(
 
     folder = (options.folder or options.out.with_suffix(".run")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    _same_run(folder, _defaults() | {"model": model, "split": options.split, "delay": options.delay})
+    campaign.same_run(
+        folder, _defaults() | {"model": model, "split": options.split, "delay": options.delay}
+    )
     on_cpu = cpu_engine.is_installed()
     jobs = options.jobs or (min(2, len(os.sched_getaffinity(0))) if on_cpu else 1)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
@@ -136,19 +138,6 @@ def measure(
         found = found or report.goals(part, scripts, folder)
         seconds = _spent(folder, time.monotonic() - started)
         yield {"meta": meta | {"seconds": seconds}, "results": results, "goals": found}
-
-
-def _same_run(folder: Path, identity: dict[str, Any]) -> None:
-    """Refuse to mix cells of different models, texts, delays or defaults."""
-    path = folder / "run.json"
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if other := [key for key in identity if before.get(key) != identity[key]]:
-            raise EngineFailed(
-                f"{folder} holds another run (other {', '.join(other)}); give --folder or remove it"
-            )
-    else:
-        write_json(path, identity)
 
 
 def _defaults() -> dict[str, str]:

@@ -36,8 +36,8 @@ from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import command, machine
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
-from kara_sglang.benchmarks.quality import coder_model
-from kara_sglang.benchmarks.quality.engine import PAGE_SIZE
+from kara_sglang.benchmarks.quality import campaign, coder_model
+from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed
 from kara_sglang.benchmarks.quality.estimates import points, share_interval
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.pace import fastest
@@ -231,20 +231,19 @@ def figures(
             [np.mean([one[field] for one in answers[key][n]]) for n in numbers], dtype=float
         )
 
-    def right(key: str) -> np.ndarray:
-        return means(key, "right")
-
     records = []
     for row in rows:
         given = [one for n in numbers for one in answers[row.key][n]]
         samples = len(given) // len(numbers)
-        graded, tokens = right(row.key), means(row.key, "tokens")
+        graded, tokens = means(row.key, "right"), means(row.key, "tokens")
         reports = [one["kv_compress"] or {} for one in given]
         windows = np.array([report.get("windows", 0) for report in reports])
         slots = [report["kv_slots_held"] for report in reports if "kv_slots_held" in report]
-        low, high = share_interval(round(graded.sum()), len(graded))
-        if samples > 1:
-            low, high = _interval(graded[_drawn(len(graded))].mean(axis=1))
+        low, high = (
+            share_interval(int(graded.sum()), len(graded))
+            if samples == 1
+            else _interval(graded[_drawn(len(graded))].mean(axis=1))
+        )
         record = {
             "row": row.name,
             "retain": row.retain,
@@ -252,7 +251,7 @@ def figures(
             "accuracy": float(graded.mean()),
             "accuracy_low": low,
             "accuracy_high": high,
-            "over_full": difference(graded, right(REFERENCE_ROW)),
+            "over_full": difference(graded, means(REFERENCE_ROW, "right")),
             "over_random": None,
             "longer_than_full": relative(tokens, means(REFERENCE_ROW, "tokens")),
             "output_tokens": float(tokens.mean()),
@@ -266,7 +265,7 @@ def figures(
         }
         null = Row("random", row.retain).key
         if row.name not in (*WHOLE, "random") and null in answers:
-            record["over_random"] = difference(graded, right(null))
+            record["over_random"] = difference(graded, means(null, "right"))
         records.append(record)
     return records
 
@@ -460,17 +459,25 @@ def grade(
         "meta": {
             "command": shown,
             **json.loads((folder / "answered.json").read_text()),
-            "data": options.data.name,
-            "model": Path(options.model or coder_model.MODEL.folder_name).name,
-            "window": options.window,
-            "config": json.loads(options.config),
-            "max_tokens": options.max_tokens,
-            "temperature": options.temperature,
+            **conditions(options),
             "samples": options.samples,
             "parallel": options.parallel,
             "kara_sglang": __version__,
         },
         "results": figures(answers, rows, options.window),
+    }
+
+
+def conditions(options: argparse.Namespace) -> dict[str, Any]:
+    """What all answers of a run folder have in common."""
+    return {
+        "data": options.data.name,
+        "model": Path(options.model or coder_model.MODEL.folder_name).name,
+        "window": options.window,
+        "config": json.loads(options.config),
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
     }
 
 
@@ -489,12 +496,13 @@ def main(arguments: list[str]) -> int:
     folder = options.folder or options.out.with_suffix(".run")
     try:
         problems = load(options.data, options.problems)
+        campaign.same_run(folder, conditions(options))
         collect(options, problems, rows, folder)
         if options.collect:
             return 0
         shown = command(MODULE, [word for word in arguments if word != "--collect"])
         result = grade(options, problems, rows, folder, shown)
-    except (Failed, OSError) as error:
+    except (Failed, EngineFailed, OSError) as error:
         print(f"reasoning: {error}", file=sys.stderr)
         return 1
     write_json(options.out, result)

@@ -139,7 +139,7 @@ class _Asked:
         self.stopped += 1
 
 
-def test_answers_are_collected_once_and_graded_later(tmp_path: Path, monkeypatch):
+def test_answers_are_collected_once_and_graded_later(tmp_path: Path, monkeypatch, capsys):
     pytest.importorskip("math_verify", reason="pip install 'math-verify[antlr4_13_2]'")
     asked: list[tuple[int, str, int]] = []
 
@@ -160,7 +160,7 @@ def test_answers_are_collected_once_and_graded_later(tmp_path: Path, monkeypatch
     data.write_text('{"question": "q", "answer": "#### 18"}\n' * 3)
     arguments = [
         *("--out", str(tmp_path / "out.json"), "--data", str(data)),
-        *("--rows", "full", "random", "paper", "--model", str(model)),
+        *("--rows", "full", "random", "paper", "--model", str(model), "--temperature", "0.6"),
     ]
     assert reasoning.main([*arguments, "--collect"]) == 0
     assert not (tmp_path / "out.json").exists()
@@ -168,9 +168,10 @@ def test_answers_are_collected_once_and_graded_later(tmp_path: Path, monkeypatch
     assert len(asked) == len(set(asked)) == 9
     assert reasoning.main(arguments) == 0
     assert len(asked) == 9, "what is there is not asked again"
-    more = ("--samples", "2", "--temperature", "0.6")
-    assert reasoning.main([*arguments, *more]) == 0
+    assert reasoning.main([*arguments, "--samples", "2"]) == 0
     assert len(asked) == len(set(asked)) == 18 and {sample for *_, sample in asked} == {0, 1}
+    assert reasoning.main([*arguments, "--temperature", "0"]) == 1
+    assert "holds another run (other temperature)" in capsys.readouterr().err
     result = json.loads((tmp_path / "out.json").read_text())
     assert [r["accuracy"] for r in result["results"]] == [1, 1, 0]
     assert "--collect" not in result["meta"]["command"]

@@ -220,8 +220,8 @@ def test_orders_hold_what_is_missing(small_part, tmp_path: Path, monkeypatch: py
 
 def test_a_run_folder_of_other_defaults_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     identity = {"model": "m"} | quality_main._defaults()
-    quality_main._same_run(tmp_path, identity)
-    quality_main._same_run(tmp_path, identity)
+    campaign.same_run(tmp_path, identity)
+    campaign.same_run(tmp_path, identity)
     monkeypatch.setitem(quality_main.PRESETS, "default", {"ahead": False})
     with pytest.raises(EngineFailed, match="holds another run"):
-        quality_main._same_run(tmp_path, {"model": "m"} | quality_main._defaults())
+        campaign.same_run(tmp_path, {"model": "m"} | quality_main._defaults())
