@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from cpu_site import load
-from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from swa_pools import swa_pool
 
 plugin = load("kara_cpu_windows")
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -59,17 +59,7 @@ def test_attention(window: int | None, sinks: torch.Tensor | None) -> None:
 def step(layer_id: int, mode: ForwardMode) -> tuple[Any, Any, Any]:
     """A backend with a pool whose layer 0 has a window of 3 before a token, a layer, and a step in
     which one request of five tokens computes its last."""
-    pool = SWAKVPool(
-        size=40,
-        size_swa=20,
-        page_size=1,
-        dtype=torch.float32,
-        head_num=KV_HEADS,
-        head_dim=DIM,
-        swa_attention_layer_ids=[0],
-        full_attention_layer_ids=[1],
-        device="cpu",
-    )
+    pool = swa_pool(40, 1, heads=KV_HEADS, windowed=[0], full=[1])
     mapping = torch.zeros(42, dtype=torch.int64)
     row = torch.tensor([30, 11, 25, 38, 9])
     mapping[row[1:]] = torch.tensor([4, 17, 2, 8])  # the first token has left the window

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from swa_pools import swa_allocator, swa_pool
 
 from kara_sglang.config import KaraConfig
 from kara_sglang.scheduler import refusals
@@ -148,21 +149,8 @@ def test_a_storage_backend_is_not_attached_later() -> None:
 
 def test_window_layers_with_a_pool_of_their_own(scheduler: SimpleNamespace) -> None:
     """They pass where the pools are SGLang's plain ones, and hold the layers that the model names."""
-    from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
-    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
-
-    pool = SWAKVPool(
-        size=256,
-        size_swa=128,
-        page_size=16,
-        dtype=torch.bfloat16,
-        head_num=2,
-        head_dim=8,
-        swa_attention_layer_ids=[0, 2],
-        full_attention_layer_ids=[1, 3],
-        device="cpu",
-    )
-    allocator = SWATokenToKVPoolAllocator(256, 128, 16, torch.bfloat16, "cpu", pool, need_sort=False)
+    pool = swa_pool(256, 16, dtype=torch.bfloat16, heads=2)
+    allocator = swa_allocator(pool, 16)
     plain, scheduler.token_to_kv_pool_allocator = scheduler.token_to_kv_pool_allocator, allocator
     config = KaraConfig(window=128, delay=128)
     assert refusals.of_scheduler(scheduler, config, [1, 3]) == []

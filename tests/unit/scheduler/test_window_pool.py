@@ -15,8 +15,8 @@ from models import GEMMA_3, GPT_OSS
 from sglang.srt.managers.schedule_batch import ReqKvInfo
 from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.common import free_kv_row_segments, free_swa_out_of_window_slots
-from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from swa_pools import swa_allocator, swa_pool
 
 from kara_sglang.scheduler import window_pool
 
@@ -24,18 +24,7 @@ SIZE, PAGE, REACH = 512, 4, 9
 
 
 def allocator() -> SWATokenToKVPoolAllocator:
-    pool = SWAKVPool(
-        size=SIZE,
-        size_swa=SIZE // 2,
-        page_size=PAGE,
-        dtype=torch.float32,
-        head_num=1,
-        head_dim=8,
-        swa_attention_layer_ids=[0, 2],
-        full_attention_layer_ids=[1, 3],
-        device="cpu",
-    )
-    made = SWATokenToKVPoolAllocator(SIZE, SIZE // 2, PAGE, torch.int64, "cpu", pool, need_sort=False)
+    made = swa_allocator(swa_pool(SIZE, PAGE), PAGE)
     # SGLang checks then that each page of one pool is one of the other's (SGLANG_DEBUG_MEMORY_POOL).
     made.swa_attn_allocator.debug_mode = made.full_attn_allocator.debug_mode = True
     return made
