@@ -60,23 +60,30 @@ def _compressed(base: type, coordinator: Coordinator) -> type:
             if self._offer is not None:  # nobody took it
                 coordinator.returning.withdraw(req, self._offer)
                 self._offer = None
+            if req in self.can_run_list[-1:]:
+                coordinator.returning.admitted(req)
             return result
 
         def _commit_prefill_admission(self, req: Req, admission: Any, mamba_gap_reserve: int) -> None:
             if self._offer is not None:
                 coordinator.returning.bring_back(req, self._offer)
                 self._offer = None
-            coordinator.returning.admitted(req, admission.extend_len)
             super()._commit_prefill_admission(req, admission, mamba_gap_reserve)
 
         def _select_prefill_admission(self, req: Req, *, total_tokens: int, **kwargs: Any) -> Any:
+            from sglang.srt.managers.schedule_policy import AddReqResult
+
             output = to_come(req)
             saved = output - math.ceil(self._reserve(req, output))
             needs = 0 if self._offer is None else self._offer.needs
             admission = super()._select_prefill_admission(
                 req, total_tokens=total_tokens + needs - saved, **kwargs
             )
-            if getattr(admission, "max_new_tokens", 0):
+            if isinstance(admission, AddReqResult):
+                return admission
+            if self._offer is not None and not coordinator.returning.make_room(self._offer):
+                return AddReqResult.NO_TOKEN
+            if admission.max_new_tokens:
                 admission = dataclasses.replace(
                     admission, max_new_tokens=max(0, admission.max_new_tokens - saved)
                 )

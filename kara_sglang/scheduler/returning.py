@@ -15,7 +15,7 @@ waits for them.
 
 from __future__ import annotations
 
-import math
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ from kara_sglang.radix_integration.prefix import (
 )
 from kara_sglang.radix_integration.row import RequestState, ceil_align, state_of
 from kara_sglang.scheduler import window_pool
+from kara_sglang.scheduler.host_rows import Blocks, HostRows
 from kara_sglang.scheduler.streams import forward_stream, keep_until_read
 
 if TYPE_CHECKING:
@@ -50,10 +51,6 @@ RETRACTED = "kv_compress_retracted"
 step; absent where it was not compressed."""
 
 
-_AT_ONCE = 4096
-"""Slots that are copied at once: each part needs device memory for a moment."""
-
-
 @dataclass(slots=True)
 class Copy:
     """A row's first slots on the host.
@@ -64,16 +61,13 @@ class Copy:
         As it was.
     slots
         How many; whole pages.
-    parts
-        K of every layer, then V, each as SGLang's buffers from the row's first slot on.
-    num_bytes
-        Host memory that they take.
+    blocks
+        What they hold.
     """
 
     state: RequestState
     slots: int
-    parts: list[torch.Tensor]
-    num_bytes: int
+    blocks: Blocks
 
     @property
     def tokens(self) -> int:
@@ -116,12 +110,12 @@ class Offer:
     front
         Slots of the row's beginning, int64, that the prefix cache holds and goes on to own.
     matched
-        ``Req.prefix_len`` and ``cache_protected_len`` without the copy.
+        ``Req.prefix_len``, ``host_hit_length`` and ``cache_protected_len`` without the copy.
     """
 
     copy: Copy
     front: torch.Tensor
-    matched: tuple[int, int]
+    matched: tuple[int, int, int]
 
     @property
     def needs(self) -> int:
@@ -153,13 +147,12 @@ class Returning:
     @property
     def allowed(self) -> bool:
         """Whether rows can come back here. A draft model has KV of its own, and so have sliding-window
-        layers with a pool of their own; HiCache may hold slots that it is about to give up; a decode
-        server has backups of SGLang's; and without a prefix cache SGLang admits in another way."""
+        layers with a pool of their own; a decode server has backups of SGLang's; and without a prefix
+        cache SGLang admits in another way."""
         scheduler = self.scheduler
         return not (
             self.pace.speculates
             or window_pool.is_used(scheduler)
-            or scheduler.enable_hierarchical_cache
             or scheduler.disagg_decode_prealloc_queue is not None
             or scheduler.tree_cache.disable
         )
@@ -174,17 +167,18 @@ class Returning:
         slots = self._slots_to_keep(req, state)
         if not slots:
             return
-        buffers = self._buffers()
-        num_bytes = sum(_host_bytes(buffer, slots) for buffer in buffers)
-        held = sum(copy.num_bytes for _, copy in self._waiting())
-        if held + num_bytes > self.most_bytes:
+        held = sum(len(copy.blocks) for _, copy in self._waiting())
+        if (held + self._rows.num_blocks(slots)) * self._rows.block_bytes > self.most_bytes:
+            return
+        blocks = self._rows.take(slots)
+        if not self._all_ranks(blocks is not None) or blocks is None:
             return
         # Read here: on the forward stream the row may have a new owner by then.
         row = self.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :slots].long()
         with forward_stream(self.scheduler):
             keep_until_read(row)
-            parts = [_to_host(buffer, row) for buffer in buffers]
-        self._kept = req, Copy(state, slots, parts, num_bytes)
+            self._rows.save(row, blocks)
+        self._kept = req, Copy(state, slots, blocks)
 
     def _slots_to_keep(self, req: Req, state: RequestState) -> int:
         """Whole pages of the row, of which a prefill leaves at least one token to compute. A token that
@@ -258,7 +252,7 @@ class Returning:
         copy, kv = self._copy_of(req), req.kv
         if copy is None:
             return None
-        matched = req.prefix_len, kv.cache_protected_len
+        matched = req.prefix_len, req.host_hit_length, kv.cache_protected_len
         from_tree = min(req.prefix_len, copy.exact)
         if from_tree == copy.slots:
             return None  # all of it was in the prefix cache
@@ -272,42 +266,47 @@ class Returning:
 
     def withdraw(self, req: Req, offer: Offer) -> None:
         """It was not admitted."""
-        req.prefix_len, req.kv.cache_protected_len = offer.matched
+        req.prefix_len, req.host_hit_length, req.kv.cache_protected_len = offer.matched
         _prefix(req).windows = ()
 
+    def make_room(self, offer: Offer) -> bool:
+        """Let the prefix cache give up what the row needs, and say whether it did: with HiCache it may
+        keep what the host has no room for."""
+        from sglang.srt.mem_cache.common import evict_from_tree_cache
+
+        evict_from_tree_cache(self.scheduler.tree_cache, offer.needs)
+        free: int = self.scheduler.token_to_kv_pool_allocator.available_size()
+        return free >= offer.needs
+
     def bring_back(self, req: Req, offer: Offer) -> None:
-        """Allocate the row's slots, and fill them.
+        """Allocate the row's slots, behind :meth:`make_room`, and fill them.
 
         Raises
         ------
         RuntimeError
-            Where there are fewer slots than admission has counted on.
+            Where there are fewer slots than were free then.
         """
-        from sglang.srt.mem_cache.common import evict_from_tree_cache
-
         scheduler, copy = self.scheduler, offer.copy
-        evict_from_tree_cache(scheduler.tree_cache, offer.needs)
         own = scheduler.token_to_kv_pool_allocator.alloc(offer.needs)
         if own is None:
             raise RuntimeError(
                 f"kv-compress: request {req.rid} was admitted with a row of {copy.slots} slots, and "
                 f"{offer.needs} are not free"
             )
-        with forward_stream(scheduler):
-            keep_until_read(own)
-            for buffer, part in zip(self._buffers(), copy.parts, strict=True):
-                behind = part[len(offer.front) :]
-                for slots, rest in zip(own.split(_AT_ONCE), behind.split(_AT_ONCE), strict=True):
-                    buffer[slots] = rest.to(buffer.device, non_blocking=True)
         row = torch.cat([offer.front.to(own.device), own])
+        with forward_stream(scheduler):
+            keep_until_read(row)
+            self._rows.load(copy.blocks, row, len(offer.front))
         _prefix(req).returned = Returned(copy.state, row)
         self.totals.retracted_tokens_returned += copy.tokens - len(offer.front)
 
-    def admitted(self, req: Req, tokens: int) -> None:
-        """A request was admitted for which so many tokens are computed; a copy is of no use now."""
+    def admitted(self, req: Req) -> None:
+        """A request was admitted: its copy is of no use now, and what lies behind its prefix is
+        computed."""
         self._drop(req)
         if req.is_retracted:
-            self.totals.retracted_tokens_computed += tokens
+            computed = len(req.full_untruncated_fill_ids) - req.prefix_len
+            self.totals.retracted_tokens_computed += computed
 
     # -- the next decode step ----------------------------------------------------------------------
 
@@ -355,9 +354,19 @@ class Returning:
         back = retracted_of(req)
         return None if back is None else back.copy
 
-    def _buffers(self) -> list[torch.Tensor]:
+    @functools.cached_property
+    def _rows(self) -> HostRows:
         pool = self.scheduler.token_to_kv_pool_allocator.get_kvcache()
-        return [*pool.k_buffer, *pool.v_buffer]
+        return HostRows([*pool.k_buffer, *pool.v_buffer])
+
+    def _all_ranks(self, mine: bool) -> bool:
+        """Whether all tensor-parallel ranks say so: they admit and retract alike."""
+        ranks = self.scheduler.attn_tp_group
+        if ranks.world_size == 1:
+            return mine
+        everyone = torch.tensor(mine, dtype=torch.int64)
+        torch.distributed.all_reduce(everyone, op=torch.distributed.ReduceOp.MIN, group=ranks.cpu_group)
+        return bool(everyone)
 
 
 def retracted_of(req: Req) -> Retracted | None:
@@ -373,18 +382,3 @@ def _prefix(req: Req) -> Prefix:
         prefix = Prefix(None)
         setattr(req, PREFIX, prefix)
     return prefix
-
-
-def _host_bytes(buffer: torch.Tensor, slots: int) -> int:
-    """What so many slots of a buffer take on the host: torch pins powers of two."""
-    num_bytes = slots * math.prod(buffer.shape[1:]) * buffer.itemsize
-    return 1 << (num_bytes - 1).bit_length() if buffer.is_cuda and num_bytes else num_bytes
-
-
-def _to_host(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """A copy of these slots on the host, behind the current stream's work; nobody waits for it."""
-    shape = (len(slots), *buffer.shape[1:])
-    host = torch.empty(shape, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
-    for part, some in zip(host.split(_AT_ONCE), slots.split(_AT_ONCE), strict=True):
-        part.copy_(buffer[some], non_blocking=True)
-    return host

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import plugins
 import pytest
 import requests
 from exactness import PROMPTS, assert_likeliest, assert_same_choices
@@ -146,8 +147,13 @@ def test_stop_token_after_compression(kara: Server) -> None:
     kara.assert_nothing_leaked()
 
 
-@pytest.fixture(scope="module")
-def page_1(tiny_model: Path, logs: Path) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=["hicache", pytest.param("", marks=pytest.mark.slow)])
+def page_1(
+    request: pytest.FixtureRequest,
+    tiny_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    logs: Path,
+) -> Iterator[Server]:
     """Page size 1 without overlap, float32, exact prefixes; every third step a request is retracted by
     force."""
     flags = (
@@ -157,6 +163,9 @@ def page_1(tiny_model: Path, logs: Path) -> Iterator[Server]:
         *("--kv-compress-trace", str(logs / "page_1-traces")),
     )
     env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "97"}
+    if request.param:
+        flags += ("--enable-hierarchical-cache", "--hicache-ratio", "2")
+        env |= plugins.install(tmp_path_factory.mktemp("plugin"), "host_tier")
     with launch(tiny_model, logs / "page_1.log", *flags, env=env) as server:
         yield server
 
@@ -365,12 +374,22 @@ def test_long_mixed_load_leaks_nothing(small_pool: Server) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reuse", ["exact", "auto:64", "compressed"])
+@pytest.mark.parametrize(
+    ("reuse", "tiers"),
+    [
+        *(("exact", ""), ("auto:64", ""), ("compressed", "")),
+        *(("exact", "write_back"), ("compressed", "write_through")),
+    ],
+)
 def test_a_thousand_requests_of_which_many_are_retracted_leak_nothing(
-    tiny_model: Path, logs: Path, reuse: str
+    tiny_model: Path, tmp_path: Path, logs: Path, reuse: str, tiers: str
 ) -> None:
-    """By force and for want of memory; rows wait on the host and come back."""
-    force = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "31"}
-    with launch_small(tiny_model, logs, 16, reuse, env=force) as server:
+    """By force and for want of memory; rows wait on the host and come back, with HiCache as well."""
+    env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "31"}
+    flags: tuple[str, ...] = ()
+    if tiers:
+        flags = ("--enable-hierarchical-cache", "--hicache-ratio", "2", "--hicache-write-policy", tiers)
+        env |= plugins.install(tmp_path, "host_tier")
+    with launch_small(tiny_model, logs, 16, reuse, *flags, env=env) as server:
         soak(server, count=1000, clients=8)
         assert server.state()["retracted_tokens_returned"] > 3_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sglang.srt.managers.schedule_policy import AddReqResult
 from stand_ins import Request, Setting
 from world import World
 
@@ -38,16 +39,20 @@ class Adder:
     def _get_running_request_total_token_offset(self, req: Request) -> float:
         return req.sampling_params.max_new_tokens - len(req.output_ids)
 
-    def _select_prefill_admission(self, req: Request, *, total_tokens: float) -> Admission | None:
-        return Admission(to_come(req)) if total_tokens < self.rem_total_tokens else None
+    def _select_prefill_admission(
+        self, req: Request, *, total_tokens: float
+    ) -> Admission | AddReqResult:
+        fits = total_tokens < self.rem_total_tokens
+        return Admission(to_come(req)) if fits else AddReqResult.NO_TOKEN
 
     def add_one_req(self, req: Request, _chunked: bool, _align: int | None) -> bool:
         prompt = len(req.origin_input_ids) + len(req.output_ids)
         chosen: Any = self._select_prefill_admission(req, total_tokens=prompt + to_come(req) + PAGE)
-        if chosen is not None:
+        fits = isinstance(chosen, Admission)
+        if fits:
             self.can_run_list.append(req)
             self.offset += ceil_align(prompt, PAGE) + PAGE + chosen.max_new_tokens
-        return chosen is not None
+        return fits
 
 
 class Scarce:

@@ -47,12 +47,14 @@ STRICT = {
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """The environment of a server: one thread, because two cores share many processes here."""
     base = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
-    return (
+    own = (
         base
         | {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         | STRICT
         | (extra or {})
     )
+    path = (str(Path(__file__).parent / "startup"), own.get("PYTHONPATH"))
+    return own | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 def free_port() -> int:

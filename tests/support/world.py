@@ -118,6 +118,7 @@ class World(Model):
         if offer is not None:
             assert req.prefix_len == offer.copy.tokens < len(ids), "a token is left to compute"
             kept, removed = req.retracted
+            assert returning.make_room(offer)
             returning.bring_back(req, offer)
             row = prefix_of(req).returned.row
             front = req.kv.cache_protected_len

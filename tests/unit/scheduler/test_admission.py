@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang.srt.managers.schedule_policy import AddReqResult
 
 from kara_sglang.radix_integration.row import Geometry
 from kara_sglang.scheduler.admission import adder_class
 from kara_sglang.scheduler.forecast import growth
 from kara_sglang.scheduler.runtime import runtime
+
+NO_TOKEN = AddReqResult.NO_TOKEN
 
 
 def simulated_peak(geometry: Geometry, uncompressed: int, kept: int, tokens: int) -> int:
@@ -67,7 +70,7 @@ class StockAdder:
         return req.sampling_params.max_new_tokens
 
     def _select_prefill_admission(self, req: Any, *, total_tokens: int, **_kwargs: Any) -> Any:
-        return "no room" if total_tokens > 700 else Admission(req.sampling_params.max_new_tokens)
+        return NO_TOKEN if total_tokens > 700 else Admission(req.sampling_params.max_new_tokens)
 
 
 class Params:
@@ -102,7 +105,7 @@ def test_adder_reserves_the_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     adder = adder_class(lambda _scheduler: StockAdder, None)()
     assert adder._get_running_request_total_token_offset(Req()) == 500
     assert adder._select_prefill_admission(Req(), total_tokens=1100) == Admission(500)
-    assert adder._select_prefill_admission(Req(), total_tokens=1300) == "no room"
+    assert adder._select_prefill_admission(Req(), total_tokens=1300) is NO_TOKEN
 
 
 def test_adder_counts_on_compression_only_where_it_happens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +114,7 @@ def test_adder_counts_on_compression_only_where_it_happens(monkeypatch: pytest.M
     adder = adder_class(lambda _scheduler: StockAdder, None)()
     assert adder._get_running_request_total_token_offset(Req()) == 1000
     assert adder._select_prefill_admission(Req(), total_tokens=700) == Admission(1000)
-    assert adder._select_prefill_admission(Req(), total_tokens=1100) == "no room"
+    assert adder._select_prefill_admission(Req(), total_tokens=1100) is NO_TOKEN
     later = adder_class(lambda _scheduler: StockAdder, None)()
     assert later._get_running_request_total_token_offset(Req()) == 500
 
@@ -121,6 +124,23 @@ def test_a_long_answer_reserves_all_that_it_will_hold(monkeypatch: pytest.Monkey
     monkeypatch.setattr(runtime, "coordinator", HalfCoordinator(False, long=1700.0))
     adder = adder_class(lambda _scheduler: StockAdder, None)()
     assert adder._get_running_request_total_token_offset(Req()) == 1700
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_row_comes_back_only_into_memory_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """What the prefix cache counts as its to give up may stay where it is, with HiCache."""
+    coordinator, asked = HalfCoordinator(True), []
+    coordinator.returning = SimpleNamespace(make_room=lambda offer: asked.append(offer) or there)
+    monkeypatch.setattr(runtime, "coordinator", coordinator)
+    adder = adder_class(lambda _scheduler: StockAdder, None)()
+    adder._offer = SimpleNamespace(needs=100)
+    assert adder._select_prefill_admission(Req(), total_tokens=1101) is NO_TOKEN
+    assert not asked, "nothing is given up for who is not admitted"
+    expected = Admission(500) if there else NO_TOKEN
+    assert adder._select_prefill_admission(Req(), total_tokens=1100) == expected
+    assert asked == [adder._offer]
 
 
 def test_adder_is_stocks_without_a_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from world import World, advance, one_request
 from kara_sglang.config import KaraConfig
 from kara_sglang.radix_integration.prefix import prefix_of
 from kara_sglang.scheduler import window_pool
+from kara_sglang.scheduler.host_rows import HostRows
 from kara_sglang.scheduler.pace import Pace
 from kara_sglang.scheduler.returning import retracted_of
 
@@ -94,10 +95,9 @@ def test_beside_a_pool_of_window_layers_all_is_sglangs(monkeypatch: pytest.Monke
 def test_a_bound_on_host_memory_counts_who_waits() -> None:
     world, req = running()
     returning = world.coordinator.returning
-    size = (5 + 40 - 16) * sum(buffer[0].nbytes for buffer in returning._buffers())
-    returning.most_bytes = size
+    returning.most_bytes = returning._rows.block_bytes
     world.retract(req)
-    assert copy_of(req).num_bytes == size
+    assert len(copy_of(req).blocks) == 1
     other = Request(1, [9, 9], 10_000, None)
     assert world.prefill(other)
     advance(world, 3)
@@ -136,15 +136,13 @@ def test_logprobs_of_the_prompt_are_not_asked_twice() -> None:
     assert copy_of(req) is not None
 
 
-@pytest.mark.parametrize("change", ["drafts", "hierarchical", "decode server", "no prefix cache"])
+@pytest.mark.parametrize("change", ["drafts", "decode server", "no prefix cache"])
 def test_servers_on_which_nothing_comes_back(change: str) -> None:
     world, req = running()
     scheduler, returning = world.scheduler, world.coordinator.returning
     assert returning.allowed
     if change == "drafts":
         returning.pace = Pace(tokens=4)
-    elif change == "hierarchical":
-        scheduler.enable_hierarchical_cache = True
     elif change == "decode server":
         scheduler.disagg_decode_prealloc_queue = object()
     else:
@@ -162,6 +160,43 @@ def test_kv_that_is_void_does_not_come_back() -> None:
     assert world.coordinator.returning.offer(req) is None
 
 
+def test_ranks_of_which_one_has_no_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them compute the row again, or none."""
+    world, req = running()
+    ranks, asked = SimpleNamespace(world_size=2, rank_in_group=0, cpu_group="the CPU group"), []
+    world.scheduler.attn_tp_group = ranks
+
+    def least(mine: torch.Tensor, *, op: Any, group: Any) -> None:
+        assert (op, group) == (torch.distributed.ReduceOp.MIN, ranks.cpu_group)
+        asked.append(int(mine))
+        mine.fill_(0)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", least)
+    returning = world.coordinator.returning
+    returning.keep(req)
+    assert returning._kept is None
+    monkeypatch.setattr(HostRows, "take", lambda *_: None)
+    returning.keep(req)
+    assert returning._kept is None and asked == [1, 0]
+    ranks.world_size = 1
+    returning.keep(req)
+    assert returning._kept is None and asked == [1, 0]
+
+
+def test_what_is_computed_again_is_counted_whole() -> None:
+    """However many chunks its prefill takes; of a row that is back, the rest."""
+    world, req = running()
+    world.retract(req)
+    returning, totals = world.coordinator.returning, world.coordinator.totals
+    req.is_retracted, req.full_untruncated_fill_ids = True, [7] * 5000
+    req.prefix_len = 700
+    returning.admitted(req)
+    assert copy_of(req) is None and totals.retracted_tokens_computed == 4300
+    req.is_retracted = False
+    returning.admitted(req)
+    assert totals.retracted_tokens_computed == 4300
+
+
 def test_who_opts_out_is_stocks() -> None:
     setting = Setting(KaraConfig(window=8, delay=2, policy="periodic"), trouble=0.0, num_pages=2000)
     world = World(setting, seed=0)
@@ -176,10 +211,13 @@ def test_fewer_slots_than_admission_counted_on_are_an_error() -> None:
     world, req = running()
     world.retract(req)
     req.prefix_len = world.match(req, [*req.origin_input_ids, *req.output_ids])
-    offer = world.coordinator.returning.offer(req)
+    returning = world.coordinator.returning
+    offer = returning.offer(req)
+    assert returning.make_room(offer)
     world.allocator.free.clear()
+    assert not returning.make_room(offer)
     with pytest.raises(RuntimeError, match=r"admitted with a row of 29 slots, and \d+ are not free"):
-        world.coordinator.returning.bring_back(req, offer)
+        returning.bring_back(req, offer)
 
 
 def test_a_prefix_that_is_gone_comes_from_the_copy() -> None:
