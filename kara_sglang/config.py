@@ -207,7 +207,7 @@ class KaraConfig:
     policy: Literal["periodic", "threshold", "pressure", "punctual"] = setting(
         "pressure",
         "name",
-        "Which window is compressed when; with `pressure` none while memory suffices.",
+        "Which window is compressed when; with `pressure` none below `min_pool_usage`.",
         more="See [below](#policies).",
     )
     period: int = setting(

@@ -171,7 +171,8 @@ class Threshold:
 
 
 class Pressure(Periodic):
-    """Nothing while all that run and wait fit the pool uncompressed; else those that free most.
+    """Nothing while all that run and wait need less of the pool uncompressed than ``min_usage``; else
+    those that free most.
 
     At low load no answer is touched at all. What is held now would say too little: a pool is full of
     reserves, and requests wait, long before it is full of tokens. Windows that were left whole until

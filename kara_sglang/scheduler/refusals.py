@@ -68,7 +68,7 @@ def of_scheduler(scheduler: Scheduler, config: KaraConfig, layers: list[int]) ->
     HiCache is safe because a pass writes only slots that one request owns, and a copy to the host reads
     only slots that the tree owns, compressed or not (``mem_cache/unified_radix_cache.py``). A load may
     take slots that a pass has freed, and a copy those of a row that was compressed just now, but both
-    wait for the forward stream, on which the pass runs (``load_fence_stream``, ``write_fence_stream`` in
+    wait for the forward stream, on which the pass runs (``load_fence_stream``, ``write_fence_stream``:
     ``managers/cache_controller.py``, set by ``managers/scheduler.py``).
     """
     from sglang.srt.disaggregation.decode import DecodeReqToTokenPool

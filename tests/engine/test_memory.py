@@ -154,11 +154,11 @@ def page_1(
     tmp_path_factory: pytest.TempPathFactory,
     logs: Path,
 ) -> Iterator[Server]:
-    """Page size 1 without overlap, float32, exact prefixes; every third step a request is retracted by
-    force."""
+    """Page size 1, float32, exact prefixes; again and again a request is retracted by force. With
+    HiCache and overlap scheduling, or without both."""
     flags = (
         *("--skip-tokenizer-init", "--page-size", "1", "--max-total-tokens", "4096"),
-        *("--dtype", "float32", "--disable-overlap-schedule", "--kv-compress", "kara", *WINDOW),
+        *("--dtype", "float32", "--kv-compress", "kara", *WINDOW),
         *(*PUNCTUAL, "--kv-compress-prefix-reuse", "exact"),
         *("--kv-compress-trace", str(logs / "page_1-traces")),
     )
@@ -166,6 +166,8 @@ def page_1(
     if request.param:
         flags += ("--enable-hierarchical-cache", "--hicache-ratio", "2")
         env |= plugins.install(tmp_path_factory.mktemp("plugin"), "host_tier")
+    else:
+        flags += ("--disable-overlap-schedule",)
     with launch(tiny_model, logs / "page_1.log", *flags, env=env) as server:
         yield server
 
@@ -192,15 +194,21 @@ def test_retracted_requests_end_right(page_1: Server, stock: Server, logs: Path)
     page_1.assert_nothing_leaked()
 
 
-def test_rows_that_come_back_go_on_with_their_windows(page_1: Server, tiny_model: Path) -> None:
+@pytest.mark.parametrize("selector", ["recent", "kara"])
+def test_rows_that_come_back_go_on_with_their_windows(
+    page_1: Server, tiny_model: Path, logs: Path, selector: str
+) -> None:
     """Each token is what transformers says with the K/V that windows retain, as if nobody had been
     retracted; of a row that was, one token is computed."""
     page_1.flush()
     before = page_1.state()
-    answers = page_1.generate(PROMPTS, kv_compress={"selector": "recent"})
+    answers = page_1.generate(PROMPTS, kv_compress={"selector": selector})
     infos = [answer["meta_info"] for answer in answers]
     for ids, answer in zip(PROMPTS, answers, strict=True):
-        windows = assert_likeliest(tiny_model, ids, answer["output_ids"], kept=32, page_size=1)
+        trace = load(logs / "page_1-traces" / file_name(answer["meta_info"]["id"]))
+        keeps = None if selector == "recent" else trace.keeps()
+        output = answer["output_ids"]
+        windows = assert_likeliest(tiny_model, ids, output, kept=32, page_size=1, keeps=keeps)
         assert answer["meta_info"]["kv_compress"]["windows"] == windows >= 3
     retractions = sum(info["num_retractions"] for info in infos)
     after = page_1.state()
@@ -209,7 +217,7 @@ def test_rows_that_come_back_go_on_with_their_windows(page_1: Server, tiny_model
     page_1.assert_nothing_leaked()
 
 
-def test_page_1_without_overlap_compresses(page_1: Server) -> None:
+def test_page_1_compresses(page_1: Server) -> None:
     answers = page_1.generate(PROMPTS, tokens=200, kv_compress={"retain": 0.3})
     for answer in answers:
         report = answer["meta_info"]["kv_compress"]
@@ -217,6 +225,12 @@ def test_page_1_without_overlap_compresses(page_1: Server) -> None:
             assert report["retained"] == pytest.approx(19 / 64)  # 0.3 * 64, rounded to tokens
     assert any(answer["meta_info"]["kv_compress"]["windows"] for answer in answers)
     page_1.assert_nothing_leaked()
+
+
+def test_mixed_load_of_which_many_are_retracted_leaks_nothing(page_1: Server) -> None:
+    before = page_1.state()["retracted_tokens_returned"]
+    soak(page_1, count=24, clients=6)
+    assert page_1.state()["retracted_tokens_returned"] > before
 
 
 @pytest.fixture(scope="module")

@@ -41,9 +41,11 @@ def assert_likeliest(
     *,
     transferred: bool = True,
     page_size: int = 16,
+    keeps: np.ndarray | None = None,
 ) -> int:
     """Each token of a greedy answer is one that transformers finds as likely as any other, with the
-    K/V that `recent` retains of windows of 64 (delay 16). Returns how many it passed.
+    K/V that `recent` retains of windows of 64 (delay 16), or what ``keeps`` says
+    (:meth:`RetainedCache.prune`). Returns how many it passed.
     Where the prompt was not transferred to a decode server, it is all zeros and its token is given."""
     truth = RetainedCache(model, window=64, kept=kept, delay=16, page_size=page_size)
     if transferred:
@@ -55,7 +57,7 @@ def assert_likeliest(
         answer = answer[1:]
     for step, token in enumerate(answer):
         assert expected[token] > expected.max() - 1e-3, f"step {step}, {truth.windows} windows in"
-        truth.prune()
+        truth.prune(keeps=keeps)
         expected = truth.feed([token])
     return truth.windows
 
