@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import threading
@@ -11,10 +12,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import plugins
+import psutil
 import pytest
 import requests
 from exactness import PROMPTS, assert_likeliest, assert_same_choices
-from server import PAGE_16, PUNCTUAL, WINDOW, Server, in_parallel, launch, launch_small, prompt
+from server import (
+    CPU_FLAGS,
+    PAGE_16,
+    PUNCTUAL,
+    WINDOW,
+    Server,
+    free_port,
+    in_parallel,
+    launch,
+    launch_small,
+    prompt,
+    run,
+    wait_until_ready,
+)
 
 from kara_sglang.trace.format import file_name, load
 
@@ -407,3 +422,43 @@ def test_a_thousand_requests_of_which_many_are_retracted_leak_nothing(
     with launch_small(tiny_model, logs, 16, reuse, *flags, env=env) as server:
         soak(server, count=1000, clients=8)
         assert server.state()["retracted_tokens_returned"] > 3_000
+
+
+@pytest.mark.slow
+def test_a_scheduler_killed_while_rows_wait_takes_the_server_along(
+    tiny_model: Path, tmp_path: Path, logs: Path
+) -> None:
+    """Clients hear of it, and nobody lives on or leaves shared memory behind."""
+    env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "3"}
+    env |= plugins.install(tmp_path, "host_tier")
+    flags = ("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", *WINDOW)
+    flags += ("--enable-hierarchical-cache", "--hicache-ratio", "2")
+    shared, log = set(os.listdir("/dev/shm")), logs / "killed.log"
+    command = ("-m", "sglang.launch_server", "--model-path", str(tiny_model), *CPU_FLAGS)
+    port = free_port()
+    with run((*command, "--port", str(port), *flags), log, env) as process:
+        wait_until_ready(process, port, log, timeout=240)
+        server = Server(process, port, log)
+
+        def ask(index: int) -> Exception | None:
+            try:
+                server.generate(prompt(40, index), tokens=3000)
+            except requests.RequestException as error:
+                return error
+            return None
+
+        def kill() -> None:
+            end = time.monotonic() + 120
+            while server.state()["retracted_tokens_returned"] == 0 and time.monotonic() < end:
+                time.sleep(0.1)
+            [scheduler] = [
+                child
+                for child in psutil.Process(process.pid).children(recursive=True)
+                if "scheduler" in " ".join(child.cmdline())
+            ]
+            scheduler.kill()
+
+        *heard, _ = in_parallel([lambda i=i: ask(i) for i in range(4)] + [kill])
+        assert all(heard)
+        assert process.wait(timeout=60) != 0
+    assert set(os.listdir("/dev/shm")) <= shared

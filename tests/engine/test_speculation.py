@@ -32,7 +32,8 @@ CHAINS = {
 DRAFT_MODELS = CHAINS | {"EAGLE": (*PAGE_1, *draft_model("EAGLE", topk=4, drafts=8))}
 KINDS = NGRAM | DRAFT_MODELS
 EOS = 2  # of all these models
-SLOW = ("MTP", "EAGLE3")  # both have the worker of EAGLE
+# The draft models have EAGLE's worker, or one like it; trees are EAGLE's as well.
+SLOW = ("MTP", "EAGLE3", "STANDALONE", "wide")
 
 
 @dataclass(frozen=True)

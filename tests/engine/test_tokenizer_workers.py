@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from exactness import PROMPTS
 from server import PAGE_16, WINDOW, in_parallel, launch
 
@@ -13,6 +14,7 @@ FLAGS = (
 )
 
 
+@pytest.mark.slow
 def test_options_are_checked_where_requests_are_run(tiny_model: Path, logs: Path) -> None:
     """A bad one is a client's error and hurts nobody beside it; reports come as lists."""
     options = [{"selector": "recent"}, {"retain": 7}, False, {"selector": "no such"}]

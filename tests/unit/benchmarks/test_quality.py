@@ -140,6 +140,8 @@ def test_the_documents_tables_are_the_committed_results():
     for name in (
         "quick",
         "coder",
+        "coder-keys",
+        "coder-paged",
         "full",
         "full-keys",
         "gemma",
