@@ -404,6 +404,8 @@ def main(arguments: list[str]) -> int:
             dtype, threads = found.dtype, found.threads
             for order in (order for stage in stages for order in stage):
                 order.engine["dtype"] = dtype
+        size = {"window": options.window, "windows": options.windows, "facts": options.facts}
+        campaign.same_run(folder, {"model": Path(model).name, "dtype": dtype} | size)
         left = sum(len(order.requests) for stage in stages for order in stage)
         total = len(rows) * len(scripts)
         with tqdm(total=total, initial=total - left, desc="regimes", unit="cell") as bar:
