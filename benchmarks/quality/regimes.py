@@ -2,20 +2,20 @@
 
     python -m kara_sglang.benchmarks.quality.regimes --model DIR --out regimes.json
 
-An answer is forced token by token through the real engine. It is a list of steps with a running total,
-and in between it states facts, each of them once::
+An answer is forced token by token through the real engine. It is a list of steps with a running total
+and a key that is moved now and then, and in between it states facts, each of them once::
 
     The price of tea is 23.
-    Step 12: add 14. The total is 214.
+    Step 12: add 14. The total is 214. The key is still in the attic.
     ...
-    Step 40: add the price of tea, which is 23. The total is 237.
+    Step 40: add the price of tea, which is 23. The total is 237. The key goes to the cellar.
 
-Some tokens are asked for: was the right one the most likely? ``total`` needs the step before and is
-the restated regime. The others need a fact that stands in a compressed window and nowhere else:
-``use`` a price in the middle of a step, ``copy`` a price, ``name`` an identifier, ``chain`` first the
-item that a price leads to and then that item's price. The distance of a fact is counted in windows,
-from where it stands to where it is needed. One script is one observation: intervals are percentiles of
-a bootstrap over scripts.
+Some tokens are asked for: was the right one the most likely? ``total`` and ``state``, where the key is,
+need the step before: the restated regime. The others need a fact that stands in a compressed window and
+nowhere else: ``use`` a price in the middle of a step, ``copy`` a price, ``name`` an identifier,
+``chain`` first the item that a price leads to and then that item's price. The distance of a fact is
+counted in windows, from where it stands to where it is needed. One script is one observation: intervals
+are percentiles of a bootstrap over scripts.
 """
 
 from __future__ import annotations
@@ -51,23 +51,26 @@ from kara_sglang.embedded_model import EmbeddedModelMissing, embedded_model_path
 from kara_sglang.kernels.selectors import REGISTRY
 
 MODULE = "kara_sglang.benchmarks.quality.regimes"
-RESTATED = "total"
+RESTATED = ("total", "state")
 ONCE = ("use", "copy", "name", "chain")
 SOURCE = "source"
 NULL_ROW = "random"
 RESAMPLES = 10_000
+ROOMS = ("kitchen", "garden", "attic", "office", "cellar", "garage", "hall", "library")
+STAYS = 0.75
+"""Chance that a step leaves the key where it is."""
 
 SHOWN = """Below is a list of steps. Do what each step says and write the new total.
 
 The price of rice is 31.
-Step 1: add 14. The total is 590.
+Step 1: add 14. The total is 590. The key goes to the hall.
 The function of oil is open_copper_door.
-Step 2: add 25. The total is 615.
+Step 2: add 25. The total is 615. The key is still in the hall.
 The price of salt is the price of rice.
-Step 3: take away the price of rice, which is 31. The total is 584.
+Step 3: take away the price of rice, which is 31. The total is 584. The key is still in the hall.
 Recall: the price of salt is the price of rice, which is 31.
 Recall: the function of oil is open_copper_door.
-Step 4: add 12. The total is 596.
+Step 4: add 12. The total is 596. The key goes to the office.
 
 Below is another list of steps. Do what each step says and write the new total.
 
@@ -105,6 +108,7 @@ class Writer:
         self.tokens: list[int] = []
         self.probes: list[Probe] = []
         self._total, self._step = rng.randrange(200, 400), 0
+        self._room: str | None = None
 
     def write(self, text: str) -> int:
         """Write what is not measured; returns the index of its first token."""
@@ -132,11 +136,21 @@ class Writer:
             self.write(". The total is")
         else:
             self.write(f" {price}. The total is")
-        if measured:
-            self.asked(RESTATED, f" {self._total}")
+        self._repeat("total", f" {self._total}", measured)
+        if self._room is not None and self._rng.random() < STAYS:
+            self.write(". The key is still in the")
+            self._repeat("state", f" {self._room}", measured)
         else:
-            self.write(f" {self._total}")
+            self._room = self._rng.choice([room for room in ROOMS if room != self._room])
+            self.write(f". The key goes to the {self._room}")
         self.write(".\n")
+
+    def _repeat(self, kind: str, answer: str, measured: bool) -> None:
+        """Write what follows from the step before."""
+        if measured:
+            self.asked(kind, answer)
+        else:
+            self.write(answer)
 
     def plain_step(self, measured: bool) -> None:
         """A step that names its price."""
@@ -281,7 +295,7 @@ def figures(scripts: Sequence[Script], folder: Path, rows: Sequence[Row]) -> lis
     backs = sorted({p.back for s in scripts for p in s.probes if p.back is not None})
     by_key = {row.key: row for row in rows}
     full = by_key[REFERENCE_ROW]
-    groups = {"restated": (RESTATED,), "once": ONCE} | {kind: (kind,) for kind in ONCE}
+    groups = {"once": ONCE} | {kind: (kind,) for kind in (*RESTATED, *ONCE)}
     records = []
     for row in rows:
         null = by_key.get(Row(NULL_ROW, "", NULL_ROW, row.retain).key)
@@ -305,15 +319,18 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """The records in Markdown, in percent and points."""
     lines = []
     for r in records:
-        cells = [f"{100 * r[name]['share'][0]:.1f}" for name in ("restated", "once")]
-        kinds = [f"{100 * r[kind]['share'][0]:.1f}" for kind in ONCE]
-        over = ["", ""]
-        if r["row"] != REFERENCE_ROW:
-            over = [points(r["once"]["over_full"])]
-            over.append("" if r["row"] == NULL_ROW else points(r["once"]["over_random"]))
-        lines.append([r["row"], f"{r['retain']:g}", *cells, *over, *kinds])
-    columns = ["row", "retain", "restated", "stated once", "over full (95 %)", "over random (95 %)"]
-    return grid([*columns, "use", "copy", "name", "chain"], lines)
+        shares = {kind: f"{100 * r[kind]['share'][0]:.1f}" for kind in (*RESTATED, "once", *ONCE)}
+        of_full, of_random = r["row"] == REFERENCE_ROW, ""
+        once = "" if of_full else points(r["once"]["over_full"])
+        state = "" if of_full else points(r["state"]["over_full"])
+        if not of_full and r["row"] != NULL_ROW:
+            of_random = points(r["once"]["over_random"])
+        restated = [shares["total"], shares["state"], state]
+        kinds = [shares[kind] for kind in ONCE]
+        lines.append([r["row"], f"{r['retain']:g}", *restated, shares["once"], once, of_random, *kinds])
+    columns = ["row", "retain", "total", "state", "over full (95 %)"]
+    columns += ["stated once", "over full (95 %)", "over random (95 %)"]
+    return grid([*columns, *ONCE], lines)
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -343,8 +360,9 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = command_line.parser(__spec__, __doc__)
+def parser(spec: Any, description: str) -> argparse.ArgumentParser:
+    """What every way to perform the answers can be told."""
+    parser = command_line.parser(spec, description)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
     parser.add_argument("--model", type=command_line.model_folder, help="default: the embedded one")
     parser.add_argument(
@@ -368,64 +386,97 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", metavar="SELECTOR", help="default: all and paper")
     parser.add_argument("--plot", type=Path, help="draw shares by distance into this file")
     parser.add_argument("--folder", type=Path, help="run folder; by default --out without its suffix")
-    parser.add_argument("--running", type=command_line.whole(), help="answers at once")
-    return parser.parse_args(arguments)
+    return parser
+
+
+class Run:
+    """The forced answers of one call, and the rows that perform them.
+
+    Parameters
+    ----------
+    options
+        Of :func:`parser`.
+
+    Raises
+    ------
+    EmbeddedModelMissing
+
+    Attributes
+    ----------
+    model
+        A folder.
+    folder
+        Of the results.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from transformers import AutoTokenizer
+
+        self.options = options
+        self.model: str = options.model or str(embedded_model_path())
+        self.folder: Path = (options.folder or options.out.with_suffix(".run")).resolve()
+        names = options.rows or [*(n for n in REGISTRY if n not in ("identity", "causal")), "paper"]
+        window, retains = options.window, tuple(options.retain)
+        self.rows = [reference(window), *selectors(names, window, retains)]
+        encode = encoder(AutoTokenizer.from_pretrained(self.model))
+        size = {key: getattr(options, key) for key in ("window", "windows", "facts")}
+        self.scripts = [script_of(encode, number, **size) for number in range(options.scripts)]
+        self._identity = {"model": Path(self.model).name} | size
+
+    def begin(self, **how: Any) -> None:
+        """Make the folder, or go on in it; ``how`` says how the answers are performed.
+
+        Raises
+        ------
+        EngineFailed
+            It holds another run.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        campaign.same_run(self.folder, self._identity | how)
+
+    def end(self, **meta: Any) -> None:
+        """Write and draw the figures of a run that is complete."""
+        lengths = [len(script.forced) for script in self.scripts]
+        meta |= {
+            "model": Path(self.model).name,
+            "kara_sglang": __version__,
+            "scripts": len(self.scripts),
+            "tokens_per_script": [min(lengths), max(lengths)],
+        }
+        records = figures(self.scripts, self.folder, self.rows)
+        write_json(self.options.out, {"meta": meta, "results": records})
+        print(table(records))
+        if self.options.plot:
+            plot(json.loads(self.options.out.read_text())["results"], self.options.plot)
 
 
 def main(arguments: list[str]) -> int:
-    from transformers import AutoTokenizer
-
-    options = parse(arguments)
-    names = options.rows or [*(n for n in REGISTRY if n not in ("identity", "causal")), "paper"]
-    rows = [reference(options.window), *selectors(names, options.window, tuple(options.retain))]
-    folder = (options.folder or options.out.with_suffix(".run")).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    known = parser(__spec__, __doc__)
+    known.add_argument("--running", type=command_line.whole(), help="answers at once")
+    options = known.parse_args(arguments)
     try:
-        model = options.model or str(embedded_model_path())
-        encode = encoder(AutoTokenizer.from_pretrained(model))
-        scripts = [
-            script_of(
-                encode,
-                number,
-                window=options.window,
-                windows=options.windows,
-                facts=options.facts,
-            )
-            for number in range(options.scripts)
-        ]
-        for script in scripts:
-            script.save(folder)
+        run = Run(options)
         running = options.running or campaign.RUNNING
-        stages = campaign.orders(rows, scripts, folder, model, 1, running)
         dtype, threads = None, len(os.sched_getaffinity(0))
         if cpu_engine.is_installed():
-            config = json.loads((Path(model) / "config.json").read_text())
+            config = json.loads((Path(run.model) / "config.json").read_text())
             found = fastest(config["hidden_size"], config["intermediate_size"], running)
             dtype, threads = found.dtype, found.threads
+        run.begin(dtype=dtype or "model")
+        for script in run.scripts:
+            script.save(run.folder)
+        stages = campaign.orders(run.rows, run.scripts, run.folder, run.model, 1, running)
+        if dtype is not None:
             for order in (order for stage in stages for order in stage):
                 order.engine["dtype"] = dtype
-        size = {"window": options.window, "windows": options.windows, "facts": options.facts}
-        campaign.same_run(folder, {"model": Path(model).name, "dtype": dtype} | size)
         left = sum(len(order.requests) for stage in stages for order in stage)
-        total = len(rows) * len(scripts)
+        total = len(run.rows) * len(run.scripts)
         with tqdm(total=total, initial=total - left, desc="regimes", unit="cell") as bar:
-            campaign.carry_out(stages, folder, "regimes", threads, bar.update)
+            campaign.carry_out(stages, run.folder, "regimes", threads, bar.update)
     except (EmbeddedModelMissing, EngineFailed) as error:
         print(f"regimes: {error}", file=sys.stderr)
         return 1
-    meta = {
-        **origin(MODULE, arguments),
-        "model": Path(model).name,
-        "dtype": dtype or "model",
-        "kara_sglang": __version__,
-        "scripts": len(scripts),
-        "tokens_per_script": [min(lengths := [len(s.forced) for s in scripts]), max(lengths)],
-    }
-    records = figures(scripts, folder, rows)
-    write_json(options.out, {"meta": meta, "results": records})
-    print(table(records))
-    if options.plot:
-        plot(json.loads(options.out.read_text())["results"], options.plot)
+    run.end(**origin(MODULE, arguments), dtype=dtype or "model")
     return 0
 
 

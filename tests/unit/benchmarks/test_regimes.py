@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
@@ -20,15 +21,15 @@ def test_facts_of_the_regimes_are_stated_once_and_asked_for_once():
     script = regimes.script_of(encode, 3, window=256, windows=4, facts=5)
     text = decode(script.forced)
     kinds = Counter(probe.kind for probe in script.probes)
-    assert set(kinds) == {regimes.RESTATED, *regimes.ONCE}
+    assert set(kinds) == {*regimes.RESTATED, *regimes.ONCE}
     first = -len(script.prompt) % 16
     for probe in script.probes:
         answer = text[probe.start : probe.stop].strip()
         start = text.rfind("\n", 0, probe.start) + 1
         line, before = text[start : probe.start], text[:start]
         assert first + 4 * 256 <= probe.start, "asked for before all windows are full"
-        if probe.kind == regimes.RESTATED:
-            assert probe.back is None and answer.isdigit()
+        if probe.kind in regimes.RESTATED:
+            assert probe.back is None and answer.isdigit() == (probe.kind == "total")
             continue
         if line.endswith(", which is"):  # of a chain's second half, or of a step
             item = line.removesuffix(", which is").split("price of ")[-1]
@@ -47,8 +48,11 @@ def test_the_running_total_is_right():
     prices = dict(re.findall(r"The price of (\w+) is (\d+)\.", text))
     pattern = r"Step \d+: (add|take away) (the price of \w+, which is )?(\d+)\. The total is (\d+)\."
     steps = re.findall(pattern, text)
-    assert len(steps) == text.count("Step ") > 20
-    total = None
+    assert len(steps) == text.count("Step ") > 12
+    total, rooms = None, re.findall(r"The key (goes to|is still in) the (\w+)\.", text)
+    assert len(rooms) == len(steps) and rooms[0][0] == "goes to"
+    for (_, before), (verb, now) in itertools.pairwise(rooms):
+        assert (verb == "is still in") == (before == now)
     for verb, what, price, said in steps:
         if what:
             assert prices[what.split()[3].strip(",")] == price
@@ -73,7 +77,9 @@ def test_shares_of_the_regimes_are_paired_over_scripts(tmp_path: Path):
             none = [0.0] * len(top)
             Cell(none, top, [0] * len(top), []).save(tmp_path, row.key, script.name)
     full, kara, random = regimes.figures(scripts, tmp_path, compared)
-    assert [r["restated"]["share"][0] for r in (full, kara, random)] == [1, 1, 1]
+    for kind in regimes.RESTATED:
+        assert [r[kind]["share"][0] for r in (full, kara, random)] == [1, 1, 1]
+        assert kara[kind]["over_full"] == pytest.approx([0, 0, 0])
     asked = sum(p.back is not None for p in scripts[0].probes)
     share = asked / full["once"]["asked"]
     assert kara["once"]["share"][0] == pytest.approx(share)
@@ -82,7 +88,7 @@ def test_shares_of_the_regimes_are_paired_over_scripts(tmp_path: Path):
     assert full["once"]["over_random"] is None
     total = sum(found["asked"] for found in full["by_back"].values())
     assert total == full["once"]["asked"] == sum(full[kind]["asked"] for kind in regimes.ONCE)
-    assert "| kara | 0.5 | 100.0 |" in regimes.table([full, kara, random])
+    assert "| kara | 0.5 | 100.0 | 100.0 | +0.0 (+0.0 to +0.0) |" in regimes.table([full, kara, random])
 
 
 @pytest.mark.parametrize(
