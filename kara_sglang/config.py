@@ -233,8 +233,8 @@ class KaraConfig:
     retracted_mem_gb: float = setting(
         4.0,
         "GiB per rank",
-        "Host memory for compressed rows of requests that SGLang retracts: they come back instead of "
-        "being computed again. 0: none.",
+        "Host memory for rows of requests that SGLang retracts, but for opted-out ones: they come back "
+        "instead of being computed again. 0: none.",
     )
     seed: int = setting(0, "number", "Seeds `random`, together with the prompt.", experiment=True)
     trace: str | None = setting(
@@ -467,10 +467,12 @@ def read_config_object(text_or_path: str) -> dict[str, Any]:
     return parse_object(text, f"--kv-compress-config: file {text_or_path}")
 
 
-def check_selector(name: str, value: Any) -> None:
-    """Raise ``ValueError`` where ``value`` is no selector's name."""
+def check_selector(name: str, value: Any, *others: str) -> None:
+    """Raise ``ValueError`` where ``value`` is no selector's name; ``others`` would do as well."""
     if not isinstance(value, str) or value not in REGISTRY:
-        raise ValueError(f"{name} must be one of {', '.join(SELECTORS)}, got {shown(value)}")
+        raise ValueError(
+            f"{name} must be one of {', '.join((*SELECTORS, *others))}, got {shown(value)}"
+        )
 
 
 def _without_queries() -> str:

@@ -112,7 +112,7 @@ def read_flags(namespace: argparse.Namespace) -> KaraConfig | None:
     if selector == NONE:
         return None
     if selector is not None:
-        settings.check_selector(settings.flag_of("selector"), selector)
+        settings.check_selector(settings.flag_of("selector"), selector, NONE)
     inherited = settings.environment_settings()
     if selector is None and inherited is None:
         if explicit:

@@ -87,7 +87,7 @@ class Newcomers:
             self.returning.decodes(req, state)
             if not state.shares and state.removed:
                 exact.bar_insert(req, state)
-        elif terms.skipped is not None:
+        elif terms.skipped is not None and not req.retracted_stain:
             self.totals.skip(terms.skipped)
         keep_state(req, state)
         return state

@@ -219,10 +219,11 @@ def build(config: KaraConfig) -> Policy:
 
 def begins(config: KaraConfig) -> str:
     """When a server compresses, in words for people: the beginning of a sentence."""
+    text = "compression begins when "
     if config.policy == "pressure":
         mark = f"{config.min_pool_usage * 100:g} % of the KV pool"
-        return f"compression begins when running and waiting requests need {mark}"
-    text = f"compression begins when an answer is longer than {config.window + config.delay} tokens"
+        text += f"running and waiting requests need {mark}, and "
+    text += f"an answer is longer than {config.window + config.delay} tokens"
     if config.policy == "threshold" and config.threshold:
         text += f" and its request holds {config.threshold} KV slots"
     return text

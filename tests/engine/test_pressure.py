@@ -19,7 +19,10 @@ FLAGS = (
     *("--kv-compress", "kara", "--kv-compress-window", "64", "--kv-compress-query-mem-gb", "0.05"),
     *("--kv-compress-config", '{"delay": 16, "debug_checks": true}'),
 )
-BEGINS = "compression begins when running and waiting requests need 80 % of the KV pool"
+BEGINS = (
+    "compression begins when running and waiting requests need 80 % of the KV pool, and an answer is "
+    "longer than 80 tokens"
+)
 REUSE = "; prefix reuse auto: a compressed prefix is taken where it reaches 2,048 tokens farther than "
 
 

@@ -143,7 +143,7 @@ class Request:
         self.finished_len: int | None = None
         self.to_finish: Finish | None = None
         self.retraction_count = 0
-        self.is_retracted = False
+        self.is_retracted = self.retracted_stain = False
         self.prefix_len = self.host_hit_length = 0
         self.return_hidden_states = self.return_logprob = False
         self.session = self.input_embeds = None

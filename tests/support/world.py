@@ -249,7 +249,7 @@ class World(Model):
         assert req.state is None
         if compressed:
             assert retracted_of(req).insert_skipped == req.never_inserts
-        req.is_retracted = True
+        req.is_retracted = req.retracted_stain = True
         req.prefix = None
         self.drop([req])
         if self.coordinator.longer.is_gone(req):

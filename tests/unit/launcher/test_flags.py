@@ -154,6 +154,7 @@ def test_none_on_the_command_line_ignores_a_broken_environment(
         (["--kv-compress-retain", "0.5"], "--kv-compress-retain has no effect"),
         (["--kv-compress-query-mem-gb", "1"], "--kv-compress-query-mem-gb has no effect"),
         (["--kv-compress-trace", "x"], "--kv-compress-trace has no effect"),
+        (["--kv-compress", "foo"], "random, identity, none, got 'foo'"),
         (["--kv-compress", "kara", "--kv-compress-trace", ""], "--kv-compress-trace must be"),
         (["--kv-compress-config", '{"delay": 0}'], "--kv-compress-config has no effect"),
         (

@@ -21,6 +21,11 @@ def test_skips_are_counted_by_reason() -> None:
     assert len(req.windows) > 2
     assert [other.state for other in (opted_out, beam, pictures)] == [None] * 3
     assert world.coordinator.totals.skipped == {"opt_out": 1, "beam": 1, "multimodal": 1}
+    world.retract(opted_out)
+    world.queue.remove(opted_out)
+    assert world.prefill(opted_out)
+    advance(world, 2)
+    assert world.coordinator.totals.skipped["opt_out"] == 1, "a retracted one is not another"
 
 
 def test_newcomers_stand_at_either_end_of_the_batch() -> None:

@@ -45,7 +45,10 @@ def test_nothing_is_sent_unless_a_request_ends() -> None:
 
 def test_one_sentence_says_whether_compression_has_begun() -> None:
     world, _ = one_request(selector="keys", policy="pressure", min_pool_usage=0.01)
-    begins = "compression begins when running and waiting requests need 1 % of the KV pool"
+    begins = (
+        "compression begins when running and waiting requests need 1 % of the KV pool, and an answer "
+    )
+    begins += f"is longer than {world.config.window + world.config.delay} tokens"
     assert report.told(world.coordinator) == f"{begins}; it has not yet"
     advance(world, 30)
     assert report.told(world.coordinator) == f"{begins}; it has, 3 windows so far"

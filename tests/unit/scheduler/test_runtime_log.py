@@ -51,4 +51,5 @@ def test_the_log_says_when_compression_begins() -> None:
         f"{begins}an answer is longer than 576 tokens and its request holds 900 KV slots"
     )
     pressure = said(0, policy="pressure", min_pool_usage=0.75)
-    assert pressure.endswith(f"{begins}running and waiting requests need 75 % of the KV pool")
+    mark = "running and waiting requests need 75 % of the KV pool"
+    assert pressure.endswith(f"{begins}{mark}, and an answer is longer than 576 tokens")
