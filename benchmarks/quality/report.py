@@ -7,7 +7,7 @@ renders the tables of a result or draws its plot, and puts the tables of the com
 documents, between the lines ``<!-- quality:NAME -->`` and ``<!-- end of quality -->``. A name is
 ``RESULT PART/GROUP`` with the file's name without its suffix, and ``@SHARE`` behind it for the rows of
 one share only, ``RESULT PART/kinds`` (or with a share), ``RESULT PART/goals``, or ``RESULT`` alone
-for one of ``reasoning.py``. Marks of results that are not there stay as they are.
+for one of ``reasoning.py`` or ``regimes.py``. Marks of results that are not there stay as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from kara_sglang.benchmarks import command_line, marked
 from kara_sglang.benchmarks.markdown import grid
-from kara_sglang.benchmarks.quality import reasoning
+from kara_sglang.benchmarks.quality import reasoning, regimes
 from kara_sglang.benchmarks.quality.estimates import (
     Estimate,
     Observation,
@@ -307,7 +307,8 @@ def put_into(document: str, folder: Path = RESULTS) -> str:
         place, _, retain = place.partition("@")
         if not place:
             shown = (1, float(retain)) if retain else {r["retain"] for r in result["results"]}
-            return reasoning.table([r for r in result["results"] if r["retain"] in shown])
+            module = regimes if "by_back" in result["results"][0] else reasoning
+            return module.table([r for r in result["results"] if r["retain"] in shown])
         part, _, group = place.partition("/")
         if group == "goals":  # of the first part that has all rows
             if result["results"][0]["part"] == part and result["goals"]:

@@ -1,6 +1,7 @@
 """What the counted schedules would mean on a GPU: a projection, not a measurement.
 
     python -m kara_sglang.benchmarks.serving.projection RESULT.json [--out FILE.md]
+    python -m kara_sglang.benchmarks.serving.projection --again
 
 The schedules come from a counted run of the scenario ``pool``: for each pool, how many steps ran with
 how many requests and slots. They are stretched in two directions. In length: for answers of L tokens
@@ -13,6 +14,8 @@ that the read of all KV that is held (attention makes 4 to 7 operations per byte
 limit). Prompts are computed at the card's full arithmetic rate, passes take their floor, and the ring
 for the queries is taken out of the compressed server's pool. Left out on both sides: sampling,
 launches, and what kernels fall short of the datasheet.
+
+``--again`` says what a prefix costs that is computed again, beside a step of a full pool.
 """
 
 from __future__ import annotations
@@ -30,6 +33,10 @@ from kara_sglang.benchmarks.serving.rows import STOCK, rows
 from kara_sglang.scheduler.ring.recorder import LAG
 
 OUTPUTS = (4096, 8192, 16384)
+PREFIXES = (512, 1024, 2048, 4096, 8192)
+"""Tokens that a follow-up computes again."""
+LENGTH = 4096
+"""Tokens of each request that runs beside it."""
 ROWS = ("kara-0.5", "kara-0.25")
 
 
@@ -195,15 +202,38 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
+def again() -> str:
+    """What a follow-up waits for where its prefix is computed again: cards down, tokens across."""
+    lines = []
+    for model in MODELS[:2]:
+        for card in CARDS:
+            pool = card.pool(model)
+            step = step_seconds(model, card.gpu, pool / LENGTH, pool)
+            costs = [prompt_seconds(model, card.gpu, tokens) for tokens in PREFIXES]
+            cells = [f"{1000 * cost:,.0f} ms, {cost / step:.1f} steps" for cost in costs]
+            lines.append([model.name, card.name, *cells])
+    tokens = [f"{tokens:,} tokens" for tokens in PREFIXES]
+    return (
+        "*By datasheets, not a measurement.* A prefill of so many tokens, and how many decode steps of "
+        f"a pool full of requests of {LENGTH:,} tokens take as long:\n\n"
+        + grid(["model", "card", *tokens], lines).rstrip("\n")
+    )
+
+
 def main() -> int:
     parser = command_line.parser(__spec__, __doc__)
-    parser.add_argument(
-        "result", type=command_line.file, help="JSON of a run that had the scenario `pool`"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "result",
+        nargs="?",
+        type=command_line.file,
+        help="JSON of a run that had the scenario `pool`",
     )
+    what.add_argument("--again", action="store_true", help="what prefixes cost that are computed again")
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     options = parser.parse_args()
     try:
-        text = table(json.loads(options.result.read_text()))
+        text = again() if options.again else table(json.loads(options.result.read_text()))
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"{options.result}: {error}")
     print(text)

@@ -6,7 +6,8 @@
 renders every table between the lines ``<!-- serving:RESULT/SCENARIO VIEW -->`` and ``<!-- end of
 serving -->`` anew, from ``RESULT.json`` in ``benchmarks/results/serving``. VIEW is one of
 :data:`VIEWS`, left out for all columns. The scenario ``projection`` is what ``projection.py`` makes of
-``pool``; ``longest`` is a result of ``longest.py``. Marks of results that are not there stay.
+``pool``, and ``projection/again`` needs no result; ``longest`` is a result of ``longest.py``. Marks of
+results that are not there stay.
 """
 
 from __future__ import annotations
@@ -127,6 +128,8 @@ def render(document: str, folder: Path = RESULTS) -> str:
         match = _NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"a mark is RESULT/SCENARIO VIEW, not {name}")
+        if name == "projection/again":
+            return projection.again() + "\n"
         path = folder / f"{match['result']}.json"
         if not path.exists():
             return None

@@ -53,7 +53,8 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
         | STRICT
         | (extra or {})
     )
-    path = (str(Path(__file__).parent / "startup"), own.get("PYTHONPATH"))
+    # Behind a test's own, which may have a file of the same name.
+    path = (own.get("PYTHONPATH"), str(Path(__file__).parent / "startup"))
     return own | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
@@ -137,13 +138,24 @@ class Server:
 def launch(
     model: Path, log: Path, *flags: str, env: dict[str, str] | None = None, timeout: float = 240
 ) -> Iterator[Server]:
-    """Start ``python -m sglang.launch_server`` and wait until it is ready; stop it afterwards."""
-    port = free_port()
+    """Start ``python -m sglang.launch_server`` and wait until it is ready; stop it afterwards.
+
+    SGLang finds free ports seconds before it takes them, so of two servers that start at once one may
+    find its own taken; it is started anew.
+    """
     command = ("-m", "sglang.launch_server", "--model-path", str(model), *CPU_FLAGS)
-    with run((*command, "--port", str(port), *flags), log, env) as process:
-        wait_until_ready(process, port, log, timeout)
-        yield Server(process, port, log)
-        assert process.poll() is None, f"the server died:\n{log.read_text()[-4000:]}"
+    for others in (2, 1, 0):
+        port = free_port()
+        with run((*command, "--port", str(port), *flags), log, env) as process:
+            try:
+                wait_until_ready(process, port, log, timeout)
+            except AssertionError:
+                if others and "EADDRINUSE" in log.read_text():
+                    continue
+                raise
+            yield Server(process, port, log)
+            assert process.poll() is None, f"the server died:\n{log.read_text()[-4000:]}"
+            return
 
 
 @contextlib.contextmanager
