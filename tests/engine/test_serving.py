@@ -185,6 +185,9 @@ def test_empty_prompts_are_refused_with_400(smollm2: Server, body: dict) -> None
     assert (response.status_code, "empty" in response.text) == (400, True), response.text
     streamed = smollm2.post("/generate", body | {"stream": True})
     assert '"code":400' in streamed.text or streamed.status_code == 400
+
+
+def test_empty_prompts_of_openais_route_hurt_nobody_else(smollm2: Server) -> None:
     for prompt in ("", [], [[5], []]):
         body = {"model": "m", "prompt": prompt, "max_tokens": 2}
         assert smollm2.post("/v1/completions", body).status_code == 400, prompt

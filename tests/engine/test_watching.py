@@ -36,12 +36,18 @@ ACCEPT = (
 )
 
 
-@pytest.mark.parametrize("accept", ACCEPT)
-def test_the_dashboards_metrics_are_exported(smollm2: Server, accept: str) -> None:
-    """Names, and the labels by which they are selected or summed."""
+@pytest.fixture(scope="module")
+def used(smollm2: Server) -> Server:
+    """It has compressed an answer, and left one alone."""
     smollm2.post("/generate", body(300)).raise_for_status()
     smollm2.post("/generate", body(20, kv_compress=False)).raise_for_status()
-    answer = requests.get(smollm2.url + "/metrics", headers={"Accept": accept}, timeout=60)
+    return smollm2
+
+
+@pytest.mark.parametrize("accept", ACCEPT)
+def test_the_dashboards_metrics_are_exported(used: Server, accept: str) -> None:
+    """Names, and the labels by which they are selected or summed."""
+    answer = requests.get(used.url + "/metrics", headers={"Accept": accept}, timeout=60)
     exported: dict[str, set[str]] = {}
     for line in answer.text.splitlines():
         if found := re.match(r"(sglang[:_]\w+)\{(.*)\} ", line):
