@@ -463,7 +463,7 @@ SURFACE = (
         "mem_cache.unified_radix_cache.UnifiedRadixCache",
         ("cache_controller", "disable", "evictable_size()", "prefix_device_indices(req)"),
     ),
-    Used("managers.cache_controller.HiCacheController", ("load_fence_stream", "write_fence_stream")),
+    Used("managers.cache_controller.HiCacheController", ("load_fence_stream",)),
     # A pool of sliding-window layers.
     Used("mem_cache.swa_memory_pool.SWAKVPool", ("full_kv_pool", "full_to_swa_index_mapping")),
     Used("mem_cache.swa_memory_pool.SWAKVPool", ("layers_mapping",)),

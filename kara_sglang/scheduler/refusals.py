@@ -66,9 +66,9 @@ def of_scheduler(scheduler: Scheduler, config: KaraConfig, layers: list[int]) ->
     numbers of those that a pass works over.
 
     HiCache is safe because a pass writes only slots that one request owns, and a copy to the host reads
-    only slots that the tree owns, compressed or not (``mem_cache/unified_radix_cache.py``). A load may
-    take slots that a pass has freed, and a copy those of a row that was compressed just now, but both
-    wait for the forward stream, on which the pass runs (``load_fence_stream``, ``write_fence_stream``:
+    only slots that the tree owns, compressed or not (``mem_cache/unified_radix_cache.py``): those of a
+    row whose last result has been read, so that all its passes are done. A load may take slots that a
+    pass has freed, but it waits for the forward stream, on which the pass runs (``load_fence_stream``:
     ``managers/cache_controller.py``, set by ``managers/scheduler.py``).
     """
     from sglang.srt.disaggregation.decode import DecodeReqToTokenPool
@@ -107,13 +107,10 @@ def of_scheduler(scheduler: Scheduler, config: KaraConfig, layers: list[int]) ->
             "bits float8_e4m3fn and float8_e5m2"
         )
     controller = scheduler.tree_cache.cache_controller
-    if controller is not None and not (
-        controller.load_fence_stream is controller.write_fence_stream is scheduler.forward_stream
-    ):
+    if controller is not None and controller.load_fence_stream is not scheduler.forward_stream:
         lines.append(
-            "HiCache does not wait for the forward stream before it copies to the host and loads into "
-            "freed slots in this SGLang, which --kv-compress needs; start without "
-            "--enable-hierarchical-cache"
+            "HiCache does not wait for the forward stream before it loads into freed slots in this "
+            "SGLang, which --kv-compress needs; start without --enable-hierarchical-cache"
         )
     if torch.version.hip is not None:
         # SGLang orders page-table writes behind the step in flight on CUDA only.
