@@ -153,6 +153,11 @@ def test_the_documents_tables_are_the_committed_results():
     ):
         result = json.loads((results / f"{name}.json").read_text())
         assert (results / f"{name}.md").read_text() == report.markdown(result)
-    for text, shown in ((document, "quick quick/selectors"), (readme, "gsm8k-h100 @0.5")):
+    marks = (
+        (document, "quick quick/selectors"),
+        (document, "regimes @0.5"),
+        (readme, "gsm8k-h100 @0.5"),
+    )
+    for text, shown in marks:
         assert f"<!-- quality:{shown} -->\n| row |" in text
         assert report.put_into(text) == text
