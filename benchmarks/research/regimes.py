@@ -1,10 +1,9 @@
 """The two regimes by replay: the answers of ``quality.regimes``, without a server.
 
-    python -m kara_sglang.benchmarks.research.regimes --scripts 64 --out regimes.json
+    python -m kara_sglang.benchmarks.research.regimes --out regimes.json --plot regimes.png
 
 A server on a CPU gives these answers token by token; a replay computes all tokens between two
-compressions at once, so thousands of questions take minutes. Each answer has a seed of its own for
-``random``.
+compressions at once, which is much faster. Each answer has a seed of its own for ``random``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Python begins with this in the processes of the tests' servers: to look for garbage among all that
-SGLang's imports make takes a fifth of a server's start."""
+SGLang's imports make takes an eighth of a server's start."""
 
 import gc
 
