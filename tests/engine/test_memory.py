@@ -32,6 +32,9 @@ from server import (
 
 from kara_sglang.trace.format import file_name, load
 
+# With the plugin `host_tier`.
+HOST_TIER = ("--enable-hierarchical-cache", "--hicache-ratio", "2")
+
 
 def test_pool_grows_by_what_a_window_frees(kara: Server) -> None:
     """While one request runs: pool - free = pages of held slots, and each window gave W - R back."""
@@ -178,7 +181,7 @@ def page_1(
     )
     env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "97"}
     if request.param:
-        flags += ("--enable-hierarchical-cache", "--hicache-ratio", "2")
+        flags += HOST_TIER
         env |= plugins.install(tmp_path_factory.mktemp("plugin"), "host_tier")
     else:
         flags += ("--disable-overlap-schedule",)
@@ -416,7 +419,7 @@ def test_a_thousand_requests_of_which_many_are_retracted_leak_nothing(
     env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "31"}
     flags: tuple[str, ...] = ()
     if tiers:
-        flags = ("--enable-hierarchical-cache", "--hicache-ratio", "2", "--hicache-write-policy", tiers)
+        flags = (*HOST_TIER, "--hicache-write-policy", tiers)
         env |= plugins.install(tmp_path, "host_tier")
     with launch_small(tiny_model, logs, 16, reuse, *flags, env=env) as server:
         soak(server, count=1000, clients=8)
@@ -430,8 +433,7 @@ def test_a_scheduler_killed_while_rows_wait_takes_the_server_along(
     """Clients hear of it, and no process lives on."""
     env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "3"}
     env |= plugins.install(tmp_path, "host_tier")
-    flags = ("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", *WINDOW)
-    flags += ("--enable-hierarchical-cache", "--hicache-ratio", "2")
+    flags = ("--skip-tokenizer-init", *PAGE_16, "--kv-compress", "kara", *WINDOW, *HOST_TIER)
     log = logs / "killed.log"
     command = ("-m", "sglang.launch_server", "--model-path", str(tiny_model), *CPU_FLAGS)
     port = free_port()
