@@ -64,13 +64,16 @@ SHOWN = """Below is a list of steps. Do what each step says and write the new to
 
 The price of rice is 31.
 Step 1: add 14. The total is 590. The key goes to the hall.
+The price of milk is 22.
 The function of oil is open_copper_door.
 Step 2: add 25. The total is 615. The key is still in the hall.
-The price of salt is the price of rice.
+The price of salt equals that of rice.
 Step 3: take away the price of rice, which is 31. The total is 584. The key is still in the hall.
-Recall: the price of salt is the price of rice, which is 31.
+Recall: the price of salt equals that of rice, which is 31.
+Recall: the price of milk is 22.
+Step 4: take away 31. The total is 553. The key goes to the attic.
 Recall: the function of oil is open_copper_door.
-Step 4: add 12. The total is 596. The key goes to the office.
+Step 5: add 12. The total is 565. The key goes to the office.
 
 Below is another list of steps. Do what each step says and write the new total.
 
@@ -192,15 +195,17 @@ def script_of(encode: Encode, number: int, *, window: int, windows: int, facts: 
             writer.step(fact.value, fact.item, place)
             continue
         what = "function" if fact.kind == "name" else "price"
-        writer.write(f"Recall: the {what} of {fact.item} is")
+        writer.write(f"Recall: the {what} of {fact.item}")
+        # The words in front of an answer say which kind it is: only the fact itself is asked for.
         if fact.kind == "chain":
             assert isinstance(fact.value, int)
             source = stated[fact.value]
-            writer.write(" the price of")
+            writer.write(" equals that of")
             writer.asked("chain", f" {source.item}", place)
             writer.write(", which is")
             writer.asked("chain", f" {source.value}", places[fact.value])
         else:
+            writer.write(" is")
             writer.asked(fact.kind, f" {fact.value}", place)
         writer.write(".\n")
         writer.plain_step(measured=True)
@@ -221,7 +226,7 @@ def facts_of(rng: random.Random, count: int) -> list[Fact]:
     source = -1
     for place, (item, kind) in enumerate(zip(items, kinds, strict=True)):
         if kind == "chain":
-            line = f"The price of {item} is the price of {items[source]}."
+            line = f"The price of {item} equals that of {items[source]}."
             facts.append(Fact(kind, item, source, line))
         elif kind == "name":
             function = "_".join(rng.sample(WORDS, 3))
