@@ -216,10 +216,16 @@ def _plus_minus(value: float, error: float | None, digits: int) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """The whole result as a document."""
     meta = result["meta"]
+    replayed = "transformers" in meta
+    performer = (
+        f"by replay in {meta['dtype']} with transformers {meta['transformers']}"
+        if replayed
+        else f"SGLang {meta['sglang']}"
+    )
     lines = [
         "# Quality of compressed answers",
         "",
-        f"`{meta['command']}`, {meta['model']}, {meta['split']} texts, SGLang {meta['sglang']}, "
+        f"`{meta['command']}`, {meta['model']}, {meta['split']} texts, {performer}, "
         f"kara-sglang {meta['kara_sglang']}, {meta['machine']}, {meta['seconds'] / 60:.0f} minutes.",
         "",
     ]

@@ -10,11 +10,14 @@ is measured on the server.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
+from kara_sglang.benchmarks.quality.engine import PAGE_SIZE
 from kara_sglang.benchmarks.quality.script import Cell, Script
+from kara_sglang.config import KaraConfig
+from kara_sglang.kernels import selectors
 from kara_sglang.kernels.record import FP8, mean_of
 from kara_sglang.kernels.rope_shift import RopeShift
 from kara_sglang.kernels.select import select
@@ -41,10 +44,31 @@ class Plan:
     window: int
     kept: int
     delay: int
-    page_size: int = 16
+    page_size: int = PAGE_SIZE
     fp8: bool = False
     mean: bool = False
     seed: int = 0
+
+    @classmethod
+    def of(cls, selector: str | None, config: KaraConfig) -> Self:
+        """What a server with these settings and room to record every head does for a request.
+
+        Raises
+        ------
+        ValueError
+            For settings that a replay has nothing for.
+        """
+        if config.query_dtype == "fp4":
+            raise ValueError("a replay records no queries in fp4")
+        return cls(
+            None if selector is None else selectors.build(selector, config),
+            config.window,
+            config.kept(PAGE_SIZE),
+            config.delay,
+            PAGE_SIZE,
+            fp8=config.query_dtype == "fp8",
+            mean=config.query_heads == "mean",
+        )
 
     def first(self, prompt: int) -> int:
         """Where the first window of a request with ``prompt`` tokens starts."""

@@ -41,10 +41,9 @@ def plan_of(name: str, window: int, retain: float) -> Plan:
     """What a server with default settings (``paper``: with that preset) would do for a request."""
     mean, name = name.endswith(MEAN), name.removesuffix(MEAN)
     preset = "paper" if name == "paper" else "default"
-    config = KaraConfig.from_settings({"window": window, "retain": retain, "preset": preset})
-    selector = selectors.build("kara" if name == "paper" else name, config)
-    fp8 = config.query_dtype == "fp8"
-    return Plan(selector, window, config.kept(PAGE_SIZE), config.delay, PAGE_SIZE, fp8=fp8, mean=mean)
+    settings = {"window": window, "retain": retain, "preset": preset}
+    config = KaraConfig.from_settings(settings | ({"query_heads": "mean"} if mean else {}))
+    return Plan.of("kara" if name == "paper" else name, config)
 
 
 def scripts_of(tokenizer: Any, split: str, limit: int | None, window: int, seeds: int) -> list[Script]:

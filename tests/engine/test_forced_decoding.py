@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from server import prompt
 
 from kara_sglang.benchmarks.quality import engine, variants
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
+from kara_sglang.benchmarks.quality.rows import Row
 from kara_sglang.benchmarks.quality.script import Cell, Probe, Script, reference_path
 from kara_sglang.benchmarks.quality.tasks import windows_done
-from kara_sglang.benchmarks.research.replay import Plan, Replay
+from kara_sglang.benchmarks.research import tables
+from kara_sglang.benchmarks.research.replay import Replay
 from kara_sglang.benchmarks.tiny_model import VOCAB
-from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
 
 WINDOW, DELAY, PAGE = 64, 16, 16
@@ -106,11 +108,11 @@ def test_compressed_rows_are_transformers_with_the_same_kv(
     folder: Path, replay: Replay, row: str, one: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kept positions per layer and head, true positions: the same probabilities, KL and lengths."""
-    config = KaraConfig.from_settings(SETTINGS)
     monkeypatch.setitem(selectors.REGISTRY, VARIANT, None)  # taken out again afterwards
     del selectors.REGISTRY[VARIANT]
     variants.register([VARIANT])
-    plan = Plan(selectors.build(row, config), WINDOW, int(ROWS[row] * WINDOW), DELAY, PAGE, seed=SEED)
+    plan = tables.plan_of(Row(row, "selectors", row, ROWS[row], SETTINGS))
+    plan = dataclasses.replace(plan, seed=SEED)
     measured, truth = Cell.load(folder, row, one.name), replay.run(one, plan)
     assert measured.slots == truth.slots
     assert measured.logprob == pytest.approx(truth.logprob, abs=5e-4)

@@ -32,10 +32,12 @@ def test_facts_of_the_regimes_are_stated_once_and_asked_for_once():
             assert probe.back is None and answer.isdigit() == (probe.kind == "total")
             continue
         if line.endswith(", which is"):  # of a chain's second half, or of a step
-            item = line.removesuffix(", which is").split("price of ")[-1]
+            item = re.split("price of |that of ", line.removesuffix(", which is"))[-1]
             stated = f"The price of {item} is "
         else:
             stated = line.replace("Recall: the", "The") + " "
+            # What stands in front of an answer says which kind it is.
+            assert stated.endswith(" equals that of " if probe.kind == "chain" else " is ")
         assert before.count(stated) == 1 and before.split(stated)[1].startswith(answer + ".")
         assert probe.back == (probe.start - before.index(stated)) // 256
         if probe.kind in ("name", "copy", "use"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,7 @@ import pytest
 import torch
 from quality import encode, fill
 
-from kara_sglang.benchmarks.quality import campaign, rows, tasks, texts
-from kara_sglang.benchmarks.quality import command as quality_main
+from kara_sglang.benchmarks.quality import campaign, rows, tables, tasks, texts
 from kara_sglang.benchmarks.quality.engine import EngineFailed
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.rows import Part
@@ -23,7 +23,9 @@ from kara_sglang.benchmarks.quality.script import (
 from kara_sglang.benchmarks.quality.tasks import PROMPT, SETTLE, Layout
 from kara_sglang.benchmarks.quality.variants import Variant, VariantSelector
 from kara_sglang.benchmarks.research import search
+from kara_sglang.benchmarks.research import tables as replayed
 from kara_sglang.benchmarks.research.replay import Layer, Plan, Replay
+from kara_sglang.benchmarks.serving.setup import resolve_model
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import record, selectors
 from kara_sglang.kernels.score import NEIGHBOURS_SHARE, AttentionRule, key_distances
@@ -96,6 +98,35 @@ def test_a_search_can_take_the_scripts_of_a_table():
     assert {len(script.probes) for script in found[1::2]} == {8}
     layout = Layout(1024, 1, facts=8)
     assert found[3] == tasks.recall_script(encode, texts.load("held_out", 2)[1], layout, seed=1)
+
+
+def test_tables_by_replay_are_those_of_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Two rows of ``--quick`` on the embedded model: they lose little, and ``paper`` more."""
+    out = tmp_path / "tables.json"
+    arguments = ["--quick", "--rows", "kara", "paper", "--shares", "0.5", "--texts", "1"]
+    arguments += ["--out", str(out)]
+    assert replayed.main(arguments) == 0
+    full, kara, paper = json.loads(out.read_text())["results"]
+    assert [row["row"] for row in (full, kara, paper)] == ["full", "kara", "paper"]
+    assert (full["slots"], kara["slots"], paper["slots"]) == (287.5, 224, 192)
+    assert 0.001 < kara["kl_text"] < paper["kl_text"] < 0.1
+    assert full["recall_logprob"] > kara["recall_logprob"] > paper["recall_logprob"] > -4
+    assert "by replay in float32 with transformers" in out.with_suffix(".md").read_text()
+    assert replayed.main([*arguments, "--dtype", "bfloat16"]) == 1
+    assert "holds another run (other dtype)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [("kv", "row 'bf16' needs an engine: kv_cache_dtype"), ("ring", "no queries in fp4")],
+)
+def test_what_only_an_engine_can_do_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, says: str
+):
+    model = resolve_model("tiny", tmp_path)
+    arguments = ["--part", part, "--model", model, "--texts", "1", "--out", str(tmp_path / "o.json")]
+    assert replayed.main(arguments) == 1
+    assert says in capsys.readouterr().err
 
 
 def test_a_replay_keeps_what_the_recorder_keeps():
@@ -219,9 +250,9 @@ def test_orders_hold_what_is_missing(small_part, tmp_path: Path, monkeypatch: py
 
 
 def test_a_run_folder_of_other_defaults_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    identity = {"model": "m"} | quality_main._defaults()
+    identity = {"model": "m"} | tables._defaults()
     campaign.same_run(tmp_path, identity)
     campaign.same_run(tmp_path, identity)
-    monkeypatch.setitem(quality_main.PRESETS, "default", {"ahead": False})
+    monkeypatch.setitem(tables.PRESETS, "default", {"ahead": False})
     with pytest.raises(EngineFailed, match="holds another run"):
-        campaign.same_run(tmp_path, {"model": "m"} | quality_main._defaults())
+        campaign.same_run(tmp_path, {"model": "m"} | tables._defaults())
