@@ -326,16 +326,16 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for r in records:
         shares = {kind: f"{100 * r[kind]['share'][0]:.1f}" for kind in (*RESTATED, "once", *ONCE)}
         of_full, of_random = r["row"] == REFERENCE_ROW, ""
-        once = "" if of_full else points(r["once"]["over_full"])
-        state = "" if of_full else points(r["state"]["over_full"])
+        beside: list[str] = []
+        for kind in (*RESTATED, "once"):
+            beside += [shares[kind], "" if of_full else points(r[kind]["over_full"])]
         if not of_full and r["row"] != NULL_ROW:
             of_random = points(r["once"]["over_random"])
-        restated = [shares["total"], shares["state"], state]
         kinds = [shares[kind] for kind in ONCE]
-        lines.append([r["row"], f"{r['retain']:g}", *restated, shares["once"], once, of_random, *kinds])
-    columns = ["row", "retain", "total", "state", "over full (95 %)"]
-    columns += ["stated once", "over full (95 %)", "over random (95 %)"]
-    return grid([*columns, *ONCE], lines)
+        lines.append([r["row"], f"{r['retain']:g}", *beside, of_random, *kinds])
+    over = "over full (95 %)"
+    columns = ["row", "retain", "total", over, "state", over, "stated once", over]
+    return grid([*columns, "over random (95 %)", *ONCE], lines)
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -359,8 +359,9 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set_title(f"stated once, {share:g} of each window kept")
         panel.set_xlabel("distance of the fact, in windows")
         panel.grid(alpha=0.3)
-    np.atleast_1d(panels)[0].set_ylabel("right answers, %")
-    np.atleast_1d(panels)[-1].legend(fontsize=8)
+    first, last = np.atleast_1d(panels)[[0, -1]]
+    first.set(ylabel="right answers, %", ylim=(0, 100))
+    last.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     save(figure, path)
 
