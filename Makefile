@@ -109,7 +109,8 @@ tables: $(ENGINE) $(PACKAGE)
 	@$(PY) docs/render.py
 	@$(PY) -m kara_sglang.benchmarks.serving.tables README.md docs/throughput.md \
 	  benchmarks/results/serving/README.md
-	@$(PY) -m kara_sglang.benchmarks.quality.report --into README.md docs/quality.md
+	@$(PY) -m kara_sglang.benchmarks.quality.report --into README.md docs/quality.md \
+	  benchmarks/results/quality/README.md
 	@$(PY) -m kara_sglang.benchmarks.research.search --into benchmarks/results/quality/README.md
 	@$(PY) -m kara_sglang.benchmarks.gpu.tables benchmarks/results/gpu/README.md docs/kernels.md
 

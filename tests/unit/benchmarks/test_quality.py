@@ -155,7 +155,8 @@ def test_the_documents_tables_are_the_committed_results():
         assert (results / f"{name}.md").read_text() == report.markdown(result)
     marks = (
         (document, "quick quick/selectors"),
-        (document, "regimes @0.5"),
+        (document, "regimes-coder"),
+        (searches, "regimes"),
         (readme, "gsm8k-h100 @0.5"),
     )
     for text, shown in marks:
