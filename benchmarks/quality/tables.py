@@ -64,7 +64,9 @@ def parser(spec: Any, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--split", choices=texts.SPLITS, default="held_out", help="texts; default: %(default)s"
     )
-    parser.add_argument("--texts", type=command_line.whole(), help="at most so many texts")
+    parser.add_argument(
+        "--texts", type=command_line.whole(), help="how many texts, at most as there are"
+    )
     parser.add_argument("--folder", type=Path, help="run folder; by default --out without its suffix")
     parser.add_argument("--plot", type=Path, help="draw KL and recall into this file")
     return parser
@@ -145,7 +147,7 @@ def _measure(
     for part in parts:
         started = time.monotonic()
         if options.texts:
-            part.texts = min(options.texts, part.texts or options.texts)
+            part.texts = options.texts
         scripts = campaign.scripts_of(part, tokenizer, options.split)
         for script in scripts:
             script.save(folder)

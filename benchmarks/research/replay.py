@@ -90,6 +90,8 @@ class Layer:
 class Replay:
     """A transformers model whose attention reads the layers' retained K/V.
 
+    Layers with a sliding window keep everything; the delay is to be no shorter than the window.
+
     Parameters
     ----------
     model : str
@@ -108,7 +110,6 @@ class Replay:
         ).eval()
         self.scale = self.model.model.layers[0].self_attn.scaling
         self._layers: list[Layer] = []
-        self._kept: list[list[torch.Tensor]] = []
         self._full: dict[tuple[str, ...], tuple[Script, list[Layer], Cell, torch.Tensor]] = {}
 
     def _attention(
@@ -133,6 +134,8 @@ class Replay:
         layer = self._layers[module.layer_idx]
         new, total = query.shape[2], layer.keys.shape[1]
         seen = torch.ones(new, total, dtype=torch.bool).tril(total - new)
+        if window := _sliding_window(module):
+            seen = seen.triu(total - new - window + 1)
         out = torch.nn.functional.scaled_dot_product_attention(
             query,
             layer.keys[None],
@@ -190,7 +193,6 @@ class Replay:
         self._layers = [
             Layer(x.keys[:, :done], x.values[:, :done], x.queries[:, :done]) for x in layers
         ]
-        self._kept = []
         first = len(script.prompt) - 1
         measured = script.measured()
         hidden, slots, removed, windows = {}, {}, 0, 0
@@ -224,8 +226,10 @@ class Replay:
 
     def _compress(self, plan: Plan, base: int, logical: int, windows: int) -> None:
         assert plan.selector is not None
-        width, kept_all = plan.window, []
+        width = plan.window
         for number, layer in enumerate(self._layers):
+            if _sliding_window(self.model.model.layers[number].self_attn):
+                continue  # with a delay of its window it sees nothing that is compressed
             keys = layer.keys[:, base : base + width].transpose(0, 1)
             values = layer.values[:, base : base + width].transpose(0, 1)
             queries = None
@@ -241,7 +245,6 @@ class Replay:
                 seed=plan.seed + 1_000_003 * windows + number,
             )
             kept = select(scores, plan.kept, plan.selector.chunks)
-            kept_all.append(kept)
             index = kept[:, :, None].expand(-1, -1, keys.shape[2])
 
             def splice(cache: torch.Tensor, index: torch.Tensor = index) -> torch.Tensor:
@@ -249,11 +252,13 @@ class Replay:
                 return torch.cat([cache[:, :base], window, cache[:, base + width :]], dim=1)
 
             self._layers[number] = Layer(splice(layer.keys), splice(layer.values), layer.queries)
-        self._kept.append(kept_all)
 
     def _turn(self, positions: int, head_dim: int) -> RopeShift:
         """From transformers' own frequencies, the same in all layers."""
-        angles = positions * self.model.model.rotary_emb.inv_freq.double()
+        rotary = self.model.model.rotary_emb
+        # Models with sliding windows have one set for each kind of layer.
+        of_full = getattr(rotary, "full_attention_inv_freq", None)
+        angles = positions * (rotary.inv_freq if of_full is None else of_full).double()
         return RopeShift.of_layer(angles.cos(), angles.sin(), head_dim, halves=True)
 
     @staticmethod
@@ -267,6 +272,11 @@ class Replay:
             limit = torch.finfo(FP8).max
             queries = queries.clamp(-limit, limit).to(FP8)
         return queries
+
+
+def _sliding_window(attention: Any) -> int | None:
+    """Tokens that a layer of transformers sees, itself included; None: all."""
+    return getattr(attention, "sliding_window", None)
 
 
 def divergence(full: torch.Tensor, other: torch.Tensor) -> float:

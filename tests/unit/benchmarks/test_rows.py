@@ -10,13 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gemma_model import make_tiny_gemma
 from quality import encode, fill
+from transformers import AutoModelForCausalLM
 
 from kara_sglang.benchmarks.quality import campaign, rows, tables, tasks, texts
 from kara_sglang.benchmarks.quality.engine import EngineFailed
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.rows import Part
 from kara_sglang.benchmarks.quality.script import (
+    Probe,
     Script,
     reference_path,
 )
@@ -144,6 +147,30 @@ def test_a_replay_keeps_what_the_recorder_keeps():
             record.record(ring, step, [queries[None, :, position]])
         kept = [(page,) for page in pages.flatten().tolist() if page >= 0]
         assert torch.equal(got, record.recorded(ring[0], 10, 20, kept))
+
+
+def test_a_replay_sees_through_sliding_windows(tmp_path: Path):
+    """A random Gemma, whose windows are shorter than the script: the full cache is transformers', and
+    so is a row that keeps every token, block by block."""
+    folder = make_tiny_gemma(tmp_path)
+    replay = Replay(str(folder))
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(3, 500, (300,), generator=generator).tolist()
+    script = Script("s", "s", tokens[:40], tokens[40:], [Probe("text", 200, 260, True)])
+    full = replay.full(script)
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logprobs = plain(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    said = [logprobs[239 + i, tokens[240 + i]].item() for i in range(60)]
+    assert full.logprob == pytest.approx(said, abs=1e-4)
+    settings = {"window": 64, "delay": 48, "query_dtype": "model"}
+    assert plain.config.sliding_window <= 48
+
+    def kl(selector: str, retain: float) -> float:
+        plan = Plan.of(selector, KaraConfig.from_settings(settings | {"retain": retain}))
+        return max(replay.run(script, plan).kl)
+
+    assert kl("identity", 1.0) < 1e-5 < 1e-3 < kl("recent", 0.25)
 
 
 def test_what_variants_change():
