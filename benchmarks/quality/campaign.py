@@ -32,7 +32,8 @@ def same_run(folder: Path, identity: dict[str, Any]) -> None:
     path = folder / "run.json"
     if path.is_file():
         before = json.loads(path.read_text())
-        if other := [key for key in identity if before.get(key) != identity[key]]:
+        keys = dict.fromkeys([*identity, *before])
+        if other := [key for key in keys if before.get(key) != identity.get(key)]:
             raise EngineFailed(
                 f"{folder} holds another run (other {', '.join(other)}); give --folder or remove it"
             )

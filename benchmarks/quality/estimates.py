@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kara_sglang.benchmarks.quality.script import Cell, Script
+
+RESAMPLES = 10_000
+"""Of the bootstrap."""
 
 
 class Estimate(NamedTuple):
@@ -60,6 +65,18 @@ def share_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float,
     low = 0.0 if successes == 0 else (middle - half) / scale
     high = 1.0 if successes == trials else (middle + half) / scale
     return low, high
+
+
+def resampled(observations: int) -> np.ndarray:
+    """Indices of the bootstrap's samples, ``(RESAMPLES, observations)``, the same in every run."""
+    return np.random.default_rng(0).integers(
+        observations, size=(RESAMPLES, observations), dtype=np.int32
+    )
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """The middle 95 % of a bootstrap's values."""
+    return [float(value) for value in np.percentile(values, (2.5, 97.5))]
 
 
 def ranks(values: dict[str, float]) -> dict[str, float]:

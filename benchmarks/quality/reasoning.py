@@ -38,7 +38,7 @@ from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import campaign, coder_model
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed
-from kara_sglang.benchmarks.quality.estimates import points, share_interval
+from kara_sglang.benchmarks.quality.estimates import interval, points, resampled, share_interval
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.pace import fastest
 from kara_sglang.benchmarks.quality.texts import DATA
@@ -55,8 +55,6 @@ WHOLE = ("full", "again")
 """Rows that are not compressed."""
 SERVER_SETTINGS = {"paper": {"preset": "paper"}}
 """Rows that need a server of their own, and its settings; its selector is ``kara``."""
-RESAMPLES = 10_000
-"""Of the bootstrap."""
 SEEDS = 1_000_000
 """From one sample of a problem to the next."""
 
@@ -242,7 +240,7 @@ def figures(
         low, high = (
             share_interval(int(graded.sum()), len(graded))
             if samples == 1
-            else _interval(graded[_drawn(len(graded))].mean(axis=1))
+            else interval(graded[resampled(len(graded))].mean(axis=1))
         )
         record = {
             "row": row.name,
@@ -273,22 +271,14 @@ def figures(
 def difference(ours: np.ndarray, theirs: np.ndarray) -> list[float]:
     """Mean of the paired differences and its 95 % interval, from a bootstrap over problems."""
     apart = ours - theirs
-    return [float(apart.mean()), *_interval(apart[_drawn(len(apart))].mean(axis=1))]
+    return [float(apart.mean()), *interval(apart[resampled(len(apart))].mean(axis=1))]
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> list[float]:
     """Ratio of the means minus 1, and its 95 % interval, from a bootstrap over problems."""
-    drawn = _drawn(len(ours))
+    drawn = resampled(len(ours))
     ratios = ours[drawn].mean(axis=1) / theirs[drawn].mean(axis=1) - 1
-    return [float(ours.mean() / theirs.mean() - 1), *_interval(ratios)]
-
-
-def _drawn(problems: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(problems, size=(RESAMPLES, problems), dtype=np.int32)
-
-
-def _interval(values: np.ndarray) -> list[float]:
-    return [float(value) for value in np.percentile(values, (2.5, 97.5))]
+    return [float(ours.mean() / theirs.mean() - 1), *interval(ratios)]
 
 
 def table(records: list[dict[str, Any]]) -> str:

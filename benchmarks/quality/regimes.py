@@ -12,10 +12,10 @@ and a key that is moved now and then, and in between it states facts, each of th
 
 Some tokens are asked for: was the right one the most likely? ``total`` and ``state``, where the key is,
 need the step before: the restated regime. The others need a fact that stands in a compressed window and
-nowhere else: ``use`` a price in the middle of a step, ``copy`` a price, ``name`` an identifier,
-``chain`` first the item that a price leads to and then that item's price. The distance of a fact is
-counted in windows, from where it stands to where it is needed. One script is one observation: intervals
-are percentiles of a bootstrap over scripts.
+nowhere else: the facts ``use``, a price in the middle of a step, ``copy``, a price, and ``name``, an
+identifier, and ``chain``, first the item that a price leads to and then that item's price. The distance
+of a fact is counted in windows, from where it stands to where it is needed. One script is one
+observation: intervals are percentiles of a bootstrap over scripts.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import json
 import os
 import random
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +41,10 @@ from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import campaign
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed
-from kara_sglang.benchmarks.quality.estimates import points
+from kara_sglang.benchmarks.quality.estimates import interval, points, resampled
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.pace import fastest
-from kara_sglang.benchmarks.quality.rows import Row, reference, selectors
+from kara_sglang.benchmarks.quality.rows import Row, defaults, reference, selectors
 from kara_sglang.benchmarks.quality.script import Cell, Probe, Script
 from kara_sglang.benchmarks.quality.tasks import NAMES, SETTLE, WORDS, Encode, encoder
 from kara_sglang.benchmarks.serving.server import end_on_sigterm
@@ -52,10 +53,10 @@ from kara_sglang.kernels.selectors import REGISTRY
 
 MODULE = "kara_sglang.benchmarks.quality.regimes"
 RESTATED = ("total", "state")
-ONCE = ("use", "copy", "name", "chain")
+FACTS = ("use", "copy", "name")
+ONCE = (*FACTS, "chain")
 SOURCE = "source"
 NULL_ROW = "random"
-RESAMPLES = 10_000
 ROOMS = ("kitchen", "garden", "attic", "office", "cellar", "garage", "hall", "library")
 STAYS = 0.75
 """Chance that a step leaves the key where it is."""
@@ -252,30 +253,21 @@ class Counted:
     right: np.ndarray
     asked: np.ndarray
 
-    def share(self) -> tuple[float, float, float]:
+    def share(self) -> list[float]:
         """Share of right answers and its 95 % interval."""
-        drawn = _drawn(len(self.asked))
+        drawn = resampled(len(self.asked))
         shares = self.right[drawn].sum(axis=1) / np.maximum(self.asked[drawn].sum(axis=1), 1)
-        return (self._share(), *_interval(shares))
+        return [self._share(), *interval(shares)]
 
-    def over(self, other: Counted) -> tuple[float, float, float]:
+    def over(self, other: Counted) -> list[float]:
         """How much larger than ``other``'s the share is, paired over scripts, and its 95 % interval."""
-        drawn = _drawn(len(self.asked))
+        drawn = resampled(len(self.asked))
         asked = np.maximum(self.asked[drawn].sum(axis=1), 1)
         apart = (self.right - other.right)[drawn].sum(axis=1) / asked
-        return (self._share() - other._share(), *_interval(apart))
+        return [self._share() - other._share(), *interval(apart)]
 
     def _share(self) -> float:
         return float(self.right.sum() / max(1, self.asked.sum()))
-
-
-def _drawn(scripts: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(scripts, size=(RESAMPLES, scripts))
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(values, (2.5, 97.5))
-    return float(low), float(high)
 
 
 def counted(
@@ -296,11 +288,11 @@ def counted(
 
 
 def figures(scripts: Sequence[Script], folder: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One record per row: shares of right answers by kind, regime and distance."""
+    """One record per row: shares of right answers by kind and regime, and of facts by distance."""
     backs = sorted({p.back for s in scripts for p in s.probes if p.back is not None})
     by_key = {row.key: row for row in rows}
     full = by_key[REFERENCE_ROW]
-    groups = {"once": ONCE} | {kind: (kind,) for kind in (*RESTATED, *ONCE)}
+    groups = {"once": ONCE, "facts": FACTS} | {kind: (kind,) for kind in (*RESTATED, *ONCE)}
     records = []
     for row in rows:
         null = by_key.get(Row(NULL_ROW, "", NULL_ROW, row.retain).key)
@@ -314,7 +306,7 @@ def figures(scripts: Sequence[Script], folder: Path, rows: Sequence[Row]) -> lis
                 "over_random": mine.over(counted(scripts, folder, null, kinds)) if null else None,
             }
         for back in backs:
-            mine = counted(scripts, folder, row, ONCE, range(back, back + 1))
+            mine = counted(scripts, folder, row, FACTS, range(back, back + 1))
             record["by_back"][back] = {"asked": int(mine.asked.sum()), "share": mine.share()}
         records.append(record)
     return records
@@ -324,22 +316,28 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """The records in Markdown, in percent and points."""
     lines = []
     for r in records:
-        shares = {kind: f"{100 * r[kind]['share'][0]:.1f}" for kind in (*RESTATED, "once", *ONCE)}
-        of_full, of_random = r["row"] == REFERENCE_ROW, ""
-        beside: list[str] = []
-        for kind in (*RESTATED, "once"):
-            beside += [shares[kind], "" if of_full else points(r[kind]["over_full"])]
-        if not of_full and r["row"] != NULL_ROW:
-            of_random = points(r["once"]["over_random"])
-        kinds = [shares[kind] for kind in ONCE]
-        lines.append([r["row"], f"{r['retain']:g}", *beside, of_random, *kinds])
+        of_full = r["row"] == REFERENCE_ROW
+
+        def beside(kind: str, r: dict[str, Any] = r, of_full: bool = of_full) -> list[str]:
+            return [percent(r[kind]), "" if of_full else points(r[kind]["over_full"])]
+
+        null = None if of_full or r["row"] == NULL_ROW else r["facts"]["over_random"]
+        facts = [*beside("facts"), points(null), *(percent(r[kind]) for kind in FACTS)]
+        before = [r["row"], f"{r['retain']:g}", *beside("total"), *beside("state")]
+        lines.append([*before, *facts, *beside("chain")])
     over = "over full (95 %)"
-    columns = ["row", "retain", "total", over, "state", over, "stated once", over]
-    return grid([*columns, "over random (95 %)", *ONCE], lines)
+    columns = ["row", "retain", "total", over, "state", over, "facts", over, "over random (95 %)"]
+    return grid([*columns, *FACTS, "chain", over], lines)
+
+
+def percent(found: dict[str, Any]) -> str:
+    """A group's share of right answers."""
+    return f"{100 * found['share'][0]:.1f}"
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Share of right answers against the fact's distance, a panel per share that is kept."""
+    """Share of right answers against the distance of facts, where 30 were asked for or more; a panel
+    per share that is kept."""
     from kara_sglang.benchmarks.plots import pyplot, save
 
     shares = sorted({r["retain"] for r in records if r["row"] != REFERENCE_ROW}, reverse=True)
@@ -356,7 +354,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
             (line,) = panel.plot(backs, values, dash, marker=".", label=r["row"])
             low, high = ([100 * found[back]["share"][i] for back in backs] for i in (1, 2))
             panel.fill_between(backs, low, high, alpha=0.12, color=line.get_color())
-        panel.set_title(f"stated once, {share:g} of each window kept")
+        panel.set_title(f"facts stated once, {share:g} of each window kept")
         panel.set_xlabel("distance of the fact, in windows")
         panel.grid(alpha=0.3)
     first, last = np.atleast_1d(panels)[[0, -1]]
@@ -427,7 +425,10 @@ class Run:
         encode = encoder(AutoTokenizer.from_pretrained(self.model))
         size = {key: getattr(options, key) for key in ("window", "windows", "facts")}
         self.scripts = [script_of(encode, number, **size) for number in range(options.scripts)]
-        self._identity = {"model": Path(self.model).name} | size
+        # Scripts are known by name: cells of others, or of other defaults, are not theirs.
+        first = repr((self.scripts[0].prompt, self.scripts[0].forced)).encode()
+        self._identity = {"model": Path(self.model).name, "script": zlib.crc32(first)}
+        self._identity |= size | defaults()
 
     def begin(self, **how: Any) -> None:
         """Make the folder, or go on in it; ``how`` says how the answers are performed.
@@ -468,7 +469,7 @@ def main(arguments: list[str]) -> int:
             config = json.loads((Path(run.model) / "config.json").read_text())
             found = fastest(config["hidden_size"], config["intermediate_size"], running)
             dtype, threads = found.dtype, found.threads
-        run.begin(dtype=dtype or "model")
+        run.begin(dtype=dtype or "model", by="engine")
         for script in run.scripts:
             script.save(run.folder)
         stages = campaign.orders(run.rows, run.scripts, run.folder, run.model, 1, running)

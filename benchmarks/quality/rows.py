@@ -9,7 +9,7 @@ from typing import Any
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.tasks import SETTLE, Layout
 from kara_sglang.benchmarks.quality.variants import Variant
-from kara_sglang.config import KaraConfig
+from kara_sglang.config import PRESETS, KaraConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,11 @@ class Part:
     text: Layout
     recall: Layout
     texts: int | None
+
+
+def defaults() -> dict[str, str]:
+    """What rows mean that leave settings out, by preset."""
+    return {name: KaraConfig.from_settings({"preset": name}).to_json() for name in PRESETS}
 
 
 PAPER = "paper"

@@ -23,7 +23,6 @@ from kara_sglang.benchmarks.output import write_json
 from kara_sglang.benchmarks.quality import campaign, report, rows, texts
 from kara_sglang.benchmarks.quality.engine import EngineFailed
 from kara_sglang.benchmarks.quality.script import Script
-from kara_sglang.config import PRESETS, KaraConfig
 from kara_sglang.embedded_model import EmbeddedModelMissing, embedded_model_path
 
 
@@ -130,7 +129,7 @@ def _measure(
     folder = (options.folder or options.out.with_suffix(".run")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     campaign.same_run(
-        folder, _defaults() | {"model": model, "split": options.split, "delay": options.delay} | how
+        folder, rows.defaults() | {"model": model, "split": options.split, "delay": options.delay} | how
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
     meta = {
@@ -156,11 +155,6 @@ def _measure(
         found = found or report.goals(part, scripts, folder)
         seconds = _spent(folder, time.monotonic() - started)
         yield {"meta": meta | {"seconds": seconds}, "results": results, "goals": found}
-
-
-def _defaults() -> dict[str, str]:
-    """What rows mean that leave settings out, by preset."""
-    return {name: KaraConfig.from_settings({"preset": name}).to_json() for name in PRESETS}
 
 
 def _spent(folder: Path, seconds: float) -> float:

@@ -3,12 +3,11 @@
     python -m kara_sglang.benchmarks.research.regimes --out regimes.json --plot regimes.png
 
 A server on a CPU gives these answers token by token; a replay computes all tokens between two
-compressions at once, which is much faster. Each answer has a seed of its own for ``random``.
+compressions at once, which is much faster.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from typing import Any
 
@@ -18,22 +17,12 @@ from tqdm import tqdm
 from kara_sglang.benchmarks.machine import origin
 from kara_sglang.benchmarks.quality import regimes
 from kara_sglang.benchmarks.quality.engine import EngineFailed
-from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
-from kara_sglang.benchmarks.quality.rows import Row
-from kara_sglang.benchmarks.quality.script import Cell, Script, cell_path
+from kara_sglang.benchmarks.quality.script import cell_path
 from kara_sglang.benchmarks.research.replay import Replay
-from kara_sglang.benchmarks.research.search import plan_of
+from kara_sglang.benchmarks.research.tables import perform, plan_of
 from kara_sglang.embedded_model import EmbeddedModelMissing
 
 MODULE = "kara_sglang.benchmarks.research.regimes"
-
-
-def perform(replay: Replay, script: Script, row: Row, window: int, seed: int) -> Cell:
-    """One answer, compressed as a server would."""
-    if row.name == REFERENCE_ROW:
-        return replay.full(script)
-    plan = plan_of(row.name, window, row.retain)
-    return replay.run(script, dataclasses.replace(plan, seed=seed))
 
 
 def main(arguments: list[str]) -> int:
@@ -50,11 +39,10 @@ def main(arguments: list[str]) -> int:
         return 1
     replay: Any = Replay(run.model, getattr(torch, options.dtype))
     with torch.no_grad():
-        for seed, script in enumerate(tqdm(run.scripts, desc="regimes", unit="answer")):
+        for script in tqdm(run.scripts, desc="regimes", unit="answer"):
             for row in run.rows:
                 if not cell_path(run.folder, row.key, script.name).is_file():
-                    cell = perform(replay, script, row, options.window, seed)
-                    cell.save(run.folder, row.key, script.name)
+                    perform(replay, script, plan_of(row)).save(run.folder, row.key, script.name)
             replay.forget()
     run.end(**origin(MODULE, arguments), dtype=options.dtype)
     return 0

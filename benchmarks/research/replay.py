@@ -2,13 +2,14 @@
 
 A :class:`Replay` performs a script without SGLang: the same model, the same selectors, kept positions
 per layer and head, true RoPE positions. Tokens between two compressions are computed at once, so it is
-far faster than an engine on a CPU. It serves two purposes: it checks the instrument (both must give the
-same numbers), and it searches the space of selectors on development texts. What is reported to users
-is measured on the server.
+far faster than an engine on a CPU. It checks the instrument (both must give the same numbers), searches
+the space of selectors on development texts, and makes tables that an engine on a CPU takes hours for;
+the documents say which.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -85,12 +86,14 @@ class Layer:
     keys: torch.Tensor
     values: torch.Tensor
     queries: torch.Tensor
+    sliding_window: int | None = None
+    """Tokens that a query sees, its own included; None: all."""
 
 
 class Replay:
     """A transformers model whose attention reads the layers' retained K/V.
 
-    Layers with a sliding window keep everything; the delay is to be no shorter than the window.
+    Layers with a sliding window keep everything.
 
     Parameters
     ----------
@@ -119,23 +122,27 @@ class Replay:
         key: torch.Tensor,
         value: torch.Tensor,
         _mask: torch.Tensor | None,
-        **_kwargs: object,
+        sliding_window: int | None = None,
+        **more: object,
     ) -> tuple[torch.Tensor, None]:
         """Append the new tokens' K/V, then attend to everything retained, causally among the new."""
+        if unknown := [name for name in ("s_aux", "softcap") if more.get(name) is not None]:
+            raise NotImplementedError(f"a replay's attention has no {unknown[0]}")
         if module.layer_idx == len(self._layers):
-            self._layers.append(Layer(key[0], value[0], query[0]))
+            self._layers.append(Layer(key[0], value[0], query[0], sliding_window))
         else:
             layer = self._layers[module.layer_idx]
             self._layers[module.layer_idx] = Layer(
                 torch.cat([layer.keys, key[0]], dim=1),
                 torch.cat([layer.values, value[0]], dim=1),
                 torch.cat([layer.queries, query[0]], dim=1),
+                sliding_window,
             )
         layer = self._layers[module.layer_idx]
         new, total = query.shape[2], layer.keys.shape[1]
         seen = torch.ones(new, total, dtype=torch.bool).tril(total - new)
-        if window := _sliding_window(module):
-            seen = seen.triu(total - new - window + 1)
+        if sliding_window is not None:
+            seen = seen.triu(total - new - sliding_window + 1)
         out = torch.nn.functional.scaled_dot_product_attention(
             query,
             layer.keys[None],
@@ -191,7 +198,8 @@ class Replay:
         _, layers, _, reference = self._full[(script.name,)]
         # Up to the first compression nothing differs from the full cache.
         self._layers = [
-            Layer(x.keys[:, :done], x.values[:, :done], x.queries[:, :done]) for x in layers
+            Layer(x.keys[:, :done], x.values[:, :done], x.queries[:, :done], x.sliding_window)
+            for x in layers
         ]
         first = len(script.prompt) - 1
         measured = script.measured()
@@ -228,8 +236,10 @@ class Replay:
         assert plan.selector is not None
         width = plan.window
         for number, layer in enumerate(self._layers):
-            if _sliding_window(self.model.model.layers[number].self_attn):
-                continue  # with a delay of its window it sees nothing that is compressed
+            if layer.sliding_window is not None:
+                if plan.delay < layer.sliding_window:
+                    raise ValueError(f"a delay of {layer.sliding_window} tokens or more is needed")
+                continue  # it sees nothing that is compressed
             keys = layer.keys[:, base : base + width].transpose(0, 1)
             values = layer.values[:, base : base + width].transpose(0, 1)
             queries = None
@@ -251,7 +261,9 @@ class Replay:
                 window = cache[:, base : base + width].gather(1, index)
                 return torch.cat([cache[:, :base], window, cache[:, base + width :]], dim=1)
 
-            self._layers[number] = Layer(splice(layer.keys), splice(layer.values), layer.queries)
+            self._layers[number] = dataclasses.replace(
+                layer, keys=splice(layer.keys), values=splice(layer.values)
+            )
 
     def _turn(self, positions: int, head_dim: int) -> RopeShift:
         """From transformers' own frequencies, the same in all layers."""
@@ -272,11 +284,6 @@ class Replay:
             limit = torch.finfo(FP8).max
             queries = queries.clamp(-limit, limit).to(FP8)
         return queries
-
-
-def _sliding_window(attention: Any) -> int | None:
-    """Tokens that a layer of transformers sees, itself included; None: all."""
-    return getattr(attention, "sliding_window", None)
 
 
 def divergence(full: torch.Tensor, other: torch.Tensor) -> float:

@@ -9,8 +9,10 @@ engine has (``ring`` in fp4, ``kv``) are refused.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,8 @@ from tqdm import tqdm
 from kara_sglang.benchmarks.machine import command
 from kara_sglang.benchmarks.quality import tables, variants
 from kara_sglang.benchmarks.quality.engine import EngineFailed
-from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.rows import Part, Row
-from kara_sglang.benchmarks.quality.script import Script, cell_path
+from kara_sglang.benchmarks.quality.script import Cell, Script, cell_path
 from kara_sglang.benchmarks.research.replay import Plan, Replay
 from kara_sglang.config import KaraConfig
 
@@ -60,15 +61,20 @@ class Replays:
             for script in scripts:
                 for key, plan in plans.items():
                     if not cell_path(folder, key, script.name).is_file():
-                        full = key == REFERENCE_ROW
-                        cell = self._replay.full(script) if full else self._replay.run(script, plan)
-                        cell.save(folder, key, script.name)
+                        perform(self._replay, script, plan).save(folder, key, script.name)
                     bar.update()
                 self._replay.forget()
 
 
+def perform(replay: Replay, script: Script, plan: Plan) -> Cell:
+    """One answer; each script has a seed of its own."""
+    if plan.selector is None:
+        return replay.full(script)
+    return replay.run(script, dataclasses.replace(plan, seed=zlib.crc32(script.name.encode())))
+
+
 def plan_of(row: Row) -> Plan:
-    """How a server would compress the requests of a row.
+    """How a server would compress the requests of a row, but for the seed.
 
     Raises
     ------

@@ -7,9 +7,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from quality import decode, encode
 
+from kara_sglang.benchmarks import plots
 from kara_sglang.benchmarks.quality import regimes, rows
 from kara_sglang.benchmarks.quality.script import (
     Cell,
@@ -88,12 +90,31 @@ def test_shares_of_the_regimes_are_paired_over_scripts(tmp_path: Path):
     assert kara["once"]["over_full"] == pytest.approx([share - 1, -1, 0])
     assert kara["once"]["over_random"] == pytest.approx([share, 0, 1])
     assert full["once"]["over_random"] is None
+    assert full["once"]["asked"] == sum(full[kind]["asked"] for kind in regimes.ONCE)
     total = sum(found["asked"] for found in full["by_back"].values())
-    assert total == full["once"]["asked"] == sum(full[kind]["asked"] for kind in regimes.ONCE)
+    assert total == full["facts"]["asked"] == sum(full[kind]["asked"] for kind in regimes.FACTS)
     nothing = "100.0 | +0.0 (+0.0 to +0.0) |"
     assert f"| kara | 0.5 | {nothing} {nothing}" in regimes.table([full, kara, random])
-    regimes.plot([full, kara, random], tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_both_rows_miss_is_no_difference():
+    """Scripts differ, rows do not: an interval that is not paired would be wide."""
+    mine = regimes.Counted(np.array([0.0, 5.0, 5.0]), np.array([5.0, 5.0, 5.0]))
+    assert mine.over(mine) == [0, 0, 0]
+    assert mine.share() == pytest.approx([2 / 3, 0, 1])
+
+
+def test_the_plot_has_a_line_per_row_and_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    few, many = ({"asked": n, "share": [0.5, 0.4, 0.6]} for n in (29, 30))
+    rows_ = [("full", 1.0), ("kara", 0.5), ("random", 0.5), ("kara", 0.25)]
+    by_back = {"1": few, "2": many, "3": many}
+    regimes.plot([{"row": r, "retain": s, "by_back": by_back} for r, s in rows_], tmp_path / "x.png")
+    half, quarter = drawn[0].axes
+    assert [line.get_label() for line in half.lines] == ["full", "kara", "random"]
+    assert [line.get_label() for line in quarter.lines] == ["full", "kara"]
+    assert half.lines[1].get_xydata().tolist() == [[2, 50], [3, 50]]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from gemma_model import make_tiny_gemma
 from quality import encode, fill
 from transformers import AutoModelForCausalLM
 
-from kara_sglang.benchmarks.quality import campaign, rows, tables, tasks, texts
+from kara_sglang.benchmarks.quality import campaign, rows, tasks, texts
 from kara_sglang.benchmarks.quality.engine import EngineFailed
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.rows import Part
@@ -277,9 +277,16 @@ def test_orders_hold_what_is_missing(small_part, tmp_path: Path, monkeypatch: py
 
 
 def test_a_run_folder_of_other_defaults_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    identity = {"model": "m"} | tables._defaults()
+    identity = {"model": "m"} | rows.defaults()
     campaign.same_run(tmp_path, identity)
     campaign.same_run(tmp_path, identity)
-    monkeypatch.setitem(tables.PRESETS, "default", {"ahead": False})
+    monkeypatch.setitem(rows.PRESETS, "default", {"ahead": False})
     with pytest.raises(EngineFailed, match="holds another run"):
-        campaign.same_run(tmp_path, {"model": "m"} | tables._defaults())
+        campaign.same_run(tmp_path, {"model": "m"} | rows.defaults())
+
+
+@pytest.mark.parametrize("first", [{}, {"by": "replay"}])
+def test_cells_of_engines_and_of_replays_do_not_mix(tmp_path: Path, first: dict[str, str]):
+    campaign.same_run(tmp_path, {"model": "m"} | first)
+    with pytest.raises(EngineFailed, match="other by"):
+        campaign.same_run(tmp_path, {"model": "m"} | ({} if first else {"by": "replay"}))
