@@ -286,7 +286,8 @@ def table(records: list[dict[str, Any]]) -> str:
     lines = []
     for r in records:
         accuracy, low, high = (100 * r[name] for name in ("accuracy", "accuracy_low", "accuracy_high"))
-        over_full, longer = points(r["over_full"]), f" ({100 * r['longer_than_full'][0]:+.1f} %)"
+        more, least, most = (100 * part for part in r["longer_than_full"])
+        over_full, longer = points(r["over_full"]), f" ({more:+.1f} ± {(most - least) / 2:.1f} %)"
         if r["row"] == REFERENCE_ROW:
             over_full = longer = ""
         right = f"{accuracy:.1f} ({low:.1f} to {high:.1f})"
@@ -295,7 +296,7 @@ def table(records: list[dict[str, Any]]) -> str:
         over = [over_full, points(r["over_random"])]
         lines.append([r["row"], f"{r['retain']:g}", right, *over, *written, done])
     columns = ["row", "retain", "accuracy (95 %)", "over full (95 %)", "over random (95 %)"]
-    columns += ["output tokens", "cut off", "compressed: answers / tokens"]
+    columns += ["output tokens (95 %)", "cut off", "compressed: answers / tokens"]
     slots = [r.get("kv_slots_at_end") for r in records]
     if any(slots):  # results from before they were reported have none
         columns.append("KV slots at the end")
@@ -359,7 +360,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", help="default: the model's; without a GPU the fastest one")
     parser.add_argument("--server-args", default="", help="more flags for the server, as one word")
     parser.add_argument("--collect", action="store_true", help="only ask; grade later")
-    parser.add_argument("--folder", type=Path, help="run folder; by default --out without its suffix")
+    parser.add_argument("--folder", type=Path, help="run folder; by default --out with the suffix .run")
     options = parser.parse_args(arguments)
     if REFERENCE_ROW not in options.rows:
         options.rows.insert(0, REFERENCE_ROW)

@@ -389,7 +389,7 @@ def parser(spec: Any, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--rows", nargs="+", metavar="SELECTOR", help="default: all and paper")
     parser.add_argument("--plot", type=Path, help="draw shares by distance into this file")
-    parser.add_argument("--folder", type=Path, help="run folder; by default --out without its suffix")
+    parser.add_argument("--folder", type=Path, help="run folder; by default --out with the suffix .run")
     return parser
 
 

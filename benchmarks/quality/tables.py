@@ -66,7 +66,7 @@ def parser(spec: Any, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--texts", type=command_line.whole(), help="how many texts, at most as there are"
     )
-    parser.add_argument("--folder", type=Path, help="run folder; by default --out without its suffix")
+    parser.add_argument("--folder", type=Path, help="run folder; by default --out with the suffix .run")
     parser.add_argument("--plot", type=Path, help="draw KL and recall into this file")
     return parser
 

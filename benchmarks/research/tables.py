@@ -98,6 +98,8 @@ def main(arguments: list[str]) -> int:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s"
     )
     options = known.parse_args(arguments)
+    if not (options.quick or options.part):
+        known.error("give --quick, --part main or --part windows; the others need an engine")
     return tables.make(
         options,
         command(MODULE, arguments),

@@ -71,6 +71,7 @@ def test_help_says_how_it_is_called_and_what_options_mean(
 
 
 SEARCH = "kara_sglang.benchmarks.research.search"
+TABLES = "kara_sglang.benchmarks.research.tables"
 PLAN = ("kara_sglang.plan", "--model M --gpu-memory 80 --prompt 9 --answer 9 --running 1")
 BAD = (
     (*PLAN, "--prompt 0", "'0' is not a whole number above 0"),
@@ -91,6 +92,7 @@ BAD = (
     ("kara_sglang.benchmarks.quality", "--out O", "--shares 3", "'3' is not a share"),
     ("kara_sglang.benchmarks.quality", "--out O", "--texts 0", "'0' is not a whole number"),
     ("kara_sglang.benchmarks.quality", "--out O", "--rows x", "--rows x: there is full, "),
+    (TABLES, "--out O", "--texts 2", "give --quick, --part main or --part windows"),
     (SEARCH, "--out O", "x", "no row x; there are "),
     (SEARCH, "--out O", "kara:x=1", "unknown 'x'; known: power, "),
     (SEARCH, "--out O", "kara:chunks=x", "could not convert string to float: 'x'"),
