@@ -373,6 +373,13 @@ def parser(spec: Any, description: str) -> argparse.ArgumentParser:
         "--scripts", type=command_line.whole(), default=40, help="forced answers per row"
     )
     parser.add_argument(
+        "--first",
+        type=command_line.whole(0),
+        default=0,
+        metavar="SEED",
+        help="of the first; a search for better scores takes those from 1000 on; default: %(default)s",
+    )
+    parser.add_argument(
         "--window", type=command_line.whole(), default=128, help="tokens; default: %(default)s"
     )
     parser.add_argument(
@@ -387,7 +394,9 @@ def parser(spec: Any, description: str) -> argparse.ArgumentParser:
         metavar="SHARE",
         help="default: 0.5 0.25",
     )
-    parser.add_argument("--rows", nargs="+", metavar="SELECTOR", help="default: all and paper")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="SELECTOR", help="default: all selectors and paper"
+    )
     parser.add_argument("--plot", type=Path, help="draw shares by distance into this file")
     parser.add_argument("--folder", type=Path, help="run folder; by default --out with the suffix .run")
     return parser
@@ -424,7 +433,8 @@ class Run:
         self.rows = [reference(window), *selectors(names, window, retains)]
         encode = encoder(AutoTokenizer.from_pretrained(self.model))
         size = {key: getattr(options, key) for key in ("window", "windows", "facts")}
-        self.scripts = [script_of(encode, number, **size) for number in range(options.scripts)]
+        numbers = range(options.first, options.first + options.scripts)
+        self.scripts = [script_of(encode, number, **size) for number in numbers]
         # Scripts are known by name: cells of others, or of other defaults, are not theirs.
         first = repr((self.scripts[0].prompt, self.scripts[0].forced)).encode()
         self._identity = {"model": Path(self.model).name, "script": zlib.crc32(first)}
