@@ -41,6 +41,12 @@ def same_run(folder: Path, identity: dict[str, Any]) -> None:
         write_json(path, identity)
 
 
+def kept(folder: Path, key: str) -> Any:
+    """What a run folder's results have in common, or None where there are none yet."""
+    path = folder / "run.json"
+    return json.loads(path.read_text()).get(key) if path.is_file() else None
+
+
 def scripts_of(part: Part, tokenizer: Any, split: str) -> list[Script]:
     """The scripts of a part: one of each kind per text."""
     encode, beginning = tasks.encoder(tokenizer), tokenizer.encode("")

@@ -36,8 +36,15 @@ class Pace:
     milliseconds: dict[str, float]
 
 
-def fastest(hidden: int, inner: int, batch: int) -> Pace:
-    """Try the largest matrix of a layer, ``(inner, hidden)``, on ``batch`` tokens."""
+def fastest(model: str, batch: int) -> Pace:
+    """Try the largest matrix of a layer of ``model``, a folder or hub name, on ``batch`` tokens."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    return _fastest(config.hidden_size, config.intermediate_size, batch)
+
+
+def _fastest(hidden: int, inner: int, batch: int) -> Pace:
     before = torch.get_num_threads()
     cores = len(os.sched_getaffinity(0))
     took: dict[tuple[str, int], float] = {}

@@ -387,7 +387,7 @@ def collect(
         todo = [one for one in each if not place(folder, *one).is_file()]
         if not todo:
             continue
-        set_pace(options)
+        set_pace(options, folder)
         with contextlib.ExitStack() as stack:
             url = options.url
             if url is None:
@@ -411,13 +411,24 @@ def answered(options: argparse.Namespace) -> dict[str, Any]:
     return {"machine": machine(), "dtype": options.dtype or "model", "threads": threads}
 
 
-def set_pace(options: argparse.Namespace) -> None:
-    """Without a GPU: the dtype and the number of threads that are fastest here, unless given."""
+def set_pace(options: argparse.Namespace, folder: Path) -> None:
+    """Without a GPU: the dtype and the number of threads that are fastest here, unless given.
+
+    A run that goes on keeps its dtype.
+
+    Raises
+    ------
+    Failed
+        Where another one is asked for.
+    """
+    path = folder / "answered.json"
+    before = json.loads(path.read_text())["dtype"] if path.is_file() else None
+    if before and options.dtype not in (None, before):
+        raise Failed(f"--dtype {options.dtype}: {folder} holds answers in {before}; give --folder")
     if options.url or not cpu_engine.is_installed():
         return
-    config = json.loads((Path(options.model or _default_model()) / "config.json").read_text())
-    found = fastest(config["hidden_size"], config["intermediate_size"], options.parallel)
-    options.dtype = options.dtype or found.dtype
+    found = fastest(options.model or _default_model(), options.parallel)
+    options.dtype = options.dtype or before or found.dtype
     os.environ.setdefault("OMP_NUM_THREADS", str(found.threads))
     times = ", ".join(f"{name} {took:.1f} ms" for name, took in found.milliseconds.items())
     print(

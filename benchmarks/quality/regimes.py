@@ -470,15 +470,15 @@ class Run:
 def main(arguments: list[str]) -> int:
     known = parser(__spec__, __doc__)
     known.add_argument("--running", type=command_line.whole(), help="answers at once")
+    known.add_argument("--dtype", help="default: the model's; without a GPU the fastest one")
     options = known.parse_args(arguments)
     try:
         run = Run(options)
         running = options.running or campaign.RUNNING
-        dtype, threads = None, len(os.sched_getaffinity(0))
+        dtype, threads = options.dtype, len(os.sched_getaffinity(0))
         if cpu_engine.is_installed():
-            config = json.loads((Path(run.model) / "config.json").read_text())
-            found = fastest(config["hidden_size"], config["intermediate_size"], running)
-            dtype, threads = found.dtype, found.threads
+            found = fastest(run.model, running)
+            dtype, threads = dtype or campaign.kept(run.folder, "dtype") or found.dtype, found.threads
         run.begin(dtype=dtype or "model", by="engine")
         for script in run.scripts:
             script.save(run.folder)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from kara_sglang.benchmarks.quality import pace, reasoning, report, texts
 from kara_sglang.benchmarks.quality.pace import Pace
@@ -170,6 +172,12 @@ def test_answers_are_collected_once_and_graded_later(tmp_path: Path, monkeypatch
     assert len(asked) == 9, "what is there is not asked again"
     assert reasoning.main([*arguments, "--samples", "2"]) == 0
     assert len(asked) == len(set(asked)) == 18 and {sample for *_, sample in asked} == {0, 1}
+    monkeypatch.setattr(reasoning, "fastest", lambda *_: Pace("float32", 2, {"float32/2": 1.0}))
+    assert reasoning.main([*arguments, "--samples", "3"]) == 0
+    kept = json.loads((tmp_path / "out.run" / "answered.json").read_text())
+    assert kept["dtype"] == "bfloat16", "a run that goes on keeps its dtype"
+    assert reasoning.main([*arguments, "--samples", "4", "--dtype", "float32"]) == 1
+    assert "--dtype float32: " in (said := capsys.readouterr().err) and "in bfloat16" in said
     assert reasoning.main([*arguments, "--temperature", "0"]) == 1
     assert "holds another run (other temperature)" in capsys.readouterr().err
     result = json.loads((tmp_path / "out.json").read_text())
@@ -190,7 +198,10 @@ def test_the_pace_is_what_was_measured_fastest(monkeypatch):
 
     monkeypatch.setattr(pace, "_time", time)
     monkeypatch.setattr(pace.os, "sched_getaffinity", lambda _: {0, 1})
-    found = pace.fastest(8, 16, 32)
+    config = SimpleNamespace(hidden_size=8, intermediate_size=16)
+    whole = SimpleNamespace(get_text_config=lambda: config)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", {"org/model": whole}.get)
+    found = pace.fastest("org/model", 32)
     assert (found.dtype, found.threads) == ("float32", 2)
     assert found.milliseconds["bfloat16/1"] == 3000.0 and len(found.milliseconds) == 4
     assert torch.get_num_threads() == before
