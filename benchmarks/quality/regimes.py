@@ -11,22 +11,24 @@ and a key that is moved now and then, and in between it states facts, each of th
     Step 40: add the price of tea, which is 23. The total is 237. The key goes to the cellar.
 
 Some tokens are asked for: was the right one the most likely? ``total`` and ``state``, where the key is,
-need the step before: the restated regime. The others need a fact that stands in a compressed window and
-nowhere else: the facts ``use``, a price in the middle of a step, ``copy``, a price, and ``name``, an
-identifier, and ``chain``, first the item that a price leads to and then that item's price. The distance
-of a fact is counted in windows, from where it stands to where it is needed. One script is one
-observation: intervals are percentiles of a bootstrap over scripts.
+need what was said last, mostly in the step before: the restated regime. ``behind`` are those for which
+that lies in a compressed window: none where a step is shorter than the delay. The others need a fact
+that stands in a compressed window and nowhere else: the facts ``use``, a price in the middle of a step,
+``copy``, a price, and ``name``, an identifier, and ``chain``, first the item that a price leads to and
+then that item's price. The distance of a fact is counted in windows, from where it stands to where it
+is needed. One script is one observation: intervals are percentiles of a bootstrap over scripts.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import random
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed
 from kara_sglang.benchmarks.quality.estimates import interval, points, resampled
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
 from kara_sglang.benchmarks.quality.pace import fastest
-from kara_sglang.benchmarks.quality.rows import Row, defaults, reference, selectors
+from kara_sglang.benchmarks.quality.rows import PAPER, Row, defaults, reference, selectors
 from kara_sglang.benchmarks.quality.script import Cell, Probe, Script
 from kara_sglang.benchmarks.quality.tasks import NAMES, SETTLE, WORDS, Encode, encoder
 from kara_sglang.benchmarks.serving.server import end_on_sigterm
@@ -113,6 +115,7 @@ class Writer:
         self.probes: list[Probe] = []
         self._total, self._step = rng.randrange(200, 400), 0
         self._room: str | None = None
+        self._said: dict[str, int] = {}  # where a total, a room was said last
 
     def write(self, text: str) -> int:
         """Write what is not measured; returns the index of its first token."""
@@ -120,11 +123,10 @@ class Writer:
         self.tokens += self._encode(text)
         return start
 
-    def asked(self, kind: str, answer: str, place: int | None = None) -> None:
-        """Write what is measured: it stands at token ``place``, or is repeated by each step."""
-        start = len(self.tokens)
-        self.tokens += self._encode(answer)
-        back = None if place is None else (start - place) // self._window
+    def asked(self, kind: str, answer: str, place: int) -> None:
+        """Write what is measured: it stands at token ``place``."""
+        start = self.write(answer)
+        back = (start - place) // self._window
         self.probes.append(Probe(kind, start, len(self.tokens), back=back))
 
     def step(self, price: int, what: str = "", place: int | None = None, measured: bool = True) -> None:
@@ -136,6 +138,7 @@ class Writer:
         self.write(f"Step {self._step}: {'add' if adds else 'take away'}")
         if what:
             self.write(f" the price of {what}, which is")
+            assert place is not None
             self.asked("use", f" {price}", place)
             self.write(". The total is")
         else:
@@ -146,15 +149,16 @@ class Writer:
             self._repeat("state", f" {self._room}", measured)
         else:
             self._room = self._rng.choice([room for room in ROOMS if room != self._room])
-            self.write(f". The key goes to the {self._room}")
+            self.write(". The key goes to the")
+            self._repeat("state", f" {self._room}", measured=False)
         self.write(".\n")
 
     def _repeat(self, kind: str, answer: str, measured: bool) -> None:
-        """Write what follows from the step before."""
+        """Write what follows from what was said last."""
+        start = self.write(answer)
         if measured:
-            self.asked(kind, answer)
-        else:
-            self.write(answer)
+            self.probes.append(Probe(kind, start, len(self.tokens), source=self._said[kind]))
+        self._said[kind] = start
 
     def plain_step(self, measured: bool) -> None:
         """A step that names its price."""
@@ -240,6 +244,14 @@ def facts_of(rng: random.Random, count: int) -> list[Fact]:
     return facts
 
 
+def is_behind(script: Script, probe: Probe, window: int, delay: int) -> bool:
+    """Whether what a probe repeats lies in a window that is compressed when it is asked for."""
+    first = -len(script.prompt) % PAGE_SIZE
+    # The token in front of the answer is computed behind the passes that are due before it.
+    passes = max(0, (probe.start - 1 - delay - first) // window)
+    return probe.source is not None and probe.source < first + passes * window
+
+
 def right(script: Script, cell: Cell) -> list[bool]:
     """Per probe whether each of its tokens was the most likely one."""
     place = {step: i for i, step in enumerate(script.measured())}
@@ -270,21 +282,22 @@ class Counted:
         return float(self.right.sum() / max(1, self.asked.sum()))
 
 
-def counted(
-    scripts: Sequence[Script], folder: Path, row: Row, kinds: Sequence[str], back: range | None = None
-) -> Counted:
-    """What a row got right of the questions of some kinds, at some distances."""
+Which = Callable[[Script, Probe], bool]
+
+
+def counted(scripts: Sequence[Script], folder: Path, row: Row, which: Which) -> Counted:
+    """What a row got right of some questions."""
     rights, askeds = [], []
     for script in scripts:
         found = right(script, Cell.load(folder, row.key, script.name))
-        mine = [
-            ok
-            for ok, probe in zip(found, script.probes, strict=True)
-            if probe.kind in kinds and (back is None or probe.back in back)
-        ]
+        mine = [ok for ok, probe in zip(found, script.probes, strict=True) if which(script, probe)]
         rights.append(sum(mine))
         askeds.append(len(mine))
     return Counted(np.array(rights, dtype=float), np.array(askeds, dtype=float))
+
+
+def _of(*kinds: str, back: int | None = None) -> Which:
+    return lambda _, probe: probe.kind in kinds and (back is None or probe.back == back)
 
 
 def figures(scripts: Sequence[Script], folder: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -292,21 +305,24 @@ def figures(scripts: Sequence[Script], folder: Path, rows: Sequence[Row]) -> lis
     backs = sorted({p.back for s in scripts for p in s.probes if p.back is not None})
     by_key = {row.key: row for row in rows}
     full = by_key[REFERENCE_ROW]
-    groups = {"once": ONCE, "facts": FACTS} | {kind: (kind,) for kind in (*RESTATED, *ONCE)}
+    window, delay = full.settings["window"], full.delay
+    groups = {"once": _of(*ONCE), "facts": _of(*FACTS)}
+    groups["behind"] = lambda script, probe: is_behind(script, probe, window, delay)
+    groups |= {kind: _of(kind) for kind in (*RESTATED, *ONCE)}
     records = []
     for row in rows:
         null = by_key.get(Row(NULL_ROW, "", NULL_ROW, row.retain).key)
         record: dict[str, Any] = {"row": row.name, "retain": row.retain, "by_back": {}}
-        for name, kinds in groups.items():
-            mine = counted(scripts, folder, row, kinds)
+        for name, which in groups.items():
+            mine = counted(scripts, folder, row, which)
             record[name] = {
                 "asked": int(mine.asked.sum()),
                 "share": mine.share(),
-                "over_full": mine.over(counted(scripts, folder, full, kinds)),
-                "over_random": mine.over(counted(scripts, folder, null, kinds)) if null else None,
+                "over_full": mine.over(counted(scripts, folder, full, which)),
+                "over_random": mine.over(counted(scripts, folder, null, which)) if null else None,
             }
         for back in backs:
-            mine = counted(scripts, folder, row, FACTS, range(back, back + 1))
+            mine = counted(scripts, folder, row, _of(*FACTS, back=back))
             record["by_back"][back] = {"asked": int(mine.asked.sum()), "share": mine.share()}
         records.append(record)
     return records
@@ -315,6 +331,7 @@ def figures(scripts: Sequence[Script], folder: Path, rows: Sequence[Row]) -> lis
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The records in Markdown, in percent and points."""
     lines = []
+    behind = any(r.get("behind", {"asked": 0})["asked"] for r in records)
     for r in records:
         of_full = r["row"] == REFERENCE_ROW
 
@@ -324,10 +341,12 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         null = None if of_full or r["row"] == NULL_ROW else r["facts"]["over_random"]
         facts = [*beside("facts"), points(null), *(percent(r[kind]) for kind in FACTS)]
         before = [r["row"], f"{r['retain']:g}", *beside("total"), *beside("state")]
-        lines.append([*before, *facts, *beside("chain")])
+        after = beside("behind") if behind else []
+        lines.append([*before, *after, *facts, *beside("chain")])
     over = "over full (95 %)"
-    columns = ["row", "retain", "total", over, "state", over, "facts", over, "over random (95 %)"]
-    return grid([*columns, *FACTS, "chain", over], lines)
+    columns = ["row", "retain", "total", over, "state", over, *(["behind", over] if behind else [])]
+    columns += ["facts", over, "over random (95 %)", *FACTS, "chain", over]
+    return grid(columns, lines)
 
 
 def percent(found: dict[str, Any]) -> str:
@@ -395,6 +414,9 @@ def parser(spec: Any, description: str) -> argparse.ArgumentParser:
         help="default: 0.5 0.25",
     )
     parser.add_argument(
+        "--delay", type=command_line.whole(0), metavar="N", help="in all rows but paper; default: 64"
+    )
+    parser.add_argument(
         "--rows", nargs="+", metavar="SELECTOR", help="default: all selectors and paper"
     )
     parser.add_argument("--plot", type=Path, help="draw shares by distance into this file")
@@ -431,6 +453,12 @@ class Run:
         names = options.rows or [*(n for n in REGISTRY if n not in ("identity", "causal")), "paper"]
         window, retains = options.window, tuple(options.retain)
         self.rows = [reference(window), *selectors(names, window, retains)]
+        if options.delay is not None:
+            more = {"delay": options.delay}
+            self.rows = [
+                row if row.name == PAPER else dataclasses.replace(row, settings=row.settings | more)
+                for row in self.rows
+            ]
         encode = encoder(AutoTokenizer.from_pretrained(self.model))
         size = {key: getattr(options, key) for key in ("window", "windows", "facts")}
         numbers = range(options.first, options.first + options.scripts)
@@ -438,7 +466,7 @@ class Run:
         # Scripts are known by name: cells of others, or of other defaults, are not theirs.
         first = repr((self.scripts[0].prompt, self.scripts[0].forced)).encode()
         self._identity = {"model": Path(self.model).name, "script": zlib.crc32(first)}
-        self._identity |= size | defaults()
+        self._identity |= size | {"delay": options.delay} | defaults()
 
     def begin(self, **how: Any) -> None:
         """Make the folder, or go on in it; ``how`` says how the answers are performed.

@@ -46,6 +46,8 @@ class Probe:
         Where the fact stands, as a share of its window (0 to 1); None for text.
     back
         How many windows before the newest compressed one it stands; None for text.
+    source
+        The step that gave the first token of what each step repeats, when it was said last.
     """
 
     kind: str
@@ -54,6 +56,7 @@ class Probe:
     compared: bool = False
     offset: float | None = None
     back: int | None = None
+    source: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,27 @@ def test_shares_of_the_regimes_are_paired_over_scripts(tmp_path: Path):
     assert f"| kara | 0.5 | {nothing} {nothing}" in regimes.table([full, kara, random])
 
 
+@pytest.mark.parametrize("delay", [0, 16, 64, 200])
+def test_what_is_repeated_from_behind_the_delay_is_known(delay: int):
+    """Counted pass by pass, as a server does them; a character is a token here, so steps are long."""
+    script = regimes.script_of(encode, 3, window=256, windows=4, facts=5)
+    start, text, behind = len(script.prompt), decode(script.forced), []
+    for probe in script.probes:
+        done = -(-start // 16) * 16
+        while done + 256 + delay <= start + probe.start - 1:
+            done += 256
+        if probe.source is None:
+            assert probe.kind in regimes.ONCE
+            expected = False
+        else:
+            said = text[probe.source : probe.start]
+            assert re.match(r" \d{3}\. The" if probe.kind == "total" else r" [a-z]+\.\n", said)
+            expected = start + probe.source < done
+        assert regimes.is_behind(script, probe, 256, delay) == expected
+        behind.append(expected)
+    assert (sum(behind) > 3) == (delay < 200)
+
+
 def test_what_both_rows_miss_is_no_difference():
     """Scripts differ, rows do not: an interval that is not paired would be wide."""
     mine = regimes.Counted(np.array([0.0, 5.0, 5.0]), np.array([5.0, 5.0, 5.0]))
