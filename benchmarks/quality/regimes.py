@@ -355,7 +355,7 @@ def percent(found: dict[str, Any]) -> str:
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Share of right answers against the distance of facts, where 30 were asked for or more; a panel
+    """Share of right answers against the distance of facts, where 20 were asked for or more; a panel
     per share that is kept."""
     from kara_sglang.benchmarks.plots import pyplot, save
 
@@ -367,7 +367,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
                 continue
             backs = sorted(int(back) for back in r["by_back"])
             found = {int(back): value for back, value in r["by_back"].items()}
-            backs = [back for back in backs if found[back]["asked"] >= 30]
+            backs = [back for back in backs if found[back]["asked"] >= 20]
             values = [100 * found[back]["share"][0] for back in backs]
             dash = "--" if r["row"] == REFERENCE_ROW else "-"
             (line,) = panel.plot(backs, values, dash, marker=".", label=r["row"])
@@ -377,7 +377,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set_xlabel("distance of the fact, in windows")
         panel.grid(alpha=0.3)
     first, last = np.atleast_1d(panels)[[0, -1]]
-    first.set(ylabel="right answers, %", ylim=(0, 100))
+    first.set(ylabel="right answers, %", ylim=(0, 102))
     last.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     save(figure, path)

@@ -128,7 +128,7 @@ def test_what_both_rows_miss_is_no_difference():
 def test_the_plot_has_a_line_per_row_and_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     drawn = []
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
-    few, many = ({"asked": n, "share": [0.5, 0.4, 0.6]} for n in (29, 30))
+    few, many = ({"asked": n, "share": [0.5, 0.4, 0.6]} for n in (19, 20))
     rows_ = [("full", 1.0), ("kara", 0.5), ("random", 0.5), ("kara", 0.25)]
     by_back = {"1": few, "2": many, "3": many}
     regimes.plot([{"row": r, "retain": s, "by_back": by_back} for r, s in rows_], tmp_path / "x.png")
