@@ -253,6 +253,7 @@ NOT_RUN = {
     "kara_sglang.benchmarks.quality": "by hand",
     "kara_sglang.benchmarks.quality.coder_model": "by hand",
     "kara_sglang.benchmarks.quality.drafts": "by hand",
+    "kara_sglang.benchmarks.quality.regimes": "by hand",
     "kara_sglang.benchmarks.quality.report": "by hand",
     "kara_sglang.benchmarks.research.regimes": "by hand",
     "kara_sglang.benchmarks.research.search": "by hand",
