@@ -157,6 +157,7 @@ def test_the_documents_tables_are_the_committed_results():
         (document, "quick quick/selectors"),
         (document, "regimes-coder"),
         (searches, "regimes"),
+        (searches, "regimes-search"),
         (readme, "gsm8k-h100 @0.5"),
     )
     for text, shown in marks:
