@@ -41,7 +41,7 @@ from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import origin
 from kara_sglang.benchmarks.markdown import grid
 from kara_sglang.benchmarks.output import write_json
-from kara_sglang.benchmarks.quality import campaign
+from kara_sglang.benchmarks.quality import campaign, variants
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed
 from kara_sglang.benchmarks.quality.estimates import interval, points, resampled
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
@@ -60,6 +60,8 @@ ONCE = (*FACTS, "chain")
 SOURCE = "source"
 NULL_ROW = "random"
 ROOMS = ("kitchen", "garden", "attic", "office", "cellar", "garage", "hall", "library")
+MODELS_OWN = "model"
+"""The dtype of answers that a GPU gave."""
 STAYS = 0.75
 """Chance that a step leaves the key where it is."""
 
@@ -165,7 +167,9 @@ class Writer:
         self.step(self._rng.randrange(11, 50), measured=measured)
 
 
-def script_of(encode: Encode, number: int, *, window: int, windows: int, facts: int) -> Script:
+def script_of(
+    encode: Encode, number: int, *, window: int, windows: int, facts: int, settle: int = SETTLE
+) -> Script:
     """One forced answer.
 
     Parameters
@@ -178,6 +182,8 @@ def script_of(encode: Encode, number: int, *, window: int, windows: int, facts: 
         W, and how many windows are compressed before anything is asked for.
     facts
         Facts stated per window; ``windows * facts`` at most as many as there are ``NAMES``.
+    settle
+        Tokens behind the last window before anything is asked for: no fewer than the delay.
     """
     rng = random.Random(f"regimes {number}")
     prompt = encode(SHOWN)
@@ -189,7 +195,7 @@ def script_of(encode: Encode, number: int, *, window: int, windows: int, facts: 
         while len(writer.tokens) < base + round((i + 0.5) / facts * window):
             writer.plain_step(measured=False)
         places.append(writer.write(fact.stated + "\n"))
-    while len(writer.tokens) < base + windows * window + SETTLE:
+    while len(writer.tokens) < base + windows * window + settle:
         writer.plain_step(measured=False)
     asked = [i for i, fact in enumerate(stated) if fact.kind != SOURCE]
     rng.shuffle(asked)
@@ -435,6 +441,8 @@ class Run:
     Raises
     ------
     EmbeddedModelMissing
+    EngineFailed
+        There are no such rows or not so many facts.
 
     Attributes
     ----------
@@ -450,7 +458,18 @@ class Run:
         self.options = options
         self.model: str = options.model or str(embedded_model_path())
         self.folder: Path = (options.folder or options.out.with_suffix(".run")).resolve()
+        if options.windows * options.facts > len(NAMES):
+            raise EngineFailed(
+                f"--windows {options.windows} --facts {options.facts}: {len(NAMES)} facts at most"
+            )
         names = options.rows or [*(n for n in REGISTRY if n not in ("identity", "causal")), "paper"]
+        try:
+            variants.register(names)
+        except ValueError as error:
+            raise EngineFailed(f"--rows: {error}") from None
+        if unknown := set(names) - {PAPER, *REGISTRY}:
+            known = ", ".join([*REGISTRY, PAPER])
+            raise EngineFailed(f"--rows {', '.join(sorted(unknown))}: there is {known}")
         window, retains = options.window, tuple(options.retain)
         self.rows = [reference(window), *selectors(names, window, retains)]
         if options.delay is not None:
@@ -462,7 +481,8 @@ class Run:
         encode = encoder(AutoTokenizer.from_pretrained(self.model))
         size = {key: getattr(options, key) for key in ("window", "windows", "facts")}
         numbers = range(options.first, options.first + options.scripts)
-        self.scripts = [script_of(encode, number, **size) for number in numbers]
+        settle = max(SETTLE, options.delay or 0)
+        self.scripts = [script_of(encode, number, settle=settle, **size) for number in numbers]
         # Scripts are known by name: cells of others, or of other defaults, are not theirs.
         first = repr((self.scripts[0].prompt, self.scripts[0].forced)).encode()
         self._identity = {"model": Path(self.model).name, "script": zlib.crc32(first)}
@@ -506,8 +526,10 @@ def main(arguments: list[str]) -> int:
         dtype, threads = options.dtype, len(os.sched_getaffinity(0))
         if cpu_engine.is_installed():
             found = fastest(run.model, running)
-            dtype, threads = dtype or campaign.kept(run.folder, "dtype") or found.dtype, found.threads
-        run.begin(dtype=dtype or "model", by="engine")
+            before = campaign.kept(run.folder, "dtype")
+            dtype = dtype or (before if before != MODELS_OWN else None) or found.dtype
+            threads = found.threads
+        run.begin(dtype=dtype or MODELS_OWN, by="engine")
         for script in run.scripts:
             script.save(run.folder)
         stages = campaign.orders(run.rows, run.scripts, run.folder, run.model, 1, running)
@@ -521,7 +543,7 @@ def main(arguments: list[str]) -> int:
     except (EmbeddedModelMissing, EngineFailed) as error:
         print(f"regimes: {error}", file=sys.stderr)
         return 1
-    run.end(**origin(MODULE, arguments), dtype=dtype or "model")
+    run.end(**origin(MODULE, arguments), dtype=dtype or MODELS_OWN)
     return 0
 
 

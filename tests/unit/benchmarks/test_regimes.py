@@ -6,6 +6,7 @@ import itertools
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from kara_sglang.benchmarks.quality import regimes, rows
 from kara_sglang.benchmarks.quality.script import (
     Cell,
 )
+from kara_sglang.benchmarks.research import regimes as replayed
 from kara_sglang.embedded_model import transformers_name
 
 
@@ -116,6 +118,29 @@ def test_what_is_repeated_from_behind_the_delay_is_known(delay: int):
         assert regimes.is_behind(script, probe, 256, delay) == expected
         behind.append(expected)
     assert (sum(behind) > 3) == (delay < 200)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--rows", "kara", "x"], "--rows x: there is kara, "),
+        (["--rows", "kara:x=1"], "--rows: 'kara:x=1': unknown 'x'"),
+        (["--windows", "9", "--facts", "5"], "--windows 9 --facts 5: 42 facts at most"),
+    ],
+)
+@pytest.mark.parametrize("module", [regimes, replayed])
+def test_what_is_not_there_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], module: Any, given: list[str], says: str
+):
+    (tmp_path / "config.json").touch()
+    assert module.main(["--model", str(tmp_path), "--out", str(tmp_path / "o.json"), *given]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_nothing_is_asked_for_before_the_delay_is_over():
+    script = regimes.script_of(encode, 0, window=256, windows=3, facts=5, settle=200)
+    first = min(probe.start for probe in script.probes)
+    assert first >= -len(script.prompt) % 16 + 3 * 256 + 200
 
 
 def test_what_both_rows_miss_is_no_difference():

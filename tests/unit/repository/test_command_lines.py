@@ -71,6 +71,7 @@ def test_help_says_how_it_is_called_and_what_options_mean(
 
 
 SEARCH = "kara_sglang.benchmarks.research.search"
+REGIMES = "kara_sglang.benchmarks.quality.regimes"
 TABLES = "kara_sglang.benchmarks.research.tables"
 PLAN = ("kara_sglang.plan", "--model M --gpu-memory 80 --prompt 9 --answer 9 --running 1")
 BAD = (
@@ -93,6 +94,7 @@ BAD = (
     ("kara_sglang.benchmarks.quality", "--out O", "--texts 0", "'0' is not a whole number"),
     ("kara_sglang.benchmarks.quality", "--out O", "--rows x", "--rows x: there is full, "),
     (TABLES, "--out O", "--texts 2", "give --quick, --part main or --part windows"),
+    (REGIMES, "--out O", "--first -1", "'-1' is not a whole number, 0 or more"),
     (SEARCH, "--out O", "x", "no row x; there are "),
     (SEARCH, "--out O", "kara:x=1", "unknown 'x'; known: power, "),
     (SEARCH, "--out O", "kara:chunks=x", "could not convert string to float: 'x'"),
