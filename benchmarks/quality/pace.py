@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 
 DTYPES = ("float32", "bfloat16")
+MODELS_OWN = "model"
+"""What results say of answers on a GPU, which are given in the model's own dtype."""
 _REPEATS = 3
 
 

@@ -40,7 +40,7 @@ from kara_sglang.benchmarks.quality import campaign, coder_model
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed
 from kara_sglang.benchmarks.quality.estimates import interval, points, resampled, share_interval
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
-from kara_sglang.benchmarks.quality.pace import fastest
+from kara_sglang.benchmarks.quality.pace import MODELS_OWN, fastest
 from kara_sglang.benchmarks.quality.texts import DATA
 from kara_sglang.benchmarks.serving.peers import PEERS, start
 from kara_sglang.benchmarks.serving.rows import Row as ServedRow
@@ -408,7 +408,7 @@ def collect(
 def answered(options: argparse.Namespace) -> dict[str, Any]:
     """On what the answers were given; they may be graded elsewhere."""
     threads = os.environ["OMP_NUM_THREADS"] if cpu_engine.is_installed() else None
-    return {"machine": machine(), "dtype": options.dtype or "model", "threads": threads}
+    return {"machine": machine(), "dtype": options.dtype or MODELS_OWN, "threads": threads}
 
 
 def set_pace(options: argparse.Namespace, folder: Path) -> None:
@@ -425,10 +425,13 @@ def set_pace(options: argparse.Namespace, folder: Path) -> None:
     before = json.loads(path.read_text())["dtype"] if path.is_file() else None
     if before and options.dtype not in (None, before):
         raise Failed(f"--dtype {options.dtype}: {folder} holds answers in {before}; give --folder")
+    options.dtype = options.dtype or (before if before != MODELS_OWN else None)
     if options.url or not cpu_engine.is_installed():
         return
+    if before == MODELS_OWN:
+        raise Failed(f"{folder} holds answers of a GPU; give --folder")
     found = fastest(options.model or _default_model(), options.parallel)
-    options.dtype = options.dtype or before or found.dtype
+    options.dtype = options.dtype or found.dtype
     os.environ.setdefault("OMP_NUM_THREADS", str(found.threads))
     times = ", ".join(f"{name} {took:.1f} ms" for name, took in found.milliseconds.items())
     print(

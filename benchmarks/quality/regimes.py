@@ -45,7 +45,7 @@ from kara_sglang.benchmarks.quality import campaign, variants
 from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed
 from kara_sglang.benchmarks.quality.estimates import interval, points, resampled
 from kara_sglang.benchmarks.quality.instrument import REFERENCE_ROW
-from kara_sglang.benchmarks.quality.pace import fastest
+from kara_sglang.benchmarks.quality.pace import MODELS_OWN, fastest
 from kara_sglang.benchmarks.quality.rows import PAPER, Row, defaults, reference, selectors
 from kara_sglang.benchmarks.quality.script import Cell, Probe, Script
 from kara_sglang.benchmarks.quality.tasks import NAMES, SETTLE, WORDS, Encode, encoder
@@ -60,8 +60,6 @@ ONCE = (*FACTS, "chain")
 SOURCE = "source"
 NULL_ROW = "random"
 ROOMS = ("kitchen", "garden", "attic", "office", "cellar", "garage", "hall", "library")
-MODELS_OWN = "model"
-"""The dtype of answers that a GPU gave."""
 STAYS = 0.75
 """Chance that a step leaves the key where it is."""
 
@@ -526,8 +524,9 @@ def main(arguments: list[str]) -> int:
         dtype, threads = options.dtype, len(os.sched_getaffinity(0))
         if cpu_engine.is_installed():
             found = fastest(run.model, running)
-            before = campaign.kept(run.folder, "dtype")
-            dtype = dtype or (before if before != MODELS_OWN else None) or found.dtype
+            dtype = dtype or campaign.kept(run.folder, "dtype") or found.dtype
+            if dtype == MODELS_OWN:
+                raise EngineFailed(f"{run.folder} holds answers of a GPU; give --folder")
             threads = found.threads
         run.begin(dtype=dtype or MODELS_OWN, by="engine")
         for script in run.scripts:
