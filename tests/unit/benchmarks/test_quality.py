@@ -158,6 +158,7 @@ def test_the_documents_tables_are_the_committed_results():
         (document, "regimes-coder"),
         (searches, "regimes"),
         (searches, "regimes-search"),
+        (searches, "regimes-delay"),
         (readme, "gsm8k-h100 @0.5"),
     )
     for text, shown in marks:
