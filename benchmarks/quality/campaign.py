@@ -29,22 +29,20 @@ def same_run(folder: Path, identity: dict[str, Any]) -> None:
     ------
     EngineFailed
     """
-    path = folder / "run.json"
-    if path.is_file():
-        before = json.loads(path.read_text())
+    if before := kept(folder):
         keys = dict.fromkeys([*identity, *before])
         if other := [key for key in keys if before.get(key) != identity.get(key)]:
             raise EngineFailed(
                 f"{folder} holds another run (other {', '.join(other)}); give --folder or remove it"
             )
     else:
-        write_json(path, identity)
+        write_json(folder / "run.json", identity)
 
 
-def kept(folder: Path, key: str) -> Any:
-    """What a run folder's results have in common, or None where there are none yet."""
+def kept(folder: Path) -> dict[str, Any]:
+    """What a run folder's results have in common; nothing where there are none yet."""
     path = folder / "run.json"
-    return json.loads(path.read_text()).get(key) if path.is_file() else None
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def scripts_of(part: Part, tokenizer: Any, split: str) -> list[Script]:

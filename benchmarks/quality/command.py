@@ -19,6 +19,7 @@ from kara_sglang.benchmarks import command_line
 from kara_sglang.benchmarks.machine import command
 from kara_sglang.benchmarks.quality import campaign, tables
 from kara_sglang.benchmarks.quality.engine import engine_arguments
+from kara_sglang.benchmarks.quality.pace import MODELS_OWN
 from kara_sglang.benchmarks.quality.rows import Part
 from kara_sglang.benchmarks.quality.script import Script
 
@@ -43,7 +44,7 @@ class Engines:
         self._threads = max(1, cores // self._jobs)
         self.meta = {
             "sglang": importlib.metadata.version("sglang"),
-            "dtype": engine_arguments().get("dtype", "model"),
+            "dtype": engine_arguments().get("dtype", MODELS_OWN),
         }
 
     def perform(self, part: Part, scripts: list[Script], folder: Path) -> None:

@@ -22,7 +22,6 @@ is needed. One script is one observation: intervals are percentiles of a bootstr
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import random
@@ -289,15 +288,13 @@ class Counted:
 Which = Callable[[Script, Probe], bool]
 
 
-def counted(scripts: Sequence[Script], folder: Path, row: Row, which: Which) -> Counted:
-    """What a row got right of some questions."""
-    rights, askeds = [], []
-    for script in scripts:
-        found = right(script, Cell.load(folder, row.key, script.name))
-        mine = [ok for ok, probe in zip(found, script.probes, strict=True) if which(script, probe)]
-        rights.append(sum(mine))
-        askeds.append(len(mine))
-    return Counted(np.array(rights, dtype=float), np.array(askeds, dtype=float))
+def counted(scripts: Sequence[Script], answers: Sequence[list[bool]], which: Which) -> Counted:
+    """What a row got right of some questions; ``answers`` are :func:`right` by script."""
+    mine = [
+        [ok for ok, probe in zip(found, script.probes, strict=True) if which(script, probe)]
+        for script, found in zip(scripts, answers, strict=True)
+    ]
+    return Counted(*(np.array([count(one) for one in mine], dtype=float) for count in (sum, len)))
 
 
 def _of(*kinds: str, back: int | None = None) -> Which:
@@ -307,26 +304,26 @@ def _of(*kinds: str, back: int | None = None) -> Which:
 def figures(scripts: Sequence[Script], folder: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One record per row: shares of right answers by kind and regime, and of facts by distance."""
     backs = sorted({p.back for s in scripts for p in s.probes if p.back is not None})
-    by_key = {row.key: row for row in rows}
-    full = by_key[REFERENCE_ROW]
+    answers = {row.key: [right(s, Cell.load(folder, row.key, s.name)) for s in scripts] for row in rows}
+    full = next(row for row in rows if row.name == REFERENCE_ROW)
     window, delay = full.settings["window"], full.delay
     groups = {"once": _of(*ONCE), "facts": _of(*FACTS)}
     groups["behind"] = lambda script, probe: is_behind(script, probe, window, delay)
     groups |= {kind: _of(kind) for kind in (*RESTATED, *ONCE)}
     records = []
     for row in rows:
-        null = by_key.get(Row(NULL_ROW, "", NULL_ROW, row.retain).key)
+        null = answers.get(Row(NULL_ROW, "", NULL_ROW, row.retain).key)
         record: dict[str, Any] = {"row": row.name, "retain": row.retain, "by_back": {}}
         for name, which in groups.items():
-            mine = counted(scripts, folder, row, which)
+            mine = counted(scripts, answers[row.key], which)
             record[name] = {
                 "asked": int(mine.asked.sum()),
                 "share": mine.share(),
-                "over_full": mine.over(counted(scripts, folder, full, which)),
-                "over_random": mine.over(counted(scripts, folder, null, which)) if null else None,
+                "over_full": mine.over(counted(scripts, answers[full.key], which)),
+                "over_random": mine.over(counted(scripts, null, which)) if null else None,
             }
         for back in backs:
-            mine = counted(scripts, folder, row, _of(*FACTS, back=back))
+            mine = counted(scripts, answers[row.key], _of(*FACTS, back=back))
             record["by_back"][back] = {"asked": int(mine.asked.sum()), "share": mine.share()}
         records.append(record)
     return records
@@ -334,27 +331,29 @@ def figures(scripts: Sequence[Script], folder: Path, rows: Sequence[Row]) -> lis
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The records in Markdown, in percent and points."""
-    lines = []
-    behind = any(r.get("behind", {"asked": 0})["asked"] for r in records)
-    for r in records:
-        of_full = r["row"] == REFERENCE_ROW
-
-        def beside(kind: str, r: dict[str, Any] = r, of_full: bool = of_full) -> list[str]:
-            return [percent(r[kind]), "" if of_full else points(r[kind]["over_full"])]
-
-        null = None if of_full or r["row"] == NULL_ROW else r["facts"]["over_random"]
-        facts = [*beside("facts"), points(null), *(percent(r[kind]) for kind in FACTS)]
-        before = [r["row"], f"{r['retain']:g}", *beside("total"), *beside("state")]
-        after = beside("behind") if behind else []
-        lines.append([*before, *after, *facts, *beside("chain")])
     over = "over full (95 %)"
-    columns = ["row", "retain", "total", over, "state", over, *(["behind", over] if behind else [])]
+    # None is behind the delay where a step is shorter.
+    repeated = [*RESTATED, *(["behind"] if any(r["behind"]["asked"] for r in records) else [])]
+    lines = []
+    for r in records:
+        line = [r["row"], f"{r['retain']:g}"]
+        for kind in repeated:
+            line += _beside(r, kind)
+        null = None if r["row"] in (REFERENCE_ROW, NULL_ROW) else r["facts"]["over_random"]
+        line += [*_beside(r, "facts"), points(null), *(_percent(r[kind]) for kind in FACTS)]
+        lines.append(line + _beside(r, "chain"))
+    columns = ["row", "retain", *(name for kind in repeated for name in (kind, over))]
     columns += ["facts", over, "over random (95 %)", *FACTS, "chain", over]
     return grid(columns, lines)
 
 
-def percent(found: dict[str, Any]) -> str:
-    """A group's share of right answers."""
+def _beside(record: dict[str, Any], kind: str) -> list[str]:
+    """A row's share of right answers, and how it differs from the full cache's."""
+    found = record[kind]
+    return [_percent(found), "" if record["row"] == REFERENCE_ROW else points(found["over_full"])]
+
+
+def _percent(found: dict[str, Any]) -> str:
     return f"{100 * found['share'][0]:.1f}"
 
 
@@ -460,22 +459,18 @@ class Run:
             raise EngineFailed(
                 f"--windows {options.windows} --facts {options.facts}: {len(NAMES)} facts at most"
             )
-        names = options.rows or [*(n for n in REGISTRY if n not in ("identity", "causal")), "paper"]
+        names = options.rows or [*(n for n in REGISTRY if n not in ("identity", "causal")), PAPER]
         try:
-            variants.register(names)
+            unknown = set(variants.register(names)) - {PAPER}
         except ValueError as error:
             raise EngineFailed(f"--rows: {error}") from None
-        if unknown := set(names) - {PAPER, *REGISTRY}:
+        if unknown:
             known = ", ".join([*REGISTRY, PAPER])
             raise EngineFailed(f"--rows {', '.join(sorted(unknown))}: there is {known}")
         window, retains = options.window, tuple(options.retain)
         self.rows = [reference(window), *selectors(names, window, retains)]
         if options.delay is not None:
-            more = {"delay": options.delay}
-            self.rows = [
-                row if row.name == PAPER else dataclasses.replace(row, settings=row.settings | more)
-                for row in self.rows
-            ]
+            self.rows = [r if r.name == PAPER else r.delayed(options.delay) for r in self.rows]
         encode = encoder(AutoTokenizer.from_pretrained(self.model))
         size = {key: getattr(options, key) for key in ("window", "windows", "facts")}
         numbers = range(options.first, options.first + options.scripts)
@@ -524,7 +519,7 @@ def main(arguments: list[str]) -> int:
         dtype, threads = options.dtype, len(os.sched_getaffinity(0))
         if cpu_engine.is_installed():
             found = fastest(run.model, running)
-            dtype = dtype or campaign.kept(run.folder, "dtype") or found.dtype
+            dtype = dtype or campaign.kept(run.folder).get("dtype") or found.dtype
             if dtype == MODELS_OWN:
                 raise EngineFailed(f"{run.folder} holds answers of a GPU; give --folder")
             threads = found.threads

@@ -58,6 +58,10 @@ class Row:
         """Tokens that the server leaves uncompressed behind a window."""
         return KaraConfig.from_settings(self.settings).delay
 
+    def delayed(self, delay: int) -> Row:
+        """The row with another delay."""
+        return replace(self, settings=self.settings | {"delay": delay})
+
 
 @dataclass(slots=True)
 class Part:
@@ -177,7 +181,7 @@ def delayed(parts: list[Part], delay: int) -> list[Part]:
     return [
         replace(
             part,
-            rows=[replace(row, settings=row.settings | {"delay": delay}) for row in part.rows],
+            rows=[row.delayed(delay) for row in part.rows],
             text=settled(part.text),
             recall=settled(part.recall),
         )

@@ -7,6 +7,7 @@ the instrument's own processes, so that one server runs them all side by side by
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -139,11 +140,13 @@ def _votes(queries: torch.Tensor, keys: torch.Tensor, scale: float, rule: Varian
     return votes.sum(dim=(0, 1))
 
 
-def register(names: list[str]) -> None:
-    """Put variants into this process's registry of selectors; other names are left alone."""
+def register(names: Sequence[str]) -> list[str]:
+    """Put variants into this process's registry of selectors; returns the names that are in it neither
+    before nor now."""
     for name in names:
         if name.startswith(PREFIX) and name not in REGISTRY:
             REGISTRY[name] = _factory(Variant.parse(name))
+    return [name for name in names if name not in REGISTRY]
 
 
 def _factory(variant: Variant) -> type[VariantSelector]:

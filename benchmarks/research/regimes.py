@@ -9,17 +9,14 @@ compressions at once, which is much faster.
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from kara_sglang.benchmarks.machine import origin
 from kara_sglang.benchmarks.quality import regimes
 from kara_sglang.benchmarks.quality.engine import EngineFailed
-from kara_sglang.benchmarks.quality.script import cell_path
 from kara_sglang.benchmarks.research.replay import Replay
-from kara_sglang.benchmarks.research.tables import perform, plan_of
+from kara_sglang.benchmarks.research.tables import fill
 from kara_sglang.embedded_model import EmbeddedModelMissing
 
 MODULE = "kara_sglang.benchmarks.research.regimes"
@@ -34,16 +31,11 @@ def main(arguments: list[str]) -> int:
     try:
         run = regimes.Run(options)
         run.begin(dtype=options.dtype, by="replay")
+        replay = Replay(run.model, getattr(torch, options.dtype))
+        fill(replay, run.rows, run.scripts, run.folder, "regimes")
     except (EmbeddedModelMissing, EngineFailed) as error:
         print(f"regimes: {error}", file=sys.stderr)
         return 1
-    replay: Any = Replay(run.model, getattr(torch, options.dtype))
-    with torch.no_grad():
-        for script in tqdm(run.scripts, desc="regimes", unit="answer"):
-            for row in run.rows:
-                if not cell_path(run.folder, row.key, script.name).is_file():
-                    perform(replay, script, plan_of(row)).save(run.folder, row.key, script.name)
-            replay.forget()
     run.end(**origin(MODULE, arguments), dtype=options.dtype)
     return 0
 

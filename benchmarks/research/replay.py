@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 
-from kara_sglang.benchmarks.quality.engine import PAGE_SIZE
+from kara_sglang.benchmarks.quality.engine import PAGE_SIZE, EngineFailed
 from kara_sglang.benchmarks.quality.script import Cell, Script
 from kara_sglang.config import KaraConfig
 from kara_sglang.kernels import selectors
@@ -66,7 +66,6 @@ class Plan:
             config.window,
             config.kept(PAGE_SIZE),
             config.delay,
-            PAGE_SIZE,
             fp8=config.query_dtype == "fp8",
             mean=config.query_heads == "mean",
         )
@@ -127,7 +126,7 @@ class Replay:
     ) -> tuple[torch.Tensor, None]:
         """Append the new tokens' K/V, then attend to everything retained, causally among the new."""
         if unknown := [name for name in ("s_aux", "softcap") if more.get(name) is not None]:
-            raise NotImplementedError(f"a replay's attention has no {unknown[0]}")
+            raise EngineFailed(f"this model needs an engine: a replay's attention has no {unknown[0]}")
         if module.layer_idx == len(self._layers):
             self._layers.append(Layer(key[0], value[0], query[0], sliding_window))
         else:
@@ -238,7 +237,9 @@ class Replay:
         for number, layer in enumerate(self._layers):
             if layer.sliding_window is not None:
                 if plan.delay < layer.sliding_window:
-                    raise ValueError(f"a delay of {layer.sliding_window} tokens or more is needed")
+                    raise EngineFailed(
+                        f"give --delay {layer.sliding_window}, this model's window, or more"
+                    )
                 continue  # it sees nothing that is compressed
             keys = layer.keys[:, base : base + width].transpose(0, 1)
             values = layer.values[:, base : base + width].transpose(0, 1)

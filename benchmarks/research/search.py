@@ -29,8 +29,8 @@ from kara_sglang.benchmarks.quality.engine import PAGE_SIZE
 from kara_sglang.benchmarks.quality.estimates import Estimate, mean, observe
 from kara_sglang.benchmarks.quality.script import Script
 from kara_sglang.benchmarks.quality.tasks import Layout
+from kara_sglang.benchmarks.research import tables
 from kara_sglang.benchmarks.research.replay import Plan, Replay
-from kara_sglang.config import KaraConfig
 from kara_sglang.embedded_model import embedded_model_path
 from kara_sglang.kernels import selectors
 
@@ -39,11 +39,10 @@ MEAN = "@mean"
 
 def plan_of(name: str, window: int, retain: float) -> Plan:
     """What a server with default settings (``paper``: with that preset) would do for a request."""
-    mean, name = name.endswith(MEAN), name.removesuffix(MEAN)
-    preset = "paper" if name == "paper" else "default"
-    settings = {"window": window, "retain": retain, "preset": preset}
-    config = KaraConfig.from_settings(settings | ({"query_heads": "mean"} if mean else {}))
-    return Plan.of("kara" if name == "paper" else name, config)
+    (row,) = rows.selectors([name.removesuffix(MEAN)], window, [retain])
+    if name.endswith(MEAN):
+        row = dataclasses.replace(row, settings=row.settings | {"query_heads": "mean"})
+    return tables.plan_of(row)
 
 
 def scripts_of(tokenizer: Any, split: str, limit: int | None, window: int, seeds: int) -> list[Script]:
@@ -179,10 +178,10 @@ def main() -> int:
     names = list(dict.fromkeys(["paper", "kara", *options.rows]))
     bare = [name.removesuffix(MEAN) for name in names]
     try:
-        variants.register(bare)
+        unknown = set(variants.register(bare)) - {rows.PAPER}
     except ValueError as error:
         parser.error(str(error))
-    if unknown := set(bare) - {"paper", *selectors.REGISTRY}:
+    if unknown:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(selectors.REGISTRY)}, paper")
     if options.window % PAGE_SIZE:
         parser.error(f"--window {options.window} is no multiple of {PAGE_SIZE}, the page size")

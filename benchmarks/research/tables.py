@@ -13,6 +13,7 @@ import dataclasses
 import importlib.metadata
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from kara_sglang.benchmarks.machine import command
 from kara_sglang.benchmarks.quality import tables, variants
 from kara_sglang.benchmarks.quality.engine import EngineFailed
 from kara_sglang.benchmarks.quality.rows import Part, Row
-from kara_sglang.benchmarks.quality.script import Cell, Script, cell_path
+from kara_sglang.benchmarks.quality.script import Script, cell_path
 from kara_sglang.benchmarks.research.replay import Plan, Replay
 from kara_sglang.config import KaraConfig
 
@@ -56,21 +57,31 @@ class Replays:
         EngineFailed
             For a row that only an engine can perform.
         """
-        plans = {row.key: plan_of(row) for row in part.rows}
-        with torch.no_grad(), tqdm(total=len(scripts) * len(plans), desc=part.name, unit="cell") as bar:
-            for script in scripts:
-                for key, plan in plans.items():
-                    if not cell_path(folder, key, script.name).is_file():
-                        perform(self._replay, script, plan).save(folder, key, script.name)
-                    bar.update()
-                self._replay.forget()
+        fill(self._replay, part.rows, scripts, folder, part.name)
 
 
-def perform(replay: Replay, script: Script, plan: Plan) -> Cell:
-    """One answer; each script has a seed of its own."""
-    if plan.selector is None:
-        return replay.full(script)
-    return replay.run(script, dataclasses.replace(plan, seed=zlib.crc32(script.name.encode())))
+def fill(
+    replay: Replay, rows: Sequence[Row], scripts: Sequence[Script], folder: Path, title: str
+) -> None:
+    """Perform what a run folder lacks; each script has a seed of its own.
+
+    Raises
+    ------
+    EngineFailed
+        For a row, or a model, that only an engine can perform.
+    """
+    plans = {row.key: plan_of(row) for row in rows}
+    with torch.no_grad(), tqdm(total=len(scripts) * len(plans), desc=title, unit="cell") as bar:
+        for script in scripts:
+            seed = zlib.crc32(script.name.encode())
+            for key, plan in plans.items():
+                if not cell_path(folder, key, script.name).is_file():
+                    seeded = dataclasses.replace(plan, seed=seed)
+                    whole = plan.selector is None
+                    cell = replay.full(script) if whole else replay.run(script, seeded)
+                    cell.save(folder, key, script.name)
+                bar.update()
+            replay.forget()
 
 
 def plan_of(row: Row) -> Plan:

@@ -103,7 +103,7 @@ def test_a_search_can_take_the_scripts_of_a_table():
     assert found[3] == tasks.recall_script(encode, texts.load("held_out", 2)[1], layout, seed=1)
 
 
-def test_tables_by_replay_are_those_of_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_tables_can_be_made_by_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Two rows of ``--quick`` on the embedded model: they lose little, and ``paper`` more."""
     out = tmp_path / "tables.json"
     arguments = ["--quick", "--rows", "kara", "paper", "--shares", "0.5", "--texts", "1"]
@@ -171,6 +171,9 @@ def test_a_replay_sees_through_sliding_windows(tmp_path: Path):
         return max(replay.run(script, plan).kl)
 
     assert kl("identity", 1.0) < 1e-5 < 1e-3 < kl("recent", 0.25)
+    settings["delay"] = 32
+    with pytest.raises(EngineFailed, match="give --delay 40, this model's window, or more"):
+        kl("recent", 0.25)
 
 
 def test_what_variants_change():
